@@ -1,0 +1,215 @@
+"""The curves of a run as inline SVG: loss with learning rate, and mIoU."""
+
+import re
+from collections.abc import Sequence
+from io import StringIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from segformer_pl.analysis.run_metrics import Series, num_steps_trained
+
+# Okabe and Ito's palette, told apart by every kind of colour vision.
+BLUE, SKY, ORANGE, GREEN, VERMILLION, PURPLE = (
+    "#0072B2",
+    "#56B4E9",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+)
+INK, FAINT = "#333333", "#dddddd"
+CHART_SIZE = (5.6, 4.1)  # inches, at 72 px an inch in the SVG
+MAX_SMOOTHED_POINTS = 300
+MAX_VECTOR_POINTS = 5000
+
+
+def draw_charts(columns: dict[str, Series]) -> list[dict[str, Any]]:
+    """``title`` and inline ``svg`` of every chart that the logged columns allow."""
+    charts = []
+    if "train/loss" in columns or "val/loss" in columns:
+        charts.append({"title": "Loss", "svg": _svg(_loss_figure(columns))})
+    if "val/miou" in columns:
+        charts.append({"title": "Mean intersection over union", "svg": _svg(_miou_figure(columns))})
+    return charts
+
+
+def _svg(figure: Figure) -> Markup:
+    buffer = StringIO()
+    # Text stays text: small, searchable, in the fonts of the page.
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
+    svg = buffer.getvalue()
+    return Markup(svg[svg.index("<svg") :])
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.grid(True, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9, length=3)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=1.6,
+        columnspacing=1.4,
+    )
+
+
+def _loss_figure(columns: dict[str, Series]) -> Figure:
+    """Training and validation loss; the learning rate below on the same steps, where logged."""
+    rates = _learning_rates(columns)
+    figure = Figure(figsize=CHART_SIZE, layout="constrained")
+    if rates:
+        axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
+        _draw_learning_rates(rate_axes, rates)
+        bottom = rate_axes
+    else:
+        axes = bottom = figure.subplots()
+    _style(axes)
+    axes.set_xlim(0, 1.04 * num_steps_trained(columns))
+    bottom.set_xlabel("training step")
+
+    drawn = []
+    if (train := columns.get("train/loss")) is not None:
+        smooth = _running_median(train)
+        axes.plot(
+            train.step,
+            train.value,
+            color=SKY,
+            alpha=0.8,
+            linewidth=0.9,
+            label="train",
+            rasterized=len(train.step) > MAX_VECTOR_POINTS,
+        )
+        axes.plot(smooth.step, smooth.value, color=BLUE, linewidth=1.8, label="train, median")
+        drawn += [train.value]
+    if (validation := columns.get("val/loss")) is not None:
+        axes.plot(
+            validation.step,
+            validation.value,
+            color=VERMILLION,
+            marker="o",
+            markersize=5,
+            linewidth=1.2,
+            label="validation",
+        )
+        drawn += [validation.value]
+    values = np.concatenate(drawn)
+    values = values[np.isfinite(values)]
+    # Cross-entropy from scratch falls by orders of magnitude, in fine-tuning it barely moves.
+    if len(values) and 0 < values.min() < 0.1 * values.max():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel("loss (nats, log scale)")
+    else:
+        axes.set_ylabel("loss (nats)")
+    _legend(axes)
+    return figure
+
+
+def _running_median(series: Series) -> Series:
+    """Median over about a thirtieth of the curve, at no more points than can be told apart."""
+    num_values = len(series.value)
+    half_window = max(2, num_values // 60)
+    centers = np.unique(
+        np.linspace(0, num_values - 1, min(num_values, MAX_SMOOTHED_POINTS)).astype(int)
+    )
+    medians = [
+        np.median(series.value[max(0, center - half_window) : center + half_window + 1])
+        for center in centers
+    ]
+    return Series(series.step[centers], np.array(medians))
+
+
+def _learning_rates(columns: dict[str, Series]) -> list[tuple[str, Series]]:
+    """Curve and label of each; parameter groups that share a curve share a label."""
+    shared: dict[bytes, tuple[list[str], Series]] = {}
+    for name, series in columns.items():
+        if name.startswith("lr-") and not name.endswith(("-momentum", "-weight_decay")):
+            group = name.removeprefix("lr-").rpartition("/")[2]
+            names, _ = shared.setdefault(series.value.tobytes(), ([], series))
+            names.append(group)
+    return [(", ".join(names), series) for names, series in shared.values()]
+
+
+def _draw_learning_rates(axes: Axes, rates: Sequence[tuple[str, Series]]) -> None:
+    _style(axes)
+    styles = [(PURPLE, "-"), (GREEN, "--"), (ORANGE, "-."), (INK, ":")]
+    for number, (label, series) in enumerate(rates):
+        color, line = styles[number % len(styles)]
+        axes.plot(series.step, series.value, color=color, linestyle=line, label=label)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
+    axes.set_ylabel("learning rate")
+    if len(rates) > 1:
+        _legend(axes)
+
+
+def _miou_figure(columns: dict[str, Series]) -> Figure:
+    """mIoU in percent over training, its best point, and the ceilings of the data set."""
+    miou = columns["val/miou"]
+    percent = 100 * miou.value
+    figure = Figure(figsize=CHART_SIZE, layout="constrained")
+    axes = figure.subplots()
+    _style(axes)
+    axes.plot(miou.step, percent, color=BLUE, marker="o", markersize=5, linewidth=1.8)
+    if np.isfinite(percent).any():
+        best = int(np.nanargmax(percent))
+        axes.plot(
+            miou.step[best],
+            percent[best],
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
+            markeredgecolor=VERMILLION,
+            markeredgewidth=1.6,
+            linestyle="none",
+            label=f"best: {percent[best]:.1f} % at step {miou.step[best]:,}",
+        )
+    axes.set_xlim(0, 1.04 * num_steps_trained(columns))
+    for name, series in columns.items():
+        if not re.fullmatch(r"val/.+_ceiling", name):
+            continue
+        ceiling = 100 * series.last
+        axes.axhline(ceiling, color=INK, linestyle="--", linewidth=1.2, zorder=1)
+        axes.annotate(
+            f"{name.removeprefix('val/').replace('_', ' ')} {ceiling:.1f} %",
+            # At the left, where the curve is still far below.
+            xy=(0.015, ceiling),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            parse_math=False,
+        )
+    axes.margins(y=0.12)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("validation mIoU (%)")
+    if axes.get_legend_handles_labels()[1]:
+        _legend(axes)
+    return figure

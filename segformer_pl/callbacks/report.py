@@ -1,0 +1,55 @@
+"""The report of the run, written when it ends, however it ends."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from segformer_pl.analysis.report import summary, write_report
+from segformer_pl.analysis.run_metrics import METRICS_FILE
+
+
+class RunReport(pl.Callback):
+    """Writes ``report.html`` into the run folder after ``fit``, ``validate`` and ``test``.
+
+    Also when the run is interrupted or fails once it has logged something. Rank 0 writes, and
+    says in one line what came out and where the report is. Needs Lightning's CSVLogger as the
+    first logger; says so if it is not.
+    """
+
+    def __init__(self) -> None:
+        self.run_dir: Path | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # trainer.log_dir waits for all ranks. They are together here, and not when one has failed.
+        fast_dev_run = getattr(trainer, "fast_dev_run", False)
+        log_dir = None if fast_dev_run or stage == "predict" else trainer.log_dir
+        self.run_dir = None if log_dir is None else Path(log_dir)
+
+    # Not on_fit_end and its like: the progress bar and the table of results would come in between.
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.run_dir is None or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        try:
+            self._write(self.run_dir)
+        except FileNotFoundError as error:
+            rank_zero_info(f"No report is written: {error}.")
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if self.run_dir is None or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        try:
+            for logger in trainer.loggers:
+                logger.save()
+            if (self.run_dir / METRICS_FILE).is_file():
+                self._write(self.run_dir)
+        except Exception as error:  # what the user must see is the exception of the run
+            rank_zero_warn(f"The report could not be written: {error}")
+
+    def _write(self, run_dir: Path) -> None:
+        report = write_report(run_dir)
+        rank_zero_info("   ".join(filter(None, [summary(run_dir), f"report: {report}"])))

@@ -1,0 +1,146 @@
+"""The command line: ``python -m segformer_pl fit|validate|test|predict`` on LightningCLI.
+
+What a data set determines (number of classes, names, palette, ignored label) is linked from its
+catalogue entry, so an experiment file states it once, as ``data.dataset``.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from segformer_pl.callbacks import PredictionWriter, RunReport
+from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
+from segformer_pl.data.catalog import find_dataset
+from segformer_pl.task import SegmentationTask
+
+PROG = "python -m segformer_pl"
+
+
+def _labels(dataset: str) -> LabelSpec:
+    return find_dataset(dataset).labels
+
+
+class SegformerArgumentParser(LightningArgumentParser):
+    """Says what is wrong in one sentence, and lets links reach into a function's arguments."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        cause: BaseException | None = ex
+        while cause is not None and not isinstance(cause, DataError):
+            cause = cause.__cause__ or cause.__context__
+        sentence = " ".join(line.strip() for line in str(cause or message).splitlines())
+        sys.stderr.write(f"error: {sentence} (what is accepted: {PROG} COMMAND --help)\n")
+        self.exit(2)
+
+    # jsonargparse 4.53 passes linked_targets on to this method as it does to
+    # add_class_arguments, but only the latter takes it.
+    def add_function_arguments(
+        self, *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
+    ) -> list[str]:
+        return super().add_function_arguments(*args, **kwargs)
+
+
+class SegformerCLI(LightningCLI):
+    """LightningCLI with the links from data set to task and the callbacks that are always on."""
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            SegmentationTask,
+            StreamingSegmentationData,
+            parser_class=SegformerArgumentParser,
+            parser_kwargs={"prog": PROG},
+            # The task has its own optimiser; --optimizer would replace its parameter groups.
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={
+                # A stream has no epochs: training is counted in steps, and so is validation.
+                "max_epochs": -1,
+                "check_val_every_n_epoch": None,
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": "runs", "name": "unnamed"},
+                },
+                "callbacks": [RunReport()],
+            },
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        links = {
+            "model.class_names": lambda name: list(_labels(name).names),
+            "model.palette": lambda name: [list(color) for color in _labels(name).colors],
+            "model.ignore_index": lambda name: _labels(name).ignore_index,
+            "model.network.init_args.num_classes": lambda name: _labels(name).num_classes,
+        }
+        for target, compute in links.items():
+            parser.link_arguments("data.dataset", target, compute_fn=compute)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+
+    def model_settings(self) -> dict[str, Any]:
+        """The task's arguments as plain data, linked ones included."""
+        dumped = self.parser.dump(self.config, skip_link_targets=False, format="yaml")
+        config = yaml.safe_load(dumped)
+        return config.get(self.config.get("subcommand"), config)["model"]
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # a constructor that refuses its arguments
+            sys.exit(f"error: {error}")
+
+    def after_instantiate_classes(self) -> None:
+        # With the text of its network a checkpoint can be loaded without this command line.
+        self.model.save_hyperparameters({"network": self.model_settings()["network"]})
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning's version lets the checkpoint's hyperparameters override the configuration
+        # and the command line in silence. It offers no other hook to prevent that.
+        ckpt_path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        if not ckpt_path or not Path(ckpt_path).is_file():
+            return
+        checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+        here = dict(_leaves(self.model_settings()))
+        there = dict(_leaves(checkpoint.get("hyper_parameters", {})))
+        for key in sorted(here.keys() & there.keys()):
+            if here[key] != there[key]:
+                rank_zero_info(
+                    f"model.{key} is {here[key]} here and was {there[key]} in {ckpt_path}: "
+                    f"{here[key]} is used"
+                )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix.rstrip("."), list(tree) if isinstance(tree, tuple) else tree
+
+
+def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI:
+    """Parse the arguments, build task, data and trainer, and run the subcommand.
+
+    Args:
+        args: Command-line arguments; default those of the process.
+        run: Whether ``args`` start with a subcommand to run. With False they are the options of a
+            run, and what was built is returned with nothing run: ``main([...], run=False).model``.
+    """
+    try:
+        return SegformerCLI(args, run)
+    except DataError as error:
+        # A loader process passes its exception on as text, with the sentence on the last line.
+        sentence = str(error).splitlines()[-1].removeprefix(f"{_qualified(DataError)}: ")
+        sys.exit(f"error: {sentence}")
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

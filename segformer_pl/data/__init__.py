@@ -1,0 +1,6 @@
+"""Data sets: catalogue entry -> stream -> joint transforms -> batches."""
+
+from segformer_pl.data.datamodule import StreamingSegmentationData
+from segformer_pl.data.labels import DataError, LabelSpec
+
+__all__ = ["DataError", "LabelSpec", "StreamingSegmentationData"]

@@ -1,0 +1,109 @@
+"""The All-MLP decode head of SegFormer (Xie et al. 2021, Sec. 3.2), computed in folded form."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segformer_pl.models.mit import to_channels_first, to_tokens
+
+
+class AllMLPHead(nn.Module):
+    """Project every stage to C channels, upsample to stage 1, fuse, classify.
+
+    The reference computes ``relu(bn(fuse(concat(up(W_i x_i + b_i)))))`` with the stages
+    concatenated from the coarsest to the finest. The projections W_i, the upsampling and the 1x1
+    fuse convolution (blocks F_i) are all linear, and bilinear upsampling commutes with a 1x1
+    convolution, so :meth:`fuse_features` computes ``sum_i up(F_i W_i x_i) + F_i b_i`` instead:
+    the two small matrices are multiplied first and each stage is projected at its own
+    resolution. Parameters and results are the reference's, gradients reach both factors, and the
+    4C-channel concatenation at stride 4 is never built.
+
+    Shapes:
+        input   list of (B, C_i, H_i, W_i), the encoder's feature pyramid
+        output  logits (B, num_classes, H_1, W_1), at the resolution of the encoder's first stage
+
+    Args:
+        in_channels: Channels C_i of every feature map the encoder gives.
+        num_classes: Number of classes.
+        decoder_dim: Channels C of the head: 256 for B0 and B1, 768 for B2 to B5.
+        in_indices: Which of the encoder's stages feed the head, counted from 0. With a single
+            stage there is nothing to fuse and the fuse convolution is left out, which gives the
+            parameter count of the paper's "MiT-B2, S4 only" row (Table 1d).
+        dropout: Rate of the channel dropout before the classifier.
+
+    Raises:
+        ValueError: ``in_indices`` repeats a stage, names one the encoder does not have, or leaves
+            out the deepest one.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        decoder_dim: int,
+        in_indices: Sequence[int] = (0, 1, 2, 3),
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        deepest = len(in_channels) - 1
+        if sorted(set(in_indices) & set(range(deepest + 1))) != sorted(in_indices):
+            raise ValueError(
+                f"in_indices={tuple(in_indices)}: name each stage at most once, "
+                f"out of 0 to {deepest}"
+            )
+        if deepest not in in_indices:
+            raise ValueError(
+                f"in_indices={tuple(in_indices)} leaves out the deepest stage, {deepest}, whose "
+                f"parameters would then never be trained; add {deepest}"
+            )
+        self.in_indices = tuple(sorted(in_indices))
+        self.projections = nn.ModuleList(
+            nn.Linear(in_channels[i], decoder_dim) for i in self.in_indices
+        )
+        num_stages = len(self.in_indices)
+        # A 1x1 convolution without bias, as in the reference code (the paper says Linear).
+        # Its input blocks are ordered from the coarsest stage to the finest.
+        self.fuse = (
+            nn.Conv2d(num_stages * decoder_dim, decoder_dim, 1, bias=False)
+            if num_stages > 1
+            else None
+        )
+        self.bn = nn.BatchNorm2d(decoder_dim)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(decoder_dim, num_classes, 1)
+        if self.fuse is not None:
+            nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.classify(self.fuse_features(features))
+
+    def classify(self, fused: Tensor) -> Tensor:
+        """Fused map (B, C, H_1, W_1) -> logits (B, num_classes, H_1, W_1)."""
+        return self.classifier(self.dropout(fused))
+
+    def fuse_features(self, features: Sequence[Tensor]) -> Tensor:
+        """Feature pyramid -> fused map (B, C, H_1, W_1) after BatchNorm and ReLU."""
+        size = features[0].shape[2:]
+        weights, bias = self.folded_projections()
+        projected = (
+            to_channels_first(F.linear(to_tokens(features[index]), weight))
+            for index, weight in zip(self.in_indices, weights)
+        )
+        upsampled = (
+            F.interpolate(p, size=size, mode="bilinear", align_corners=False) for p in projected
+        )
+        return F.relu(self.bn(sum(upsampled, start=bias[:, None, None])))
+
+    def folded_projections(self) -> tuple[list[Tensor], Tensor]:
+        """The products F_i W_i, one (C, C_i) matrix per stage used, and the sum of F_i b_i (C,)."""
+        projections = cast(list[nn.Linear], list(self.projections))
+        if self.fuse is None:
+            return [projections[0].weight], projections[0].bias
+        blocks = reversed(self.fuse.weight.flatten(1).chunk(len(projections), dim=1))
+        pairs = list(zip(blocks, projections))
+        weights = [block @ projection.weight for block, projection in pairs]
+        bias = torch.stack([block @ projection.bias for block, projection in pairs]).sum(0)
+        return weights, bias

@@ -1,0 +1,413 @@
+"""Mix Transformer (MiT), the hierarchical encoder of SegFormer (Xie et al. 2021, Sec. 3.1).
+
+Read downward: patch embedding, attention, Mix-FFN, block, stage, encoder, variants B0 ... B5.
+
+Shape legend: B batch, H x W token grid, N = H * W tokens, C channels, r = ``sr_ratio`` (the
+paper's reduction ratio R is r squared). Tokens are kept as (B, H, W, C): height and width travel
+with them, and a ``permute`` to (B, C, H, W) is a channels-last view, so neither the convolutions
+nor the LayerNorms ever meet a copy.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PosEncoding = Literal["mix_ffn", "learned", "none"]
+
+# The released weights were trained with 1e-6 in block and stage norms but with torch's default
+# in the norms after a convolution (patch embedding, sequence reduction).
+CONV_NORM_EPS = 1e-5
+
+
+def to_channels_first(tokens: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), a view in channels-last memory format."""
+    return tokens.permute(0, 3, 1, 2)
+
+
+def to_tokens(feature_map: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), a view."""
+    return feature_map.permute(0, 2, 3, 1)
+
+
+class OverlapPatchEmbed(nn.Module):
+    """Overlapped patch merging: a strided convolution and a LayerNorm (Sec. 3.1).
+
+    Shapes: (B, C_in, H, W) -> (B, H', W', C_out), H' = floor((H + 2P - K) / S) + 1.
+    """
+
+    def __init__(
+        self, in_channels: int, embed_dim: int, patch_size: int, stride: int, padding: int
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dim, patch_size, stride, padding)
+        self.norm = nn.LayerNorm(embed_dim, eps=CONV_NORM_EPS)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return self.norm(to_tokens(self.proj(feature_map)))
+
+
+class EfficientSelfAttention(nn.Module):
+    """Multi-head self-attention whose keys and values come from a reduced grid (Sec. 3.1, eq. 2).
+
+    The paper writes the reduction as reshape + Linear; its code, followed here, uses a convolution
+    with kernel and stride r and no padding, so the key/value grid is floor(H/r) x floor(W/r) and
+    a border of up to r - 1 token rows or columns is not seen when r does not divide the grid.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C).
+
+    Raises:
+        ValueError: r is larger than the token grid.
+    """
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)  # output rows: keys of all heads, then values
+        self.proj = nn.Linear(dim, dim)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, height, width, dim = tokens.shape
+        reduced = self.reduce(tokens)
+        query = self.q(tokens).view(batch, height * width, self.num_heads, -1).transpose(1, 2)
+        key, value = (
+            self.kv(reduced)
+            .view(batch, -1, 2, self.num_heads, dim // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, N / R, C / heads)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).reshape(batch, height, width, dim))
+
+    def reduce(self, tokens: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, floor(H/r), floor(W/r), C), the source of keys and values."""
+        if self.sr_ratio == 1:
+            return tokens
+        height, width = tokens.shape[1:3]
+        if min(height, width) < self.sr_ratio:
+            raise ValueError(
+                f"sr_ratio {self.sr_ratio} is larger than the {height}x{width} token grid that "
+                "it should reduce; use larger images or a smaller sr_ratio in this stage"
+            )
+        return self.norm(to_tokens(self.sr(to_channels_first(tokens))))
+
+
+class MixFFN(nn.Module):
+    """Feed-forward network with a zero-padded 3x3 depthwise convolution (Sec. 3.1, eq. 3).
+
+    The zero padding is what tells the network where it is, in place of a positional encoding.
+    Without ``depthwise`` this is the plain transformer feed-forward network.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, depthwise: bool) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.dwconv = (
+            nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+            if depthwise
+            else nn.Identity()
+        )
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = to_channels_first(self.fc1(tokens))
+        return self.fc2(F.gelu(to_tokens(self.dwconv(hidden))))
+
+
+class Block(nn.Module):
+    """One attention and one Mix-FFN, each pre-normalised, residual and subject to drop path.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: int,
+        sr_ratio: int,
+        depthwise: bool,
+        drop_path_rate: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = MixFFN(dim, mlp_ratio * dim, depthwise)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+
+class Stage(nn.Module):
+    """Patch embedding, blocks and a closing LayerNorm: one level of the pyramid.
+
+    Shapes: (B, C_in, H, W) -> (B, C, H', W'), H' as in :class:`OverlapPatchEmbed`. The normed map
+    feeds both the decode head and the next stage.
+    """
+
+    def __init__(
+        self,
+        patch_embed: OverlapPatchEmbed,
+        blocks: Sequence[Block],
+        norm: nn.LayerNorm,
+        pos_grid: int | None,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm
+        if pos_grid is None:
+            self.register_parameter("pos_embed", None)
+        else:
+            dim = norm.normalized_shape[0]
+            self.pos_embed = nn.Parameter(torch.zeros(1, dim, pos_grid, pos_grid))
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        tokens = self.patch_embed(feature_map)
+        if self.pos_embed is not None:
+            tokens = tokens + to_tokens(
+                F.interpolate(
+                    self.pos_embed, size=tokens.shape[1:3], mode="bilinear", align_corners=False
+                )
+            )
+        return to_channels_first(self.norm(self.blocks(tokens)))
+
+
+class MixTransformer(nn.Module):
+    """Mix Transformer (MiT): the hierarchical encoder of SegFormer.
+
+    Four stages, each an overlapped patch embedding followed by transformer blocks and a
+    LayerNorm, produce a feature pyramid at strides 4, 8, 16 and 32. There is no positional
+    encoding by default: the zero-padded depthwise convolution inside Mix-FFN leaks position, so
+    the encoder accepts any resolution (Xie et al. 2021, Sec. 3.1).
+
+    Shapes (C_i channels and s_i cumulative stride of stage i):
+        input   (B, in_channels, H, W), any H and W of at least 29 pixels with the defaults
+        output  list of four (B, C_i, ceil(H / s_i), ceil(W / s_i)), channels-last in memory;
+                floor instead of ceil where the overlap is removed
+
+    Args:
+        embed_dims: Channels C_i of each stage (Table 6).
+        depths: Number of blocks L_i of each stage (Table 6, but L_2 as in the released weights).
+        num_heads: Attention heads of each stage.
+        mlp_ratio: Width of Mix-FFN over C_i. 4 as in the released weights; Table 6 prints 8 for
+            the first two stages of B0 to B4.
+        sr_ratios: Side of the square of tokens merged into one key/value. The paper's reduction
+            ratio R is its square: (8, 4, 2, 1) here is the paper's (64, 16, 4, 1).
+        patch_sizes: Kernel K of each patch embedding.
+        strides: Stride S of each patch embedding.
+        paddings: Padding P of each patch embedding. Default: K // 2 where patches overlap
+            (K > S), and 0 where they do not (K = S), so that a 512-pixel side cut in patches of
+            4 gives 128 tokens and not 129.
+        pos_encoding: ``"mix_ffn"`` (the paper's), ``"learned"`` (no depthwise convolution; one
+            table per stage, resized bilinearly to the token grid: the paper's Table 1c
+            comparison) or ``"none"`` (neither).
+        image_size: Side in pixels of the square images that the learned tables are laid out
+            for. Required by ``pos_encoding="learned"``, refused otherwise.
+        in_channels: Channels of the image.
+        drop_path_rate: Stochastic-depth rate of the last block; ramps linearly from 0 over all
+            blocks.
+        norm_eps: Epsilon of block and stage norms. 1e-6 is what the released weights were
+            trained with; transformers runs at 1e-5. The norms after a convolution use 1e-5.
+
+    Attributes:
+        out_channels, out_strides: C_i and s_i, the encoder contract that a decode head reads.
+
+    Raises:
+        ValueError: an impossible combination of arguments, with the value, the limit, the remedy.
+
+    Example:
+        >>> [tuple(f.shape) for f in mit_b0()(torch.zeros(1, 3, 64, 96))]
+        [(1, 32, 16, 24), (1, 64, 8, 12), (1, 160, 4, 6), (1, 256, 2, 3)]
+    """
+
+    def __init__(
+        self,
+        embed_dims: Sequence[int],
+        depths: Sequence[int],
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratio: int = 4,
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        patch_sizes: Sequence[int] = (7, 3, 3, 3),
+        strides: Sequence[int] = (4, 2, 2, 2),
+        paddings: Sequence[int] | None = None,
+        pos_encoding: PosEncoding = "mix_ffn",
+        image_size: int | None = None,
+        in_channels: int = 3,
+        drop_path_rate: float = 0.1,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if paddings is None:
+            paddings = [k // 2 if k > s else 0 for k, s in zip(patch_sizes, strides)]
+        _check_stage_arguments(
+            embed_dims=embed_dims,
+            depths=depths,
+            num_heads=num_heads,
+            sr_ratios=sr_ratios,
+            patch_sizes=patch_sizes,
+            strides=strides,
+            paddings=paddings,
+        )
+        _check_pos_encoding(pos_encoding, image_size)
+
+        self.out_channels = tuple(embed_dims)
+        self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
+
+        last_block = max(sum(depths) - 1, 1)
+        stages = []
+        num_built = 0
+        grid = image_size
+        for s in range(4):
+            if grid is not None:
+                grid = (grid + 2 * paddings[s] - patch_sizes[s]) // strides[s] + 1
+                if grid < 1:
+                    raise ValueError(
+                        f"image_size={image_size} leaves no token in stage {s + 1}; "
+                        "use larger images or smaller strides"
+                    )
+            stages.append(
+                Stage(
+                    OverlapPatchEmbed(
+                        embed_dims[s - 1] if s else in_channels,
+                        embed_dims[s],
+                        patch_sizes[s],
+                        strides[s],
+                        paddings[s],
+                    ),
+                    [
+                        Block(
+                            embed_dims[s],
+                            num_heads[s],
+                            mlp_ratio,
+                            sr_ratios[s],
+                            depthwise=pos_encoding == "mix_ffn",
+                            drop_path_rate=drop_path_rate * (num_built + b) / last_block,
+                            norm_eps=norm_eps,
+                        )
+                        for b in range(depths[s])
+                    ],
+                    nn.LayerNorm(embed_dims[s], eps=norm_eps),
+                    pos_grid=grid,
+                )
+            )
+            num_built += depths[s]
+        self.stages = nn.ModuleList(stages)
+        self.apply(_init_weights)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = []
+        feature_map = images.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            feature_map = stage(feature_map)
+            features.append(feature_map)
+        return features
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Initialisation of the reference code: Linear N(0, .02), Conv2d He over the fan-out."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        kernel_height, kernel_width = module.kernel_size
+        fan_out = kernel_height * kernel_width * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Stage) and module.pos_embed is not None:
+        nn.init.trunc_normal_(module.pos_embed, std=0.02)
+
+
+def _check_stage_arguments(**per_stage: Sequence[int]) -> None:
+    for name, values in per_stage.items():
+        lowest = 0 if name == "paddings" else 1
+        if len(values) != 4 or any(v < lowest for v in values):
+            raise ValueError(
+                f"{name}={tuple(values)}: give one integer of at least {lowest} for each of the "
+                "four stages"
+            )
+    for s in range(4):
+        dim, heads = per_stage["embed_dims"][s], per_stage["num_heads"][s]
+        kernel, stride = per_stage["patch_sizes"][s], per_stage["strides"][s]
+        padding = per_stage["paddings"][s]
+        if dim % heads:
+            raise ValueError(
+                f"stage {s + 1}: embed_dim {dim} is not a multiple of its {heads} heads; "
+                "change embed_dims or num_heads"
+            )
+        if kernel < stride:
+            raise ValueError(
+                f"stage {s + 1}: patch_size {kernel} is smaller than stride {stride}, so pixels "
+                f"between patches would never be seen; use a patch_size of at least {stride}"
+            )
+        if padding > kernel // 2:
+            raise ValueError(
+                f"stage {s + 1}: padding {padding} is more than half of patch_size {kernel}, so "
+                f"border patches would hold mostly padding; use at most {kernel // 2}"
+            )
+
+
+def _check_pos_encoding(pos_encoding: PosEncoding, image_size: int | None) -> None:
+    if pos_encoding not in get_args(PosEncoding):
+        raise ValueError(
+            f"pos_encoding={pos_encoding!r}: choose one of {', '.join(get_args(PosEncoding))}"
+        )
+    if pos_encoding == "learned" and image_size is None:
+        raise ValueError(
+            "pos_encoding='learned' needs image_size, the side in pixels of the training crops "
+            "that its tables are laid out for"
+        )
+    if pos_encoding != "learned" and image_size is not None:
+        raise ValueError(
+            f"image_size={image_size} has no meaning with pos_encoding={pos_encoding!r}: only "
+            "learned tables have a size; leave it out"
+        )
+
+
+# Variants (Table 6; depths of B2 and B3 as in the released weights). Every other argument of
+# MixTransformer is open to an ablation.
+
+
+def mit_b0(**kwargs: Any) -> MixTransformer:
+    """MiT-B0, 3.3 M parameters."""
+    return MixTransformer(embed_dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), **kwargs)
+
+
+def mit_b1(**kwargs: Any) -> MixTransformer:
+    """MiT-B1, 13.2 M parameters."""
+    return MixTransformer(embed_dims=(64, 128, 320, 512), depths=(2, 2, 2, 2), **kwargs)
+
+
+def mit_b2(**kwargs: Any) -> MixTransformer:
+    """MiT-B2, 24.2 M parameters."""
+    return MixTransformer(embed_dims=(64, 128, 320, 512), depths=(3, 4, 6, 3), **kwargs)
+
+
+def mit_b3(**kwargs: Any) -> MixTransformer:
+    """MiT-B3, 44.1 M parameters."""
+    return MixTransformer(embed_dims=(64, 128, 320, 512), depths=(3, 4, 18, 3), **kwargs)
+
+
+def mit_b4(**kwargs: Any) -> MixTransformer:
+    """MiT-B4, 60.8 M parameters."""
+    return MixTransformer(embed_dims=(64, 128, 320, 512), depths=(3, 8, 27, 3), **kwargs)
+
+
+def mit_b5(**kwargs: Any) -> MixTransformer:
+    """MiT-B5, 81.4 M parameters."""
+    return MixTransformer(embed_dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), **kwargs)

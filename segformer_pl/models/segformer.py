@@ -1,0 +1,126 @@
+"""SegFormer = a hierarchical encoder and the All-MLP decode head (Xie et al. 2021, Fig. 2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from segformer_pl.models.decode_head import AllMLPHead
+from segformer_pl.models.mit import (
+    MixTransformer,
+    mit_b0,
+    mit_b1,
+    mit_b2,
+    mit_b3,
+    mit_b4,
+    mit_b5,
+)
+
+
+class SegFormer(nn.Module):
+    """A semantic segmentation network: encoder, then All-MLP head.
+
+    Shapes: (B, in_channels, H, W) -> logits (B, num_classes, ceil(H/4), ceil(W/4)). Upsampling to
+    pixels belongs to the loss and to inference, not to the network.
+
+    Args:
+        encoder: Module with ``forward(images) -> list of (B, C_i, H_i, W_i)`` and the attribute
+            ``out_channels``.
+        num_classes: Number of classes.
+        decoder_dim: Channels C of the head.
+        in_indices: Stages that feed the head, counted from 0 (Table 1d varies them).
+        dropout: Channel dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        encoder: MixTransformer,
+        num_classes: int,
+        decoder_dim: int = 256,
+        in_indices: Sequence[int] = (0, 1, 2, 3),
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = AllMLPHead(encoder.out_channels, num_classes, decoder_dim, in_indices, dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+    def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """The named intermediates, in order, that analysis looks at.
+
+        Returns:
+            ``stage1`` ... ``stage4``: the normed map of each stage, (B, C_i, H_i, W_i);
+            ``head``: the fused map after BatchNorm and ReLU, (B, decoder_dim, H_1, W_1), the last
+            one before the classifier.
+        """
+        features = self.encoder(images)
+        named = {f"stage{i}": feature for i, feature in enumerate(features, start=1)}
+        return named | {"head": self.head.fuse_features(features)}
+
+
+def segformer_b0(
+    num_classes: int,
+    decoder_dim: int = 256,
+    in_indices: Sequence[int] = (0, 1, 2, 3),
+    dropout: float = 0.1,
+    **kwargs: Any,
+) -> SegFormer:
+    """SegFormer-B0, 3.8 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    return SegFormer(mit_b0(**kwargs), num_classes, decoder_dim, in_indices, dropout)
+
+
+def segformer_b1(
+    num_classes: int,
+    decoder_dim: int = 256,
+    in_indices: Sequence[int] = (0, 1, 2, 3),
+    dropout: float = 0.1,
+    **kwargs: Any,
+) -> SegFormer:
+    """SegFormer-B1, 13.7 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    return SegFormer(mit_b1(**kwargs), num_classes, decoder_dim, in_indices, dropout)
+
+
+def segformer_b2(
+    num_classes: int,
+    decoder_dim: int = 768,
+    in_indices: Sequence[int] = (0, 1, 2, 3),
+    dropout: float = 0.1,
+    **kwargs: Any,
+) -> SegFormer:
+    """SegFormer-B2, 27.5 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    return SegFormer(mit_b2(**kwargs), num_classes, decoder_dim, in_indices, dropout)
+
+
+def segformer_b3(
+    num_classes: int,
+    decoder_dim: int = 768,
+    in_indices: Sequence[int] = (0, 1, 2, 3),
+    dropout: float = 0.1,
+    **kwargs: Any,
+) -> SegFormer:
+    """SegFormer-B3, 47.3 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    return SegFormer(mit_b3(**kwargs), num_classes, decoder_dim, in_indices, dropout)
+
+
+def segformer_b4(
+    num_classes: int,
+    decoder_dim: int = 768,
+    in_indices: Sequence[int] = (0, 1, 2, 3),
+    dropout: float = 0.1,
+    **kwargs: Any,
+) -> SegFormer:
+    """SegFormer-B4, 64.1 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    return SegFormer(mit_b4(**kwargs), num_classes, decoder_dim, in_indices, dropout)
+
+
+def segformer_b5(
+    num_classes: int,
+    decoder_dim: int = 768,
+    in_indices: Sequence[int] = (0, 1, 2, 3),
+    dropout: float = 0.1,
+    **kwargs: Any,
+) -> SegFormer:
+    """SegFormer-B5, 84.7 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    return SegFormer(mit_b5(**kwargs), num_classes, decoder_dim, in_indices, dropout)

@@ -1,0 +1,185 @@
+"""Semantic segmentation as a LightningModule: one shared step, loss, scores, optimiser."""
+
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import SumMetric
+
+from segformer_pl.inference import predict_labels
+from segformer_pl.losses import cross_entropy
+from segformer_pl.metrics import SegmentationScores
+from segformer_pl.optim import parameter_groups, poly_with_warmup
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class SegmentationTask(pl.LightningModule):
+    """Trains and scores any segmenter of :mod:`segformer_pl.models`.
+
+    Takes batches ``{"image": (B, C, H, W) float RGB in 0 to 1, "label": (B, H, W) int64 train
+    ids, "id": list of B str}``. Logs ``train/loss``, and for ``val`` and ``test``
+    ``<split>/loss``, ``/miou``, ``/macc``, ``/aacc`` and ``/iou/<class>``, fractions over the
+    whole set and all ranks.
+
+    The defaults are the paper's recipe (Sec. 4.1 and the reference configurations): AdamW,
+    learning rate 6e-5 and ten times that in the head, weight decay 0.01 but none on the encoder's
+    norms, linear warm-up over 1500 steps, then linear decay to 0 at ``trainer.max_steps``.
+
+    A checkpoint of a task that was built by the command line describes its network and loads with
+    ``SegmentationTask.load_from_checkpoint(file)``; one of a task built in Python needs the
+    network again, ``load_from_checkpoint(file, network=...)``.
+
+    Args:
+        network: The segmenter: ``encoder`` attribute, ``forward(images) -> logits``,
+            ``feature_maps(images) -> dict``.
+        class_names: Names by train id; linked from the data set on the command line.
+        palette: RGB 0-255 by train id; linked.
+        ignore_index: Label that neither trains nor scores; linked.
+        lr: Base learning rate, of the encoder.
+        head_lr_mult: Learning rate of everything outside the encoder, over ``lr``.
+        weight_decay: AdamW's decoupled weight decay.
+        warmup_steps: Steps of linear warm-up.
+        poly_power: Power of the polynomial decay.
+        image_mean: Mean that the images are normalised with, per channel.
+        image_std: Standard deviation likewise.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+    network: Any  # a segmenter, see models
+
+    def __init__(
+        self,
+        network: nn.Module,
+        class_names: list[str],
+        palette: list[list[int]],
+        ignore_index: int = 255,
+        lr: float = 6e-5,
+        head_lr_mult: float = 10.0,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 1500,
+        poly_power: float = 1.0,
+        image_mean: tuple[float, ...] = IMAGENET_MEAN,
+        image_std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        # The command line adds the network as the text that describes it (see cli.py). A module
+        # must not go in: it would be pickled into checkpoints and spelled out in hparams.yaml.
+        self.save_hyperparameters(ignore=["network"])
+        self.network = network
+        self.class_names = class_names
+        self.palette = palette
+        self.ignore_index = ignore_index
+        self.lr = lr
+        self.head_lr_mult = head_lr_mult
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.poly_power = poly_power
+        # Not in the checkpoint's tensors: they are in its hyperparameters.
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(-1, 1, 1), False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1), False)
+        for split in ("val", "test"):
+            # A sum, because a MeanMetric that skips its nan check (a wait for the GPU in every
+            # batch) also ignores its weights in torchmetrics 1.9.
+            self.add_module(f"{split}_loss", SumMetric(nan_strategy="disable"))
+            self.add_module(f"{split}_scores", SegmentationScores(len(class_names), ignore_index))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in 0 to 1 -> logits (B, num_classes, h, w) at the network's stride."""
+        return self.network(self.normalize(images))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in 0 to 1 -> what the network was trained on."""
+        return (images - self.image_mean) / self.image_std
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = cross_entropy(self(batch["image"]), batch["label"], self.ignore_index)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._score(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._score(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """(B, H, W) int64 train ids at the size of the images."""
+        return predict_labels(self(batch["image"]), batch["image"].shape[2:])
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _score(self, batch: dict[str, Any], split: str) -> None:
+        labels = batch["label"]
+        logits = self(batch["image"])
+        num_labelled = (labels != self.ignore_index).sum()
+        loss = cross_entropy(logits, labels, self.ignore_index)
+        getattr(self, f"{split}_loss").update(loss * num_labelled)
+        scores = getattr(self, f"{split}_scores")
+        scores.update(predict_labels(logits, labels.shape[1:]), labels)
+
+    def _log_scores(self, split: str) -> None:
+        # Here and not in the step: every rank gets here, also one that had no batch at all, so
+        # the sums over ranks cannot wait for ever.
+        loss, scores = getattr(self, f"{split}_loss"), getattr(self, f"{split}_scores")
+        values = scores.compute()
+        per_class = values.pop("iou")
+        values["loss"] = loss.compute() / values.pop("num_labelled")
+        loss.reset()
+        scores.reset()
+        self.log_dict(
+            {f"{split}/{key}": value.float() for key, value in values.items()},
+            prog_bar=True,
+            sync_dist=True,
+        )
+        self.log_dict(
+            {
+                f"{split}/iou/{name}": value.float()
+                for name, value in zip(self.class_names, per_class)
+            },
+            sync_dist=True,
+        )
+        # Scores that the data set knows of itself, such as a ceiling, belong beside the run's.
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "reference_scores"):
+            known = data.reference_scores(split)
+            self.log_dict({f"{split}/{name}": value for name, value in known.items()})
+
+    def on_train_start(self) -> None:
+        # A resumed run gets the checkpoint's optimiser settings back together with its state. The
+        # settings asked for now win; without a change this does nothing.
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        schedule = cast(LambdaLR, self.lr_schedulers())
+        for group, wanted in zip(optimizer.param_groups, self._parameter_groups()):
+            group["initial_lr"], group["weight_decay"] = wanted["lr"], wanted["weight_decay"]
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        for group, lr_lambda in zip(optimizer.param_groups, schedule.lr_lambdas):
+            group["lr"] = group["initial_lr"] * lr_lambda(schedule.last_epoch)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(
+            self.network, self.network.encoder, self.lr, self.weight_decay, self.head_lr_mult
+        )
+
+    def configure_optimizers(self) -> Any:
+        max_steps = self.trainer.max_steps
+        if max_steps < 1:
+            raise ValueError(
+                "trainer.max_steps is not set, and the learning-rate schedule is counted in steps; "
+                "give --trainer.max_steps N"
+            )
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.lr, fused=True)
+        schedule = poly_with_warmup(optimizer, max_steps, self.warmup_steps, self.poly_power)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

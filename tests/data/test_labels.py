@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+
+from segformer_pl.data.labels import DataError, LabelSpec
+
+SPEC = LabelSpec(
+    names=("road", "car"), colors=((0, 0, 0), (1, 1, 1)), ignored=frozenset({7}), ignore_index=255
+)
+
+
+def test_values_map_to_train_ids_and_ignored_values_to_ignore_index():
+    raw = np.array([[0, 1], [7, 0]], np.uint8)
+    np.testing.assert_array_equal(SPEC.to_train_ids(raw, "x"), [[0, 1], [255, 0]])
+
+
+def test_an_explicit_mapping_replaces_the_identity():
+    spec = LabelSpec(names=("a",), colors=((0, 0, 0),), raw_to_train={500: 0})
+    raw = np.array([[500]], np.uint16)
+    np.testing.assert_array_equal(spec.to_train_ids(raw, "x"), [[0]])
+    with pytest.raises(DataError, match="label value 0 in 1 pixels"):
+        spec.to_train_ids(np.zeros((1, 1), np.uint8), "x")
+
+
+def test_an_unknown_value_is_named_with_image_count_and_what_is_known():
+    raw = np.array([[0, 9], [9, 3]], np.uint8)
+    with pytest.raises(
+        DataError,
+        match=r"^picture 5: label value 9 in 2 pixels \(and 1 other unknown values\) .*0-1, 7",
+    ):
+        SPEC.to_train_ids(raw, "picture 5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"names": ("a", "b"), "colors": ((0, 0, 0),)}, "2 class names but 1 colours"),
+        (
+            {"names": ("a",), "colors": ((0, 0, 0),), "ignore_index": 0},
+            "ignore_index 0 is the train id of class 'a'",
+        ),
+    ],
+)
+def test_a_contradictory_spec_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LabelSpec(**arguments)

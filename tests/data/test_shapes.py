@@ -1,0 +1,157 @@
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from segformer_pl.data import shapes
+from segformer_pl.metrics import SegmentationScores
+
+NUM_CLASSES = len(shapes.CLASS_NAMES)
+BLUE, ORANGE = (shapes.CLASS_NAMES.index(name) for name in shapes.BEACON_COLORS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes") / "small"
+    shapes.generate(folder, {"train": 20, "validation": 120})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [shapes.draw(np.random.default_rng(i)) for i in range(60)]
+
+
+def test_generation_repeats_bit_for_bit(folder, tmp_path):
+    shapes.generate(tmp_path / "again", {"train": 20, "validation": 120})
+    files = sorted(file.name for file in folder.iterdir())
+    assert len(files) == 3
+    for name in files:
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shapes, "draw", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        shapes.generate(tmp_path / "folder", {"train": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_streams_like_a_hub_data_set(folder):
+    stream = datasets.load_dataset(
+        "parquet", data_files=str(folder / "train*.parquet"), split="train", streaming=True
+    )
+    assert isinstance(stream.features["image"], datasets.Image)
+    rows = list(stream)
+    assert [row["id"] for row in rows] == [f"train-{i:05d}" for i in range(20)]
+    size = (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
+    assert rows[0]["image"].size == rows[0]["label"].size == size
+    expected = shapes.draw(np.random.default_rng([shapes.SEED, 0, 0]))
+    np.testing.assert_array_equal(np.asarray(rows[0]["label"]), expected.label)
+    np.testing.assert_array_equal(np.asarray(rows[0]["image"]), expected.image)
+
+
+def test_splits_differ(folder):
+    rows = {
+        split: next(
+            iter(
+                datasets.load_dataset(
+                    "parquet",
+                    data_files={split: str(folder / f"{split}*.parquet")},
+                    split=split,
+                    streaming=True,
+                )
+            )
+        )
+        for split in ("train", "validation")
+    }
+    assert (np.asarray(rows["train"]["image"]) != np.asarray(rows["validation"]["image"])).any()
+
+
+def test_every_class_and_unlabelled_pixels_occur(samples):
+    values = np.unique(np.stack([sample.label for sample in samples]))
+    assert set(values) == {*range(NUM_CLASSES), shapes.UNLABELLED}
+
+
+def test_rings_of_one_picture_share_a_class_and_keep_their_distance_from_the_beacon(samples):
+    for sample in samples:
+        present = set(np.unique(sample.label)) & {BLUE, ORANGE}
+        assert present <= {shapes.CLASS_NAMES.index(sample.ring)}
+        assert (sample.ring_distances >= shapes.BEACON_DISTANCE).all()
+        assert sample.ring_distances.size == np.isin(sample.label, list(present)).sum()
+
+
+def test_only_the_beacon_tells_the_two_rings_apart(monkeypatch):
+    """The same random draws with the beacons swapped give the same pixels but for the beacon."""
+    swapped = dict(zip(shapes.BEACON_COLORS, reversed(shapes.BEACON_COLORS.values())))
+    for seed in range(10):
+        sample = shapes.draw(np.random.default_rng(seed))
+        monkeypatch.setattr(shapes, "BEACON_COLORS", swapped)
+        other = shapes.draw(np.random.default_rng(seed))
+        monkeypatch.undo()
+        differs = (sample.image != other.image).any(axis=-1)
+        near_a_ring = np.isin(sample.label, [BLUE, ORANGE])
+        assert differs.any()
+        assert not (differs & near_a_ring).any()
+        # and the picture differs within the beacon only, which is a disc of known radius
+        assert differs.sum() <= np.pi * (shapes.BEACON_RADIUS + 1) ** 2
+
+
+def test_shapes_have_the_area_of_the_unit_disc():
+    y, x = np.mgrid[-2:2:800j, -2:2:800j]
+    for name, outline in shapes.OUTLINES.items():
+        area = (outline(x, y) < 0).sum() * (4 / 799) ** 2
+        assert area == pytest.approx(np.pi, rel=0.01), name
+
+
+def test_mean_colors_of_the_object_classes_do_not_tell_them_apart():
+    """Classes are told by shape: their mean colours agree within the noise of the draw."""
+    samples = [shapes.draw(np.random.default_rng([1, i])) for i in range(200)]
+    images = np.stack([s.image for s in samples]) / 255
+    labels = np.stack([s.label for s in samples])
+    means = [images[labels == c].mean(axis=0) for c in range(1, NUM_CLASSES)]
+    assert np.ptp(means, axis=0).max() < 0.06
+
+
+def scores_of_local_guessing(folder, share_blue, seed=0):
+    """mIoU of a predictor that knows everything but calls a share of the ring pixels blue."""
+    rng = np.random.default_rng(seed)
+    stream = datasets.load_dataset(
+        "parquet", data_files=str(folder / "validation*.parquet"), split="train", streaming=True
+    )
+    scores = SegmentationScores(NUM_CLASSES, shapes.UNLABELLED)
+    for row in stream:
+        label = np.asarray(row["label"]).astype(np.int64)
+        rings = np.isin(label, [BLUE, ORANGE])
+        prediction = np.where(label == shapes.UNLABELLED, 0, label)
+        guess = np.where(rng.random(label.shape) < share_blue, BLUE, ORANGE)
+        prediction[rings] = guess[rings]
+        scores.update(torch.from_numpy(prediction), torch.from_numpy(label))
+    return scores.compute()["miou"].item()
+
+
+def test_ceiling_is_what_the_best_guessing_reaches(folder):
+    ceiling = shapes.locality_ceiling(folder, "validation")
+    guessing = [scores_of_local_guessing(folder, share) for share in np.linspace(0, 1, 11)]
+    assert max(guessing) == pytest.approx(ceiling, abs=0.003)
+    assert ceiling == pytest.approx((NUM_CLASSES - 2 + 2 / 3) / NUM_CLASSES, abs=0.02)
+
+
+def test_ceiling_rises_with_the_reach_to_one(folder):
+    reaches = [0, shapes.BEACON_DISTANCE, 35, 50, 2 * shapes.IMAGE_SIZE]
+    ceilings = [shapes.locality_ceiling(folder, "validation", reach) for reach in reaches]
+    assert ceilings == sorted(ceilings)
+    assert ceilings[0] == ceilings[1] < ceilings[2] < ceilings[3] <= ceilings[4] == 1
+
+
+def test_cache_folder_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shapes, "NUM_IMAGES", {"train": 2, "validation": 1})
+    folder = shapes.prepare()
+    assert tmp_path in folder.parents
+    written = (folder / shapes.STATISTICS_FILE).stat().st_mtime_ns
+    assert shapes.prepare() == folder
+    assert (folder / shapes.STATISTICS_FILE).stat().st_mtime_ns == written

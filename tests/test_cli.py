@@ -1,0 +1,191 @@
+"""The command line as its user meets it: settings that win, and errors in one sentence."""
+
+import logging
+import subprocess
+import sys
+from io import BytesIO
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from segformer_pl.cli import main
+from segformer_pl.data import shapes
+from segformer_pl.task import SegmentationTask
+
+NETWORK = ["--model.network", "segformer_pl.models.segformer_b0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.generate(folder, {"train": 8, "validation": 4})
+    return folder
+
+
+def options(folder, runs, **changes):
+    settings = {
+        "data.path": folder,
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.log_every_n_steps": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.logger.save_dir": runs,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    return [*NETWORK, *(f"--{key}={value}" for key, value in settings.items())]
+
+
+def fail(capsys, arguments):
+    """Run, expect a non-zero exit, return what the user reads."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    error = capsys.readouterr().err
+    if isinstance(exit_.value.code, str):  # printed by the interpreter at exit, with status 1
+        return exit_.value.code
+    assert exit_.value.code not in (0, None)
+    assert "Traceback" not in error
+    return error
+
+
+def test_data_set_decides_classes_names_palette_and_seed_decides_the_order(folder, tmp_path):
+    cli = main([*options(folder, tmp_path), "--seed_everything=7"], run=False)
+    assert cli.model.network.head.classifier.out_channels == len(shapes.CLASS_NAMES)
+    assert cli.model.class_names == list(shapes.CLASS_NAMES)
+    assert cli.model.palette == [list(color) for color in shapes.COLORS]
+    assert cli.datamodule.seed == 7
+
+
+def test_fit_writes_a_run_that_can_be_read_again(folder, tmp_path):
+    main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
+    (run,) = tmp_path.glob("*/version_0")
+    assert (run / "config.yaml").is_file()
+    assert "locality_ceiling" in (run / "metrics.csv").read_text()
+    assert "shapes" in (run / "report.html").read_text()
+    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    task = SegmentationTask.load_from_checkpoint(checkpoint, weights_only=True)
+    assert task.lr == 0.01
+    assert task.network.head.classifier.out_channels == len(shapes.CLASS_NAMES)
+    # the saved configuration repeats the run
+    main(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"])
+    assert (run.parent / "version_1" / "report.html").is_file()
+
+
+def test_on_resume_the_command_line_wins_and_says_so(folder, tmp_path, caplog):
+    main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
+    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
+    resumed = [*options(folder, tmp_path, trainer__max_steps=4), "--model.lr=0.002"]
+    with caplog.at_level(logging.INFO):
+        cli = main(["fit", *resumed, f"--ckpt_path={checkpoint}"])
+    assert f"model.lr is 0.002 here and was 0.01 in {checkpoint}: 0.002 is used" in caplog.text
+    assert caplog.text.count("is used") == 1
+    assert cli.model.lr == 0.002
+    assert cli.trainer.global_step == 4
+    assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.002
+
+
+def test_predict_writes_a_mask_for_every_picture(folder, tmp_path):
+    main(["predict", *options(folder, tmp_path), f"--predictions.output_dir={tmp_path / 'masks'}"])
+    masks = sorted((tmp_path / "masks").iterdir())
+    assert [mask.stem for mask in masks] == [f"validation-{n:05d}" for n in range(4)]
+    assert Image.open(masks[0]).size == (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
+
+
+def test_a_wrong_data_set_name(capsys, folder, tmp_path):
+    error = fail(capsys, ["fit", *options(folder, tmp_path), "--data.dataset=shape"])
+    assert "there is no data set 'shape' in the catalogue; did you mean 'shapes'?" in error
+    assert "usage:" not in error
+
+
+def test_a_missing_path(capsys, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    error = fail(capsys, ["fit", *options(nowhere, tmp_path)])
+    assert error == (
+        f"error: data.path: there is no folder '{nowhere}'; give the folder that holds the "
+        "Parquet shards"
+    )
+
+
+def test_a_misspelt_key_on_the_command_line_and_in_a_file(capsys, folder, tmp_path):
+    error = fail(capsys, ["fit", *options(folder, tmp_path), "--model.lrr=0.1"])
+    assert "model.lrr" in error
+    assert "usage:" not in error
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {learning_rate: 0.1}\n")
+    error = fail(capsys, ["fit", *options(folder, tmp_path), f"--config={config}"])
+    assert "learning_rate" in error
+    assert "usage:" not in error
+
+
+def test_a_misspelt_key_of_the_network(capsys, folder, tmp_path):
+    error = fail(capsys, ["fit", *options(folder, tmp_path), "--model.network.sr_ratio=[1,1,1,1]"])
+    assert "sr_ratio" in error
+
+
+def test_an_impossible_network(capsys, folder, tmp_path):
+    arguments = ["--model.network.patch_sizes=[3,3,3,3]"]
+    error = fail(capsys, ["fit", *options(folder, tmp_path), *arguments])
+    assert "stage 1: patch_size 3 is smaller than stride 4" in error
+    assert "use a patch_size of at least 4" in error
+
+
+def broken_copy(folder, target, **changes):
+    """The training split with one row changed."""
+    target.mkdir()
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Image(), "id": datasets.Value("string")}
+    )
+    for split in ("train", "validation"):
+        (file,) = folder.glob(f"{split}*.parquet")
+        rows = pq.read_table(file).to_pylist()
+        if split == "train":
+            rows[3] |= changes
+        table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+        pq.write_table(table, target / file.name)
+    return target
+
+
+def label(value):
+    buffer = BytesIO()
+    size = (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
+    Image.fromarray(np.full(size, value, np.uint8)).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"label": None}, "column 'label': the row holds no picture; remove the row"),
+        ({"label": label(99)}, "label value 99 in 4096 pixels is not in the label spec"),
+    ],
+)
+def test_a_broken_row(capsys, folder, tmp_path, num_workers, change, sentence):
+    broken = broken_copy(folder, tmp_path / "broken", **change)
+    arguments = options(broken, tmp_path, data__num_workers=num_workers, trainer__max_steps=8)
+    error = fail(capsys, ["fit", *arguments])
+    assert error.startswith("error: data set 'shapes', sample 'train-00003'")
+    assert sentence in error
+    assert "\n" not in error
+
+
+@pytest.mark.slow
+def test_as_a_process_an_error_is_one_line_and_a_non_zero_exit(tmp_path):
+    command = [sys.executable, "-m", "segformer_pl", "fit", *NETWORK]
+    done = subprocess.run(
+        [*command, "--data.path=nowhere", "--trainer.max_steps=1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: data.path: there is no folder 'nowhere'")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,61 @@
+"""Two real processes score and train as one does."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+
+from segformer_pl.data import shapes
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.generate(folder, {"train": 24, "validation": 7})  # 7 on two ranks: 4 and 3
+    return folder
+
+
+def run(subcommand, folder, runs, devices, *arguments):
+    settings = {
+        "model.network": "segformer_pl.models.segformer_b0",
+        "data.path": folder,
+        "data.batch_size": 2,
+        "data.eval_batch_size": 2,
+        "data.num_workers": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": devices,
+        "trainer.strategy": "ddp" if devices > 1 else "auto",
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.log_every_n_steps": 1,
+        "trainer.logger.save_dir": runs,
+    }
+    command = [sys.executable, "-m", "segformer_pl", subcommand]
+    command += [f"--{key}={value}" for key, value in settings.items()]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=300, cwd=folder.parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (metrics,) = runs.glob("*/version_0/metrics.csv")
+    return list(csv.DictReader(metrics.open()))
+
+
+def test_validation_on_two_ranks_equals_one(folder, tmp_path):
+    rows = [run("validate", folder, tmp_path / str(n), n)[-1] for n in (1, 2)]
+    assert rows[0].keys() == rows[1].keys()
+    compared = [key for key in rows[0] if key.startswith("val/") and rows[0][key]]
+    assert {"val/miou", "val/loss", "val/iou/disc"} <= set(compared)
+    for key in compared:
+        expected = pytest.approx(float(rows[0][key]), rel=1e-5, nan_ok=True)
+        assert float(rows[1][key]) == expected, key
+
+
+def test_training_on_two_ranks_runs_without_unused_parameters(folder, tmp_path):
+    interval = ["--trainer.max_steps=3", "--trainer.val_check_interval=3"]
+    rows = run("fit", folder, tmp_path, 2, *interval)
+    assert [int(row["step"]) for row in rows if row["val/miou"]] == [2]
+    assert len([row for row in rows if row["train/loss"]]) == 3
+    (report,) = tmp_path.glob("*/version_0/report.html")
+    assert "not above" in report.read_text()

@@ -1,0 +1,130 @@
+"""Who may import whom inside the package. Arrows only point from the outside in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import segformer_pl
+
+PACKAGE = Path(segformer_pl.__file__).parent
+
+LEAVES = {"models", "data", "optim", "losses", "metrics", "inference"}
+EVERYTHING = LEAVES | {"analysis", "task", "callbacks", "cli"}
+MAY_IMPORT = dict.fromkeys(LEAVES, frozenset()) | {
+    "analysis": {"models"},
+    "task": {"models", "losses", "metrics", "optim", "inference"},
+    "callbacks": {"analysis"},
+    "cli": EVERYTHING,
+    "__main__": {"cli"},
+    "__init__": EVERYTHING,  # what it may load is measured below
+}
+OUTSIDE = {"experiments", "notebooks", "tests"}
+
+
+def imported(tree, path):
+    """Absolute dotted names of every import in a file, those inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = path.with_suffix("").parts[: -node.level] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def violations(path, source):
+    """Broken rules of a file; ``path`` starts at the package, ``segformer_pl/...``."""
+    path = Path(path)
+    unit = path.with_suffix("").parts[1]
+    if unit not in MAY_IMPORT:
+        return [f"{path}: no rule says what {unit} may import; the design names every unit"]
+    tree = ast.parse(source)
+    found = []
+    for name in imported(tree, path):
+        top, *rest = name.split(".")
+        if top == "segformer_pl":
+            other = rest[0] if rest else None
+            if other in EVERYTHING and other != unit and other not in MAY_IMPORT[unit]:
+                found.append(f"{path}: {unit} imports {other}")
+            if unit == "models" and "checkpoints" in rest:
+                found.append(f"{path}: a model knows foreign checkpoints")
+        elif top in OUTSIDE or top == "IPython" or (unit == "models" and top == "lightning"):
+            found.append(f"{path}: {unit} imports {top}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):  # noqa: SIM102
+            if node.func.id in {"print", "get_ipython"}:
+                found.append(f"{path}:{node.lineno}: calls {node.func.id}")
+    return found
+
+
+def test_package_keeps_the_rules():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 10
+    found = [v for f in files for v in violations(f.relative_to(PACKAGE.parent), f.read_text())]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("models/mit.py", "from segformer_pl.data import LabelSpec"),
+        ("models/mit.py", "from ..data.labels import LabelSpec"),
+        ("models/__init__.py", "from ..losses import cross_entropy"),
+        ("models/mit.py", "import segformer_pl.optim as o"),
+        ("models/segformer.py", "import lightning.pytorch as pl"),
+        ("models/segformer.py", "from segformer_pl.models.checkpoints import convert"),
+        ("losses.py", "from segformer_pl import inference"),
+        ("losses.py", "from . import inference"),
+        ("metrics.py", "def f():\n    from segformer_pl.task import SegmentationTask"),
+        ("analysis/erf.py", "from segformer_pl.task import SegmentationTask"),
+        ("callbacks/erf.py", "from segformer_pl.data.catalog import find_dataset"),
+        ("callbacks/erf.py", "from segformer_pl.models import SegFormer"),
+        ("task.py", "from segformer_pl.data import LabelSpec"),
+        ("task.py", "from segformer_pl.cli import main"),
+        ("__main__.py", "from segformer_pl.task import SegmentationTask"),
+        ("cli.py", "from tests.conftest import randomize"),
+        ("cli.py", "import notebooks"),
+        ("cli.py", "print('hello')"),
+        ("analysis/erf.py", "from IPython.display import display"),
+        ("utils.py", ""),
+    ],
+)
+def test_planted_violation_is_found(path, source):
+    assert len(violations(f"segformer_pl/{path}", source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("models/segformer.py", "from segformer_pl.models.mit import MixTransformer"),
+        ("models/segformer.py", "from .mit import MixTransformer\nfrom . import decode_head"),
+        ("analysis/erf.py", "from segformer_pl.models import SegFormer"),
+        ("task.py", "from segformer_pl.losses import cross_entropy\nimport lightning"),
+        ("callbacks/erf.py", "from segformer_pl.analysis.erf import plot_erf"),
+        ("cli.py", "from segformer_pl import __version__, data, task\nimport torch.utils.data"),
+        ("task.py", '"""Mentions print() only."""\nself.print("x")'),
+    ],
+)
+def test_permitted_import_is_not_reported(path, source):
+    assert violations(f"segformer_pl/{path}", source) == []
+
+
+def test_importing_the_package_is_cheap():
+    heavy = {"torch", "torchvision", "lightning", "timm", "datasets", "wandb", "matplotlib"}
+    program = (
+        "import sys; before = set(sys.modules); import segformer_pl; "
+        "sys.stdout.write(' '.join(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stdout.split())
+    assert "segformer_pl" in loaded
+    assert loaded & heavy == set()
