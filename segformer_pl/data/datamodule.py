@@ -21,7 +21,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
 
     Batches: ``{"image": (B, 3, H, W) float32 RGB in 0 to 1, "label": (B, H, W) int64 train ids,
     "id": list of B str}``. Training batches come without end: give the trainer ``max_steps``.
-    Validation and test visit every picture exactly once over all ranks and workers.
+    Validation and test visit every picture exactly once over all ranks and workers; prediction
+    takes the validation pictures.
 
     Args:
         dataset: Name in the catalogue (:mod:`segformer_pl.data.catalog`).

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,17 +57,24 @@ class LabelSpec:
         table[list(self.ignored)] = self.ignore_index
         return table
 
-    def to_train_ids(self, raw: npt.NDArray[np.integer], where: str) -> npt.NDArray[np.int64]:
+    def to_train_ids(self, raw: npt.NDArray[Any], where: str) -> npt.NDArray[np.int64]:
         """Raw label image (H, W) -> train ids (H, W), ``ignore_index`` where there is no class.
 
         Args:
-            raw: Label values as stored, 0 to 65535.
+            raw: Label values as stored: integers, or booleans for 0 and 1.
             where: Which image this is, for the message.
 
         Raises:
-            DataError: the image holds a value that the spec does not know.
+            DataError: the image does not hold one whole number per pixel, or one that the spec
+                does not know.
         """
-        train_ids = self._table[raw]
+        if raw.ndim != 2 or raw.dtype.kind not in "biu":
+            raise DataError(
+                f"{where}: the label image is an array of {raw.dtype} with shape {raw.shape}, not "
+                "one whole number per pixel; store class numbers in one channel (8 or 16 bits)"
+            )
+        raw = raw.astype(np.int64)
+        train_ids = np.where(raw >> 16, -1, self._table[raw & 0xFFFF])
         if (train_ids < 0).any():
             values, counts = np.unique(raw[train_ids < 0], return_counts=True)
             most = int(counts.argmax())

@@ -24,8 +24,7 @@ class SegFormer(nn.Module):
     pixels belongs to the loss and to inference, not to the network.
 
     Args:
-        encoder: Module with ``forward(images) -> list of (B, C_i, H_i, W_i)`` and the attribute
-            ``out_channels``.
+        encoder: Gives the feature pyramid, a list of (B, C_i, H_i, W_i), finest first.
         num_classes: Number of classes.
         decoder_dim: Channels C of the head.
         in_indices: Stages that feed the head, counted from 0 (Table 1d varies them).

@@ -30,6 +30,23 @@ def test_an_unknown_value_is_named_with_image_count_and_what_is_known():
         SPEC.to_train_ids(raw, "picture 5")
 
 
+@pytest.mark.parametrize("value", [-1, 1 << 16, (1 << 16) + 1, (1 << 31) - 1])
+def test_values_beyond_16_bits_are_unknown_not_wrapped_around(value):
+    with pytest.raises(DataError, match=f"label value {value} in 1 pixels"):
+        SPEC.to_train_ids(np.array([[value, 0]], np.int32), "x")
+
+
+def test_one_bit_labels_are_the_values_0_and_1():
+    raw = np.array([[True, False], [False, False]])
+    np.testing.assert_array_equal(SPEC.to_train_ids(raw, "x"), [[1, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("raw", [np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.float32)])
+def test_label_images_without_one_whole_number_per_pixel_are_refused(raw):
+    with pytest.raises(DataError, match=r"picture 5: .* not one whole number per pixel; store"):
+        SPEC.to_train_ids(raw, "picture 5")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
