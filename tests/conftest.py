@@ -1,5 +1,6 @@
-"""What every test shares: a fixed seed, one thread, and networks that hide nothing."""
+"""What the tests share: a fixed seed, one thread, networks that hide nothing, small shards."""
 
+from io import BytesIO
 from itertools import chain
 
 import pytest
@@ -37,3 +38,40 @@ def randomize():
         return module
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def png():
+    """Function array -> the cell that an ``Image`` column holds for it."""
+    from PIL import Image
+
+    def encode(array):
+        buffer = BytesIO()
+        Image.fromarray(array).save(buffer, format="PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def write_shards():
+    """Function that writes rows as the Parquet shards of a hub data set; returns the folder."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Image(), "id": datasets.Value("string")}
+    )
+
+    def write(folder, split, shards, row_group_size=4):
+        folder.mkdir(exist_ok=True)
+        for number, rows in enumerate(shards):
+            pq.write_table(
+                pa.Table.from_pylist(rows, schema=features.arrow_schema),
+                folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet",
+                row_group_size=row_group_size,
+            )
+        return folder
+
+    return write

@@ -3,11 +3,8 @@
 import logging
 import subprocess
 import sys
-from io import BytesIO
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -136,40 +133,37 @@ def test_an_impossible_network(capsys, folder, tmp_path):
     assert "use a patch_size of at least 4" in error
 
 
-def broken_copy(folder, target, **changes):
-    """The training split with one row changed."""
-    target.mkdir()
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.Image(), "id": datasets.Value("string")}
-    )
-    for split in ("train", "validation"):
-        (file,) = folder.glob(f"{split}*.parquet")
-        rows = pq.read_table(file).to_pylist()
-        if split == "train":
-            rows[3] |= changes
-        table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
-        pq.write_table(table, target / file.name)
-    return target
+@pytest.fixture
+def broken_copy(folder, tmp_path, png, write_shards):
+    """Function that copies the shards with one cell of a training row changed."""
 
+    def write(column, cell):
+        for split in ("train", "validation"):
+            (file,) = folder.glob(f"{split}*.parquet")
+            rows = pq.read_table(file).to_pylist()
+            if split == "train":
+                rows[3][column] = png(cell) if isinstance(cell, np.ndarray) else cell
+            write_shards(tmp_path / "broken", split, [rows])
+        return tmp_path / "broken"
 
-def label(value):
-    buffer = BytesIO()
-    size = (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
-    Image.fromarray(np.full(size, value, np.uint8)).save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
+    return write
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("label", "sentence"),
     [
-        ({"label": None}, "column 'label': the row holds no picture; remove the row"),
-        ({"label": label(99)}, "label value 99 in 4096 pixels is not in the label spec"),
+        (None, "column 'label': the row holds no picture; remove the row"),
+        (
+            np.full((shapes.IMAGE_SIZE, shapes.IMAGE_SIZE), 99, np.uint8),
+            "label value 99 in 4096 pixels is not in the label spec",
+        ),
     ],
+    ids=["missing", "outside the spec"],
 )
-def test_a_broken_row(capsys, folder, tmp_path, num_workers, change, sentence):
-    broken = broken_copy(folder, tmp_path / "broken", **change)
-    arguments = options(broken, tmp_path, data__num_workers=num_workers, trainer__max_steps=8)
+def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentence):
+    folder = broken_copy("label", label)
+    arguments = options(folder, tmp_path, data__num_workers=num_workers, trainer__max_steps=8)
     error = fail(capsys, ["fit", *arguments])
     assert error.startswith("error: data set 'shapes', sample 'train-00003'")
     assert sentence in error

@@ -1,15 +1,10 @@
 """Every file under experiments/ states what it is for, parses and trains."""
 
-from io import BytesIO
 from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from PIL import Image
 
 from segformer_pl.cli import main
 from segformer_pl.data.catalog import find_dataset
@@ -17,38 +12,24 @@ from segformer_pl.data.catalog import find_dataset
 EXPERIMENTS = sorted(Path(__file__).parents[1].glob("experiments/**/*.yaml"))
 
 
-def encoded(array):
-    buffer = BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 @pytest.fixture
-def tiny_copy(tmp_path):
+def tiny_copy(tmp_path, png, write_shards):
     """Shards in a data set's layout, with random pictures and every label value it knows."""
 
     def write(name):
         entry = find_dataset(name)
         values = [*range(entry.labels.num_classes), *entry.labels.ignored]
         rng = np.random.default_rng(0)
-        schema = datasets.Features(
-            {
-                entry.image_column: datasets.Image(),
-                entry.label_column: datasets.Image(),
-                entry.id_column: datasets.Value("string"),
-            }
-        ).arrow_schema
         for split in ("train", "validation"):
             rows = [
                 {
-                    entry.image_column: encoded(rng.integers(0, 256, (48, 64, 3), np.uint8)),
-                    entry.label_column: encoded(rng.choice(values, (48, 64)).astype(np.uint8)),
+                    entry.image_column: png(rng.integers(0, 256, (48, 64, 3), np.uint8)),
+                    entry.label_column: png(rng.choice(values, (48, 64)).astype(np.uint8)),
                     entry.id_column: f"{split}-{number}",
                 }
                 for number in range(4)
             ]
-            table = pa.Table.from_pylist(rows, schema=schema)
-            pq.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+            write_shards(tmp_path, split, [rows])
         return tmp_path
 
     return write

@@ -1,15 +1,12 @@
 """Who reads what: ranks and workers together read every row exactly once."""
 
 import itertools
-from io import BytesIO
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from segformer_pl.data.catalog import find_dataset
@@ -21,39 +18,26 @@ from segformer_pl.data.transforms import to_float
 ENTRY = find_dataset("shapes")
 
 
-def png(array, **options):
-    buffer = BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG", **options)
-    return {"bytes": buffer.getvalue(), "path": None}
+@pytest.fixture
+def row(png):
+    """Function (id, label value, size) -> a row of shards."""
 
+    def make(name, label_value=1, size=(8, 8)):
+        return {
+            "image": png(np.zeros((*size, 3), np.uint8)),
+            "label": png(np.full(size, label_value, np.uint8)),
+            "id": name,
+        }
 
-def row(name, label_value=1, size=(8, 8)):
-    return {
-        "image": png(np.zeros((*size, 3), np.uint8)),
-        "label": png(np.full(size, label_value, np.uint8)),
-        "id": name,
-    }
-
-
-def write(folder, split, shards, row_group_size=4):
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.Image(), "id": datasets.Value("string")}
-    )
-    for number, rows in enumerate(shards):
-        pq.write_table(
-            pa.Table.from_pylist(rows, schema=features.arrow_schema),
-            folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet",
-            row_group_size=row_group_size,
-        )
-    return folder
+    return make
 
 
 @pytest.fixture
-def uneven(tmp_path):
+def uneven(tmp_path, row, write_shards):
     """23 rows in three shards of uneven length and seven row groups."""
     names = iter(f"s{i:02d}" for i in range(23))
     shards = [[row(name) for name in itertools.islice(names, n)] for n in (11, 3, 9)]
-    return write(tmp_path, "train", shards)
+    return write_shards(tmp_path, "train", shards)
 
 
 def ids(stream, num_workers, limit=None):
@@ -72,8 +56,8 @@ def test_one_pass_visits_every_row_once_on_any_number_of_readers(uneven, world_s
     assert sorted(seen) == [f"s{i:02d}" for i in range(23)]
 
 
-def test_more_workers_than_row_groups_lose_and_repeat_nothing(tmp_path):
-    write(tmp_path, "train", [[row("a"), row("b"), row("c")]])
+def test_more_workers_than_row_groups_lose_and_repeat_nothing(tmp_path, row, write_shards):
+    write_shards(tmp_path, "train", [[row("a"), row("b"), row("c")]])
     stream = SampleStream(ENTRY, open_split(ENTRY, tmp_path, "train"), to_float(), 0, 1)
     assert sorted(ids(stream, num_workers=3)) == ["a", "b", "c"]
 
@@ -115,8 +99,8 @@ def test_ranks_train_on_disjoint_parts_of_a_pass(uneven):
     assert not parts[0] & parts[1]
 
 
-def test_a_training_worker_without_row_groups_stops_instead_of_spinning(tmp_path):
-    write(tmp_path, "train", [[row("a"), row("b")]])
+def test_a_training_worker_without_row_groups_stops_not_spins(tmp_path, row, write_shards):
+    write_shards(tmp_path, "train", [[row("a"), row("b")]])
     seen = ids(training_stream(tmp_path), num_workers=2, limit=8)
     assert sorted(set(seen)) == ["a", "b"]
 
@@ -139,12 +123,17 @@ def test_samples_are_decoded_and_mapped(uneven):
             {"image": {"bytes": b"not a picture", "path": None}},
             r"sample 'bad', column 'image': the picture cannot be decoded",
         ),
-        ({"label": png(np.full((8, 8), 77, np.uint8))}, r"sample 'bad': label value 77 in 64 "),
-        ({"label": png(np.zeros((4, 8), np.uint8))}, r"the label is 4x8 but the image is 8x8"),
+        ({"label": np.full((8, 8), 77, np.uint8)}, r"sample 'bad': label value 77 in 64 "),
+        ({"label": np.zeros((4, 8), np.uint8)}, r"the label is 4x8 but the image is 8x8"),
+        ({"label": np.zeros((8, 8, 3), np.uint8)}, r"sample 'bad': .* not one whole number per"),
     ],
 )
-def test_a_broken_row_is_named(tmp_path, broken, sentence):
-    write(tmp_path, "train", [[row("good"), row("bad") | broken]])
+def test_a_broken_row_is_named(tmp_path, broken, sentence, png, row, write_shards):
+    broken = {
+        column: png(cell) if isinstance(cell, np.ndarray) else cell
+        for column, cell in broken.items()
+    }
+    write_shards(tmp_path, "train", [[row("good"), row("bad") | broken]])
     stream = SampleStream(ENTRY, open_split(ENTRY, tmp_path, "train"), to_float(), 0, 1)
     with pytest.raises(DataError, match=sentence):
         list(stream)
@@ -164,14 +153,14 @@ def test_missing_folder_and_missing_split_are_named(tmp_path):
         find_shards(tmp_path, "validation")
 
 
-def test_shards_of_the_hub_layout_are_found(tmp_path):
+def test_shards_of_the_hub_layout_are_found(tmp_path, row, write_shards):
     (tmp_path / "data").mkdir()
-    write(tmp_path / "data", "test", [[row("a")]])
+    write_shards(tmp_path / "data", "test", [[row("a")]])
     assert len(find_shards(tmp_path, "test")) == 1
 
 
-def test_batches_of_unequal_pictures_are_refused_with_the_remedy(tmp_path):
-    write(tmp_path, "validation", [[row("a"), row("b", size=(8, 12))]])
+def test_batches_of_unequal_pictures_are_refused_with_the_remedy(tmp_path, row, write_shards):
+    write_shards(tmp_path, "validation", [[row("a"), row("b", size=(8, 12))]])
     data = StreamingSegmentationData("shapes", tmp_path, eval_batch_size=2, num_workers=0)
     with pytest.raises(DataError, match=r"'a' is 8x8 but 'b' is 8x12.*eval_batch_size 1"):
         list(data.val_dataloader())
@@ -182,9 +171,9 @@ def test_camvid_without_a_path_says_what_to_give():
         StreamingSegmentationData("camvid").prepare_data()
 
 
-def test_datamodule_batches_follow_the_contract(tmp_path):
-    write(tmp_path, "train", [[row(f"{i}", size=(20, 30)) for i in range(6)]])
-    write(tmp_path, "validation", [[row(f"{i}", size=(20, 30)) for i in range(5)]])
+def test_datamodule_batches_follow_the_contract(tmp_path, row, write_shards):
+    write_shards(tmp_path, "train", [[row(f"{i}", size=(20, 30)) for i in range(6)]])
+    write_shards(tmp_path, "validation", [[row(f"{i}", size=(20, 30)) for i in range(5)]])
     data = StreamingSegmentationData(
         "shapes", tmp_path, batch_size=4, eval_batch_size=3, num_workers=0, crop_size=(16, 24)
     )
