@@ -25,6 +25,7 @@ lint: install
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d; give another: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "==> installing into $(VENV) (several GB and a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt

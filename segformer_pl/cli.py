@@ -5,6 +5,7 @@ catalogue entry, so an experiment file states it once, as ``data.dataset``.
 """
 
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +27,24 @@ def _labels(dataset: str) -> LabelSpec:
     return find_dataset(dataset).labels
 
 
+def _num_classes(dataset: str, network: Any) -> int:
+    """The data set's; one that was given for the network must not be ignored in silence."""
+    num_classes = _labels(dataset).num_classes
+    given = network.init_args.get("num_classes") if network and "init_args" in network else None
+    if given not in (None, num_classes):
+        raise DataError(
+            f"model.network.num_classes is {given}, but data set {dataset!r} has {num_classes} "
+            "classes; leave it out, it follows from data.dataset"
+        )
+    return num_classes
+
+
 class SegformerArgumentParser(LightningArgumentParser):
     """Says what is wrong in one sentence, and lets links reach into a function's arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # With abbreviations, --trainer.max_step would pass for trainer.max_steps.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -78,10 +95,14 @@ class SegformerCLI(LightningCLI):
             "model.class_names": lambda name: list(_labels(name).names),
             "model.palette": lambda name: [list(color) for color in _labels(name).colors],
             "model.ignore_index": lambda name: _labels(name).ignore_index,
-            "model.network.init_args.num_classes": lambda name: _labels(name).num_classes,
         }
         for target, compute in links.items():
             parser.link_arguments("data.dataset", target, compute_fn=compute)
+        parser.link_arguments(
+            ("data.dataset", "model.network"),
+            "model.network.init_args.num_classes",
+            compute_fn=_num_classes,
+        )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.add_lightning_class_args(PredictionWriter, "predictions")
 
@@ -91,11 +112,9 @@ class SegformerCLI(LightningCLI):
         config = yaml.safe_load(dumped)
         return config.get(self.config.get("subcommand"), config)["model"]
 
-    def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except ValueError as error:  # a constructor that refuses its arguments
-            sys.exit(f"error: {error}")
+    def before_predict(self) -> None:
+        # They are written as they come; returning them too would keep them all in memory.
+        self.config_init["predict"]["return_predictions"] = False
 
     def after_instantiate_classes(self) -> None:
         # With the text of its network a checkpoint can be loaded without this command line.
@@ -105,11 +124,25 @@ class SegformerCLI(LightningCLI):
         # Lightning's version lets the checkpoint's hyperparameters override the configuration
         # and the command line in silence. It offers no other hook to prevent that.
         ckpt_path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
-        if not ckpt_path or not Path(ckpt_path).is_file():
+        if ckpt_path in (None, "best", "last", "hpc"):  # found by the trainer
             return
-        checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+        if not Path(ckpt_path).is_file():
+            raise ValueError(f"ckpt_path: there is no file {ckpt_path!r}; give a run's checkpoint")
+        try:
+            checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise ValueError(
+                f"ckpt_path: {ckpt_path!r} is no checkpoint, or is cut short "
+                f"({type(error).__name__}); give another"
+            ) from error
         here = dict(_leaves(self.model_settings()))
         there = dict(_leaves(checkpoint.get("hyper_parameters", {})))
+        network = "network.class_path"
+        if there.get(network, here[network]) != here[network]:
+            raise ValueError(
+                f"ckpt_path: {ckpt_path!r} holds a {there[network]}, but model.network is a "
+                f"{here[network]}; make them agree"
+            )
         for key in sorted(here.keys() & there.keys()):
             if here[key] != there[key]:
                 rank_zero_info(
@@ -136,7 +169,10 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI:
     """
     try:
         return SegformerCLI(args, run)
-    except DataError as error:
+    except (DataError, ValueError) as error:
+        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError) and not origin.is_relative_to(Path(__file__).parent):
+            raise  # not a sentence of ours
         # A loader process passes its exception on as text, with the sentence on the last line.
         sentence = str(error).splitlines()[-1].removeprefix(f"{_qualified(DataError)}: ")
         sys.exit(f"error: {sentence}")

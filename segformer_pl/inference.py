@@ -14,4 +14,5 @@ def predict_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (B, height, width) int64 train ids.
     """
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(dim=1)
+    precise = logits.float() if logits.dtype.itemsize < 4 else logits
+    return F.interpolate(precise, size=size, mode="bilinear", align_corners=False).argmax(dim=1)

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -62,7 +63,7 @@ class SegmentationTask(pl.LightningModule):
         lr: float = 6e-5,
         head_lr_mult: float = 10.0,
         weight_decay: float = 0.01,
-        warmup_steps: int = 1500,
+        warmup_steps: NonNegativeInt = 1500,
         poly_power: float = 1.0,
         image_mean: tuple[float, ...] = IMAGENET_MEAN,
         image_std: tuple[float, ...] = IMAGENET_STD,

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from segformer_pl.cli import main
@@ -119,6 +120,65 @@ def test_a_misspelt_key_on_the_command_line_and_in_a_file(capsys, folder, tmp_pa
     error = fail(capsys, ["fit", *options(folder, tmp_path), f"--config={config}"])
     assert "learning_rate" in error
     assert "usage:" not in error
+
+
+@pytest.mark.parametrize("abbreviation", ["--trainer.max_step=1", "--model.warmup=1"])
+def test_a_key_cut_short_is_not_taken_for_the_whole(capsys, folder, tmp_path, abbreviation):
+    assert abbreviation in fail(capsys, ["fit", *options(folder, tmp_path), abbreviation])
+
+
+def test_a_number_of_classes_that_contradicts_the_data_set(capsys, folder, tmp_path):
+    given = ["--model.network.num_classes=5"]
+    error = fail(capsys, ["fit", *options(folder, tmp_path), *given])
+    assert "model.network.num_classes is 5, but data set 'shapes' has 6 classes" in error
+    config = tmp_path / "config.yaml"
+    network = "segformer_pl.models.segformer_b0"
+    config.write_text(
+        f"model: {{network: {{class_path: {network}, init_args: {{num_classes: 5}}}}}}"
+    )
+    arguments = ["fit", f"--config={config}", *options(folder, tmp_path)[2:]]
+    assert "num_classes is 5" in fail(capsys, arguments)
+
+
+@pytest.mark.parametrize("value", ["batch_size=0", "num_workers=-1", "crop_size=[0,32]"])
+def test_numbers_out_of_range(capsys, folder, tmp_path, value):
+    error = fail(capsys, ["fit", *options(folder, tmp_path), f"--data.{value}"])
+    assert value.split("=")[0] in error
+
+
+def test_a_run_without_max_steps(capsys, folder, tmp_path):
+    error = fail(capsys, ["fit", *options(folder, tmp_path, trainer__max_steps=-1)])
+    assert error.startswith("error: trainer.max_steps is not set")
+
+
+def test_pictures_smaller_than_the_network_can_take(capsys, folder, tmp_path):
+    error = fail(capsys, ["fit", *options(folder, tmp_path, data__crop_size="[20,20]")])
+    assert error.startswith("error: sr_ratio 8 is larger than the 5x5 token grid")
+
+
+def test_other_value_errors_keep_their_traceback(folder, tmp_path, monkeypatch):
+    def fault(*arguments, **options):
+        return torch.zeros(2).numpy().reshape(3)
+
+    monkeypatch.setattr(SegmentationTask, "training_step", fault)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        main(["fit", *options(folder, tmp_path)])
+
+
+def test_checkpoints_that_are_missing_cut_short_or_of_another_network(capsys, folder, tmp_path):
+    main(["fit", *options(folder, tmp_path)])
+    capsys.readouterr()
+    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
+    validate = ["validate", *options(folder, tmp_path)]
+    error = fail(capsys, [*validate, "--ckpt_path=nowhere.ckpt"])
+    assert error == "error: ckpt_path: there is no file 'nowhere.ckpt'; give a run's checkpoint"
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(checkpoint.read_bytes()[:1000])
+    error = fail(capsys, [*validate, f"--ckpt_path={broken}"])
+    assert f"'{broken}' is no checkpoint, or is cut short" in error
+    b1 = ["--model.network=segformer_pl.models.segformer_b1", f"--ckpt_path={checkpoint}"]
+    error = fail(capsys, [*validate, *b1])
+    assert "holds a segformer_pl.models.segformer_b0, but model.network is a " in error
 
 
 def test_a_misspelt_key_of_the_network(capsys, folder, tmp_path):

@@ -136,9 +136,11 @@ def summary(run_dir: Path) -> str:
         part = f"mIoU {100 * scores.miou:.1f} %"
         if scores.split != "val":
             part = f"{scores.split} {part}"
-        if scores.ceilings:
-            listed = ", ".join(f"{c.name} {100 * c.value:.1f} %" for c in scores.ceilings)
-            part += f" ({listed})"
+        notes = [f"{c.name} {100 * c.value:.1f} %" for c in scores.ceilings]
+        if scores.best_step != scores.step:
+            notes.append(f"best {100 * scores.best_miou:.1f} % at step {scores.best_step}")
+        if notes:
+            part += f" ({', '.join(notes)})"
         parts.append(part)
     return ", ".join(parts)
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -117,6 +118,9 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.output_dir = output_dir
 
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        rank_zero_info(f"masks: {self.output_dir}")
+
     def write_on_batch_end(
         self,
         trainer: pl.Trainer,
@@ -130,6 +134,10 @@ class PredictionWriter(BasePredictionWriter):
         for name, labels in zip(batch["id"], prediction.cpu()):
             mask = Image.fromarray(labels.numpy().astype(np.uint8), mode="P")
             mask.putpalette(np.asarray(pl_module.palette, np.uint8).tobytes())
-            file = self.output_dir / f"{name}.png"
+            file = (self.output_dir / f"{name}.png").resolve()
+            if not file.is_relative_to(self.output_dir.resolve()):
+                raise ValueError(
+                    f"sample id {name!r} leads out of predictions.output_dir; rename it"
+                )
             file.parent.mkdir(parents=True, exist_ok=True)
             mask.save(file)

@@ -34,8 +34,11 @@ class RunReport(pl.Callback):
             logger.save()
         try:
             self._write(self.run_dir)
-        except FileNotFoundError as error:
-            rank_zero_info(f"No report is written: {error}.")
+        except FileNotFoundError:
+            rank_zero_info(
+                f"no report: nothing was logged to {self.run_dir / METRICS_FILE}; train for at "
+                "least trainer.log_every_n_steps steps, with a CSVLogger as the first logger"
+            )
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

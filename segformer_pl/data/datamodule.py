@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, default_collate
 
 from segformer_pl.data.catalog import find_dataset
@@ -45,10 +46,10 @@ class StreamingSegmentationData(pl.LightningDataModule):
         self,
         dataset: str = "shapes",
         path: Path | None = None,
-        batch_size: int = 8,
-        eval_batch_size: int = 1,
-        num_workers: int = 2,
-        crop_size: tuple[int, int] | None = None,
+        batch_size: PositiveInt = 8,
+        eval_batch_size: PositiveInt = 1,
+        num_workers: NonNegativeInt = 2,
+        crop_size: tuple[PositiveInt, PositiveInt] | None = None,
         scale_range: tuple[float, float] | None = None,
         photometric: bool = False,
         seed: int = 0,

@@ -37,6 +37,12 @@ class LabelSpec:
                 f"{len(self.names)} class names but {len(self.colors)} colours; give one colour "
                 "for each class"
             )
+        for raw, train_id in (self.raw_to_train or {}).items():
+            if not 0 <= train_id < self.num_classes:
+                raise ValueError(
+                    f"raw value {raw} maps to train id {train_id}, which has no name; train ids "
+                    f"are 0 to {self.num_classes - 1}"
+                )
         if self.ignore_index < self.num_classes:
             raise ValueError(
                 f"ignore_index {self.ignore_index} is the train id of class "
@@ -51,9 +57,11 @@ class LabelSpec:
     def _table(self) -> npt.NDArray[np.int64]:
         """Train id of every 16-bit raw value, -1 where the spec knows none."""
         table = np.full(1 << 16, -1, dtype=np.int64)
-        mapping = self.raw_to_train or {i: i for i in range(self.num_classes)}
-        for raw, train_id in mapping.items():
-            table[raw] = train_id
+        if self.raw_to_train is None:
+            table[: self.num_classes] = np.arange(self.num_classes)
+        else:
+            for raw, train_id in self.raw_to_train.items():
+                table[raw] = train_id
         table[list(self.ignored)] = self.ignore_index
         return table
 

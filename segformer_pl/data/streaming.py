@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, UnidentifiedImageError
@@ -56,10 +58,16 @@ def open_split(entry: DatasetEntry, folder: Path, split: Split) -> datasets.Iter
     """Stream one split with its images still encoded, one shard per Parquet row group.
 
     Raises:
-        DataError: no such split, or a column of the catalogue's entry is missing.
+        DataError: no such split, an unreadable shard, no row, or a column of the catalogue's
+            entry is missing.
     """
+    shards = find_shards(folder, split)
+    if sum(map(_num_rows, shards)) == 0:
+        raise DataError(
+            f"data.path: the {split} shards in {str(folder)!r} hold no row; give a folder with data"
+        )
     stream = datasets.load_dataset(
-        "parquet", data_files={split: find_shards(folder, split)}, split=split, streaming=True
+        "parquet", data_files={split: shards}, split=split, streaming=True
     )
     columns = list(stream.features or ())
     for column in (entry.image_column, entry.label_column, entry.id_column):
@@ -69,6 +77,15 @@ def open_split(entry: DatasetEntry, folder: Path, split: Split) -> datasets.Iter
                 f"which data set {entry.name!r} needs; they have: {', '.join(columns)}"
             )
     return stream.decode(False).reshard()
+
+
+def _num_rows(shard: str) -> int:
+    try:
+        return pq.read_metadata(shard).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"data.path: {shard!r} is not a complete Parquet file; fetch or write it again"
+        ) from error
 
 
 class SampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -115,6 +132,8 @@ class SampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         """Decode, map labels to train ids, transform."""
         entry = self.entry
         where = f"data set {entry.name!r}, sample {row[entry.id_column]!r}"
+        if row[entry.id_column] is None:
+            raise DataError(f"{where}: the row has no {entry.id_column!r}; give every row one")
         image = _decode(row[entry.image_column], f"{where}, column {entry.image_column!r}")
         label = _decode(row[entry.label_column], f"{where}, column {entry.label_column!r}")
         train_ids = entry.labels.to_train_ids(np.asarray(label), where)
@@ -122,6 +141,11 @@ class SampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             raise DataError(
                 f"{where}: the label is {label.height}x{label.width} but the image is "
                 f"{image.height}x{image.width} (height x width); store them at one size"
+            )
+        if image.mode.startswith(("I", "F")):  # converting would clip them to white
+            raise DataError(
+                f"{where}: the image has more than 8 bits per channel (mode {image.mode}); store "
+                "it with 8"
             )
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         sample = self.transforms(
@@ -180,14 +204,17 @@ class TrainingStream(SampleStream):
             yield self.load(block[index])
 
 
-def _decode(cell: dict[str, Any] | None, where: str) -> Image.Image:
-    if cell is None or not cell.get("bytes"):
+def _decode(cell: dict[str, Any] | bytes | None, where: str) -> Image.Image:
+    encoded = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not encoded:
         raise DataError(
             f"{where}: the row holds no picture; remove the row from the shards or fill it in"
         )
     try:
-        image = Image.open(BytesIO(cell["bytes"]))
+        image = Image.open(BytesIO(encoded))
         image.load()
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{where}: the picture cannot be decoded ({error}); replace it") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # PIL's for a broken PNG
+        raise DataError(
+            f"{where}: the {len(encoded)} bytes are no picture, or a damaged one; replace them"
+        ) from error
     return image

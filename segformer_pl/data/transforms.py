@@ -50,7 +50,14 @@ def train_transforms(
         scale_range: Limits of the random scale factor, or None for none.
         photometric: Whether to distort brightness, contrast, saturation and hue.
         ignore_index: Label of the padding.
+
+    Raises:
+        ValueError: the limits of the scale are not positive or not in order.
     """
+    if scale_range is not None and not 0 < scale_range[0] <= scale_range[1]:
+        raise ValueError(
+            f"data.scale_range {list(scale_range)}: give two factors above 0, the smaller one first"
+        )
     steps: list[v2.Transform] = []
     if scale_range is not None:
         steps.append(RandomScale(scale_range))

@@ -2,6 +2,7 @@
 
 import lightning.pytorch as pl
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from PIL import Image
@@ -91,6 +92,15 @@ def test_panel_shows_every_picture_with_a_legend_of_all_classes():
     label, prediction = figure.axes[1].images[0].get_array(), figure.axes[2].images[0].get_array()
     assert {tuple(color) for color in label.reshape(-1, 3)} == {(255, 255, 255), (200, 100, 0)}
     assert {tuple(color) for color in prediction.reshape(-1, 3)} == {(10, 20, 30), (200, 100, 0)}
+
+
+def test_an_id_that_leads_out_of_the_folder_is_refused(tmp_path):
+    writer = PredictionWriter(tmp_path / "masks")
+    batch = {"id": ["../evil"]}
+    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"'../evil' leads out of predictions.output_dir"):
+        writer.write_on_batch_end(None, make_task(), labels, None, batch, 0, 0)
+    assert not (tmp_path / "evil.png").exists()
 
 
 def test_masks_of_predict_are_indexed_with_the_palette(tmp_path):

@@ -52,6 +52,10 @@ def test_label_images_without_one_whole_number_per_pixel_are_refused(raw):
     [
         ({"names": ("a", "b"), "colors": ((0, 0, 0),)}, "2 class names but 1 colours"),
         (
+            {"names": ("a",), "colors": ((0, 0, 0),), "raw_to_train": {5: 40}},
+            "raw value 5 maps to train id 40, which has no name",
+        ),
+        (
             {"names": ("a",), "colors": ((0, 0, 0),), "ignore_index": 0},
             "ignore_index 0 is the train id of class 'a'",
         ),

@@ -121,10 +121,12 @@ def test_samples_are_decoded_and_mapped(uneven):
         ({"image": None}, r"sample 'bad', column 'image': the row holds no picture"),
         (
             {"image": {"bytes": b"not a picture", "path": None}},
-            r"sample 'bad', column 'image': the picture cannot be decoded",
+            r"sample 'bad', column 'image': the 13 bytes are no picture, or a damaged one",
         ),
         ({"label": np.full((8, 8), 77, np.uint8)}, r"sample 'bad': label value 77 in 64 "),
         ({"label": np.zeros((4, 8), np.uint8)}, r"the label is 4x8 but the image is 8x8"),
+        ({"image": np.zeros((8, 8), np.uint16)}, r"more than 8 bits per channel \(mode I;16\)"),
+        ({"id": None}, r"sample None: the row has no 'id'; give every row one"),
         ({"label": np.zeros((8, 8, 3), np.uint8)}, r"sample 'bad': .* not one whole number per"),
     ],
 )
@@ -144,6 +146,27 @@ def test_a_missing_column_is_named_with_those_there(tmp_path):
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(DataError, match=r"no column 'label'.*they have: image, mask"):
         open_split(ENTRY, tmp_path, "train")
+
+
+def test_a_shard_cut_short_is_named(tmp_path, row, write_shards):
+    write_shards(tmp_path, "train", [[row("a")], [row("b")]])
+    shard = tmp_path / "train-00001-of-00002.parquet"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet' is not a complete Parquet"):
+        open_split(ENTRY, tmp_path, "train")
+
+
+def test_shards_without_a_row_are_refused(tmp_path, write_shards):
+    write_shards(tmp_path, "train", [[]])
+    with pytest.raises(DataError, match=r"the train shards in '.*' hold no row"):
+        open_split(ENTRY, tmp_path, "train")
+
+
+def test_plain_binary_columns_are_read(tmp_path, row):
+    cells = row("a") | {"image": row("a")["image"]["bytes"], "label": row("a")["label"]["bytes"]}
+    pq.write_table(pa.Table.from_pylist([cells]), tmp_path / "train.parquet")
+    (sample,) = SampleStream(ENTRY, open_split(ENTRY, tmp_path, "train"), to_float(), 0, 1)
+    assert sample["image"].shape == (3, 8, 8)
 
 
 def test_missing_folder_and_missing_split_are_named(tmp_path):

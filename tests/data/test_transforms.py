@@ -64,6 +64,12 @@ def test_scale_range_is_respected():
     assert len(heights) > 10
 
 
+@pytest.mark.parametrize("scale_range", [(2.0, 0.5), (0.0, 1.0)])
+def test_an_impossible_scale_range_is_refused(scale_range):
+    with pytest.raises(ValueError, match="give two factors above 0, the smaller one first"):
+        train_transforms(None, scale_range, photometric=False, ignore_index=255)
+
+
 def test_to_float_leaves_the_label_alone():
     sample = to_float()(coordinate_sample())
     assert sample["label"].dtype == torch.int64
