@@ -97,7 +97,7 @@ def plot_erf(maps: dict[str, Tensor], subtitle: str) -> Figure:
             extent=(-width / 2, width / 2, height / 2, -height / 2),
         )
         axis.set_title(
-            f"{name}\nhalf of it in {100 * area_share(values, 0.5):.1f} % of the area",
+            f"{name}\nhalf of it in {100 * area_share(values, 0.5):.2g} % of the area",
             fontsize=9,
         )
         axis.set_xlabel("pixels right of the centre", fontsize=8)
