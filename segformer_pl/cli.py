@@ -76,6 +76,8 @@ class SegformerCLI(LightningCLI):
             # The task has its own optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            # A run folder can be written twice: without a logger it is the working folder.
+            save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 # A stream has no epochs: training is counted in steps, and so is validation.
                 "max_epochs": -1,

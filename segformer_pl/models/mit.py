@@ -308,6 +308,9 @@ class MixTransformer(nn.Module):
             num_built += depths[s]
         self.stages = nn.ModuleList(stages)
         self.apply(_init_weights)
+        # Gradients of convolutions on channels-last maps come in this layout. With weights in
+        # another one, DistributedDataParallel would copy them in every step.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = []

@@ -151,3 +151,11 @@ def test_experiment_reaches_the_arguments_of_the_encoder(parser):
 def test_experiment_with_a_wrong_argument_is_refused(parser, arguments):
     with pytest.raises(jsonargparse.ArgumentError, match=next(iter(arguments))):
         parser.parse_object(experiment(**arguments))
+
+
+def test_gradients_have_the_layout_of_their_parameters():
+    """Otherwise DistributedDataParallel copies them into its buckets in every step, and warns."""
+    network = segformer_b0(num_classes=5).train()
+    network(torch.rand(2, 3, 64, 64)).sum().backward()
+    differing = [n for n, p in network.named_parameters() if p.grad.stride() != p.stride()]
+    assert differing == []
