@@ -1,4 +1,5 @@
-"""The command line: ``python -m segformer_pl fit|validate|test|predict`` on LightningCLI.
+"""The command line: ``python -m segformer_pl fit|validate|test|predict`` on LightningCLI, and
+the project's own commands (commands.py).
 
 What a data set determines (number of classes, names, palette, ignored label) is linked from its
 catalogue entry, so an experiment file states it once, as ``data.dataset``.
@@ -8,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -16,11 +17,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from segformer_pl.callbacks import PredictionWriter, RunReport
+from segformer_pl.commands import COMMANDS, PROG, SegformerArgumentParser
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.task import SegmentationTask
-
-PROG = "python -m segformer_pl"
 
 
 def _labels(dataset: str) -> LabelSpec:
@@ -39,31 +39,6 @@ def _num_classes(dataset: str, network: Any) -> int:
     return num_classes
 
 
-class SegformerArgumentParser(LightningArgumentParser):
-    """Says what is wrong in one sentence, and lets links reach into a function's arguments."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # With abbreviations, --trainer.max_step would pass for trainer.max_steps.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        cause: BaseException | None = ex
-        while cause is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__ or cause.__context__
-        sentence = " ".join(line.strip() for line in str(cause or message).splitlines())
-        sys.stderr.write(f"error: {sentence} (what is accepted: {PROG} COMMAND --help)\n")
-        self.exit(2)
-
-    # jsonargparse 4.53 passes linked_targets on to this method as it does to
-    # add_class_arguments, but only the latter takes it.
-    def add_function_arguments(
-        self, *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
-    ) -> list[str]:
-        return super().add_function_arguments(*args, **kwargs)
-
-
 class SegformerCLI(LightningCLI):
     """LightningCLI with the links from data set to task and the callbacks that are always on."""
 
@@ -72,7 +47,11 @@ class SegformerCLI(LightningCLI):
             SegmentationTask,
             StreamingSegmentationData,
             parser_class=SegformerArgumentParser,
-            parser_kwargs={"prog": PROG},
+            parser_kwargs={
+                "prog": PROG,
+                "description": "Train, score and use segmentation networks. Other commands, each "
+                f"with its own --help: {', '.join(COMMANDS)}.",
+            },
             # The task has its own optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,
             seed_everything_default=0,
@@ -161,15 +140,19 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.rstrip("."), list(tree) if isinstance(tree, tuple) else tree
 
 
-def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI:
-    """Parse the arguments, build task, data and trainer, and run the subcommand.
+def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None:
+    """Parse the arguments, build task, data and trainer, and run the command.
 
     Args:
         args: Command-line arguments; default those of the process.
-        run: Whether ``args`` start with a subcommand to run. With False they are the options of a
+        run: Whether ``args`` start with a command to run. With False they are the options of a
             run, and what was built is returned with nothing run: ``main([...], run=False).model``.
     """
+    arguments = sys.argv[1:] if args is None else args
     try:
+        if run and arguments and arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+            return None
         return SegformerCLI(args, run)
     except (DataError, ValueError) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
@@ -13,6 +14,8 @@ from torchmetrics import SumMetric
 from segformer_pl.inference import predict_labels
 from segformer_pl.losses import cross_entropy
 from segformer_pl.metrics import SegmentationScores
+from segformer_pl.models.checkpoints import load_weights
+from segformer_pl.models.mit import NormEps
 from segformer_pl.optim import parameter_groups, poly_with_warmup
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,6 +44,11 @@ class SegmentationTask(pl.LightningModule):
         class_names: Names by train id; linked from the data set on the command line.
         palette: RGB 0-255 by train id; linked.
         ignore_index: Label that neither trains nor scores; linked.
+        weights: Weights of the whole network to start from: a file, a folder written by
+            ``save_pretrained`` or a hub name ``owner/name@commit``, of any layout that
+            :mod:`segformer_pl.models.checkpoints` knows. Read once, when the task first runs, and
+            never if a checkpoint is loaded.
+        encoder_weights: Likewise for the encoder alone; give one of the two.
         lr: Base learning rate, of the encoder.
         head_lr_mult: Learning rate of everything outside the encoder, over ``lr``.
         weight_decay: AdamW's decoupled weight decay.
@@ -60,6 +68,8 @@ class SegmentationTask(pl.LightningModule):
         class_names: list[str],
         palette: list[list[int]],
         ignore_index: int = 255,
+        weights: str | None = None,
+        encoder_weights: str | None = None,
         lr: float = 6e-5,
         head_lr_mult: float = 10.0,
         weight_decay: float = 0.01,
@@ -69,6 +79,11 @@ class SegmentationTask(pl.LightningModule):
         image_std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
+        if weights is not None and encoder_weights is not None:
+            raise ValueError(
+                "weights and encoder_weights are both given, and the first hold an encoder too; "
+                "give one of them"
+            )
         # The command line adds the network as the text that describes it (see cli.py). A module
         # must not go in: it would be pickled into checkpoints and spelled out in hparams.yaml.
         self.save_hyperparameters(ignore=["network"])
@@ -76,6 +91,11 @@ class SegmentationTask(pl.LightningModule):
         self.class_names = class_names
         self.palette = palette
         self.ignore_index = ignore_index
+        self.weights = weights
+        self.encoder_weights = encoder_weights
+        self._weights_are_set = weights is None and encoder_weights is None
+        # The epsilons came with the weights, so no argument tells them: checkpoints must.
+        self._norm_eps_is_from_weights = False
         self.lr = lr
         self.head_lr_mult = head_lr_mult
         self.weight_decay = weight_decay
@@ -154,6 +174,46 @@ class SegmentationTask(pl.LightningModule):
         if hasattr(data, "reference_scores"):
             known = data.reference_scores(split)
             self.log_dict({f"{split}/{name}": value for name, value in known.items()})
+
+    def _read_weights(self) -> None:
+        if self._weights_are_set:
+            return
+        if self.weights is not None:
+            report = load_weights(self.network, self.weights)
+        else:
+            assert self.encoder_weights is not None
+            report = load_weights(self.network, self.encoder_weights, parts="encoder")
+        # Processes must begin alike, and each drew these for itself.
+        drawn = dict(self.network.named_parameters())
+        for name in report.reinitialized:
+            drawn[name].data.copy_(self.trainer.strategy.broadcast(drawn[name].data))
+        self._weights_are_set = True
+        self._norm_eps_is_from_weights = True
+        rank_zero_info(str(report))
+
+    def on_fit_start(self) -> None:
+        # Not earlier, in setup: there Lightning does not tell yet whether a checkpoint will be
+        # loaded, as one is without being asked for when a cluster job is requeued.
+        self._read_weights()
+
+    def on_validation_start(self) -> None:
+        self._read_weights()
+
+    def on_test_start(self) -> None:
+        self._read_weights()
+
+    def on_predict_start(self) -> None:
+        self._read_weights()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._norm_eps_is_from_weights:
+            checkpoint["norm_eps"] = list(self.network.encoder.norm_eps)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._weights_are_set = True
+        if "norm_eps" in checkpoint:
+            self.network.encoder.norm_eps = NormEps(*checkpoint["norm_eps"])
+            self._norm_eps_is_from_weights = True
 
     def on_train_start(self) -> None:
         # A resumed run gets the checkpoint's optimiser settings back together with its state. The

@@ -10,7 +10,7 @@ nor the LayerNorms ever meet a copy.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from timm.layers import DropPath
@@ -19,9 +19,16 @@ from torch.nn import functional as F
 
 PosEncoding = Literal["mix_ffn", "learned", "none"]
 
-# The released weights were trained with 1e-6 in block and stage norms but with torch's default
-# in the norms after a convolution (patch embedding, sequence reduction).
-CONV_NORM_EPS = 1e-5
+
+class NormEps(NamedTuple):
+    """The two LayerNorm epsilons of an encoder.
+
+    The released weights were trained with 1e-6 in block and stage norms but with torch's default
+    of 1e-5 in the norms after a convolution (patch embedding, sequence reduction).
+    """
+
+    norm: float = 1e-6
+    conv_norm: float = 1e-5
 
 
 def to_channels_first(tokens: Tensor) -> Tensor:
@@ -41,11 +48,17 @@ class OverlapPatchEmbed(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, embed_dim: int, patch_size: int, stride: int, padding: int
+        self,
+        in_channels: int,
+        embed_dim: int,
+        patch_size: int,
+        stride: int,
+        padding: int,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, embed_dim, patch_size, stride, padding)
-        self.norm = nn.LayerNorm(embed_dim, eps=CONV_NORM_EPS)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
 
     def forward(self, feature_map: Tensor) -> Tensor:
         return self.norm(to_tokens(self.proj(feature_map)))
@@ -64,7 +77,7 @@ class EfficientSelfAttention(nn.Module):
         ValueError: r is larger than the token grid.
     """
 
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int) -> None:
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int, norm_eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
@@ -73,7 +86,7 @@ class EfficientSelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
-            self.norm = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
+            self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
         batch, height, width, dim = tokens.shape
@@ -138,12 +151,12 @@ class Block(nn.Module):
         sr_ratio: int,
         depthwise: bool,
         drop_path_rate: float,
-        norm_eps: float,
+        eps: NormEps,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = nn.LayerNorm(dim, eps=eps.norm)
+        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, eps.conv_norm)
+        self.norm2 = nn.LayerNorm(dim, eps=eps.norm)
         self.mlp = MixFFN(dim, mlp_ratio * dim, depthwise)
         self.drop_path = DropPath(drop_path_rate)
 
@@ -222,7 +235,9 @@ class MixTransformer(nn.Module):
         drop_path_rate: Stochastic-depth rate of the last block; ramps linearly from 0 over all
             blocks.
         norm_eps: Epsilon of block and stage norms. 1e-6 is what the released weights were
-            trained with; transformers runs at 1e-5. The norms after a convolution use 1e-5.
+            trained with; transformers runs at 1e-5.
+        conv_norm_eps: Epsilon of the norms after a convolution, in the patch embedding and in the
+            sequence reduction. 1e-5 in the released weights; mmsegmentation runs at 1e-6.
 
     Attributes:
         out_channels, out_strides: C_i and s_i, the encoder contract that a decode head reads.
@@ -250,8 +265,10 @@ class MixTransformer(nn.Module):
         in_channels: int = 3,
         drop_path_rate: float = 0.1,
         norm_eps: float = 1e-6,
+        conv_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        eps = NormEps(norm_eps, conv_norm_eps)
         if paddings is None:
             paddings = [k // 2 if k > s else 0 for k, s in zip(patch_sizes, strides)]
         _check_stage_arguments(
@@ -288,6 +305,7 @@ class MixTransformer(nn.Module):
                         patch_sizes[s],
                         strides[s],
                         paddings[s],
+                        conv_norm_eps,
                     ),
                     [
                         Block(
@@ -297,7 +315,7 @@ class MixTransformer(nn.Module):
                             sr_ratios[s],
                             depthwise=pos_encoding == "mix_ffn",
                             drop_path_rate=drop_path_rate * (num_built + b) / last_block,
-                            norm_eps=norm_eps,
+                            eps=eps,
                         )
                         for b in range(depths[s])
                     ],
@@ -311,6 +329,24 @@ class MixTransformer(nn.Module):
         # Gradients of convolutions on channels-last maps come in this layout. With weights in
         # another one, DistributedDataParallel would copy them in every step.
         self.to(memory_format=torch.channels_last)
+
+    @property
+    def norm_eps(self) -> NormEps:
+        """The epsilons of the LayerNorms. They belong to the weights that were trained with them,
+        so reading foreign weights sets them."""
+        first = cast(Stage, self.stages[0])
+        return NormEps(first.norm.eps, first.patch_embed.norm.eps)
+
+    @norm_eps.setter
+    def norm_eps(self, eps: NormEps) -> None:
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.norm.eps = eps.norm
+                module.patch_embed.norm.eps = eps.conv_norm
+            elif isinstance(module, Block):
+                module.norm1.eps = module.norm2.eps = eps.norm
+                if module.attn.sr_ratio > 1:
+                    module.attn.norm.eps = eps.conv_norm
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = []

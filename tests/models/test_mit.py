@@ -7,7 +7,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from segformer_pl.models import MixTransformer, mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5
-from segformer_pl.models.mit import Block, EfficientSelfAttention, OverlapPatchEmbed, Stage
+from segformer_pl.models.mit import (
+    Block,
+    EfficientSelfAttention,
+    NormEps,
+    OverlapPatchEmbed,
+    Stage,
+)
 
 # Parameters of each stage. Counted on the reference code and, to the unit, on transformers.
 STAGE_PARAMETERS = {
@@ -199,7 +205,7 @@ ATTENTION_FAULTS = (
 
 @pytest.mark.parametrize("sr_ratio", [1, 2, 3])
 def test_attention_is_the_plain_formula(randomize, sr_ratio):
-    attn = randomize(EfficientSelfAttention(12, 3, sr_ratio))
+    attn = randomize(EfficientSelfAttention(12, 3, sr_ratio, norm_eps=1e-5))
     tokens = torch.randn(2, 5, 7, 12, dtype=torch.float64)
     result = attn(tokens)
     torch.testing.assert_close(result, plain_attention(attn, tokens), rtol=1e-10, atol=1e-12)
@@ -209,7 +215,7 @@ def test_attention_is_the_plain_formula(randomize, sr_ratio):
 
 
 def test_attention_does_not_see_the_border_that_the_reduction_drops(randomize):
-    attn = randomize(EfficientSelfAttention(8, 2, sr_ratio=2))
+    attn = randomize(EfficientSelfAttention(8, 2, sr_ratio=2, norm_eps=1e-5))
     tokens = torch.randn(1, 5, 7, 8, dtype=torch.float64)
     inside = (slice(None), slice(0, 4), slice(0, 6))  # 4 = floor(5/2) * 2, 6 = floor(7/2) * 2
     before = attn(tokens)
@@ -269,7 +275,7 @@ BLOCK_FAULTS = (
 
 
 def test_block_is_the_plain_formula(randomize):
-    block = randomize(Block(8, 2, 3, 2, depthwise=True, drop_path_rate=0.0, norm_eps=1e-6))
+    block = randomize(Block(8, 2, 3, 2, depthwise=True, drop_path_rate=0.0, eps=NormEps()))
     tokens = torch.randn(2, 5, 6, 8, dtype=torch.float64)
     result = block(tokens)
     torch.testing.assert_close(result, plain_block(block, tokens), rtol=1e-10, atol=1e-12)
@@ -279,7 +285,7 @@ def test_block_is_the_plain_formula(randomize):
 
 
 def test_drop_path_drops_both_branches_while_training(randomize):
-    block = randomize(Block(8, 2, 4, 1, depthwise=True, drop_path_rate=1.0, norm_eps=1e-6))
+    block = randomize(Block(8, 2, 4, 1, depthwise=True, drop_path_rate=1.0, eps=NormEps()))
     tokens = torch.randn(2, 3, 3, 8, dtype=torch.float64)
     torch.testing.assert_close(block.train()(tokens), tokens, rtol=0, atol=0)
     torch.testing.assert_close(block.eval()(tokens), plain_block(block, tokens))
@@ -335,7 +341,7 @@ def test_who_knows_where_a_token_is(randomize, pos_encoding, image_size, commute
 
 def test_learned_tables_are_resized_to_the_token_grid(randomize):
     norm = nn.LayerNorm(6, eps=1e-6)
-    stage = randomize(Stage(OverlapPatchEmbed(3, 6, 1, 1, 0), [], norm, pos_grid=3))
+    stage = randomize(Stage(OverlapPatchEmbed(3, 6, 1, 1, 0, norm_eps=1e-5), [], norm, pos_grid=3))
 
     def check(table, height, width):
         images = torch.randn(1, 3, height, width, dtype=torch.float64)

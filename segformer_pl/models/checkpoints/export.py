@@ -1,0 +1,290 @@
+"""Write a network so that another code base, or this one, opens it."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from segformer_pl.models.checkpoints.layouts import (
+    NATIVE,
+    NVLABS,
+    SMP,
+    TRANSFORMERS_DISK,
+    Layout,
+    from_parts,
+)
+from segformer_pl.models.checkpoints.loading import encoder_of, parts_of, variants
+from segformer_pl.models.checkpoints.networks import (
+    ENCODER_DEFAULTS,
+    encoder_arguments,
+    spec_of,
+)
+from segformer_pl.models.checkpoints.sources import SUFFIXES, WeightsError
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.segformer import SegFormer
+
+ExportLayout = Literal["huggingface", "nvlabs", "smp", "native"]
+
+LAYOUTS = {"huggingface": TRANSFORMERS_DISK, "nvlabs": NVLABS, "smp": SMP, "native": NATIVE}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FILE_SUFFIX = {"nvlabs": ".pth", "native": ".safetensors"}  # the others are folders
+
+
+def export_weights(
+    model: SegFormer | MixTransformer,
+    destination: str | Path,
+    layout: ExportLayout,
+    task: Mapping[str, Any] | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Write a network in some code base's layout. Nothing is left behind if that fails.
+
+    - ``"huggingface"``: a folder that ``SegformerForSemanticSegmentation.from_pretrained`` opens
+      (``SegformerModel`` for an encoder alone), with ``config.json``, ``model.safetensors`` and
+      ``preprocessor_config.json``;
+    - ``"smp"``: a folder that ``segmentation_models_pytorch.from_pretrained`` opens;
+    - ``"nvlabs"``: a ``.pth`` file with ``state_dict`` and ``meta``; for an encoder alone the bare
+      state dict;
+    - ``"native"``: a ``.safetensors`` file of our names that also describes the network.
+
+    Args:
+        model: A SegFormer or a MixTransformer.
+        destination: File or folder, which must not exist.
+        layout: Whose.
+        task: What the weights' source says of classes, pictures and network, see
+            :class:`~segformer_pl.models.checkpoints.sources.Weights`.
+        preprocessor: ``preprocessor_config.json`` of the source, if it had one.
+
+    Returns:
+        Remarks on what the other code base will do differently, one sentence each.
+
+    Raises:
+        WeightsError: the destination exists or has the wrong form, or the layout cannot express
+            the network.
+    """
+    destination = Path(destination).expanduser()
+    task = dict(task or {})
+    _check_destination(destination, layout)
+    _check_expressible(model, layout)
+    tensors = _foreign_state(model, layout)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the destination, so that the last step is a rename: all or nothing.
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as work:
+        made = Path(work) / destination.name
+        if layout == "huggingface":
+            remarks = _write_huggingface(model, made, tensors, task, preprocessor or {})
+        elif layout == "smp":
+            remarks = _write_smp(cast(SegFormer, model), made, tensors)
+        elif layout == "nvlabs":
+            remarks = _write_nvlabs(model, made, tensors, task)
+        else:
+            remarks = _write_native(model, made, tensors, task)
+        os.replace(made, destination)
+    return remarks + _eps_remarks(model, layout)
+
+
+def _check_destination(destination: Path, layout: ExportLayout) -> None:
+    if destination.exists():
+        raise WeightsError(f"'{destination}' exists already; remove it or give another")
+    suffix = FILE_SUFFIX.get(layout, "")
+    if suffix and destination.suffix != suffix:
+        raise WeightsError(
+            f"layout {layout} is a file that ends in {suffix}, and '{destination}' does not"
+        )
+    if not suffix and destination.suffix in SUFFIXES:
+        raise WeightsError(
+            f"layout {layout} is a folder, and '{destination}' looks like a file; leave out "
+            f"{destination.suffix}"
+        )
+
+
+def _foreign_state(model: SegFormer | MixTransformer, layout: ExportLayout) -> dict[str, Tensor]:
+    names: Layout = LAYOUTS[layout]
+    segmenter, *alone = names.encoder_prefixes
+    if not isinstance(model, MixTransformer):
+        prefix = segmenter
+    elif alone:
+        prefix = alone[0]
+    else:
+        raise WeightsError(
+            f"layout {layout} is for whole segmenters, and this is an encoder alone; use nvlabs, "
+            "huggingface or native"
+        )
+    state, _ = from_parts(names, prefix, parts_of(model))
+    # Convolution weights are channels-last in memory here; files keep plain order.
+    return {
+        name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+
+
+def _check_expressible(model: SegFormer | MixTransformer, layout: ExportLayout) -> None:
+    """Refuse what the other code base would silently compute in another way."""
+    if layout == "native":
+        return
+    arguments = encoder_arguments(encoder_of(model))
+    of_weights = {"norm_eps", "conv_norm_eps", "drop_path_rate"}
+    if layout == "huggingface":
+        free = {"num_heads", "mlp_ratio", "sr_ratios", "patch_sizes", "strides", "in_channels"}
+        fixed = ENCODER_DEFAULTS | {"paddings": tuple(k // 2 for k in arguments["patch_sizes"])}
+    else:
+        free = {"in_channels"} if layout == "smp" else set()
+        fixed = ENCODER_DEFAULTS
+        if (arguments["embed_dims"], arguments["depths"]) not in variants():
+            fixed = fixed | {"embed_dims": "those of a variant"}
+    changed = [
+        f"{name} {arguments[name]}"
+        for name, value in fixed.items()
+        if name not in free | of_weights and arguments[name] != value
+    ]
+    if isinstance(model, SegFormer) and model.head.in_indices != (0, 1, 2, 3):
+        changed.append(f"in_indices {model.head.in_indices}")
+    if changed:
+        raise WeightsError(
+            f"layout {layout} cannot express this network ({', '.join(changed)}); use native"
+        )
+
+
+def _eps_remarks(model: SegFormer | MixTransformer, layout: ExportLayout) -> list[str]:
+    ours, theirs = encoder_of(model).norm_eps, LAYOUTS[layout].norm_eps
+    if theirs in (None, ours):
+        return []
+    return [
+        f"LayerNorm epsilons are {ours.norm:g} in blocks and stages and {ours.conv_norm:g} after "
+        f"convolutions here, and {theirs.norm:g} and {theirs.conv_norm:g} there: expect logits "
+        "that differ by about 1e-6 of their size"
+    ]
+
+
+def _write_huggingface(
+    model: SegFormer | MixTransformer,
+    folder: Path,
+    tensors: dict[str, Tensor],
+    task: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+) -> list[str]:
+    arguments = encoder_arguments(encoder_of(model))
+    config: dict[str, Any] = {
+        "model_type": "segformer",
+        "architectures": ["SegformerModel"],
+        "num_channels": arguments["in_channels"],
+        "num_encoder_blocks": 4,
+        "hidden_sizes": arguments["embed_dims"],
+        "depths": arguments["depths"],
+        "num_attention_heads": arguments["num_heads"],
+        "sr_ratios": arguments["sr_ratios"],
+        "patch_sizes": arguments["patch_sizes"],
+        "strides": arguments["strides"],
+        "mlp_ratios": [arguments["mlp_ratio"]] * 4,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": arguments["drop_path_rate"],
+        "layer_norm_eps": arguments["norm_eps"],
+        "initializer_range": 0.02,
+        "reshape_last_stage": True,
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+    }
+    if isinstance(model, SegFormer):
+        names = task.get("class_names") or [
+            f"LABEL_{n}" for n in range(model.head.classifier.out_channels)
+        ]
+        config |= {
+            "architectures": ["SegformerForSemanticSegmentation"],
+            "decoder_hidden_size": model.head.classifier.in_channels,
+            "classifier_dropout_prob": model.head.dropout.p,
+            "semantic_loss_ignore_index": task.get("ignore_index", 255),
+            "id2label": {str(n): name for n, name in enumerate(names)},
+            "label2id": {name: n for n, name in enumerate(names)},
+        }
+    remarks = []
+    if not preprocessor:
+        preprocessor = {
+            "image_processor_type": "SegformerImageProcessor",
+            "do_resize": False,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": task.get("image_mean", IMAGENET_MEAN),
+            "image_std": task.get("image_std", IMAGENET_STD),
+            "do_reduce_labels": False,
+        }
+        remarks.append(
+            "preprocessor_config.json normalises and does not resize, while transformers' own "
+            "default squashes every picture to 512x512"
+        )
+    folder.mkdir()
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", preprocessor)
+    _write_safetensors(folder / "model.safetensors", tensors)
+    return remarks
+
+
+def _write_smp(model: SegFormer, folder: Path, tensors: dict[str, Tensor]) -> list[str]:
+    arguments = encoder_arguments(model.encoder)
+    config = {
+        "_model_class": "Segformer",
+        "encoder_name": f"mit_{variants()[arguments['embed_dims'], arguments['depths']]}",
+        "encoder_weights": None,
+        "encoder_depth": 5,
+        "decoder_segmentation_channels": model.head.classifier.in_channels,
+        "in_channels": arguments["in_channels"],
+        "classes": model.head.classifier.out_channels,
+        "activation": None,
+        "upsampling": 4,
+        "aux_params": None,
+    }
+    folder.mkdir()
+    _write_json(folder / "config.json", config)
+    _write_safetensors(folder / "model.safetensors", tensors)
+    return [
+        "segmentation_models_pytorch upsamples the logits inside the network, with "
+        "align_corners=True, takes sides that are multiples of 32, and has no dropout"
+    ]
+
+
+def _write_nvlabs(
+    model: SegFormer | MixTransformer,
+    file: Path,
+    tensors: dict[str, Tensor],
+    task: Mapping[str, Any],
+) -> list[str]:
+    if isinstance(model, MixTransformer):
+        torch.save(tensors, file)
+        return []
+    names = {"CLASSES": "class_names", "PALETTE": "palette"}
+    meta = {theirs: task[ours] for theirs, ours in names.items() if task.get(ours)}
+    torch.save({"state_dict": tensors, "meta": meta}, file)
+    return [
+        "decode_head.conv_seg, which the reference code builds and never uses, is not in the file"
+    ]
+
+
+def _write_native(
+    model: SegFormer | MixTransformer,
+    file: Path,
+    tensors: dict[str, Tensor],
+    task: Mapping[str, Any],
+) -> list[str]:
+    known = {
+        "task": {**task, "network": spec_of(model)},
+        "norm_eps": encoder_of(model).norm_eps,
+    }
+    _write_safetensors(file, tensors, {"segformer_pl": json.dumps(known)})
+    return []
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_safetensors(
+    file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})

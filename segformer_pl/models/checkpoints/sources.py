@@ -1,0 +1,205 @@
+"""Read tensors, and what is known about them, from wherever weights are kept.
+
+A file (``.pth``, ``.bin``, ``.safetensors``, a Lightning ``.ckpt``), a folder written by
+transformers' or segmentation_models_pytorch's ``save_pretrained``, a name on the Hugging Face hub,
+or a state dict in memory. Nothing here knows any tensor's name. Files are data: a pickle that would
+run code is refused.
+"""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+TENSOR_FILES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+_HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read, or do not fit; the message says which, where and what to do."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by their foreign names, and what came with them.
+
+    Attributes:
+        name: Where they came from, for messages.
+        tensors: The state dict, on the CPU.
+        config: ``config.json`` of a folder.
+        preprocessor: ``preprocessor_config.json`` of a folder.
+        task: Hyperparameters of the :class:`~segformer_pl.task.SegmentationTask` that they were
+            trained in: ``network`` (class path and arguments), ``class_names``, ``palette``,
+            ``image_mean``, ``image_std``; each only if the source states it.
+        norm_eps: Epsilons of block and convolution norms, if the source states them.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    norm_eps: tuple[float, float] | None = None
+
+
+def read_weights(source: Source) -> Weights:
+    """Read a source, whatever it is.
+
+    Raises:
+        WeightsError: it is not there, cut short, holds code, or holds no tensors.
+    """
+    if isinstance(source, Mapping):
+        return _from_content("the state dict", source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path, str(source))
+    if path.is_file():
+        return _read_file(path)
+    if isinstance(source, str) and path.suffix not in SUFFIXES:
+        hub_name = _HUB_NAME.fullmatch(source)
+        if hub_name is not None:
+            return _read_hub(hub_name["repo"], hub_name["revision"])
+    raise WeightsError(
+        f"there is no file or folder {str(source)!r}; give weights as a file "
+        f"({', '.join(SUFFIXES)}), a folder written by save_pretrained, or a hub name "
+        "like 'nvidia/mit-b0@COMMIT'"
+    )
+
+
+def _read_file(path: Path) -> Weights:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise _damaged(path, error) from error
+        raise WeightsError(
+            f"'{path}' holds code ({code[1]}), which reading it would run, so it is refused; have "
+            "whoever made it save tensors only: torch.save(model.state_dict(), FILE)"
+        ) from error
+    except Exception as error:  # of many types, depending on where the file breaks off
+        raise _damaged(path, error) from error
+    return _from_content(f"'{path}'", content)
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"'{path}' is no file of tensors, or is cut short ({type(error).__name__}); compare its "
+        f"size ({path.stat().st_size:,} bytes) with the original and fetch it again"
+    )
+
+
+def _read_safetensors(path: Path) -> Weights:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    if "segformer_pl" not in metadata:
+        return Weights(f"'{path}'", tensors)
+    known = json.loads(metadata["segformer_pl"])
+    return Weights(f"'{path}'", tensors, task=known["task"], norm_eps=tuple(known["norm_eps"]))
+
+
+def _from_content(name: str, content: Any) -> Weights:
+    """Find the state dict in what a file holds, and what stands beside it."""
+    tensors: Any = content
+    beside: Mapping[str, Any] = {}
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            tensors, beside = content[key], content
+            break
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
+        raise WeightsError(
+            f"{name} holds a {type(content).__name__} with no state dict in it; give one that "
+            "holds named tensors, alone or as its 'state_dict'"
+        )
+    task = dict(beside.get("hyper_parameters", {}))
+    meta = beside.get("meta")  # of mmcv: what the classes are
+    if isinstance(meta, Mapping):
+        names = {"class_names": meta.get("CLASSES"), "palette": meta.get("PALETTE")}
+        task |= {key: list(value) for key, value in names.items() if value}
+    stated = beside.get("norm_eps")
+    return Weights(name, tensors, task=task, norm_eps=tuple(stated) if stated else None)
+
+
+def _read_folder(folder: Path, name: str) -> Weights:
+    file = next((folder / f for f in TENSOR_FILES if (folder / f).is_file()), None)
+    if file is None:
+        raise WeightsError(
+            f"folder {name!r} holds neither {' nor '.join(TENSOR_FILES)}; give the folder that "
+            "save_pretrained wrote, or a file"
+        )
+    config = _read_json(folder / "config.json")
+    preprocessor = _read_json(folder / "preprocessor_config.json")
+    task: dict[str, Any] = {
+        key: preprocessor[key] for key in ("image_mean", "image_std") if key in preprocessor
+    }
+    if "id2label" in config:
+        names = {int(index): label for index, label in config["id2label"].items()}
+        task["class_names"] = [names[index] for index in sorted(names)]
+    return replace(
+        _read_file(file), name=repr(name), config=config, preprocessor=preprocessor, task=task
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"'{file}' is no JSON ({error}); fetch it again") from error
+
+
+def _read_hub(repo: str, revision: str | None) -> Weights:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    name = f"{repo}@{revision}" if revision else repo
+    try:
+        if revision is None or not _COMMIT.fullmatch(revision):
+            commit = hub.HfApi().model_info(repo, revision=revision, timeout=10).sha
+            raise WeightsError(
+                f"hub name {name!r} pins no commit, so it could mean other weights tomorrow; "
+                f"write '{repo}@{commit}', which is what it means today"
+            )
+        for file in TENSOR_FILES:
+            folder = hub.snapshot_download(
+                repo, revision=revision, allow_patterns=["*config.json", file]
+            )
+            if (Path(folder) / file).is_file():
+                break
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise WeightsError(
+            f"the hub has no {name!r}, or hides it from you ({type(error).__name__}); check the "
+            "name, or give a file or folder that is on this machine"
+        ) from error
+    except WeightsError:
+        raise
+    except Exception as error:  # of the network library, the hub and the cache
+        raise WeightsError(
+            f"the hub cannot be reached for {name!r} ({type(error).__name__}); without network "
+            "give a file or folder that is on this machine, or fill the cache where there is "
+            f"network: hf download {repo} --revision COMMIT"
+        ) from error
+    return _read_folder(Path(folder), name)
