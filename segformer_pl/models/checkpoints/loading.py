@@ -142,7 +142,11 @@ def load_weights(
     # From here on nothing can fail.
     prefix = "" if model is encoder else "encoder."
     state, _ = from_parts(NATIVE, prefix, fitting)
-    model.load_state_dict(state, strict=False)
+    # Not by load_state_dict, which would reset the step count of a BatchNorm that is not named.
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
     if reinitialized:
         cast(SegFormer, model).head.classifier.reset_parameters()
     eps, reason = _norm_eps(layout, weights)

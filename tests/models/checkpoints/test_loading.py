@@ -1,0 +1,247 @@
+"""What load_weights does beside copying: refuse, report, adapt, and leave no half-loaded model."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from segformer_pl.models import SegFormer, mit_b0, segformer_b0, segformer_b1
+from segformer_pl.models.checkpoints import WeightsError, load_weights
+from segformer_pl.models.checkpoints.layouts import (
+    NATIVE,
+    NVLABS,
+    SMP,
+    TRANSFORMERS_DISK,
+    from_parts,
+)
+from segformer_pl.models.checkpoints.loading import parts_of
+from segformer_pl.models.mit import MixTransformer, NormEps
+
+STEM = "encoder.stages.0.patch_embed.proj.weight"
+
+
+def small(num_classes=3, **arguments):
+    """A SegFormer in small; the heads have no tensors of their own, so any number will do."""
+    encoder = MixTransformer(
+        embed_dims=(4, 8, 8, 16), depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), **arguments
+    )
+    return SegFormer(encoder, num_classes, decoder_dim=8)
+
+
+def snapshot(network):
+    eps = {name: m.eps for name, m in network.named_modules() if hasattr(m, "eps")}
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}, eps
+
+
+def is_unchanged(network, before):
+    tensors, eps = snapshot(network)
+    return eps == before[1] and all(torch.equal(tensors[n], t) for n, t in before[0].items())
+
+
+@pytest.fixture
+def source(randomize):
+    return randomize(small()).float()
+
+
+def foreign(network, layout=NVLABS):
+    return from_parts(layout, next(iter(layout.encoder_prefixes)), parts_of(network))[0]
+
+
+def refuse(network, source, **arguments):
+    before = snapshot(network)
+    with pytest.raises(WeightsError) as error:
+        load_weights(network, source, **arguments)
+    assert is_unchanged(network, before)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+class Malicious:
+    """Reading it as a pickle makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickle_with_code_is_refused_and_not_run(tmp_path, legacy):
+    file, trace = tmp_path / "weights.pth", tmp_path / "it ran"
+    content = {"state_dict": {}, "hook": Malicious(trace)}
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    message = refuse(small(), file)
+    assert f"'{file}' holds code (posix.mkdir)" in message
+    assert not trace.exists()
+    plain = tmp_path / "plain.pth"
+    plain.write_bytes(pickle.dumps(Malicious(trace)))
+    assert "is no file of tensors" in refuse(small(), plain)
+    assert not trace.exists()
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path):
+    torch.save(small(), tmp_path / "model.pth")
+    assert "holds code (segformer_pl.models" in refuse(small(), tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_truncated_file(tmp_path, source, suffix, share):
+    file = tmp_path / f"weights{suffix}"
+    state = foreign(source)
+    if suffix == ".pth":
+        torch.save(state, file)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    message = refuse(small(), file)
+    assert f"'{file}' is no file of tensors, or is cut short" in message
+
+
+def test_file_of_another_network(tmp_path):
+    file = tmp_path / "resnet.pth"
+    torch.save({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}, file)
+    message = refuse(small(), file)
+    assert f"'{file}' is no SegFormer" in message
+    assert "conv1.weight, fc.bias" in message
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {}, torch.zeros(2)])
+def test_file_without_a_state_dict(tmp_path, content):
+    file = tmp_path / "weights.pth"
+    torch.save(content, file)
+    message = refuse(small(), file)
+    assert "no state dict in it" in message or "is no SegFormer" in message
+
+
+def test_another_variant():
+    message = refuse(segformer_b0(3), segformer_b1(3).state_dict())
+    assert "holds MiT-B1 (embed_dims 64,128,320,512; depths 2,2,2,2)" in message
+    assert "the model is MiT-B0 (embed_dims 32,64,160,256; depths 2,2,2,2)" in message
+
+
+def test_other_arguments_of_the_network(source):
+    assert "attn.sr.weight as 4x4x8x8, the model as 4x4x4x4" in refuse(
+        small(sr_ratios=(4, 4, 2, 1)), foreign(source)
+    )
+    wider = SegFormer(small().encoder, 3, decoder_dim=12)
+    assert "head.projections.0.weight as 8x4, the model as 12x4, and" in refuse(
+        wider, foreign(source)
+    )
+
+
+def test_missing_and_left_over_tensors_are_named(source):
+    state = foreign(source)
+    gap = {k: v for k, v in state.items() if k != "backbone.block2.1.attn.q.bias"}
+    message = refuse(small(), gap)
+    assert "lacks 1 tensors of the model (encoder.stages.1.blocks.1.attn.q.bias)" in message
+    extra = state | {"backbone.block2.1.attn.gate": torch.zeros(1)}
+    message = refuse(small(), extra)
+    assert "1 tensors that the model has no place for (backbone.block2.1.attn.gate)" in message
+
+    del extra["backbone.norm3.bias"]
+    network = small()
+    kept = network.encoder.stages[2].norm.bias.data.fill_(0.125).clone()
+    report = load_weights(network, extra, strict=False)
+    assert report.missing == ("encoder.stages.2.norm.bias",)
+    assert report.unexpected == ("backbone.block2.1.attn.gate",)
+    assert report.num_tensors == len(network.state_dict()) - 1
+    assert torch.equal(network.encoder.stages[2].norm.bias, kept)
+    for line in ("NOT in the source", "NOT in the model", "block2.1.attn.gate"):
+        assert line in str(report)
+
+
+def test_encoder_alone_leaves_the_head_as_it_was(source):
+    network = small(num_classes=7)
+    network.head.bn.num_batches_tracked.fill_(5)
+    before = {name: t.clone() for name, t in network.head.state_dict().items()}
+    report = load_weights(network, foreign(source), parts="encoder")
+    assert all(torch.equal(t, before[name]) for name, t in network.head.state_dict().items())
+    for name, tensor in network.encoder.state_dict().items():
+        assert torch.equal(tensor, source.encoder.state_dict()[name]), name
+    assert set(report.dropped.values()) == {"only the encoder was asked for"}
+
+
+def test_a_backbone_is_not_enough_for_a_whole_model(source):
+    backbone = from_parts(NVLABS, "", parts_of(source.encoder))[0]
+    assert "no decode head; load it with parts='encoder'" in refuse(small(), backbone)
+    assert "whole segmenter" in refuse(small().encoder, source.state_dict())
+    load_weights(small().encoder, source.state_dict(), parts="encoder")
+
+
+def test_another_number_of_classes_draws_the_classifier_anew(source):
+    network = small(num_classes=7)
+    old = network.head.classifier.weight.data.fill_(9.0).clone()
+    report = load_weights(network, foreign(source))
+    assert set(report.reinitialized) == {"head.classifier.weight", "head.classifier.bias"}
+    assert "3 classes in the source, 7 in the model" in str(report)
+    assert not torch.equal(network.head.classifier.weight, old)
+    for name, tensor in source.state_dict().items():
+        if "classifier" not in name:
+            assert torch.equal(network.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_stem_for_other_channels(source, channels):
+    network = small(in_channels=channels)
+    report = load_weights(network, foreign(source))
+    rgb, stem = source.state_dict()[STEM], network.state_dict()[STEM]
+    if channels == 1:
+        expected = rgb.sum(1, keepdim=True)
+    else:
+        expected = torch.stack([rgb[:, c % 3] * 3 / channels for c in range(channels)], dim=1)
+    torch.testing.assert_close(stem, expected)
+    assert f"from 3 to {channels} input channels" in report.inflated[STEM]
+    # back to three there is no rule
+    message = refuse(small(), network.state_dict())
+    assert f"patch_embed.proj.weight as 4x{channels}x7x7, the model as 4x3x7x7" in message
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (NVLABS, NormEps(1e-6, 1e-5)),
+        (SMP, NormEps(1e-6, 1e-5)),
+        (TRANSFORMERS_DISK, NormEps(1e-5, 1e-5)),
+        (NATIVE, NormEps(0.25, 0.5)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_epsilons_follow_the_weights(source, layout, expected):
+    network = small(norm_eps=0.25, conv_norm_eps=0.5)
+    report = load_weights(network, foreign(source, layout))
+    assert report.norm_eps == network.encoder.norm_eps == expected
+    for name, module in network.encoder.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            after_convolution = "patch_embed" in name or "attn" in name
+            assert module.eps == expected[after_convolution], name
+
+
+def test_wrapped_networks(source, tmp_path):
+    """By DistributedDataParallel, and under the keys that training scripts save under."""
+    wrapped = {f"module.{name}": tensor for name, tensor in foreign(source).items()}
+    for content in (wrapped, {"state_dict": wrapped}, {"model": wrapped, "epoch": 3}):
+        network = small()
+        torch.save(content, tmp_path / "weights.pth")
+        load_weights(network, tmp_path / "weights.pth")
+        assert torch.equal(network.state_dict()[STEM], source.state_dict()[STEM])
+    stray = wrapped | {"step": torch.zeros(())}
+    assert "no place for (step)" in refuse(small(), stray)
+
+
+def test_a_model_of_another_kind():
+    message = refuse(torch.nn.Linear(2, 2), mit_b0().state_dict())
+    assert "a Linear has none" in message
+
+
+def test_dtype_and_memory_layout_of_the_model_stay(source):
+    network = small().double()
+    load_weights(network, foreign(source))
+    stem = network.state_dict()[STEM]
+    assert stem.dtype == torch.float64
+    assert stem.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,255 @@
+"""The same numbers as transformers and segmentation_models_pytorch, in float64, with every
+parameter and buffer random; and every planted fault is noticed."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from segformer_pl.models import decode_head, mit, segformer
+from segformer_pl.models.checkpoints import load_weights
+from segformer_pl.models.checkpoints.layouts import detect, to_parts
+from segformer_pl.models.checkpoints.loading import parts_of
+from segformer_pl.models.mit import NormEps
+
+NUM_CLASSES = 5
+# embed_dims, depths, decoder_dim of the published variants
+WIDE = (64, 128, 320, 512)
+VARIANTS = {
+    "b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
+    "b1": (WIDE, (2, 2, 2, 2), 256),
+    "b2": (WIDE, (3, 4, 6, 3), 768),
+    "b3": (WIDE, (3, 4, 18, 3), 768),
+    "b4": (WIDE, (3, 8, 27, 3), 768),
+    "b5": (WIDE, (3, 6, 40, 3), 768),
+}
+SLOW = {"b2", "b3", "b4", "b5"}
+ALL = [pytest.param(v, marks=pytest.mark.slow if v in SLOW else ()) for v in VARIANTS]
+# Rounding differs by about 1e-15 of the logits; the smallest planted fault, an epsilon, by 1e-7.
+TOLERANCE = 1e-11
+
+
+def ours(variant, **arguments):
+    return getattr(segformer, f"segformer_{variant}")(NUM_CLASSES, **arguments).double()
+
+
+def transformers_model(variant, **settings):
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    dims, depths, decoder_dim = VARIANTS[variant]
+    config = SegformerConfig(
+        hidden_sizes=list(dims),
+        depths=list(depths),
+        decoder_hidden_size=decoder_dim,
+        num_labels=NUM_CLASSES,
+        **settings,
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
+def smp_model(variant):
+    import segmentation_models_pytorch as smp
+
+    return smp.Segformer(
+        f"mit_{variant}",
+        encoder_weights=None,
+        decoder_segmentation_channels=VARIANTS[variant][2],
+        classes=NUM_CLASSES,
+    )
+
+
+def smp_logits(model, images):
+    """Without the upsampling that smp builds into the network."""
+    return model.segmentation_head[0](model.decoder(model.encoder(images)))
+
+
+def difference(result, expected):
+    """Largest, over the largest expected."""
+    return ((result - expected).abs().max() / expected.abs().max()).item()
+
+
+def images(*size, batch=2):
+    return torch.randn(batch, 3, *size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("variant", ALL)
+@torch.no_grad()
+def test_logits_of_transformers(variant, randomize):
+    theirs = randomize(transformers_model(variant)).eval()
+    network = ours(variant).eval()
+    report = load_weights(network, theirs.state_dict())
+    assert report.num_tensors == len(network.state_dict())
+    assert report.norm_eps == NormEps(1e-5, 1e-5)
+    for size in [(64, 64), (65, 97), (33, 47)]:
+        batch = images(*size)
+        expected = theirs(batch).logits
+        assert expected.abs().max() > 0.1
+        assert difference(network(batch), expected) < TOLERANCE, size
+
+
+@pytest.mark.parametrize("variant", ALL)
+@torch.no_grad()
+def test_logits_of_smp(variant, randomize):
+    theirs = randomize(smp_model(variant)).eval()
+    network = ours(variant).eval()
+    network.encoder.norm_eps = NormEps(0.5, 0.5)
+    report = load_weights(network, theirs.state_dict())
+    assert report.norm_eps == NormEps(1e-6, 1e-5)
+    for size in [(64, 64), (64, 96)]:
+        batch = images(*size)
+        assert difference(network(batch), smp_logits(theirs, batch)) < TOLERANCE, size
+
+
+@pytest.mark.parametrize("variant", ["b0", pytest.param("b2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("library", ["transformers", "smp"])
+def test_training_mode_gives_the_same_gradients_and_running_statistics(variant, library, randomize):
+    if library == "transformers":
+        theirs = transformers_model(variant, drop_path_rate=0.0, classifier_dropout_prob=0.0)
+        forward, size = (lambda batch: theirs(batch).logits), (65, 97)
+    else:
+        theirs = smp_model(variant)
+        forward, size = partial(smp_logits, theirs), (64, 96)
+        for module in theirs.modules():
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+    randomize(theirs).train()
+    network = ours(variant, drop_path_rate=0.0, dropout=0.0).train()
+    load_weights(network, theirs.state_dict())
+    batch = images(*size)
+    expected = forward(batch)
+    result = network(batch)
+    assert difference(result, expected) < TOLERANCE
+    towards = torch.randn_like(expected)
+    (expected * towards).sum().backward()
+    (result * towards).sum().backward()
+
+    layout, prefix, _ = detect(theirs.state_dict())
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    their_gradients = to_parts(layout, prefix, gradients)[0]
+    our_gradients = parts_of(_WithState(network))
+    assert our_gradients.keys() == their_gradients.keys()
+    largest = max(gradient.abs().max() for gradient in their_gradients.values())
+    for name, gradient in their_gradients.items():
+        # A bias of the keys has no gradient but rounding: softmax does not see it.
+        close = torch.allclose(our_gradients[name], gradient, rtol=1e-9, atol=1e-12 * largest)
+        assert close, name
+
+    their_state = to_parts(layout, prefix, theirs.state_dict())[0]
+    for name in ("head.bn.running_mean", "head.bn.running_var", "head.bn.num_batches_tracked"):
+        torch.testing.assert_close(network.state_dict()[name], their_state[name])
+
+
+class _WithState:
+    """Gradients in the place of the state dict."""
+
+    def __init__(self, network):
+        self.gradients = {name: p.grad for name, p in network.named_parameters()}
+
+    def state_dict(self):
+        return self.gradients
+
+
+def swap_keys_and_values(parameter):
+    def fault(network, monkeypatch):
+        for stage in network.encoder.stages:
+            for block in stage.blocks:
+                rows = getattr(block.attn.kv, parameter).data
+                rows.copy_(torch.cat(rows.chunk(2)[::-1]))
+
+    return fault
+
+
+def interleave_heads_of_keys_and_values(network, monkeypatch):
+    """As (heads, 2, C / heads) rows; the same in the first stage, which has one head."""
+    for stage in network.encoder.stages:
+        for block in stage.blocks:
+            rows = block.attn.kv.weight.data
+            heads = block.attn.num_heads
+            shape = rows.shape
+            rows.copy_(rows.view(2, heads, -1, shape[1]).transpose(0, 1).reshape(shape))
+
+
+def forget_batch_norm_statistics(network, monkeypatch):
+    network.head.bn.reset_running_stats()
+
+
+def gelu_by_tanh(network, monkeypatch):
+    monkeypatch.setattr(mit.F, "gelu", partial(F.gelu, approximate="tanh"))
+
+
+def epsilon(**changed):
+    def fault(network, monkeypatch):
+        network.encoder.norm_eps = network.encoder.norm_eps._replace(**changed)
+
+    return fault
+
+
+def concatenate_from_fine_to_coarse(network, monkeypatch):
+    weight = network.head.fuse.weight.data
+    weight.copy_(torch.cat(weight.chunk(4, dim=1)[::-1], dim=1))
+
+
+def align_corners(network, monkeypatch):
+    aligned = partial(F.interpolate, mode="bilinear", align_corners=True)
+    monkeypatch.setattr(
+        decode_head.F, "interpolate", lambda x, size, mode, align_corners: aligned(x, size=size)
+    )
+
+
+def swap_block_norms(network, monkeypatch):
+    for stage in network.encoder.stages:
+        for block in stage.blocks:
+            block.norm1, block.norm2 = block.norm2, block.norm1
+
+
+def lose_depthwise_bias(network, monkeypatch):
+    for stage in network.encoder.stages:
+        for block in stage.blocks:
+            block.mlp.dwconv.bias.data.zero_()
+
+
+def transpose_reduction_kernels(network, monkeypatch):
+    for stage in list(network.encoder.stages)[:3]:
+        for block in stage.blocks:
+            block.attn.sr.weight.data.copy_(block.attn.sr.weight.data.mT.clone())
+
+
+def pass_on_stages_without_their_norm(network, monkeypatch):
+    network.encoder.stages[1].norm = nn.Identity()
+
+
+def leave_dropout_on(network, monkeypatch):
+    network.head.dropout.train()
+
+
+FAULTS = {
+    "key and value biases swapped": swap_keys_and_values("bias"),
+    "key and value weights swapped": swap_keys_and_values("weight"),
+    "heads interleaved": interleave_heads_of_keys_and_values,
+    "no BatchNorm statistics": forget_batch_norm_statistics,
+    "GELU by tanh": gelu_by_tanh,
+    "epsilon of block norms": epsilon(norm=1e-6),
+    "epsilon of convolution norms": epsilon(conv_norm=1e-6),
+    "concatenation order": concatenate_from_fine_to_coarse,
+    "align_corners": align_corners,
+    "block norms swapped": swap_block_norms,
+    "no depthwise bias": lose_depthwise_bias,
+    "reduction kernels transposed": transpose_reduction_kernels,
+    "no stage norm": pass_on_stages_without_their_norm,
+    "dropout on": leave_dropout_on,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@torch.no_grad()
+def test_every_planted_fault_is_noticed(fault, randomize, monkeypatch):
+    theirs = randomize(transformers_model("b0")).eval()
+    network = ours("b0").eval()
+    load_weights(network, theirs.state_dict())
+    batch = images(65, 97)
+    expected = theirs(batch).logits
+    assert difference(network(batch), expected) < TOLERANCE
+    FAULTS[fault](network, monkeypatch)
+    assert difference(network(batch), expected) > 100 * TOLERANCE
