@@ -6,6 +6,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from segformer_pl.models import segformer_b0
+from segformer_pl.models.checkpoints import export_weights, load_weights
+from segformer_pl.models.mit import NormEps
 from segformer_pl.optim import poly_factor
 from segformer_pl.task import SegmentationTask
 
@@ -152,3 +154,70 @@ def test_any_segmenter_can_be_trained(tmp_path):
     task = SegmentationTask(Tiny(), NAMES, [[0, 0, 0]] * 3)
     trainer.fit(task, DataLoader(samples(), batch_size=2), DataLoader(samples(), batch_size=2))
     assert "val/miou" in trainer.callback_metrics
+
+
+def make_checkpoint_source(tmp_path):
+    """A segmenter in NVIDIA's layout and the tensors of its encoder's last norm."""
+    network = segformer_b0(len(NAMES), in_channels=3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    export_weights(network, tmp_path / "weights.pth", "nvlabs")
+    return tmp_path / "weights.pth", network.encoder.stages[3].norm.weight.detach().clone()
+
+
+def test_weights_are_read_when_fit_starts_and_never_with_a_checkpoint(tmp_path):
+    file, expected = make_checkpoint_source(tmp_path)
+    loader = DataLoader(samples(4), batch_size=2)
+    task = make_task(encoder_weights=str(file), lr=0.0, weight_decay=0.0)
+    task.network.encoder.norm_eps = NormEps(0.5, 0.5)
+    norm = task.network.encoder.stages[3].norm
+    assert not torch.equal(norm.weight, expected)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(task, loader)
+    assert torch.equal(norm.weight, expected)
+    assert task.network.encoder.norm_eps == (1e-6, 1e-5)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    # the same object goes on with what it has
+    norm.weight.data.fill_(3.0)
+    make_trainer(tmp_path, max_steps=1).fit(task, loader)
+    assert torch.equal(norm.weight, torch.full_like(expected, 3.0))
+
+    file.unlink()
+    resumed = make_task(encoder_weights=str(file), lr=0.0, weight_decay=0.0)
+    resumed.network.encoder.norm_eps = NormEps(0.5, 0.5)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(resumed, loader, ckpt_path=tmp_path / "run.ckpt")
+    assert trainer.global_step == 2
+    assert torch.equal(resumed.network.encoder.stages[3].norm.weight, expected)
+    # the epsilons came with the weights and go on with them, through every checkpoint
+    assert resumed.network.encoder.norm_eps == (1e-6, 1e-5)
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    network = segformer_b0(len(NAMES), norm_eps=0.5)
+    again = SegmentationTask.load_from_checkpoint(
+        tmp_path / "second.ckpt", network=network, weights_only=True
+    )
+    assert again.network.encoder.norm_eps == (1e-6, 1e-5)
+    network = segformer_b0(len(NAMES), norm_eps=0.5)
+    assert load_weights(network, tmp_path / "second.ckpt").norm_eps == (1e-6, 1e-5)
+
+
+def test_whole_weights_can_be_scored_without_training(tmp_path):
+    file, _ = make_checkpoint_source(tmp_path)
+    task = make_task(weights=str(file))
+    make_trainer(tmp_path).validate(task, DataLoader(samples(2), batch_size=2), verbose=False)
+    expected = torch.load(file, weights_only=True)["state_dict"]["decode_head.linear_pred.bias"]
+    assert torch.equal(task.network.head.classifier.bias, expected)
+
+
+def test_epsilons_from_an_argument_are_not_those_of_a_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(make_task(), DataLoader(samples(4), batch_size=2))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    network = segformer_b0(len(NAMES), norm_eps=0.5)
+    again = SegmentationTask.load_from_checkpoint(tmp_path / "run.ckpt", network=network)
+    assert again.network.encoder.norm_eps.norm == 0.5
+
+
+def test_both_weights_are_refused():
+    with pytest.raises(ValueError, match="weights and encoder_weights are both given"):
+        make_task(weights="a.pth", encoder_weights="b.pth")

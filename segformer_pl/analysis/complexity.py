@@ -83,7 +83,7 @@ class Complexity:
         macs: MACs executed in a forward pass.
         paper_macs: What the paper's "FLOPs" column counts; None for other networks than SegFormer.
         activation_bytes: Memory of the tensors that a forward pass in training mode keeps for the
-            backward pass, in float32, parameters not counted.
+            backward pass, in the parameters' dtype, parameters not counted.
         parts: The costs part by part, in order.
     """
 
@@ -115,8 +115,10 @@ def complexity(network: Any, height: int, width: int, in_channels: int = 3) -> C
             name: fake.from_tensor(tensor)
             for name, tensor in (*network.named_parameters(), *network.named_buffers())
         }
-        images = torch.zeros(1, in_channels, height, width)
-        flops = FlopCounterMode(display=False)
+        dtype = next(network.parameters()).dtype
+        images = torch.zeros(1, in_channels, height, width, dtype=dtype)
+        # Matrix-vector products are the one kind that torch's counter leaves out.
+        flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv_flops})
         lengths = _AttentionLengths()
         shapes: dict[str, tuple[int, ...]] = {}
         measured = _evaluating(network), _observed(parts, lengths, shapes), lengths, flops
@@ -228,15 +230,11 @@ def measure_latency(
             globals={"network": network, "images": images},
             num_threads=torch.get_num_threads(),
         )
-        # One pass a measurement: the median is then over passes, not over means of blocks.
-        times: list[float] = []
-        while sum(times) < min_seconds:
-            times.append(timer.timeit(1).median)
-    quantiles = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75]))
+        measured = timer.blocked_autorange(min_run_time=min_seconds)
     return Latency(
-        median_ms=1e3 * quantiles[1].item(),
-        iqr_ms=1e3 * (quantiles[2] - quantiles[0]).item(),
-        num_runs=len(times),
+        median_ms=1e3 * measured.median,
+        iqr_ms=1e3 * measured.iqr,
+        num_runs=len(measured.times) * measured.number_per_run,
         num_warmup=num_warmup,
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -271,8 +269,7 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
             "head not folded"
         )
     lines += [
-        f"activations   {cost.activation_bytes / 1e6:10.1f} MB  "
-        "kept for the backward pass, float32",
+        f"activations   {cost.activation_bytes / 1e6:10.1f} MB  kept for the backward pass",
         f"latency       {latency.median_ms:10.1f} ms  median of {latency.num_runs} (IQR "
         f"{latency.iqr_ms:.1f}) after {latency.num_warmup} for warm-up,",
         f"{'':28}{latency.device}, {latency.dtype}, {latency.num_threads} threads, eager",
@@ -304,6 +301,10 @@ def _parts(network: Any) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
                 yield f"stage{s + 1}", (f"{path}.stages.{s}", stage)
         else:
             yield path, (path, child)
+
+
+def _mv_flops(matrix: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(matrix)
 
 
 def _macs(counts: dict[str, dict[Any, int]], path: str) -> int:

@@ -50,13 +50,15 @@ def load_network(source: Source | Weights) -> tuple[SegFormer | MixTransformer, 
     """Build the network that a source holds the weights of, and set them.
 
     Returns:
-        A SegFormer, or a MixTransformer if the source holds no decode head; and the report.
+        A SegFormer, or a MixTransformer if the source holds no decode head, in the source's
+        dtype; and the report.
 
     Raises:
         WeightsError: the source cannot be read, or does not say enough to build its network.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     network = cast(SegFormer | MixTransformer, build(network_spec(weights), weights.name))
+    network.to(next(t.dtype for t in weights.tensors.values() if t.is_floating_point()))
     return network, load_weights(network, weights)
 
 

@@ -176,19 +176,18 @@ def _read_hub(repo: str, revision: str | None) -> Weights:
     from huggingface_hub import errors
 
     name = f"{repo}@{revision}" if revision else repo
+    is_pinned = revision is not None and _COMMIT.fullmatch(revision)
+    if is_pinned and (folder := _fetch(repo, revision, local_files_only=True)):
+        return _read_folder(folder, name)
     try:
-        if revision is None or not _COMMIT.fullmatch(revision):
-            commit = hub.HfApi().model_info(repo, revision=revision, timeout=10).sha
+        # Also a quick question whether there is network: downloads try again for half a minute.
+        commit = hub.HfApi().model_info(repo, revision=revision, timeout=10).sha
+        if not is_pinned:
             raise WeightsError(
                 f"hub name {name!r} pins no commit, so it could mean other weights tomorrow; "
                 f"write '{repo}@{commit}', which is what it means today"
             )
-        for file in TENSOR_FILES:
-            folder = hub.snapshot_download(
-                repo, revision=revision, allow_patterns=["*config.json", file]
-            )
-            if (Path(folder) / file).is_file():
-                break
+        folder = _fetch(repo, revision)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise WeightsError(
             f"the hub has no {name!r}, or hides it from you ({type(error).__name__}); check the "
@@ -202,4 +201,32 @@ def _read_hub(repo: str, revision: str | None) -> Weights:
             "give a file or folder that is on this machine, or fill the cache where there is "
             f"network: hf download {repo} --revision COMMIT"
         ) from error
-    return _read_folder(Path(folder), name)
+    if folder is None:
+        raise WeightsError(
+            f"hub repository {name!r} holds neither {' nor '.join(TENSOR_FILES)}; give one that "
+            "save_pretrained wrote"
+        )
+    return _read_folder(folder, name)
+
+
+def _fetch(repo: str, revision: str | None, local_files_only: bool = False) -> Path | None:
+    """The folder in the cache, with one of the files of tensors; None if there is none."""
+    from huggingface_hub import errors, snapshot_download
+
+    for file in TENSOR_FILES:
+        try:
+            folder = Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=["*config.json", file],
+                    local_files_only=local_files_only,
+                )
+            )
+        except errors.LocalEntryNotFoundError:
+            if local_files_only:
+                return None
+            raise
+        if (folder / file).is_file():
+            return folder
+    return None

@@ -1,0 +1,168 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from segformer_pl import models
+from segformer_pl.analysis.complexity import (
+    as_dict,
+    complexity,
+    measure_latency,
+    paper_macs,
+    table,
+)
+from segformer_pl.models import MixTransformer, SegFormer
+from segformer_pl.models.mit import EfficientSelfAttention
+
+# Table 1a: GFLOPs on ADE20K, Cityscapes, COCO-Stuff
+TABLE_1A = {
+    "b0": (8.4, 125.5, 8.4),
+    "b1": (15.9, 243.7, 15.9),
+    "b2": (62.4, 717.1, 62.4),
+    "b3": (79.0, 962.9, 79.0),
+    "b4": (95.7, 1240.6, 95.7),
+    "b5": (183.3, 1460.4, 111.6),
+}
+
+
+def small(**arguments):
+    encoder = MixTransformer(
+        embed_dims=(4, 8, 8, 16), depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), **arguments
+    )
+    return SegFormer(encoder, num_classes=3, decoder_dim=8)
+
+
+@pytest.mark.parametrize("variant", TABLE_1A)
+def test_the_papers_flops(variant):
+    with torch.device("meta"):
+        network = getattr(models, f"segformer_{variant}")(num_classes=150)
+    side = 640 if variant == "b5" else 512
+    sizes = [(side, side), (1024, 2048), (512, 512)]
+    counted = tuple(round(paper_macs(network, *size) / 1e9, 1) for size in sizes)
+    assert counted == TABLE_1A[variant]
+
+
+def macs_by_hand(network, images):
+    """Every multiply-add of a forward pass, from the shapes of what the layers really see."""
+    total = 0
+
+    def count(module, inputs, output):
+        nonlocal total
+        if isinstance(module, nn.Linear):
+            total += inputs[0].numel() * module.out_features
+        elif isinstance(module, nn.Conv2d):
+            total += output.numel() * module.weight[0].numel()
+        else:
+            _, height, width, dim = inputs[0].shape
+            keys = (height // module.sr_ratio) * (width // module.sr_ratio)
+            total += 2 * height * width * keys * dim
+
+    for module in network.encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | EfficientSelfAttention):
+            module.register_forward_hook(count)
+    features = network.encoder(images)
+    width = network.head.classifier.in_channels
+    for feature in features:  # folded: small matrices first, then each stage at its resolution
+        total += width * width * feature.shape[1] + width * width
+        total += width * feature[0].numel()
+    return total + network.head.classifier.weight.numel() * features[0][0, 0].numel()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 101)])
+def test_executed_macs_are_those_of_the_layers(size):
+    network = small().eval()
+    cost = complexity(network, *size)
+    assert cost.macs == macs_by_hand(network, torch.zeros(1, 3, *size))
+    assert sum(part.macs for part in cost.parts) == cost.macs
+
+
+def test_parts():
+    cost = complexity(small(sr_ratios=(4, 4, 2, 1)), 64, 96)
+    assert [part.name for part in cost.parts] == ["stage1", "stage2", "stage3", "stage4", "head"]
+    assert [part.output_shape for part in cost.parts] == [
+        (1, 4, 16, 24),
+        (1, 8, 8, 12),
+        (1, 8, 4, 6),
+        (1, 16, 2, 3),
+        (1, 3, 16, 24),
+    ]
+    assert [part.query_length for part in cost.parts] == [384, 96, 24, 6, None]
+    assert [part.key_length for part in cost.parts] == [24, 6, 6, 6, None]
+    # 2 N N_kv C in each block; the second stage has two
+    expected = [2 * 384 * 24 * 4, 2 * (2 * 96 * 6 * 8), 2 * 24 * 6 * 8, 2 * 6 * 6 * 16, 0]
+    assert [part.attention_macs for part in cost.parts] == expected
+    assert sum(part.num_parameters for part in cost.parts) == cost.num_parameters
+    assert cost.encoder_parameters + cost.head_parameters == cost.num_parameters
+
+
+def test_activation_memory_is_what_autograd_really_keeps():
+    network = small().train()
+    stored = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        stored[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.randn(1, 3, 64, 96))
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    buffers = {b.untyped_storage().data_ptr() for b in network.buffers()}
+    kept = sum(size for key, (size, _) in stored.items() if key not in parameters | buffers)
+    assert complexity(network, 64, 96).activation_bytes == kept
+
+
+def test_counting_leaves_the_network_as_it_was(randomize):
+    network = randomize(small()).train()
+    network.head.dropout.eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    random = torch.get_rng_state()
+    complexity(network, 64, 64)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert network.training
+    assert not network.head.dropout.training
+    assert all(not module._forward_hooks for module in network.modules())
+
+
+class Convolutions(nn.Module):
+    """A segmenter that is no SegFormer: no stages, an attention of its own, two outputs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.classifier = nn.Conv2d(4, 2, 1, bias=False)
+
+    def forward(self, images):
+        tokens = self.encoder(images).flatten(2).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens)
+        return self.classifier(mixed.transpose(1, 2).unflatten(2, images.shape[2:]))
+
+
+def test_any_segmenter():
+    cost = complexity(Convolutions(), 8, 8)
+    assert cost.paper_macs is None
+    assert [part.name for part in cost.parts] == ["encoder", "classifier"]
+    assert cost.num_classes == 2
+    assert cost.macs == 64 * 3 * 4 * 9 + 2 * 64 * 64 * 4 + 64 * 4 * 2
+    latency = measure_latency(Convolutions(), 8, 8, min_seconds=0.01)
+    assert "paper" not in table("it", cost, latency)
+
+
+def test_table_and_dictionary_say_what_was_measured():
+    network = small()
+    cost = complexity(network, 64, 64)
+    latency = measure_latency(network, 64, 64, min_seconds=0.01)
+    assert latency.num_runs >= 1
+    assert latency.median_ms > 0
+    assert (latency.dtype, latency.num_threads) == ("float32", 1)
+    text = table("small", cost, latency)
+    assert max(map(len, text.splitlines())) <= 100
+    for said in ("64x64 pixels", "3 classes", "float32", "1 threads", "stage4", "head"):
+        assert said in text
+    known = json.loads(json.dumps(as_dict(cost, latency)))
+    assert known["paper_gflops"] == round(cost.paper_macs / 1e9, 1)
+    assert known["latency"]["num_warmup"] == 3
+    assert known["parts"][0]["key_length"] == 4

@@ -1,0 +1,151 @@
+"""Where weights are read from: folders, a hub that answers, a hub that does not."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from segformer_pl.models import mit_b0
+from segformer_pl.models.checkpoints import WeightsError, load_weights, read_weights
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def error_of(source):
+    with pytest.raises(WeightsError) as error:
+        read_weights(source)
+    return str(error.value)
+
+
+def test_folders(tmp_path):
+    state = {"a": torch.ones(2)}
+    (tmp_path / "config.json").write_text('{"id2label": {"1": "b", "0": "a"}}')
+    assert "holds neither model.safetensors nor pytorch_model.bin" in error_of(tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    weights = read_weights(tmp_path)
+    assert torch.equal(weights.tensors["a"], state["a"])
+    assert weights.task == {"class_names": ["a", "b"]}
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert torch.equal(read_weights(str(tmp_path)).tensors["a"], torch.zeros(2))
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json' is no JSON" in error_of(tmp_path)
+
+
+def test_what_is_not_there():
+    for source in ("nowhere.pth", "weights/nowhere.safetensors", "/nowhere/at/all", "b0"):
+        assert f"there is no file or folder '{source}'" in error_of(source)
+
+
+# A process of its own, because huggingface_hub reads its settings when it is imported.
+PROGRAM = """
+import sys
+from segformer_pl.models import mit_b0
+from segformer_pl.models.checkpoints import WeightsError, load_weights
+for name in sys.argv[1:]:
+    try:
+        line = load_weights(mit_b0(), name)
+    except WeightsError as error:
+        line = f"refused: {error}"
+    sys.stdout.write(str(line).splitlines()[0] + chr(10))
+"""
+
+
+def load_from_hub(tmp_path, endpoint, *names):
+    """What each name came to, one line each."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "no_proxy": "127.0.0.1",
+    }
+    for key in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+        environment.pop(key, None)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *names],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with one repository: its files, at one commit."""
+    state = {name: tensor.contiguous() for name, tensor in mit_b0().state_dict().items()}
+    save_file(state, tmp_path / "weights")
+    files = {"config.json": b"{}", "model.safetensors": (tmp_path / "weights").read_bytes()}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):  # the names are those of http.server
+            self.answer(with_body=False)
+
+        def do_GET(self):
+            self.answer(with_body=True)
+
+        def answer(self, with_body):
+            path = self.path.split("?")[0]
+            if path.startswith(f"/api/models/owner/mit/tree/{COMMIT}"):
+                tree = [
+                    {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                    for name, content in files.items()
+                ]
+                self.send(200, json.dumps(tree).encode(), with_body, {})
+            elif path.startswith("/api/models/owner/mit"):
+                siblings = ",".join(f'{{"rfilename": "{name}"}}' for name in files)
+                body = f'{{"id": "owner/mit", "sha": "{COMMIT}", "siblings": [{siblings}]}}'
+                self.send(200, body.encode(), with_body, {"Content-Type": "application/json"})
+            elif (name := path.removeprefix(f"/owner/mit/resolve/{COMMIT}/")) in files:
+                headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'}
+                self.send(200, files[name], with_body, headers)
+            else:
+                self.send(404, b"", with_body, {"X-Error-Code": "RepoNotFound"})
+
+        def send(self, status, body, with_body, headers):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_hub_names_are_pinned(hub, tmp_path):
+    pinned, missing = f"owner/mit@{COMMIT}", f"owner/other@{COMMIT}"
+    lines = load_from_hub(tmp_path, hub, pinned, "owner/mit", "owner/mit@main", missing)
+    assert f"set from '{pinned}': segformer_pl encoder" in lines[0]
+    for name, line in zip(("owner/mit", "owner/mit@main"), lines[1:]):
+        assert line.startswith(f"refused: hub name '{name}' pins no commit")
+        assert f"write '{pinned}'" in line
+    assert f"refused: the hub has no '{missing}'" in lines[3]
+    # Without network, what was fetched once comes from the cache.
+    lines = load_from_hub(tmp_path, "http://127.0.0.1:9", pinned, missing)
+    assert f"set from '{pinned}'" in lines[0]
+    assert f"refused: the hub cannot be reached for '{missing}'" in lines[1]
+    assert "give a file or folder that is on this machine" in lines[1]
+
+
+def test_state_dict_in_memory():
+    encoder = mit_b0()
+    assert load_weights(mit_b0(), encoder.state_dict()).source == "the state dict"
