@@ -186,7 +186,7 @@ class SegmentationTask(pl.LightningModule):
         # Processes must begin alike, and each drew these for itself.
         drawn = dict(self.network.named_parameters())
         for name in report.reinitialized:
-            drawn[name].data.copy_(self.trainer.strategy.broadcast(drawn[name].data))
+            drawn[name].data.copy_(self.trainer.strategy.broadcast(drawn[name].data.cpu()))
         self._weights_are_set = True
         self._norm_eps_is_from_weights = True
         rank_zero_info(str(report))

@@ -14,7 +14,7 @@ def _repeatable():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomize():
     """Function module -> the same module in float64 with random parameters and buffers.
 

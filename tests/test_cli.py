@@ -12,6 +12,7 @@ from PIL import Image
 
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
+from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
 
 NETWORK = ["--model.network", "segformer_pl.models.segformer_b0"]
@@ -109,6 +110,18 @@ def test_a_missing_path(capsys, tmp_path):
         f"error: data.path: there is no folder '{nowhere}'; give the folder that holds the "
         "Parquet shards"
     )
+
+
+def test_weights_to_start_from(capsys, folder, tmp_path):
+    state = segformer_b0(2).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    runs = options(folder, tmp_path / "runs", trainer__max_steps=1, model__lr=0.0)
+    cli = main(["fit", *runs, f"--model.weights={tmp_path / 'w.pth'}"])
+    ours = cli.model.network.state_dict()
+    assert torch.equal(ours["head.fuse.weight"], state["head.fuse.weight"])
+    assert ours["head.classifier.bias"].shape == (len(shapes.CLASS_NAMES),)
+    error = fail(capsys, ["fit", *runs, f"--model.weights={tmp_path / 'x.pth'}"])
+    assert error.startswith(f"error: there is no file or folder '{tmp_path / 'x.pth'}'; give")
 
 
 def test_a_misspelt_key_on_the_command_line_and_in_a_file(capsys, folder, tmp_path):

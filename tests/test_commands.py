@@ -50,6 +50,7 @@ def test_profile_in_json(run):
     assert known["latency"]["num_threads"] == 1
 
 
+@pytest.mark.slow
 def test_profile_of_an_ablation(run):
     text = run(
         *[

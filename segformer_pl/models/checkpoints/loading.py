@@ -234,6 +234,12 @@ def split(
 def _norm_eps(layout: Layout, weights: Weights) -> tuple[NormEps | None, str]:
     if weights.norm_eps is not None:
         return NormEps(*weights.norm_eps), "stated in the source"
+    if layout is NATIVE and "network" in weights.task:
+        arguments = weights.task["network"].get("init_args", {})
+        arguments = arguments.get("encoder", {}).get("init_args", arguments)
+        eps = NormEps()
+        stated = arguments.get("norm_eps", eps.norm), arguments.get("conv_norm_eps", eps.conv_norm)
+        return NormEps(*stated), "the arguments of the run that the source is of"
     if layout.norm_eps == TRANSFORMERS_EPS:
         return layout.norm_eps, (
             "what transformers computes with, whatever its configuration says; weights converted "

@@ -222,6 +222,17 @@ def test_epsilons_follow_the_weights(source, layout, expected):
             assert module.eps == expected[after_convolution], name
 
 
+def test_epsilons_of_a_run_are_its_arguments(source):
+    encoder = {"class_path": "it", "init_args": {"norm_eps": 0.125}}
+    for spec in (encoder, {"class_path": "it", "init_args": {"encoder": encoder}}):
+        content = {
+            "state_dict": {f"network.{k}": v for k, v in source.state_dict().items()},
+            "hyper_parameters": {"network": spec},
+        }
+        network = small(norm_eps=0.25, conv_norm_eps=0.5)
+        assert load_weights(network, content).norm_eps == NormEps(0.125, 1e-5)
+
+
 def test_wrapped_networks(source, tmp_path):
     """By DistributedDataParallel, and under the keys that training scripts save under."""
     wrapped = {f"module.{name}": tensor for name, tensor in foreign(source).items()}
