@@ -38,6 +38,7 @@ def fail(capsys):
     return call
 
 
+@pytest.mark.slow
 def test_profile_in_json(run):
     text = run(
         *["profile", "segformer_b0", "--size", "512", "512", "--num-classes", "150", "--json"]
