@@ -73,23 +73,30 @@ def export_weights(
     _check_destination(destination, layout)
     _check_expressible(model, layout)
     tensors = _foreign_state(model, layout)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the destination, so that the last step is a rename: all or nothing.
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as work:
-        made = Path(work) / destination.name
-        if layout == "huggingface":
-            remarks = _write_huggingface(model, made, tensors, task, preprocessor or {})
-        elif layout == "smp":
-            remarks = _write_smp(cast(SegFormer, model), made, tensors)
-        elif layout == "nvlabs":
-            remarks = _write_nvlabs(model, made, tensors, task)
-        else:
-            remarks = _write_native(model, made, tensors, task)
-        os.replace(made, destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the destination, so that the last step is a rename: all or nothing.
+        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as work:
+            made = Path(work) / destination.name
+            if layout == "huggingface":
+                remarks = _write_huggingface(model, made, tensors, task, preprocessor or {})
+            elif layout == "smp":
+                remarks = _write_smp(cast(SegFormer, model), made, tensors)
+            elif layout == "nvlabs":
+                remarks = _write_nvlabs(model, made, tensors, task)
+            else:
+                remarks = _write_native(model, made, tensors, task)
+            os.replace(made, destination)
+    except OSError as error:
+        raise WeightsError(
+            f"'{destination}' cannot be written ({error.strerror}); give another place"
+        ) from error
     return remarks + _eps_remarks(model, layout)
 
 
 def _check_destination(destination: Path, layout: ExportLayout) -> None:
+    if layout not in LAYOUTS:
+        raise WeightsError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
     if destination.exists():
         raise WeightsError(f"'{destination}' exists already; remove it or give another")
     suffix = FILE_SUFFIX.get(layout, "")
@@ -169,6 +176,7 @@ def _write_huggingface(
     task: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
 ) -> list[str]:
+    remarks = []
     arguments = encoder_arguments(encoder_of(model))
     config: dict[str, Any] = {
         "model_type": "segformer",
@@ -192,9 +200,15 @@ def _write_huggingface(
         "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
     }
     if isinstance(model, SegFormer):
-        names = task.get("class_names") or [
-            f"LABEL_{n}" for n in range(model.head.classifier.out_channels)
-        ]
+        num_classes = model.head.classifier.out_channels
+        names = task.get("class_names", [])
+        if len(names) != num_classes:
+            if names:
+                remarks.append(
+                    f"the source names {len(names)} classes and has {num_classes}, so config.json "
+                    "says LABEL_0, LABEL_1, ..."
+                )
+            names = [f"LABEL_{n}" for n in range(num_classes)]
         config |= {
             "architectures": ["SegformerForSemanticSegmentation"],
             "decoder_hidden_size": model.head.classifier.in_channels,
@@ -203,7 +217,6 @@ def _write_huggingface(
             "id2label": {str(n): name for n, name in enumerate(names)},
             "label2id": {name: n for n, name in enumerate(names)},
         }
-    remarks = []
     if not preprocessor:
         preprocessor = {
             "image_processor_type": "SegformerImageProcessor",

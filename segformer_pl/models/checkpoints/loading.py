@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from timm.models import adapt_input_conv
@@ -105,6 +105,8 @@ def load_weights(
     Raises:
         WeightsError: the source cannot be read or does not fit the model.
     """
+    if parts not in get_args(Parts):
+        raise WeightsError(f"parts={parts!r}: choose one of {', '.join(get_args(Parts))}")
     encoder = encoder_of(model)
     weights = source if isinstance(source, Weights) else read_weights(source)
     layout, kind, found, dropped, unknown = split(weights, parts)

@@ -76,7 +76,13 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
         key: build(value, name) if isinstance(value, Mapping) and "class_path" in value else value
         for key, value in spec.get("init_args", {}).items()
     }
-    return getattr(models, known)(**arguments)
+    try:
+        return getattr(models, known)(**arguments)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{name} describes a network that cannot be built here ({error}); build it yourself "
+            "and use load_weights"
+        ) from error
 
 
 def encoder_arguments(encoder: MixTransformer) -> dict[str, Any]:

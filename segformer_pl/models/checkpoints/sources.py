@@ -114,8 +114,12 @@ def _read_safetensors(path: Path) -> Weights:
         raise _damaged(path, error) from error
     if "segformer_pl" not in metadata:
         return Weights(f"'{path}'", tensors)
-    known = json.loads(metadata["segformer_pl"])
-    return Weights(f"'{path}'", tensors, task=known["task"], norm_eps=tuple(known["norm_eps"]))
+    try:
+        known = json.loads(metadata["segformer_pl"])
+        task, norm_eps = dict(known["task"]), tuple(known["norm_eps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return Weights(f"'{path}'", tensors, task=task, norm_eps=norm_eps)
 
 
 def _from_content(name: str, content: Any) -> Weights:
@@ -166,9 +170,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WeightsError(f"'{file}' is no JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"'{file}' holds a {type(content).__name__}, not settings by name")
+    return content
 
 
 def _read_hub(repo: str, revision: str | None) -> Weights:

@@ -189,9 +189,35 @@ def test_code_outside_the_package_is_not_chosen_by_a_file(tmp_path, network):
         load_network(tmp_path / "w.ckpt")
 
 
+def test_descriptions_that_do_not_fit(tmp_path, network):
+    """Settings that contradict the tensors, or that this version does not know."""
+    unknown = {
+        "class_path": "segformer_pl.models.segformer_b0",
+        "init_args": {"num_classes": 3, "width": 1},
+    }
+    content = {"state_dict": network.state_dict(), "hyper_parameters": {"network": unknown}}
+    torch.save(content, tmp_path / "w.ckpt")
+    with pytest.raises(WeightsError, match=r"cannot be built here \(.*'width'"):
+        load_network(tmp_path / "w.ckpt")
+    task = {"class_names": ["only one"]}
+    remarks = export_weights(network, tmp_path / "hf", "huggingface", task)
+    assert "names 1 classes and has 3" in remarks[0]
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["id2label"] == {str(n): f"LABEL_{n}" for n in range(3)}
+    config["num_attention_heads"] = [1, 2]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="num_heads"):
+        load_network(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text("[1]")
+    with pytest.raises(WeightsError, match="holds a list, not settings by name"):
+        load_network(tmp_path / "hf")
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "message"),
     [
+        ("w", "keras", "layout='keras': choose one of"),
+        ("/proc/nowhere/w", "smp", "cannot be written"),
         ("there", "huggingface", "exists already"),
         ("w.bin", "nvlabs", r"is a file that ends in \.pth"),
         ("w.pth", "huggingface", "is a folder"),

@@ -245,6 +245,10 @@ def test_wrapped_networks(source, tmp_path):
     assert "no place for (step)" in refuse(small(), stray)
 
 
+def test_parts_that_there_are_not():
+    assert "choose one of all, encoder" in refuse(small(), {}, parts="head")
+
+
 def test_a_model_of_another_kind():
     message = refuse(torch.nn.Linear(2, 2), mit_b0().state_dict())
     assert "a Linear has none" in message
