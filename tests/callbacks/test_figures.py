@@ -69,6 +69,7 @@ def test_drawing_does_not_change_the_training(tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_figures_reach_an_offline_wandb_run(tmp_path):
     import wandb
 

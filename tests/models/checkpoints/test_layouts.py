@@ -182,6 +182,7 @@ def test_there_and_back_is_the_same_tensors(layout, randomize):
             assert torch.equal(again[name], part), name
 
 
+@pytest.mark.slow
 def test_names_are_those_of_the_libraries(randomize):
     from segmentation_models_pytorch import Segformer
     from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
