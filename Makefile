@@ -11,11 +11,11 @@ demo: install
 
 test: install
 	@echo "==> running every test that a CPU can"
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 test-fast: install
 	@echo "==> running the quick tests"
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
 lint: install
 	$(BIN)/ruff check .

@@ -119,6 +119,10 @@ class SegmentationTask(pl.LightningModule):
         return (images - self.image_mean) / self.image_std
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        # What the network draws (drop path, dropout) belongs to the batch's first sample, as its
+        # augmentation does: the same in a resumed run, and on another number of devices.
+        if "seed" in batch:
+            torch.manual_seed(batch["seed"][0])
         loss = cross_entropy(self(batch["image"]), batch["label"], self.ignore_index)
         self.log("train/loss", loss, prog_bar=True)
         return loss

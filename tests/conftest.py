@@ -54,6 +54,21 @@ def png():
 
 
 @pytest.fixture(scope="session")
+def row(png):
+    """Function (id, label value, (height, width)) -> a row of shards."""
+    import numpy as np
+
+    def make(name, label_value=1, size=(8, 8)):
+        return {
+            "image": png(np.zeros((*size, 3), np.uint8)),
+            "label": png(np.full(size, label_value, np.uint8)),
+            "id": name,
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def write_shards():
     """Function that writes rows as the Parquet shards of a hub data set; returns the folder."""
     import datasets

@@ -108,7 +108,7 @@ def test_a_missing_path(capsys, tmp_path):
     error = fail(capsys, ["fit", *options(nowhere, tmp_path)])
     assert error == (
         f"error: data.path: there is no folder '{nowhere}'; give the folder that holds the "
-        "Parquet shards"
+        "Parquet shards, a hub name owner/name, or a pattern with {split} of files or URLs"
     )
 
 

@@ -44,7 +44,7 @@ class PredictionPanel(pl.Callback):
         missing = self.num_images - len(self.shown)
         if not trainer.is_global_zero or trainer.sanity_checking or missing <= 0:
             return
-        batch = {key: value[:missing] for key, value in batch.items()}
+        batch = {key: batch[key][:missing] for key in ("image", "label", "id")}
         predictions = pl_module.predict_step(batch, batch_idx)
         self.shown.extend(
             zip(batch["id"], batch["image"].cpu(), batch["label"].cpu(), predictions.cpu())

@@ -1,8 +1,8 @@
 """The data sets by name: where each streams from, its columns and what its labels mean."""
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from segformer_pl.data import shapes
@@ -26,7 +26,11 @@ class DatasetEntry:
     labels: LabelSpec
     image_column: str = "image"
     label_column: str = "label"
-    id_column: str = "id"
+    id_column: str | None = "id"
+    hub: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict, hash=False)
     prepare: Callable[[], Path] | None = None
     reference_scores: Callable[[Path, str], dict[str, float]] | None = None
 

@@ -1,220 +1,217 @@
-"""From Parquet shards to samples: who reads what, and in which order.
+"""From positions to samples: who reads what, and what becomes of it.
 
-Ranks and workers share the work through ``split_dataset_by_node`` and the worker split of
-``datasets``; what they share are row groups, so that a few large files are enough for many
-readers. Only the rows a reader keeps are decoded.
-
-Training is endless and counted in steps: pass after pass over the data, each in an order drawn
-from ``(seed, pass)``. Shards are permuted, and rows inside blocks of :data:`SHUFFLE_BLOCK`; a block
-is permuted as a whole, so that, unlike with a shuffle buffer, no row waits longer than its block.
-Exact resume is not there yet: a resumed run draws new orders rather than repeat old ones.
+A position is the number of a sample in the sequence that all ranks and workers consume together
+(order.py says which row stands there). Everything about a sample follows from ``(seed, position)``:
+which picture it is, and every random number that its augmentation draws. Ranks take their part of
+every global batch, :class:`RankSampler`; loader processes take the rank's batches in turn, as torch
+deals them out. So a run can go on from any position, on any number of ranks and workers.
 """
 
-from collections.abc import Callable, Iterator
-from io import BytesIO
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from datasets.distributed import split_dataset_by_node
-from PIL import Image, UnidentifiedImageError
-from torchvision import tv_tensors
+from torch.utils.data import DistributedSampler, default_collate
 
 from segformer_pl.data.catalog import DatasetEntry
+from segformer_pl.data.decoding import EncodedImage, cell_bytes, decode_label
 from segformer_pl.data.labels import DataError
+from segformer_pl.data.order import EpochShuffle, Location, StoredOrder
+from segformer_pl.data.sources import Row, Source
 
-Split = Literal["train", "validation", "test"]
+Transforms = Callable[
+    [EncodedImage, np.ndarray, np.random.Generator], tuple[torch.Tensor, torch.Tensor]
+]
+OnBadSample = Literal["raise", "skip"]
 
-SHUFFLE_BLOCK = 512  # encoded rows held in memory by each worker
-
-
-def find_shards(folder: Path, split: Split) -> list[str]:
-    """The Parquet files ``<split>*.parquet`` of a folder, or of its ``data`` folder, by name.
-
-    Raises:
-        DataError: the folder does not exist or holds no such file.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"data.path: there is no folder {str(folder)!r}; give the folder that holds the "
-            "Parquet shards"
-        )
-    shards = sorted(folder.glob(f"{split}*.parquet")) or sorted(
-        folder.glob(f"data/{split}*.parquet")
-    )
-    if not shards:
-        raise DataError(
-            f"data.path: {str(folder)!r} holds no {split}*.parquet; give a folder with Parquet "
-            f"shards named {split}-00000-of-00001.parquet and so on"
-        )
-    return [str(shard) for shard in shards]
+SUBSTITUTES = 10  # tries to find a sound sample in place of a bad one
+BLANK = 32  # side in pixels of what stands for a bad picture in evaluation
 
 
-def open_split(entry: DatasetEntry, folder: Path, split: Split) -> datasets.IterableDataset:
-    """Stream one split with its images still encoded, one shard per Parquet row group.
-
-    Raises:
-        DataError: no such split, an unreadable shard, no row, or a column of the catalogue's
-            entry is missing.
-    """
-    shards = find_shards(folder, split)
-    if sum(map(_num_rows, shards)) == 0:
-        raise DataError(
-            f"data.path: the {split} shards in {str(folder)!r} hold no row; give a folder with data"
-        )
-    stream = datasets.load_dataset(
-        "parquet", data_files={split: shards}, split=split, streaming=True
-    )
-    columns = list(stream.features or ())
-    for column in (entry.image_column, entry.label_column, entry.id_column):
-        if column not in columns:
-            raise DataError(
-                f"data.path: the {split} shards in {str(folder)!r} have no column {column!r}, "
-                f"which data set {entry.name!r} needs; they have: {', '.join(columns)}"
-            )
-    return stream.decode(False).reshard()
-
-
-def _num_rows(shard: str) -> int:
-    try:
-        return pq.read_metadata(shard).num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"data.path: {shard!r} is not a complete Parquet file; fetch or write it again"
-        ) from error
-
-
-class SampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """One pass over a rank's and worker's part of a split, in stored order, each row once.
+class Samples(torch.utils.data.Dataset[dict[str, Any]]):
+    """The sample at a position.
 
     Args:
         entry: The data set.
-        stream: Encoded rows, from :func:`open_split`.
-        transforms: Joint transforms, see :mod:`segformer_pl.data.transforms`.
-        rank: This process.
-        world_size: Number of processes.
-
-    Yields:
-        ``{"image": (3, H, W) float, "label": (H, W) int64 train ids, "id": str}``.
-
-    Raises:
-        DataError: a row without image or label, an undecodable one, or a label value outside the
-            spec.
+        source: Its rows.
+        order: Which row stands at a position.
+        transforms: ``(picture, train ids (H, W), generator) -> (image, label)``, see
+            :mod:`segformer_pl.data.transforms`.
+        on_bad_sample: Whether a row that cannot be used ends the run or is skipped. Its position
+            counts all the same: in training another sample of the epoch takes it, in evaluation a
+            picture of which no pixel counts.
     """
 
     def __init__(
         self,
         entry: DatasetEntry,
-        stream: datasets.IterableDataset,
-        transforms: Callable[[dict[str, Any]], dict[str, Any]],
-        rank: int,
-        world_size: int,
+        source: Source,
+        order: EpochShuffle | StoredOrder,
+        transforms: Transforms,
+        on_bad_sample: OnBadSample = "raise",
     ) -> None:
-        super().__init__()
         self.entry = entry
-        self.stream = stream
+        self.source = source
+        self.order = order
         self.transforms = transforms
-        self.rank = rank
-        self.world_size = world_size
+        self.on_bad_sample = on_bad_sample
+        self._open: dict[int, tuple[int, Sequence[Row]]] = {}
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from map(self.load, self.rows(self.stream))
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The sample at a position.
 
-    def rows(self, stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
-        """The encoded rows that belong to this rank and worker."""
-        yield from split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
+        Returns:
+            ``{"image": (3, H, W) float32 RGB in 0 to 1, "label": (H, W) int64 train ids, "id":
+            str, "seed": int, "skipped": {id: why}}``. The seed is the sample's own: it belongs to
+            the position alone, for whatever else is to be drawn for it.
 
-    def load(self, row: dict[str, Any]) -> dict[str, Any]:
+        Raises:
+            DataError: the row cannot be used: without picture or label, undecodable, or with a
+                label outside the spec. One sentence says which and why.
+        """
+        order, skipped = self.order, {}
+        location = order.locate(position)
+        seeds = np.random.SeedSequence([order.seed, location.epoch, position])
+        rng = np.random.default_rng(seeds)
+        for _ in range(SUBSTITUTES):
+            row = self._row(location)
+            name = self._name(row, location)
+            try:
+                image, label = self._load(row, name, rng)
+                break
+            except DataError as error:
+                if self.on_bad_sample == "raise":
+                    raise
+                skipped[name] = last = str(error)
+            if isinstance(order, StoredOrder):
+                image = torch.zeros(3, BLANK, BLANK)
+                label = torch.full((BLANK, BLANK), self.entry.labels.ignore_index)
+                break
+            other = location.epoch * order.num_rows + int(rng.integers(order.num_rows))
+            location = order.locate(other)
+        else:
+            raise DataError(
+                f"{SUBSTITUTES} samples in a row cannot be used, the last because of: {last}"
+            )
+        seed = int(seeds.generate_state(1)[0])
+        return {"image": image, "label": label, "id": name, "seed": seed, "skipped": skipped}
+
+    def _row(self, location: Location) -> Row:
+        group = location.group
+        rows = next((rows for other, rows in self._open.values() if other == group), None)
+        if rows is None:
+            rows = self.source.read(group)
+        self._open[location.lane] = (group, rows)
+        return rows[location.row]
+
+    def _name(self, row: Row, location: Location) -> str:
+        """The row's id; a data set without ids has the places of its rows."""
+        column = self.entry.id_column
+        name = None if column is None else row[column]
+        return self.source.name(location.group, location.row) if name is None else str(name)
+
+    def _load(
+        self, row: Row, name: str, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode, map labels to train ids, transform."""
         entry = self.entry
-        where = f"data set {entry.name!r}, sample {row[entry.id_column]!r}"
-        if row[entry.id_column] is None:
-            raise DataError(f"{where}: the row has no {entry.id_column!r}; give every row one")
-        image = _decode(row[entry.image_column], f"{where}, column {entry.image_column!r}")
-        label = _decode(row[entry.label_column], f"{where}, column {entry.label_column!r}")
-        train_ids = entry.labels.to_train_ids(np.asarray(label), where)
-        if label.size != image.size:
+        where = f"data set {entry.name!r}, sample {name!r}"
+        in_image = f"{where}, column {entry.image_column!r}"
+        in_label = f"{where}, column {entry.label_column!r}"
+        image = EncodedImage(cell_bytes(row[entry.image_column], in_image), in_image)
+        label = decode_label(cell_bytes(row[entry.label_column], in_label), in_label)
+        if label.shape[:2] != image.size:
+            (height, width), (image_height, image_width) = label.shape[:2], image.size
             raise DataError(
-                f"{where}: the label is {label.height}x{label.width} but the image is "
-                f"{image.height}x{image.width} (height x width); store them at one size"
+                f"{where}: the label is {height}x{width} but the image is "
+                f"{image_height}x{image_width} (height x width); store them at one size"
             )
-        if image.mode.startswith(("I", "F")):  # converting would clip them to white
-            raise DataError(
-                f"{where}: the image has more than 8 bits per channel (mode {image.mode}); store "
-                "it with 8"
-            )
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        sample = self.transforms(
-            {
-                "image": tv_tensors.Image(pixels),
-                "label": tv_tensors.Mask(torch.from_numpy(train_ids)),
-                "id": row[entry.id_column],
-            }
-        )
-        return sample | {
-            "image": sample["image"].as_subclass(torch.Tensor),
-            "label": sample["label"].as_subclass(torch.Tensor),
-        }
+        return self.transforms(image, entry.labels.to_train_ids(label, where), rng)
 
 
-class TrainingStream(SampleStream):
-    """Endless shuffled passes, see the module's docstring.
+class RankSampler(DistributedSampler[int]):
+    """The positions that one rank reads, in its order.
+
+    In training every global batch holds the next ``world_size * batch_size`` positions, and rank r
+    takes the r-th run of ``batch_size`` of them, without end. So the ranks' batches are also those
+    that a single process would take one after the other to accumulate their gradients. In
+    evaluation each rank takes one run of the rows; their lengths differ by one at most, and no
+    row is taken twice.
+
+    It is a ``DistributedSampler`` for the sake of Lightning, which replaces any other.
 
     Args:
-        seed: Of the order.
-        first_pass: Number of the first pass; a resumed run starts at one not used before.
+        order: The order of the samples.
+        rank: This process.
+        world_size: Number of processes.
+        batch_size: Samples per batch of a rank.
+        start: Called whenever a pass begins: the first position, in training.
     """
 
-    def __init__(self, *args: Any, seed: int, first_pass: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seed = seed
-        self.first_pass = first_pass
+    def __init__(
+        self,
+        order: EpochShuffle | StoredOrder,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        start: Callable[[], int] = int,
+    ) -> None:
+        self.order = order
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = batch_size
+        self.start = start
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        number = self.first_pass
+    def __iter__(self) -> Iterator[int]:
+        if isinstance(self.order, StoredOrder):
+            return iter(self._share())
+        return self._endless(self.start())
+
+    def _endless(self, position: int) -> Iterator[int]:
+        position += self.rank * self.batch_size
         while True:
-            # A buffer of one row permutes the shards only: the library loses the content of a
-            # real buffer at every stop.
-            order = self.stream.shuffle(
-                seed=[self.seed, number], buffer_size=1, max_buffer_input_shards=1
-            )
-            worker = torch.utils.data.get_worker_info()
-            rng = np.random.default_rng([self.seed, number, self.rank, worker.id if worker else 0])
-            empty = True
-            block: list[dict[str, Any]] = []
-            for row in self.rows(order):
-                empty = False
-                block.append(row)
-                if len(block) == SHUFFLE_BLOCK:
-                    yield from self.load_shuffled(block, rng)
-                    block = []
-            yield from self.load_shuffled(block, rng)
-            if empty:  # more workers than row groups: this one has nothing to do
-                return
-            number += 1
+            yield from range(position, position + self.batch_size)
+            position += self.world_size * self.batch_size
 
-    def load_shuffled(
-        self, block: list[dict[str, Any]], rng: np.random.Generator
-    ) -> Iterator[dict[str, Any]]:
-        for index in rng.permutation(len(block)):
-            yield self.load(block[index])
-
-
-def _decode(cell: dict[str, Any] | bytes | None, where: str) -> Image.Image:
-    encoded = cell.get("bytes") if isinstance(cell, dict) else cell
-    if not encoded:
-        raise DataError(
-            f"{where}: the row holds no picture; remove the row from the shards or fill it in"
+    def _share(self) -> range:
+        first, last = (
+            rank * self.order.num_rows // self.world_size for rank in (self.rank, self.rank + 1)
         )
-    try:
-        image = Image.open(BytesIO(encoded))
-        image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # PIL's for a broken PNG
+        return range(first, last)
+
+    def __len__(self) -> int:
+        if isinstance(self.order, StoredOrder):
+            return len(self._share())
+        raise TypeError("training has no end; trainer.max_steps sets its length")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it; the epoch follows from the position."""
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples of one size; blank ones are left out where there are others.
+
+    Returns:
+        ``{"image": (B, 3, H, W), "label": (B, H, W), "id": list of B str, "seed": list of B int,
+        "skipped": {id: why}}``, see :meth:`Samples.__getitem__`.
+
+    Raises:
+        DataError: the sizes differ.
+    """
+    kept = [sample for sample in samples if sample["id"] not in sample["skipped"]] or samples[:1]
+    sizes = {tuple(sample["label"].shape): sample["id"] for sample in kept}
+    if len(sizes) > 1:
+        (first, first_id), (second, second_id) = list(sizes.items())[:2]
         raise DataError(
-            f"{where}: the {len(encoded)} bytes are no picture, or a damaged one; replace them"
-        ) from error
-    return image
+            f"sample {first_id!r} is {first[0]}x{first[1]} but {second_id!r} is "
+            f"{second[0]}x{second[1]} (height x width) and one batch needs one size; set "
+            "data.crop_size for training and data.eval_batch_size 1 for evaluation"
+        )
+    return {
+        "image": default_collate([sample["image"] for sample in kept]),
+        "label": default_collate([sample["label"] for sample in kept]),
+        "id": [sample["id"] for sample in kept],
+        "seed": [sample["seed"] for sample in kept],
+        "skipped": {name: why for sample in samples for name, why in sample["skipped"].items()},
+    }

@@ -1,209 +1,310 @@
-"""Who reads what: ranks and workers together read every row exactly once."""
+"""Samples: the right row at every position, on any number of ranks and workers."""
 
-import itertools
+import pickle
+import re
+from itertools import chain, islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.data.datamodule import StreamingSegmentationData, collate
 from segformer_pl.data.labels import DataError
-from segformer_pl.data.streaming import SampleStream, TrainingStream, find_shards, open_split
-from segformer_pl.data.transforms import to_float
+from segformer_pl.data.order import EpochShuffle, StoredOrder
+from segformer_pl.data.sources import open_split
+from segformer_pl.data.streaming import RankSampler, Samples, collate
+from segformer_pl.data.transforms import TrainTransforms, to_tensors
 
 ENTRY = find_dataset("shapes")
 
 
-@pytest.fixture
-def row(png):
-    """Function (id, label value, size) -> a row of shards."""
+class Rows:
+    """A source in memory: real rows, with a count of what was read."""
 
-    def make(name, label_value=1, size=(8, 8)):
-        return {
-            "image": png(np.zeros((*size, 3), np.uint8)),
-            "label": png(np.full(size, label_value, np.uint8)),
-            "id": name,
-        }
+    def __init__(self, group_rows, row):
+        self.group_rows = group_rows
+        names = iter(range(sum(group_rows)))
+        self.groups = [[row(f"s{next(names):03d}") for _ in range(n)] for n in group_rows]
+        self.reads = []
 
-    return make
+    def read(self, group):
+        self.reads.append(group)
+        return self.groups[group]
 
-
-@pytest.fixture
-def uneven(tmp_path, row, write_shards):
-    """23 rows in three shards of uneven length and seven row groups."""
-    names = iter(f"s{i:02d}" for i in range(23))
-    shards = [[row(name) for name in itertools.islice(names, n)] for n in (11, 3, 9)]
-    return write_shards(tmp_path, "train", shards)
+    def name(self, group, row):
+        return f"{group}:{row}"
 
 
-def ids(stream, num_workers, limit=None):
-    loader = DataLoader(stream, batch_size=2, num_workers=num_workers, collate_fn=collate)
-    samples = itertools.chain.from_iterable(batch["id"] for batch in loader)
-    return list(itertools.islice(samples, limit))
+def training(source, seed=0, **arguments):
+    order = EpochShuffle(source.group_rows, [0] * len(source.group_rows), seed)
+    transforms = TrainTransforms(
+        crop_size=(6, 6),
+        scale_range=(0.5, 2.0),
+        base_size=None,
+        photometric=True,
+        ignore_index=255,
+    )
+    return Samples(ENTRY, source, order, transforms, **arguments)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_one_pass_visits_every_row_once_on_any_number_of_readers(uneven, world_size, num_workers):
-    seen = []
+def batches_of_worker(samples, rank, world_size, worker, num_workers, batch_size, start=0):
+    """What a loader process of a rank is given: every num_workers-th batch of its sampler."""
+    positions = iter(RankSampler(samples.order, rank, world_size, batch_size, lambda: start))
+    for step in range(10**9):
+        batch = list(islice(positions, batch_size))
+        if step % num_workers == worker:
+            yield step, batch
+
+
+layouts = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any)
+
+
+@given(
+    group_rows=layouts,
+    seed=st.integers(0, 2**31),
+    world_size=st.integers(1, 8),
+    num_workers=st.integers(1, 4),
+    batch_size=st.integers(1, 3),
+    start=st.integers(0, 60),
+    data=st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_global_batch_of_every_step_is_the_same_on_any_ranks_and_workers(
+    group_rows, seed, world_size, num_workers, batch_size, start, data
+):
+    order = EpochShuffle(group_rows, [0] * len(group_rows), seed)
+    samples = Samples(ENTRY, None, order, None)
+    global_batch = world_size * batch_size
+    num_steps = 2 * order.num_rows // global_batch + 2  # over the border of an epoch
+    steps = {}
     for rank in range(world_size):
-        rows = open_split(ENTRY, uneven, "train")
-        seen += ids(SampleStream(ENTRY, rows, to_float(), rank, world_size), num_workers)
-    assert sorted(seen) == [f"s{i:02d}" for i in range(23)]
+        for worker in range(num_workers):
+            share = batches_of_worker(
+                samples, rank, world_size, worker, num_workers, batch_size, start
+            )
+            for step, batch in share:
+                if step >= num_steps:
+                    break
+                steps.setdefault(step, {})[rank] = batch
+    positions = [
+        list(chain.from_iterable(steps[step][rank] for rank in range(world_size)))
+        for step in range(num_steps)
+    ]
+    flat = list(chain.from_iterable(positions))
+    assert flat == list(range(start, start + num_steps * global_batch))
+    # so each epoch that lies inside holds every row once (test_order.py), and a run that is
+    # killed after any step goes on with what comes next, on any ranks that keep the global batch
+    killed = data.draw(st.integers(0, num_steps - 1))
+    divisors = [n for n in range(1, 9) if global_batch % n == 0]
+    ranks = data.draw(st.sampled_from(divisors))
+    begin = start + killed * global_batch
+    resumed = [
+        RankSampler(order, rank, ranks, global_batch // ranks, lambda: begin)
+        for rank in range(ranks)
+    ]
+    following = chain.from_iterable(islice(iter(one), global_batch // ranks) for one in resumed)
+    assert list(following) == positions[killed]
 
 
-def test_more_workers_than_row_groups_lose_and_repeat_nothing(tmp_path, row, write_shards):
-    write_shards(tmp_path, "train", [[row("a"), row("b"), row("c")]])
-    stream = SampleStream(ENTRY, open_split(ENTRY, tmp_path, "train"), to_float(), 0, 1)
-    assert sorted(ids(stream, num_workers=3)) == ["a", "b", "c"]
+@given(layouts, st.integers(1, 8))
+def test_evaluation_takes_every_row_once_and_pads_nothing(group_rows, world_size):
+    order = StoredOrder(group_rows)
+    shares = [list(RankSampler(order, rank, world_size, 2)) for rank in range(world_size)]
+    assert list(chain.from_iterable(shares)) == list(range(sum(group_rows)))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    lengths = [len(RankSampler(order, rank, world_size, 2)) for rank in range(world_size)]
+    assert lengths == [len(share) for share in shares]
 
 
-def training_stream(folder, rank=0, world_size=1, seed=0, first_pass=0):
-    return TrainingStream(
-        ENTRY,
-        open_split(ENTRY, folder, "train"),
-        to_float(),
-        rank,
-        world_size,
-        seed=seed,
-        first_pass=first_pass,
+def test_training_has_no_length_that_could_end_it(row):
+    sampler = RankSampler(training(Rows([4], row)).order, 0, 1, 2)
+    with pytest.raises(TypeError, match="has no end"):
+        len(sampler)
+
+
+def take(samples, num_batches, num_workers=0, start=0, **arguments):
+    sampler = RankSampler(samples.order, 0, 1, 4, lambda: start)
+    loader = DataLoader(
+        samples,
+        batch_size=4,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        **arguments,
+    )
+    return list(islice(loader, num_batches))
+
+
+def equal(one, other):
+    return (
+        one["id"] == other["id"]
+        and one["seed"] == other["seed"]
+        and all(torch.equal(one[key], other[key]) for key in ("image", "label"))
     )
 
 
-def test_training_passes_are_complete_shuffled_and_all_different(uneven):
-    seen = ids(training_stream(uneven), 0, limit=3 * 23)
-    passes = [seen[i : i + 23] for i in (0, 23, 46)]
-    assert all(sorted(one) == [f"s{i:02d}" for i in range(23)] for one in passes)
-    assert len({tuple(one) for one in passes}) == 3
-    assert all(one != sorted(one) for one in passes)
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_loader_processes_deliver_the_same_batches_augmentation_included(row, num_workers):
+    expected = take(training(Rows([5, 3, 9, 2], row)), 12)
+    torch.manual_seed(1)  # what others draw does not matter
+    np.random.seed(1)  # noqa: NPY002
+    got = take(training(Rows([5, 3, 9, 2], row)), 12, num_workers)
+    assert all(map(equal, got, expected))
+    assert len({tuple(batch["seed"]) for batch in expected}) == 12
 
 
-def test_training_order_depends_on_the_seed_and_the_first_pass_only(uneven):
-    def order(**arguments):
-        return ids(training_stream(uneven, **arguments), 0, limit=40)
-
-    assert order(seed=1) == order(seed=1)
-    assert order(seed=1) != order(seed=2)
-    assert order(first_pass=1)[:23] == order()[23:40] + order(first_pass=1)[17:23]
-
-
-def test_ranks_train_on_disjoint_parts_of_a_pass(uneven):
-    parts = [
-        set(ids(training_stream(uneven, rank, world_size=2), 0, limit=11)) for rank in range(2)
-    ]
-    assert len(parts[0]) == len(parts[1]) == 11
-    assert not parts[0] & parts[1]
+@pytest.mark.slow
+def test_processes_that_are_spawned_deliver_the_same_batches(tmp_path, row, write_shards):
+    write_shards(tmp_path, "train", [[row(f"{i}") for i in range(9)]])
+    samples = training(open_split(ENTRY, str(tmp_path), "train"))
+    got = take(samples, 3, 1, multiprocessing_context="spawn")
+    assert all(map(equal, got, take(samples, 3)))
 
 
-def test_a_training_worker_without_row_groups_stops_not_spins(tmp_path, row, write_shards):
-    write_shards(tmp_path, "train", [[row("a"), row("b")]])
-    seen = ids(training_stream(tmp_path), num_workers=2, limit=8)
-    assert sorted(set(seen)) == ["a", "b"]
+def test_a_run_goes_on_in_the_middle_of_an_epoch_twice_in_a_row(row):
+    whole = take(training(Rows([5, 3, 9, 2], row), seed=4), 12)
+    parts = take(training(Rows([5, 3, 9, 2], row), seed=4), 3)
+    parts += take(training(Rows([5, 3, 9, 2], row), seed=4), 1, start=12)
+    parts += take(training(Rows([5, 3, 9, 2], row), seed=4), 8, 2, start=16)
+    assert all(map(equal, parts, whole))
 
 
-def test_samples_are_decoded_and_mapped(uneven):
-    sample = next(iter(SampleStream(ENTRY, open_split(ENTRY, uneven, "train"), to_float(), 0, 1)))
+def test_drawing_leaves_the_generators_of_others_alone(row):
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    samples = training(Rows([5, 3], row))
+    for position in range(8):
+        samples[position]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_another_epoch_augments_the_same_picture_differently(row):
+    samples = training(Rows([1], row))
+    assert samples[0]["id"] == samples[1]["id"]
+    assert samples[0]["seed"] != samples[1]["seed"]
+
+
+def test_a_lane_reads_each_of_its_row_groups_once(row):
+    source = Rows([16] * 80, row)
+    samples = training(source)
+    for first in range(0, 1280, 16):  # a worker that has every position of one residue class
+        samples[first]
+    # 4 of 64 lanes, 20 rows each: two row groups, or three where both ends are cut
+    assert len(source.reads) <= 4 * 3
+    source.reads.clear()
+    samples = training(source)
+    for position in range(1280):
+        samples[position]
+    assert len(source.reads) <= 80 + 63
+    assert len(samples._open) == 64
+
+
+def test_samples_are_decoded_and_mapped(row):
+    order = StoredOrder([1])
+    sample = Samples(ENTRY, Rows([1], row), order, to_tensors)[0]
     assert type(sample["image"]) is torch.Tensor
     assert sample["image"].shape == (3, 8, 8)
     assert sample["image"].dtype == torch.float32
     assert sample["label"].dtype == torch.int64
     assert (sample["label"] == 1).all()
+    assert (sample["id"], sample["skipped"]) == ("s000", {})
 
 
-@pytest.mark.parametrize(
-    ("broken", "sentence"),
-    [
-        ({"label": None}, r"sample 'bad', column 'label': the row holds no picture; remove"),
-        ({"image": None}, r"sample 'bad', column 'image': the row holds no picture"),
-        (
-            {"image": {"bytes": b"not a picture", "path": None}},
-            r"sample 'bad', column 'image': the 13 bytes are no picture, or a damaged one",
-        ),
-        ({"label": np.full((8, 8), 77, np.uint8)}, r"sample 'bad': label value 77 in 64 "),
-        ({"label": np.zeros((4, 8), np.uint8)}, r"the label is 4x8 but the image is 8x8"),
-        ({"image": np.zeros((8, 8), np.uint16)}, r"more than 8 bits per channel \(mode I;16\)"),
-        ({"id": None}, r"sample None: the row has no 'id'; give every row one"),
-        ({"label": np.zeros((8, 8, 3), np.uint8)}, r"sample 'bad': .* not one whole number per"),
-    ],
-)
-def test_a_broken_row_is_named(tmp_path, broken, sentence, png, row, write_shards):
-    broken = {
+def test_a_row_without_an_id_is_called_by_its_place(tmp_path, row):
+    cells = [row("x") | {"id": None}, row("y")]
+    pq.write_table(pa.Table.from_pylist(cells), tmp_path / "train.parquet")
+    source = open_split(ENTRY, str(tmp_path), "train")
+    samples = Samples(ENTRY, source, StoredOrder(source.group_rows), to_tensors)
+    assert [samples[i]["id"] for i in range(2)] == ["train:0", "y"]
+
+
+def test_samples_travel_to_a_process_that_is_spawned(tmp_path, row, write_shards):
+    write_shards(tmp_path, "train", [[row("a"), row("b")]])
+    samples = training(open_split(ENTRY, str(tmp_path), "train"))
+    samples[0]
+    travelled = pickle.loads(pickle.dumps(samples))
+    assert equal(collate([travelled[1]]), collate([samples[1]]))
+
+
+BROKEN = [
+    ({"label": None}, r"sample 's001', column 'label': the row holds no picture; remove"),
+    ({"image": None}, r"sample 's001', column 'image': the row holds no picture"),
+    (
+        {"image": {"bytes": b"not a picture", "path": None}},
+        r"sample 's001', column 'image': the 13 bytes are no picture, or a damaged one",
+    ),
+    ({"label": np.full((8, 8), 77, np.uint8)}, r"sample 's001': label value 77 in 64 "),
+    ({"label": np.zeros((4, 8), np.uint8)}, r"the label is 4x8 but the image is 8x8"),
+    ({"image": np.zeros((8, 8), np.uint16)}, r"more than 8 bits per channel \(mode I;16\)"),
+    ({"label": np.zeros((8, 8, 3), np.uint8)}, r"sample 's001': "),
+]
+
+
+@pytest.fixture(params=BROKEN, ids=lambda param: next(iter(param[0])))
+def broken(request, row, png):
+    cells, sentence = request.param
+    source = Rows([2, 2], row)
+    source.groups[0][1] |= {
         column: png(cell) if isinstance(cell, np.ndarray) else cell
-        for column, cell in broken.items()
+        for column, cell in cells.items()
     }
-    write_shards(tmp_path, "train", [[row("good"), row("bad") | broken]])
-    stream = SampleStream(ENTRY, open_split(ENTRY, tmp_path, "train"), to_float(), 0, 1)
+    return source, sentence
+
+
+def test_a_broken_row_is_named(broken):
+    source, sentence = broken
+    samples = Samples(ENTRY, source, StoredOrder(source.group_rows), to_tensors)
+    assert samples[0]["id"] == "s000"
     with pytest.raises(DataError, match=sentence):
-        list(stream)
+        samples[1]
 
 
-def test_a_missing_column_is_named_with_those_there(tmp_path):
-    table = pa.table({"image": [b""], "mask": [b""]})
-    pq.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"no column 'label'.*they have: image, mask"):
-        open_split(ENTRY, tmp_path, "train")
+def test_in_training_another_sample_takes_the_place_of_a_bad_one(broken):
+    source, sentence = broken
+    samples = training(source, on_bad_sample="skip")
+    seen = [samples[position] for position in range(8)]
+    reported = [sample for sample in seen if sample["skipped"]]
+    assert len(reported) == 2  # once in each epoch
+    for sample in reported:
+        assert sample["id"] != "s001"
+        (why,) = set(sample["skipped"].values())
+        assert list(sample["skipped"]) == ["s001"]
+        assert re.search(sentence, why)
+    again = training(source, on_bad_sample="skip")
+    assert [again[position]["id"] for position in range(8)] == [sample["id"] for sample in seen]
 
 
-def test_a_shard_cut_short_is_named(tmp_path, row, write_shards):
-    write_shards(tmp_path, "train", [[row("a")], [row("b")]])
-    shard = tmp_path / "train-00001-of-00002.parquet"
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet' is not a complete Parquet"):
-        open_split(ENTRY, tmp_path, "train")
+def test_in_evaluation_no_pixel_of_a_bad_sample_counts(broken):
+    source, _ = broken
+    order = StoredOrder(source.group_rows)
+    samples = Samples(ENTRY, source, order, to_tensors, on_bad_sample="skip")
+    blank = collate([samples[1]])
+    assert list(blank["skipped"]) == blank["id"] == ["s001"]
+    assert (blank["label"] == 255).all()
+    mixed = collate([samples[0], samples[1], samples[2]])
+    assert mixed["id"] == ["s000", "s002"]
+    assert list(mixed["skipped"]) == ["s001"]
+    assert mixed["image"].shape == (2, 3, 8, 8)
 
 
-def test_shards_without_a_row_are_refused(tmp_path, write_shards):
-    write_shards(tmp_path, "train", [[]])
-    with pytest.raises(DataError, match=r"the train shards in '.*' hold no row"):
-        open_split(ENTRY, tmp_path, "train")
+def test_skipping_ends_when_nothing_is_sound(row):
+    source = Rows([3], row)
+    for cells in source.groups[0]:
+        cells["label"] = None
+    with pytest.raises(DataError, match=r"10 samples in a row cannot be used, the last because"):
+        training(source, on_bad_sample="skip")[0]
 
 
-def test_plain_binary_columns_are_read(tmp_path, row):
-    cells = row("a") | {"image": row("a")["image"]["bytes"], "label": row("a")["label"]["bytes"]}
-    pq.write_table(pa.Table.from_pylist([cells]), tmp_path / "train.parquet")
-    (sample,) = SampleStream(ENTRY, open_split(ENTRY, tmp_path, "train"), to_float(), 0, 1)
-    assert sample["image"].shape == (3, 8, 8)
-
-
-def test_missing_folder_and_missing_split_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"there is no folder '.*/nowhere'"):
-        find_shards(tmp_path / "nowhere", "train")
-    with pytest.raises(DataError, match=r"holds no validation\*.parquet"):
-        find_shards(tmp_path, "validation")
-
-
-def test_shards_of_the_hub_layout_are_found(tmp_path, row, write_shards):
-    (tmp_path / "data").mkdir()
-    write_shards(tmp_path / "data", "test", [[row("a")]])
-    assert len(find_shards(tmp_path, "test")) == 1
-
-
-def test_batches_of_unequal_pictures_are_refused_with_the_remedy(tmp_path, row, write_shards):
-    write_shards(tmp_path, "validation", [[row("a"), row("b", size=(8, 12))]])
-    data = StreamingSegmentationData("shapes", tmp_path, eval_batch_size=2, num_workers=0)
-    with pytest.raises(DataError, match=r"'a' is 8x8 but 'b' is 8x12.*eval_batch_size 1"):
-        list(data.val_dataloader())
-
-
-def test_camvid_without_a_path_says_what_to_give():
-    with pytest.raises(DataError, match=r"'camvid' is read from a folder of yours; give"):
-        StreamingSegmentationData("camvid").prepare_data()
-
-
-def test_datamodule_batches_follow_the_contract(tmp_path, row, write_shards):
-    write_shards(tmp_path, "train", [[row(f"{i}", size=(20, 30)) for i in range(6)]])
-    write_shards(tmp_path, "validation", [[row(f"{i}", size=(20, 30)) for i in range(5)]])
-    data = StreamingSegmentationData(
-        "shapes", tmp_path, batch_size=4, eval_batch_size=3, num_workers=0, crop_size=(16, 24)
-    )
-    batch = next(iter(data.train_dataloader()))
-    assert batch["image"].shape == (4, 3, 16, 24)
-    assert batch["label"].shape == (4, 16, 24)
-    assert all(isinstance(name, str) for name in batch["id"])
-    batches = list(data.val_dataloader())
-    assert [len(batch["id"]) for batch in batches] == [3, 2]
-    assert batches[0]["image"].shape == (3, 3, 20, 30)
+def test_pictures_of_unequal_size_are_refused_with_the_remedy(row):
+    source = Rows([2], row)
+    source.groups[0][1] = row("wide", size=(8, 12))
+    samples = Samples(ENTRY, source, StoredOrder([2]), to_tensors)
+    with pytest.raises(DataError, match=r"'s000' is 8x8 but 'wide' is 8x12.*eval_batch_size 1"):
+        collate([samples[0], samples[1]])

@@ -1,0 +1,140 @@
+"""Pictures and label images of all kinds come out as what they mean, or are refused in words."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segformer_pl.data.decoding import EncodedImage, cell_bytes, decode_label
+from segformer_pl.data.labels import DataError
+
+
+def encode(image, format="PNG", **arguments):
+    buffer = BytesIO()
+    image.save(buffer, format=format, **arguments)
+    return buffer.getvalue()
+
+
+def photograph(height=90, width=121):
+    """Smooth areas, edges and fine texture."""
+    rows, columns = np.mgrid[:height, :width] / 30
+    waves = [np.sin(rows * f + columns * g) for f, g in ((1, 2), (2, -1), (0.5, 3))]
+    noise = np.random.default_rng(0).normal(0, 6, (height, width, 3))
+    return np.clip(128 + 90 * np.stack(waves, -1) + noise, 0, 255).astype(np.uint8)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("RGB", (200, 100, 50)),
+        ("RGBA", (200, 100, 50)),
+        ("L", (124, 124, 124)),
+        ("P", (200, 100, 50)),
+        ("1", (0, 0, 0)),
+    ],
+)
+def test_every_kind_of_picture_becomes_rgb(mode, expected):
+    image = Image.new("RGB", (3, 2), (200, 100, 50))
+    image = image.convert(mode, dither=Image.Dither.NONE, palette=Image.Palette.ADAPTIVE)
+    pixels = EncodedImage(encode(image), "x").decode()
+    assert pixels.shape == (2, 3, 3)
+    assert pixels.dtype == np.uint8
+    if mode != "1":
+        assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_and_labels_are_turned_upright(orientation):
+    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    stored = {  # as a camera held that way stores it
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: upright.T[::-1],
+        7: upright.T[::-1, ::-1],
+        8: upright.T[:, ::-1],
+    }[orientation]
+    encoded = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=turned(orientation))
+    image = EncodedImage(encoded, "x")
+    assert image.size == (2, 3)
+    assert np.array_equal(image.decode()[..., 0], upright)
+    assert np.array_equal(decode_label(encoded, "x"), upright)
+
+
+@pytest.mark.parametrize("reduce", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(90, 121), (97, 64)])
+def test_a_jpeg_is_decoded_small(reduce, size):
+    encoded = encode(Image.fromarray(photograph(*size)), "JPEG", quality=95)
+    image = EncodedImage(encoded, "x")
+    small = image.decode(reduce)
+    assert small.shape[:2] == tuple(-(-side // reduce) for side in size)
+    # the mean of squares, as far as these fit
+    height, width = (side // reduce for side in size)
+    whole = image.decode()[: height * reduce, : width * reduce].astype(float)
+    means = whole.reshape(height, reduce, width, reduce, 3).mean(axis=(1, 3))
+    assert np.abs(small[:height, :width] - means).mean() < 2
+
+
+def test_other_formats_come_in_full_size():
+    assert EncodedImage(encode(Image.new("RGB", (9, 7))), "x").decode(2).shape == (7, 9, 3)
+
+
+def test_label_values_are_those_that_are_stored():
+    indices = np.array([[0, 1], [2, 255]], np.uint8)
+    palette = Image.fromarray(indices, "P")
+    palette.putpalette([7, 7, 7] * 256)
+    assert np.array_equal(decode_label(encode(palette), "x"), indices)
+    deep = np.array([[0, 300], [65535, 1]], np.uint16)
+    assert np.array_equal(decode_label(encode(Image.fromarray(deep)), "x"), deep)
+    colors = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert np.array_equal(decode_label(encode(Image.fromarray(colors)), "x"), colors)
+    binary = Image.fromarray(indices > 1)
+    assert np.array_equal(decode_label(encode(binary), "x"), indices > 1)
+
+
+def test_a_lossy_label_is_refused():
+    with pytest.raises(DataError, match=r"^here: the label image is a JPEG, which changes values"):
+        decode_label(encode(Image.new("L", (8, 8)), "JPEG"), "here")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_a_truncated_file_is_refused(format):
+    encoded = encode(Image.fromarray(photograph()), format)[:-400]
+    with pytest.raises(DataError, match=r"^here: the \d+ bytes are no picture, or a damaged one"):
+        EncodedImage(encoded, "here").decode()
+    if format == "PNG":
+        with pytest.raises(DataError, match=r"^here: the \d+ bytes are no picture, or a damaged"):
+            decode_label(encoded, "here")
+
+
+def test_what_is_no_picture_is_refused():
+    for read in (EncodedImage, decode_label):
+        with pytest.raises(DataError, match=r"^here: the 4 bytes are no picture"):
+            read(b"what", "here")
+
+
+def test_more_than_8_bits_are_refused_not_clipped():
+    deep = Image.fromarray(np.full((4, 4), 300, np.uint16))
+    with pytest.raises(DataError, match=r"more than 8 bits per channel \(mode I;16\); store it"):
+        EncodedImage(encode(deep), "here")
+
+
+def test_cells(tmp_path):
+    assert cell_bytes(b"x", "here") == b"x"
+    assert cell_bytes({"bytes": b"x", "path": None}, "here") == b"x"
+    (tmp_path / "file").write_bytes(b"y")
+    assert cell_bytes({"bytes": None, "path": str(tmp_path / "file")}, "here") == b"y"
+    for empty in (None, b"", {"bytes": None, "path": None}):
+        with pytest.raises(DataError, match=r"^here: the row holds no picture; remove the row"):
+            cell_bytes(empty, "here")
+    with pytest.raises(DataError, match=r"^here: the row names the file '/gone', which cannot"):
+        cell_bytes({"bytes": None, "path": "/gone"}, "here")

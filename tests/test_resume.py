@@ -1,0 +1,141 @@
+"""A run that is killed goes on, on other ranks and workers, as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from segformer_pl.data import shapes
+
+pytestmark = pytest.mark.slow
+
+
+class WriteIds(pl.Callback):
+    """Appends every training batch's ids to a file of this rank; each line is on disk at once."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        batch_number = trainer.fit_loop.epoch_loop.batch_progress.total.processed - 1
+        line = {"batch": batch_number, "id": batch["id"], "seed": batch["seed"], "loss": loss}
+        with (self.folder / f"rank{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.generate(folder, {"train": 26, "validation": 3})
+    return folder
+
+
+def command(folder, run, devices, accumulate, max_steps):
+    run.mkdir(exist_ok=True)
+    settings = {
+        "model.network": "segformer_pl.models.segformer_b0",
+        "model.warmup_steps": 2,
+        "model.lr": 1e-3,
+        "data.path": folder,
+        "data.batch_size": 2,
+        "data.num_workers": 2,
+        "data.crop_size": "[64,64]",
+        "data.scale_range": "[0.5,2.0]",
+        "data.photometric": "true",
+        "trainer.accelerator": "cpu",
+        "trainer.devices": devices,
+        "trainer.strategy": "ddp" if devices > 1 else "auto",
+        "trainer.accumulate_grad_batches": accumulate,
+        "trainer.max_steps": max_steps,
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": "false",
+        "trainer.logger.save_dir": run,
+        "trainer.callbacks+": json.dumps(
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {
+                    "dirpath": str(run),
+                    "every_n_train_steps": 5,
+                    "save_last": True,
+                    "save_top_k": 0,
+                },
+            }
+        ),
+    }
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    ids = {"class_path": "test_resume.WriteIds", "init_args": {"folder": str(run)}}
+    arguments.append(f"--trainer.callbacks+={json.dumps(ids)}")
+    return [sys.executable, "-m", "segformer_pl", "fit", *arguments]
+
+
+def start(arguments, folder):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments,
+        cwd=folder.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+
+
+def written(run, world_size):
+    """What the run trained on, batch by batch over all ranks: (ids, seeds), and the losses."""
+    ranks = []
+    for rank in range(world_size):
+        lines = [json.loads(line) for line in (run / f"rank{rank}.jsonl").open()]
+        ranks.append({line["batch"]: line for line in lines})
+    batches = sorted(set.intersection(*map(set, ranks)))  # one rank may have died a batch later
+    samples = [
+        sample
+        for batch in batches
+        for rank in ranks
+        for sample in zip(rank[batch]["id"], rank[batch]["seed"])
+    ]
+    return samples, [rank[batch]["loss"] for batch in batches for rank in ranks]
+
+
+def test_two_ranks_are_killed_and_go_on_as_one_and_as_two(folder, tmp_path):
+    whole = tmp_path / "whole"
+    finish(start(command(folder, whole, 2, 1, 16), folder))
+    samples, losses = written(whole, 2)
+    assert len(samples) == 16 * 4
+    assert len(set(samples)) == 16 * 4
+
+    killed = tmp_path / "killed"
+    process = start(command(folder, killed, 2, 1, 16), folder)
+    deadline = time.monotonic() + 240
+    last = killed / "last.ckpt"
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    consumed = torch.load(last, weights_only=True)["StreamingSegmentationData"]["consumed"]
+    assert 0 < consumed < len(samples)
+    assert consumed % 20 == 0
+    before, _ = written(killed, 2)
+    assert before == samples[: len(before)]
+
+    for devices in (2, 1):
+        resumed = tmp_path / f"resumed_on_{devices}"
+        arguments = command(folder, resumed, devices, 2 // devices, 16)
+        finish(start([*arguments, f"--ckpt_path={last}"], folder))
+        again, their_losses = written(resumed, devices)
+        assert again == samples[consumed:]
+        # one process adds up in another order than two do
+        assert their_losses == pytest.approx(losses[-len(their_losses) :], rel=1e-5)
