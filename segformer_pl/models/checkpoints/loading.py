@@ -140,6 +140,16 @@ def load_weights(
         _check_complete(weights, parts, kind, found, missing, unexpected)
     fitting = {name: tensor for name, tensor in found.items() if name in wanted}
     _check_shapes(weights, fitting, wanted)
+    broken = [
+        name
+        for name, tensor in fitting.items()
+        if not tensor.is_meta and not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        raise WeightsError(
+            f"{weights.name} holds nan or infinity in {len(broken)} tensors (the first is "
+            f"{broken[0]}); it comes from a training that diverged: give an earlier checkpoint"
+        )
 
     # From here on nothing can fail.
     prefix = "" if model is encoder else "encoder."

@@ -62,6 +62,11 @@ def read_weights(source: Source) -> Weights:
     """
     if isinstance(source, Mapping):
         return _from_content("the state dict", source)
+    if not isinstance(source, str | os.PathLike):
+        raise WeightsError(
+            f"weights cannot come from a {type(source).__name__}; give a file, a folder, a hub "
+            "name or a state dict"
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, str(source))

@@ -59,6 +59,22 @@ def refuse(network, source, **arguments):
     return message
 
 
+@pytest.mark.parametrize("source", [123, None, ["mit_b0.pth"]])
+def test_what_is_no_source_is_refused_in_words(source):
+    with pytest.raises(WeightsError, match=r"^weights cannot come from a \w+; give a file, a fol"):
+        load_weights(segformer_b0(5), source)
+
+
+def test_weights_of_a_diverged_training_are_refused():
+    model, state = segformer_b0(5), segformer_b0(5).state_dict()
+    state["encoder.stages.0.norm.weight"][3] = torch.nan
+    before = model.encoder.stages[0].norm.bias.clone()
+    state["encoder.stages.0.norm.bias"] += 1
+    with pytest.raises(WeightsError, match=r"holds nan or infinity in 1 tensors \(the first is "):
+        load_weights(model, state)
+    assert torch.equal(model.encoder.stages[0].norm.bias, before)
+
+
 class Malicious:
     """Reading it as a pickle makes a folder."""
 
