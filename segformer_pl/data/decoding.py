@@ -1,6 +1,5 @@
 """From the cells of a data set to pixels: pictures and label images, as they were stored."""
 
-from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,9 @@ class EncodedImage:
         encoded: The file.
         where: Which picture this is, for messages.
 
+    Attributes:
+        size: Height and width in pixels, upright.
+
     Raises:
         DataError: it is no picture, or one with more than 8 bits per channel.
     """
@@ -50,24 +52,14 @@ class EncodedImage:
     def __init__(self, encoded: bytes, where: str) -> None:
         self.encoded = encoded
         self.where = where
-        if self._open().mode.startswith(("I", "F")):  # converting would clip them to white
+        header = _open(encoded, where)
+        if header.mode.startswith(("I", "F")):  # converting would clip them to white
             raise DataError(
-                f"{where}: the image has more than 8 bits per channel (mode {self._open().mode}); "
-                "store it with 8"
+                f"{where}: the image has more than 8 bits per channel (mode {header.mode}); store "
+                "it with 8"
             )
-
-    def _open(self) -> Image.Image:
-        try:
-            return Image.open(BytesIO(self.encoded))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise _damaged(self.encoded, self.where) from error
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels, upright."""
-        image = self._open()
-        transposed = image.getexif().get(ExifTags.Base.Orientation) in TRANSPOSED
-        return image.size if transposed else (image.height, image.width)
+        self.size = header.size if _orientation(header) in TRANSPOSED else header.size[::-1]
+        self._header: Image.Image | None = header
 
     def decode(self, reduce: int = 1) -> npt.NDArray[np.uint8]:
         """The pixels, (H, W, 3) RGB, upright.
@@ -76,7 +68,7 @@ class EncodedImage:
             reduce: 2, 4 or 8 for a JPEG of half the size and so on, rounded up, at a part of the
                 cost: each pixel is the mean of a square. Other formats come in full size.
         """
-        image = self._open()
+        image, self._header = self._header or _open(self.encoded, self.where), None
         if reduce > 1 and image.format == "JPEG":
             image.draft(None, (image.width // reduce, image.height // reduce))
         return np.array(_upright(image, self.encoded, self.where).convert("RGB"))
@@ -92,10 +84,7 @@ def decode_label(encoded: bytes, where: str) -> npt.NDArray[Any]:
     Raises:
         DataError: it is no picture, a damaged one, or one of a lossy format.
     """
-    try:
-        image = Image.open(BytesIO(encoded))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise _damaged(encoded, where) from error
+    image = _open(encoded, where)
     if image.format == "JPEG":
         raise DataError(
             f"{where}: the label image is a JPEG, which changes values along every border; store "
@@ -104,12 +93,26 @@ def decode_label(encoded: bytes, where: str) -> npt.NDArray[Any]:
     return np.array(_upright(image, encoded, where))
 
 
+def _open(encoded: bytes, where: str) -> Image.Image:
+    try:
+        return Image.open(BytesIO(encoded))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise _damaged(encoded, where) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    # Asking a PNG for EXIF data that its header does not announce would decode it.
+    announced = "exif" in image.info or image.format == "TIFF"
+    return image.getexif().get(ExifTags.Base.Orientation, 1) if announced else 1
+
+
 def _upright(image: Image.Image, encoded: bytes, where: str) -> Image.Image:
     try:
+        orientation = _orientation(image)
         image.load()
-        return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError) as error:  # PIL's SyntaxError for a broken PNG
         raise _damaged(encoded, where) from error
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
 def _damaged(encoded: bytes, where: str) -> DataError:
