@@ -4,6 +4,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -11,6 +12,14 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from segformer_pl.data.labels import DataError
 
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+
+cv2.setNumThreads(0)  # loader processes are the parallelism
 
 
 def cell_bytes(cell: dict[str, Any] | bytes | None, where: str) -> bytes:
@@ -58,20 +67,34 @@ class EncodedImage:
                 f"{where}: the image has more than 8 bits per channel (mode {header.mode}); store "
                 "it with 8"
             )
-        self.size = header.size if _orientation(header) in TRANSPOSED else header.size[::-1]
-        self._header: Image.Image | None = header
+        orientation = _orientation(header)
+        self.size = header.size if orientation in TRANSPOSED else header.size[::-1]
+        self._is_jpeg = header.format == "JPEG"
+        self._is_plain = (
+            header.format in ("JPEG", "PNG") and header.mode in ("RGB", "L") and orientation == 1
+        )
 
     def decode(self, reduce: int = 1) -> npt.NDArray[np.uint8]:
         """The pixels, (H, W, 3) RGB, upright.
 
         Args:
             reduce: 2, 4 or 8 for a JPEG of half the size and so on, rounded up, at a part of the
-                cost: each pixel is the mean of a square. Other formats come in full size.
+                cost: each pixel is the mean of a square. Other formats, and turned pictures, come
+                in full size.
         """
-        image, self._header = self._header or _open(self.encoded, self.where), None
-        if reduce > 1 and image.format == "JPEG":
-            image.draft(None, (image.width // reduce, image.height // reduce))
-        return np.array(_upright(image, self.encoded, self.where).convert("RGB"))
+        pixels = self._decode_fast(reduce)
+        if pixels is None:
+            image = _upright(_open(self.encoded, self.where), self.encoded, self.where)
+            pixels = np.array(image.convert("RGB"))
+        return pixels
+
+    def _decode_fast(self, reduce: int) -> npt.NDArray[np.uint8] | None:
+        """By OpenCV, two thirds of Pillow's time; None for what it does not know, or is damaged."""
+        if not self._is_plain:
+            return None
+        size = REDUCED[reduce] if self._is_jpeg else REDUCED[1]
+        flags = size | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        return cv2.imdecode(np.frombuffer(self.encoded, np.uint8), flags)  # type: ignore[return-value]
 
 
 def decode_label(encoded: bytes, where: str) -> npt.NDArray[Any]:

@@ -25,8 +25,6 @@ CAT_MAX_RATIO = 0.75
 CROP_TRIES = 10
 WARP_COST = 6  # measured: time per pixel of warpAffine over that of resize
 
-cv2.setNumThreads(0)  # loader processes are the parallelism
-
 
 def to_tensors(image: EncodedImage, label: TrainIds, rng: np.random.Generator) -> Sample:
     """The whole picture as it is; nothing is drawn.
@@ -88,9 +86,9 @@ class TrainTransforms:
         top, left, rows, columns, kept = self._draw_crop(label, height, width, rng)
         pixels = _resample(image, height, width, top, left, rows, columns)
         if rng.random() < 0.5:
-            pixels, kept = pixels[:, ::-1], kept[:, ::-1]
+            pixels, kept = cv2.flip(pixels, 1), kept[:, ::-1]  # type: ignore[assignment]
         if self.photometric:
-            pixels = distort(np.ascontiguousarray(pixels), rng)
+            pixels = distort(pixels, rng)
         return self._pad(pixels, kept)
 
     def _draw_size(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
@@ -224,4 +222,4 @@ def _in_hsv(
 
 
 def _to_float(pixels: Pixels) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float().div_(255)
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
