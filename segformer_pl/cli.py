@@ -5,8 +5,10 @@ What a data set determines (number of classes, names, palette, ignored label) is
 catalogue entry, so an experiment file states it once, as ``data.dataset``.
 """
 
+import json
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from segformer_pl.callbacks import PredictionWriter, RunReport
 from segformer_pl.commands import COMMANDS, PROG, SegformerArgumentParser
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
+from segformer_pl.doctor import examine
 from segformer_pl.task import SegmentationTask
 
 
@@ -50,7 +53,7 @@ class SegformerCLI(LightningCLI):
             parser_kwargs={
                 "prog": PROG,
                 "description": "Train, score and use segmentation networks. Other commands, each "
-                f"with its own --help: {', '.join(COMMANDS)}.",
+                f"with its own --help: {', '.join(COMMANDS)}, doctor.",
             },
             # The task has its own optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,
@@ -140,6 +143,30 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.rstrip("."), list(tree) if isinstance(tree, tuple) else tree
 
 
+class DoctorCLI(SegformerCLI):
+    """What a run would be made of, built but not run."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--json", action="store_true", help="print findings and figures so")
+        parser.set_defaults({"model.network": "segformer_pl.models.segformer_b0"})
+
+
+def doctor(arguments: list[str]) -> None:
+    """``doctor [CONFIG]``: what is wrong with a run, before its first step."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    with warnings.catch_warnings():
+        # They are those of the command line, without the command.
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        cli = DoctorCLI(arguments, run=False)
+    examination = examine(cli.model, cli.datamodule, cli.trainer)
+    in_json = cli.config["json"]
+    text = json.dumps(examination.as_dict(), indent=2) if in_json else str(examination)
+    sys.stdout.write(text + "\n")
+    sys.exit(1 if examination.has_errors else 0)
+
+
 def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None:
     """Parse the arguments, build task, data and trainer, and run the command.
 
@@ -150,8 +177,9 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
     """
     arguments = sys.argv[1:] if args is None else args
     try:
-        if run and arguments and arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
+        commands = COMMANDS | {"doctor": doctor}
+        if run and arguments and arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
             return None
         return SegformerCLI(args, run)
     except (DataError, ValueError) as error:

@@ -12,13 +12,14 @@ import segformer_pl
 PACKAGE = Path(segformer_pl.__file__).parent
 
 LEAVES = {"models", "data", "optim", "losses", "metrics", "inference"}
-EVERYTHING = LEAVES | {"analysis", "task", "callbacks", "cli", "commands"}
+EVERYTHING = LEAVES | {"analysis", "task", "callbacks", "cli", "commands", "doctor"}
 MAY_IMPORT = dict.fromkeys(LEAVES, frozenset()) | {
     "analysis": {"models"},
     "task": {"models", "losses", "metrics", "optim", "inference"},
     "callbacks": {"analysis"},
     "cli": EVERYTHING,
-    "commands": EVERYTHING - {"cli"},
+    "doctor": {"analysis", "data", "losses", "models", "task"},
+    "commands": EVERYTHING - {"cli", "doctor"},
     "__main__": {"cli"},
     "__init__": EVERYTHING,  # what it may load is measured below
 }
