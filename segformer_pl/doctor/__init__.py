@@ -1,0 +1,34 @@
+"""What is wrong with a run, said before its first step: data, labels, throughput, memory, recipe.
+
+:func:`examine` looks at a task, its data and its trainer as the command line builds them, reads a
+sample of every split, times a few training steps, and says in plain words what it found and what
+to do about it.
+"""
+
+import lightning.pytorch as pl
+
+from segformer_pl.data import StreamingSegmentationData
+from segformer_pl.doctor.cost import examine_cost, examine_plan
+from segformer_pl.doctor.findings import Examination, Finding
+from segformer_pl.doctor.recipe import examine_recipe, examine_weights
+from segformer_pl.doctor.splits import compare_splits, examine_split
+from segformer_pl.task import SegmentationTask
+
+__all__ = ["Examination", "Finding", "examine"]
+
+
+def examine(
+    task: SegmentationTask, data: StreamingSegmentationData, trainer: pl.Trainer
+) -> Examination:
+    """Look for what would go wrong in ``trainer.fit(task, data)``, without training."""
+    found = Examination()
+    examine_recipe(found, task, data, trainer)
+    examine_weights(found, task)
+    splits = {split: examine_split(found, data, split) for split in ("train", "validation")}
+    train, validation = splits["train"], splits["validation"]
+    if train and validation:
+        compare_splits(found, train, validation)
+    if train:
+        examine_plan(found, data, trainer, train)
+        examine_cost(found, task, data, trainer, train)
+    return found

@@ -1,0 +1,126 @@
+"""Who reads what, how fast samples come and how fast they go, and how much memory training takes."""
+
+import copy
+import os
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from segformer_pl.analysis.complexity import complexity
+from segformer_pl.data import StreamingSegmentationData
+from segformer_pl.data.order import EpochShuffle
+from segformer_pl.data.streaming import collate
+from segformer_pl.doctor.findings import Examination
+from segformer_pl.doctor.splits import Look, samples_of
+from segformer_pl.losses import cross_entropy
+from segformer_pl.task import SegmentationTask
+
+TIMED_STEPS = 3
+FEW_LANES = 16
+GIB = 1 << 30
+
+
+def examine_plan(
+    found: Examination, data: StreamingSegmentationData, trainer: pl.Trainer, train: Look
+) -> None:
+    source = train.source
+    order = EpochShuffle(source.group_rows, source.group_bytes, data.seed)
+    num_readers = trainer.world_size * max(data.num_workers, 1)
+    found.facts["plan"] = {
+        "devices": trainer.world_size,
+        "loader processes per device": data.num_workers,
+        "samples per step": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+        "largest row group (MB)": round(max(source.group_bytes) / 1e6, 1),
+        "lanes": order.num_lanes,
+        "lanes per reader": round(order.num_lanes / num_readers, 2),
+    }
+    if order.num_lanes < FEW_LANES:
+        found.warning(
+            "plan",
+            f"row groups of {max(source.group_bytes) / 1e6:.0f} MB leave memory for "
+            f"{order.num_lanes} at a time, so batches mix few of them; write the shards with "
+            "smaller row groups (row_group_size in pyarrow.parquet.write_table)",
+        )
+    global_batch = data.batch_size * trainer.world_size
+    if order.num_rows < global_batch:
+        found.warning(
+            "plan",
+            f"one batch over all devices takes {global_batch} samples, but there are "
+            f"{order.num_rows} training pictures; lower --data.batch_size",
+        )
+
+
+def examine_cost(
+    found: Examination,
+    task: SegmentationTask,
+    data: StreamingSegmentationData,
+    trainer: pl.Trainer,
+    train: Look,
+) -> None:
+    if found.has_errors:  # a batch of this data cannot be made, or would mean nothing
+        return
+    samples = samples_of(data, train.source, data.train_transforms)
+    begin = time.perf_counter()
+    loaded = [samples[position] for position in tqdm(train.sound, "loading", leave=False)]
+    rate = len(loaded) / (time.perf_counter() - begin)
+    batch = collate([loaded[index % len(loaded)] for index in range(min(data.batch_size, 8))])
+    height, width = batch["image"].shape[2:]
+    device = trainer.strategy.root_device
+    cost = complexity(task.network, height, width, batch["image"].shape[1])
+    # Parameters, their gradients and AdamW's two moments, four bytes each.
+    needed = data.batch_size * cost.activation_bytes + 16 * cost.num_parameters
+    available = _memory(device)
+    figures: dict[str, Any] = {
+        "loading (samples/s and process)": round(rate, 1),
+        "training memory at least (GiB)": round(needed / GIB, 2),
+        "memory of the device (GiB)": round(available / GIB, 1),
+    }
+    found.facts["cost"] = figures
+    if needed > available:
+        found.error(
+            "memory",
+            f"training needs at least {needed / GIB:.1f} GiB for batches of {data.batch_size} at "
+            f"{height}x{width}, the device has {available / GIB:.1f}; lower --data.batch_size and "
+            "raise --trainer.accumulate_grad_batches in turn",
+        )
+        return
+    step = _time_step(task, batch, device) * data.batch_size / len(batch["id"])
+    wanted = data.batch_size / step
+    figures["a step takes (s)"] = round(step, 3)
+    figures["it needs (samples/s)"] = round(wanted, 1)
+    if data.num_workers == 0 and wanted > 2 * rate:
+        found.warning(
+            "throughput",
+            f"without loader processes a step of {step:.2f} s waits {data.batch_size / rate:.2f} s "
+            "for its samples; set --data.num_workers 1 or more",
+        )
+    elif data.num_workers and wanted > rate * data.num_workers:
+        found.warning(
+            "throughput",
+            f"a step takes {wanted:.0f} samples/s and {data.num_workers} loader processes bring "
+            f"{rate * data.num_workers:.0f}; set --data.num_workers {-(-wanted // rate):.0f}",
+        )
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _time_step(task: SegmentationTask, batch: dict[str, Any], device: torch.device) -> float:
+    """Median seconds of forward and backward on one device; the task is left as it was."""
+    task = copy.deepcopy(task).to(device).train()
+    images, labels = batch["image"].to(device), batch["label"].to(device)
+    times = []
+    for _ in tqdm(range(TIMED_STEPS + 1), "timing a step", leave=False):
+        begin = time.perf_counter()
+        cross_entropy(task(images), labels, task.ignore_index).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[1:]))

@@ -1,0 +1,327 @@
+"""The doctor names what is wrong, and finds nothing wrong with what is right."""
+
+import json
+import re
+from io import BytesIO
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from segformer_pl.cli import main
+from segformer_pl.data import StreamingSegmentationData, shapes
+from segformer_pl.doctor import examine
+from segformer_pl.models import MixTransformer, SegFormer
+from segformer_pl.task import SegmentationTask
+
+NAMES = ["road", "car", "tree"]
+
+
+@pytest.fixture
+def healthy(tmp_path, png):
+    """Rows of both splits, with every class and some pixels without one."""
+    rng = np.random.default_rng(0)
+
+    def row(split, number):
+        blocks = rng.choice([0, 1, 2, 255], (6, 8), p=[0.4, 0.3, 0.25, 0.05])
+        label = np.kron(blocks, np.ones((8, 8))).astype(np.uint8)
+        image = rng.integers(0, 256, (48, 64, 3), np.uint8)
+        return {"image": png(image), "label": png(label), "id": f"{split}{number}"}
+
+    counts = {"train": 60, "validation": 50}
+    return {split: [row(split, i) for i in range(n)] for split, n in counts.items()}
+
+
+def network(num_classes=3):
+    encoder = MixTransformer(
+        embed_dims=(8, 16, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)
+    )
+    return SegFormer(encoder, num_classes, decoder_dim=16)
+
+
+@pytest.fixture
+def visit(tmp_path, healthy, write_shards):
+    """Function (rows, settings ...) -> the doctor's findings about them."""
+
+    def run(rows=healthy, data=(), model=(), trainer=(), spec=(), break_folder=None):
+        folder = tmp_path / "set"
+        for split, cells in rows.items():
+            write_shards(folder, split, [cells], row_group_size=10)
+        if break_folder:
+            break_folder(folder)
+        description = {
+            "image_column": "image",
+            "label_column": "label",
+            "id_column": "id",
+            "labels": {"names": NAMES, "ignored": [255]},
+        } | dict(spec)
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(description))
+        module = StreamingSegmentationData(
+            str(file),
+            folder,
+            **{"batch_size": 4, "num_workers": 1, "crop_size": (32, 32)} | dict(data),
+        )
+        task = SegmentationTask(
+            network(),
+            class_names=NAMES,
+            palette=[list(color) for color in module.entry.labels.colors],
+            **{"lr": 1e-3, "warmup_steps": 5} | dict(model),
+        )
+        settings = {"max_steps": 50, "val_check_interval": 10, "max_epochs": -1} | dict(trainer)
+        runner = pl.Trainer(
+            accelerator="cpu",
+            check_val_every_n_epoch=None,
+            logger=False,
+            enable_checkpointing=False,
+            **settings,
+        )
+        return examine(task, module, runner)
+
+    return run
+
+
+def test_nothing_is_wrong_with_what_is_right(visit):
+    examination = visit()
+    assert examination.findings == []
+    assert examination.facts["train"]["pictures"] == 60
+    assert set(examination.facts["train"]["share of pixels"]) == set(NAMES)
+    assert examination.facts["cost"]["loading (samples/s and process)"] > 0
+    assert str(examination).endswith("0 errors, 0 warnings")
+
+
+def encode(array, **arguments):
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, **arguments)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def each(rows, split, column, change):
+    """Change a column of every row of a split."""
+    for row in rows[split]:
+        array = np.array(Image.open(BytesIO(row[column]["bytes"])))
+        row[column] = change(array)
+
+
+def one(column, cell):
+    def breaking(rows):
+        rows["train"][20][column] = cell(rows["train"][20]) if callable(cell) else cell
+
+    return breaking
+
+
+def constant(rows):
+    each(rows, "train", "image", lambda a: encode(np.zeros_like(a), format="PNG"))
+
+
+def leak(rows):
+    for i in range(50):
+        rows["validation"][i]["image"] = rows["train"][i]["image"]
+
+
+def small(rows):
+    for split in rows:
+        each(rows, split, "image", lambda a: encode(a[:20], format="PNG"))
+        each(rows, split, "label", lambda a: encode(a[:20], format="PNG"))
+
+
+def mixed(split):
+    def breaking(rows):
+        for column in ("image", "label"):
+            array = np.array(Image.open(BytesIO(rows[split][0][column]["bytes"])))
+            rows[split][0][column] = encode(array[:40], format="PNG")
+
+    return breaking
+
+
+def relabel(change):
+    def breaking(rows):
+        for split in rows:
+            each(rows, split, "label", lambda a: encode(change(a).astype(np.uint8), format="PNG"))
+
+    return breaking
+
+
+def same_ids(rows):
+    for row in rows["train"]:
+        row["id"] = "picture"
+
+
+def cut(folder):
+    shard = next(folder.glob("train*"))
+    shard.write_bytes(shard.read_bytes()[:-50])
+
+
+def without(split):
+    return lambda folder: next(folder.glob(f"{split}*")).unlink()
+
+
+FAULTS = {
+    # what is wrong: (how it is broken, which finding names it)
+    "a shard cut short": ({"folder": cut}, "error open .*is not a complete Parquet file"),
+    "no train shards": ({"folder": without("train")}, r"error open .*holds no train\*.parquet"),
+    "no validation shards": (
+        {"folder": without("validation")},
+        r"error open .*holds no validation\*.parquet",
+    ),
+    "a missing column": (
+        {"spec": {"label_column": "mask"}},
+        "error open .*no column 'mask'.* they have: image, label, id",
+    ),
+    "an empty label cell": (
+        {"rows": one("label", None)},
+        r"error samples 1 of 60 train .*'train20', column 'label': the row holds no picture",
+    ),
+    "a damaged picture": (
+        {"rows": one("image", lambda row: {"bytes": row["image"]["bytes"][:900], "path": None})},
+        "error samples .*'train20', column 'image': the 900 bytes are no picture, or a damaged",
+    ),
+    "a lossy label": (
+        {"rows": one("label", lambda row: encode(np.zeros((48, 64), np.uint8), format="JPEG"))},
+        "error samples .*the label image is a JPEG",
+    ),
+    "a label of another size": (
+        {"rows": one("label", lambda row: encode(np.zeros((20, 64), np.uint8), format="PNG"))},
+        "error samples .*the label is 20x64 but the image is 48x64",
+    ),
+    "a picture of 16 bits": (
+        {"rows": one("image", lambda row: encode(np.ones((48, 64), np.uint16), format="PNG"))},
+        "error samples .*more than 8 bits per channel",
+    ),
+    "a label in colours": (
+        {"rows": one("label", lambda row: encode(np.ones((48, 64, 3), np.uint8), format="PNG"))},
+        "error samples 1 of 60 train samples cannot be used",
+    ),
+    "labels that start at 1": (
+        {"rows": relabel(lambda a: np.where(a == 255, 255, a + 1))},
+        "error samples 60 of 60 train .*label value 3 ",
+    ),
+    "unlabelled pixels not declared": (
+        {"spec": {"labels": {"names": NAMES}}},
+        "error samples .*label value 255 ",
+    ),
+    "a class that never occurs": (
+        {"rows": relabel(lambda a: np.where(a == 2, 0, a))},
+        "warning classes 1 of 3 classes are in none of the 60 train pictures.*: tree;",
+    ),
+    "labels of one class only": (
+        {"rows": relabel(np.zeros_like)},
+        "error classes 2 of 3 classes are in none",
+    ),
+    "no label at all": (
+        {"rows": relabel(lambda a: np.full_like(a, 255))},
+        "error labels 60 of 60 train pictures have no labelled pixel",
+    ),
+    "mostly unlabelled": (
+        {"rows": relabel(lambda a: np.where(np.arange(64) < 40, 255, a))},
+        r"warning labels \d+% of the train pixels carry no label",
+    ),
+    "black pictures": ({"rows": constant}, "error pictures 60 of 60 .*of one single colour"),
+    "validation pictures in train": (
+        {"rows": leak},
+        r"error splits \d+ of the pictures looked at are in train and in validation",
+    ),
+    "one id for all": ({"rows": same_ids}, "warning ids 1 ids stand for several train samples"),
+    "pictures too small": ({"rows": small}, "error sizes train pictures are down to 20 pixels"),
+    "validation sizes in one batch": (
+        {"rows": mixed("validation"), "data": {"eval_batch_size": 4}},
+        "error sizes validation pictures have 2 sizes.*eval_batch_size 1",
+    ),
+    "training sizes without a crop": (
+        {"rows": mixed("train"), "data": {"crop_size": None}},
+        "error sizes training pictures of several sizes.*set --data.crop_size",
+    ),
+    "scales without a crop": (
+        {"data": {"crop_size": None, "scale_range": (0.5, 2.0)}},
+        "error sizes training pictures of several scales",
+    ),
+    "crops of padding": (
+        {"data": {"crop_size": (256, 256)}},
+        "warning sizes pictures at scale 1 fill 5% of the crops",
+    ),
+    "crops too small": ({"data": {"crop_size": (16, 16)}}, "error sizes crops of .16, 16. pixels"),
+    "fewer pictures than a batch": (
+        {"data": {"batch_size": 64}},
+        "warning plan one batch over all devices takes 64 samples, but there are 60",
+    ),
+    "no number of steps": ({"trainer": {"max_steps": -1}}, "error recipe trainer.max_steps is not"),
+    "a warm-up without end": (
+        {"model": {"warmup_steps": 1500}},
+        "error recipe the learning rate warms up for 1500 steps, but training ends after 50",
+    ),
+    "no validation before the end": (
+        {"trainer": {"val_check_interval": 80}},
+        "warning recipe validation comes every 80 batches",
+    ),
+    "a learning rate of another optimiser": (
+        {"model": {"lr": 0.05}},
+        "warning recipe learning rates of 0.05 in the encoder and 0.5",
+    ),
+    "a mean of 0 to 255": (
+        {"model": {"image_mean": (123.7, 116.3, 103.5)}},
+        "error recipe model.image_mean and model.image_std are for pixels of 0 to 255",
+    ),
+    "one picture a batch": (
+        {"data": {"batch_size": 1}},
+        "warning recipe the head's BatchNorm sees one picture",
+    ),
+    "weights that are not there": (
+        {"model": {"weights": "nowhere.pth"}},
+        "error weights there is no file or folder 'nowhere.pth'",
+    ),
+    "more memory than there is": (
+        {"data": {"batch_size": 10_000_000}},
+        "error memory training needs at least .* lower --data.batch_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named(fault, visit, healthy):
+    broken, expected = FAULTS[fault]
+    if "rows" in broken:
+        broken["rows"](healthy)
+    examination = visit(
+        break_folder=broken.get("folder"),
+        **{key: value for key, value in broken.items() if key not in ("rows", "folder")},
+    )
+    found = [f"{one.level} {one.check} {one.message}" for one in examination.findings]
+    assert any(re.match(expected, line) for line in found), found
+    assert examination.has_errors == any(line.startswith("error") for line in found)
+
+
+def test_large_row_groups_are_named(visit, monkeypatch):
+    monkeypatch.setattr("segformer_pl.data.order.LANES_BYTES", 1 << 18)
+    (finding,) = visit().findings
+    assert re.match(r"row groups of 0 MB leave memory for \d+ at a time", finding.message)
+
+
+def test_loading_that_is_too_slow_is_named(visit, monkeypatch):
+    monkeypatch.setattr("segformer_pl.doctor.cost._time_step", lambda *_: 1e-6)
+    (finding,) = visit().findings
+    assert finding.check == "throughput"
+    assert re.search(r"1 loader processes bring \d+; set --data.num_workers \d+", finding.message)
+    (finding,) = visit(data={"num_workers": 0}).findings
+    assert "without loader processes" in finding.message
+
+
+def test_the_command(tmp_path, capsys):
+    folder = tmp_path / "shapes"
+    shapes.generate(folder, {"train": 60, "validation": 60})
+    arguments = [f"--data.path={folder}", "--trainer.max_steps=4000", "--trainer.accelerator=cpu"]
+    arguments += ["--trainer.val_check_interval=100", "--json"]
+    with pytest.raises(SystemExit) as exit:
+        main(["doctor", *arguments])
+    told = json.loads(capsys.readouterr().out)
+    assert exit.value.code == 0
+    assert {finding["check"] for finding in told["findings"]} <= {"splits"}  # a smaller copy
+    assert told["facts"]["train"]["pictures"] == 60
+
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {"path": str(folder)}, "trainer": {"max_steps": 3}}))
+    with pytest.raises(SystemExit) as exit:
+        main(["doctor", str(config), "--trainer.accelerator=cpu"])
+    assert exit.value.code == 1
+    assert "error: [recipe] the learning rate warms up for 1500" in capsys.readouterr().out
