@@ -52,6 +52,12 @@ def test_validation_on_two_ranks_equals_one(folder, tmp_path):
         assert float(rows[1][key]) == expected, key
 
 
+def test_a_rank_without_a_picture_does_not_hang_validation(tmp_path):
+    shapes.generate(tmp_path / "one", {"train": 1, "validation": 1})
+    rows = [run("validate", tmp_path / "one", tmp_path / str(n), n)[-1] for n in (1, 2)]
+    assert float(rows[1]["val/loss"]) == pytest.approx(float(rows[0]["val/loss"]), rel=1e-5)
+
+
 def test_training_on_two_ranks_runs_without_unused_parameters(folder, tmp_path):
     interval = ["--trainer.max_steps=3", "--trainer.val_check_interval=3"]
     rows = run("fit", folder, tmp_path, 2, *interval)

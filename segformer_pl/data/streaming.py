@@ -181,8 +181,10 @@ class RankSampler(DistributedSampler[int]):
         return range(first, last)
 
     def __len__(self) -> int:
+        # The longest share, on all ranks: one that finds its own to be empty would leave the
+        # validation, and the others waiting for its scores.
         if isinstance(self.order, StoredOrder):
-            return len(self._share())
+            return -(-self.order.num_rows // self.world_size)
         raise TypeError("training has no end; trainer.max_steps sets its length")
 
     def set_epoch(self, epoch: int) -> None:

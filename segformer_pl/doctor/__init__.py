@@ -22,6 +22,13 @@ def examine(
 ) -> Examination:
     """Look for what would go wrong in ``trainer.fit(task, data)``, without training."""
     found = Examination()
+    entry = data.entry
+    found.facts["data set"] = {
+        "name": entry.name,
+        "place": data.path or entry.hub or "made on this machine",
+        "revision": entry.revision if data.path is None else None,
+        "known about it": entry.verified,
+    }
     examine_recipe(found, task, data, trainer)
     examine_weights(found, task)
     splits = {split: examine_split(found, data, split) for split in ("train", "validation")}

@@ -1,4 +1,4 @@
-"""Who reads what, how fast samples come and how fast they go, and how much memory training takes."""
+"""Who reads what, how fast samples come and go, and how much memory training takes."""
 
 import copy
 import os
