@@ -1,0 +1,140 @@
+"""Streaming from the hub: the library's own client against a hub on this machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+COMMIT = "a" * 40
+READ = """
+import dataclasses, json, sys
+from segformer_pl.data.catalog import find_dataset
+from segformer_pl.data.sources import open_split
+
+path, revision = json.loads(sys.argv[1])
+entry = dataclasses.replace(find_dataset("shapes"), hub="owner/set", revision=revision)
+source = open_split(entry, path, "train")
+print(json.dumps([source.files, source.group_rows, [row["id"] for row in source.read(1)]]))
+"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """As much of the hub's interface as its client asks for."""
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def answer(self, with_body):
+        path, files = unquote(self.path.split("?")[0]), self.server.files
+        if tree := re.fullmatch(r"/api/datasets/owner/set/tree/\w+/?(.*)", path):
+            folder = f"{tree[1]}/" if tree[1] else ""
+            inside = [name for name in files if name.startswith(folder)]
+            listed = [
+                {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40}
+                for name in inside
+                if "/" not in name.removeprefix(folder)
+            ]
+            below = {name.removeprefix(folder).split("/")[0] for name in inside}
+            listed += [
+                {"type": "directory", "path": folder + name, "size": 0, "oid": "0" * 40}
+                for name in below
+                if folder + name not in files
+            ]
+            self.send(200 if inside else 404, json.dumps(listed).encode(), with_body)
+        elif path.startswith("/api/datasets/owner/set"):
+            siblings = [{"rfilename": name} for name in files]
+            info = {"id": "owner/set", "sha": COMMIT, "siblings": siblings}
+            self.send(200, json.dumps(info).encode(), with_body)
+        elif file := re.fullmatch(r"/datasets/owner/set/resolve/\w+/(.*)", path):
+            self.send_file(file[1], files, with_body)
+        else:
+            self.send(404, b"", with_body, {"X-Error-Code": "RepoNotFound"})
+
+    def send_file(self, name, files, with_body):
+        if name not in files:
+            self.send(404, b"", with_body, {"X-Error-Code": "EntryNotFound"})
+            return
+        content = files[name]
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"', "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if wanted:
+            first, last = int(wanted[1]), int(wanted[2])
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            self.send(206, content[first : last + 1], with_body, headers)
+        else:
+            self.send(200, content, with_body, headers)
+
+    def send(self, status, body, with_body, headers=()):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        for key, value in dict(headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def read(tmp_path, row, write_shards):
+    """Function (path, revision) -> files, rows of the groups and ids of the second group."""
+    (tmp_path / "set").mkdir()
+    write_shards(tmp_path / "set" / "data", "train", [[row(f"s{i}") for i in range(6)]], 2)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files = {
+        str(file.relative_to(tmp_path / "set")): file.read_bytes()
+        for file in (tmp_path / "set").rglob("*.parquet")
+    }
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+
+    def run(path, revision=COMMIT):
+        done = subprocess.run(
+            [sys.executable, "-c", READ, json.dumps([path, revision])],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    yield run
+    server.shutdown()
+    server.server_close()
+
+
+FILE = f"hf://datasets/owner/set@{COMMIT}/data/train-00000-of-00001.parquet"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [None, f"owner/set@{COMMIT}", f"hf://datasets/owner/set@{COMMIT}/data/{{split}}-*.parquet"],
+    ids=["the entry's", "by name", "by pattern"],
+)
+def test_row_groups_are_read_from_the_hub(read, path):
+    assert read(path) == [[FILE], [2, 2, 2], ["s2", "s3"]]
+
+
+def test_a_name_without_a_revision_means_its_present_commit(read):
+    files, rows, ids = read("owner/set", None)
+    assert files == [FILE]
+    assert (rows, ids) == ([2, 2, 2], ["s2", "s3"])
