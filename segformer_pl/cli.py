@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from segformer_pl.callbacks import PredictionWriter, RunReport
+from segformer_pl.callbacks import LastCheckpoint, PredictionWriter, RunReport
 from segformer_pl.commands import COMMANDS, PROG, SegformerArgumentParser
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
@@ -89,12 +89,18 @@ class SegformerCLI(LightningCLI):
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
 
     def model_settings(self) -> dict[str, Any]:
         """The task's arguments as plain data, linked ones included."""
         dumped = self.parser.dump(self.config, skip_link_targets=False, format="yaml")
         config = yaml.safe_load(dumped)
         return config.get(self.config.get("subcommand"), config)["model"]
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config.get(self.config.get("subcommand"), self.config)
+        if config["trainer"]["enable_checkpointing"] is False:
+            self._parser(self.config.get("subcommand")).callback_keys.remove("last_checkpoint")
 
     def before_predict(self) -> None:
         # They are written as they come; returning them too would keep them all in memory.

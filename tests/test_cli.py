@@ -112,6 +112,18 @@ def test_a_missing_path(capsys, tmp_path):
     )
 
 
+def test_a_run_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
+    arguments = [*options(folder, tmp_path, trainer__max_steps=3), "--trainer.limit_val_batches=0"]
+    main(["fit", *arguments, "--last_checkpoint.every_n_train_steps=2"])
+    (last,) = tmp_path.rglob("*.ckpt")
+    assert last.name == "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] == 3  # of the end; while it trains, every 2 steps
+    assert checkpoint["StreamingSegmentationData"]["consumed"] == 3 * 2
+    main(["fit", *arguments, "--trainer.enable_checkpointing=false"])
+    assert list(tmp_path.rglob("*.ckpt")) == [last]
+
+
 def test_weights_to_start_from(capsys, folder, tmp_path):
     state = segformer_b0(2).state_dict()
     torch.save(state, tmp_path / "w.pth")

@@ -58,17 +58,8 @@ def command(folder, run, devices, accumulate, max_steps):
         "trainer.limit_val_batches": 0,
         "trainer.enable_progress_bar": "false",
         "trainer.logger.save_dir": run,
-        "trainer.callbacks+": json.dumps(
-            {
-                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "init_args": {
-                    "dirpath": str(run),
-                    "every_n_train_steps": 5,
-                    "save_last": True,
-                    "save_top_k": 0,
-                },
-            }
-        ),
+        "last_checkpoint.every_n_train_steps": 5,
+        "last_checkpoint.dirpath": run,
     }
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     ids = {"class_path": "test_resume.WriteIds", "init_args": {"folder": str(run)}}
