@@ -1,5 +1,6 @@
 """The command line as its user meets it: settings that win, and errors in one sentence."""
 
+import csv
 import logging
 import subprocess
 import sys
@@ -220,13 +221,13 @@ def test_an_impossible_network(capsys, folder, tmp_path):
 
 @pytest.fixture
 def broken_copy(folder, tmp_path, png, write_shards):
-    """Function that copies the shards with one cell of a training row changed."""
+    """Function that copies the shards with one cell of a split's fourth row changed."""
 
-    def write(column, cell):
+    def write(column, cell, broken="train"):
         for split in ("train", "validation"):
             (file,) = folder.glob(f"{split}*.parquet")
             rows = pq.read_table(file).to_pylist()
-            if split == "train":
+            if split == broken:
                 rows[3][column] = png(cell) if isinstance(cell, np.ndarray) else cell
             write_shards(tmp_path / "broken", split, [rows])
         return tmp_path / "broken"
@@ -253,6 +254,20 @@ def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentenc
     assert error.startswith("error: data set 'shapes', sample 'train-00003'")
     assert sentence in error
     assert "\n" not in error
+
+
+def test_skipped_pictures_neither_score_nor_leave_a_mask(broken_copy, tmp_path):
+    folder = broken_copy("image", None, broken="validation")
+    arguments = [*options(folder, tmp_path), "--data.on_bad_sample=skip"]
+    with pytest.warns(UserWarning, match=r"skipped, 1 so far: .*'validation-00003'"):
+        main(["predict", *arguments, f"--predictions.output_dir={tmp_path / 'masks'}"])
+    masks = sorted(mask.stem for mask in (tmp_path / "masks").iterdir())
+    assert masks == [f"validation-{n:05d}" for n in range(3)]
+    with pytest.warns(UserWarning, match="skipped, 1 so far"):
+        main(["validate", *arguments])
+    (metrics,) = tmp_path.glob("*/version_*/metrics.csv")
+    (scores,) = csv.DictReader(metrics.open())
+    assert 0 < float(scores["val/loss"]) < 10
 
 
 @pytest.mark.slow

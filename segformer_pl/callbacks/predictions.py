@@ -132,6 +132,10 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         for name, labels in zip(batch["id"], prediction.cpu()):
+            if name in batch.get(
+                "skipped", {}
+            ):  # a blank in place of a picture that cannot be read
+                continue
             mask = Image.fromarray(labels.numpy().astype(np.uint8), mode="P")
             mask.putpalette(np.asarray(pl_module.palette, np.uint8).tobytes())
             file = (self.output_dir / f"{name}.png").resolve()

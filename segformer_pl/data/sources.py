@@ -8,6 +8,7 @@ kept in the user's cache folder.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -167,6 +168,12 @@ def _from_library(entry: DatasetEntry, path: str | None, split: Split, stored: s
             f"{entry.name!r} has its {split} pictures; it has: {', '.join(map(str, files))}"
         )
     shards = list(files.get(stored, []))
+    commit = re.match(rf"hf://datasets/{name}@([0-9a-f]{{40}})/", shards[0]) if shards else None
+    if commit and not revision:
+        rank_zero_info(
+            f"data set {name!r} is streamed as of its present commit; to stay with that, give "
+            f"--data.path {name}@{commit[1]}"
+        )
     if shards and all(shard.endswith(".parquet") for shard in shards):
         return ParquetSource(shards, entry)
     stream = builder.as_streaming_dataset(split=stored)

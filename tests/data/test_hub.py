@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def read(tmp_path, row, write_shards):
-    """Function (path, revision) -> files, rows of the groups and ids of the second group."""
+    """Function (path, revision) -> files, rows of groups, ids of the second group, and stderr."""
     (tmp_path / "set").mkdir()
     write_shards(tmp_path / "set" / "data", "train", [[row(f"s{i}") for i in range(6)]], 2)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -115,7 +115,7 @@ def read(tmp_path, row, write_shards):
             timeout=120,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout)
+        return [*json.loads(done.stdout), done.stderr]
 
     yield run
     server.shutdown()
@@ -131,10 +131,13 @@ FILE = f"hf://datasets/owner/set@{COMMIT}/data/train-00000-of-00001.parquet"
     ids=["the entry's", "by name", "by pattern"],
 )
 def test_row_groups_are_read_from_the_hub(read, path):
-    assert read(path) == [[FILE], [2, 2, 2], ["s2", "s3"]]
+    files, rows, ids, said = read(path)
+    assert (files, rows, ids) == ([FILE], [2, 2, 2], ["s2", "s3"])
+    assert "present commit" not in said
 
 
 def test_a_name_without_a_revision_means_its_present_commit(read):
-    files, rows, ids = read("owner/set", None)
+    files, rows, ids, said = read("owner/set", None)
     assert files == [FILE]
     assert (rows, ids) == ([2, 2, 2], ["s2", "s3"])
+    assert f"to stay with that, give --data.path owner/set@{COMMIT}" in said
