@@ -84,7 +84,7 @@ def server(tmp_path, monkeypatch):
     server.folder, server.faults, server.requests = tmp_path / "served", [], []
     server.patience = threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.patience.set()
