@@ -198,10 +198,9 @@ def distort(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     if table is not levels:
         pixels = cv2.LUT(pixels, table.astype(np.uint8))  # type: ignore[assignment]
     if rng.random() < 0.5:
-        saturated = _truncate(levels * np.float32(rng.uniform(0.5, 1.5)))
-        pixels = _in_hsv(pixels, levels, saturated)
+        pixels = _in_hsv(pixels, 1, _truncate(levels * np.float32(rng.uniform(0.5, 1.5))))
     if rng.random() < 0.5:
-        pixels = _in_hsv(pixels, (levels + int(rng.integers(-18, 18))) % 180, levels)
+        pixels = _in_hsv(pixels, 0, (levels + int(rng.integers(-18, 18))) % 180)
     if not contrast_first and rng.random() < 0.5:
         table = _truncate(levels * np.float32(rng.uniform(0.5, 1.5)))
         pixels = cv2.LUT(pixels, table.astype(np.uint8))  # type: ignore[assignment]
@@ -212,12 +211,11 @@ def _truncate(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.trunc(np.clip(levels, 0, 255))
 
 
-def _in_hsv(
-    pixels: Pixels, hue: npt.NDArray[np.float32], saturation: npt.NDArray[np.float32]
-) -> Pixels:
-    """Map hue (0 to 179) and saturation (0 to 255) by tables."""
-    tables = np.stack([hue, saturation, np.arange(256)], axis=-1).astype(np.uint8)
-    hsv = cv2.LUT(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV), tables[None])
+def _in_hsv(pixels: Pixels, channel: int, table: npt.NDArray[np.float32]) -> Pixels:
+    """Map hue (channel 0, 0 to 179) or saturation (channel 1) by a table."""
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+    mapped = cv2.LUT(cv2.extractChannel(hsv, channel), table.astype(np.uint8))
+    cv2.insertChannel(mapped, hsv, channel)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)  # type: ignore[return-value]
 
 

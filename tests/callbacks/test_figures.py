@@ -62,6 +62,7 @@ def test_png_files_lie_beside_the_run_one_for_each_validation(tmp_path):
         assert np.asarray(Image.open(files[0]).convert("RGB")).std() > 10
 
 
+@pytest.mark.slow
 def test_drawing_does_not_change_the_training(tmp_path):
     plain = fit(False, [], tmp_path)
     drawn = fit(CSVLogger(tmp_path), [EffectiveReceptiveField(3), PredictionPanel(3)], tmp_path)

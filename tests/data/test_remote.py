@@ -131,7 +131,7 @@ def test_the_fingerprint_does_not_depend_on_the_place(server, shards):
 
 
 @pytest.mark.parametrize("fault", ["drop", "slow", "short", "corrupt", 429, 500, 503])
-@pytest.mark.parametrize("when", ["footers", "rows"])
+@pytest.mark.parametrize("when", [pytest.param("footers", marks=pytest.mark.slow), "rows"])
 def test_a_passing_fault_is_waited_out(server, shards, fault, when, caplog):
     if when == "footers":
         server.faults[:] = [fault, fault]
