@@ -96,6 +96,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         self._consumed = 0
         self._batches_before: int | None = None  # those behind _consumed, while a run is on
         self._resumed: dict[str, Any] | None = None
+        self._here: dict[str, Any] = {}  # what a checkpoint must agree with, once training began
 
     def prepare_data(self) -> None:
         # Row counts of remote data are fetched here, once on a machine, and kept in the cache.
@@ -201,9 +202,9 @@ class StreamingSegmentationData(pl.LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        if self._batches_before is None:  # nothing was trained
-            return {}
-        return self._here | {"consumed": self.consumed}
+        # Without a description nothing was trained. It outlives the training, for a checkpoint that
+        # is saved afterwards.
+        return self._here | {"consumed": self.consumed} if self._here else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Compared when training starts: a checkpoint may be scored on other data.

@@ -169,6 +169,13 @@ def test_training_goes_on_when_fit_is_called_again(folder, whole):
     assert module_data.consumed == 64
 
 
+def test_a_checkpoint_saved_after_the_training_holds_the_position(folder, tmp_path, whole):
+    module, runner = Recorder(), trainer(9)
+    runner.fit(module, data(folder))
+    runner.save_checkpoint(tmp_path / "late.ckpt")
+    assert fit(folder, 32, tmp_path / "late.ckpt") == whole[18:]
+
+
 def test_the_position_is_plain_data(folder, tmp_path):
     file = tmp_path / "state.ckpt"
     fit(folder, 3, save=(3, file))
