@@ -89,7 +89,7 @@ class EncodedImage:
         return pixels
 
     def _decode_fast(self, reduce: int) -> npt.NDArray[np.uint8] | None:
-        """By OpenCV, two thirds of Pillow's time; None for what it does not know, or is damaged."""
+        """By OpenCV, in less time than Pillow; None for what it does not know, or is damaged."""
         if not self._is_plain:
             return None
         size = REDUCED[reduce] if self._is_jpeg else REDUCED[1]

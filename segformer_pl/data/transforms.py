@@ -5,8 +5,8 @@ random crop, horizontal flip, photometric distortion, normalisation, padding. No
 task's, so padding here is the colour that it maps to 0. The arithmetic is OpenCV's, which the
 reference uses: bilinear without antialiasing, nearest labels, HSV of 8 bits with hue in 0 to 179.
 
-What the crop does not keep is never computed: the crop is drawn first and resampled straight from
-the stored picture, and a JPEG that is to become small is decoded small.
+The crop is drawn first and resampled straight from the stored picture, unless scaling all of it is
+the cheaper way to the same pixels; a JPEG that is to become small is decoded small.
 """
 
 import cv2
@@ -137,7 +137,7 @@ class TrainTransforms:
 def _resample(
     image: EncodedImage, height: int, width: int, top: int, left: int, rows: int, columns: int
 ) -> Pixels:
-    """The crop of the picture scaled to (height, width), without scaling the rest.
+    """The crop of the picture scaled to (height, width), by the cheaper of two equal ways.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 where it is scaled down at least as far. Its pixels are
     then means of squares, which plain bilinear sampling would pick single pixels from: the same
