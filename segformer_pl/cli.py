@@ -19,7 +19,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from segformer_pl.callbacks import LastCheckpoint, PredictionWriter, RunReport
-from segformer_pl.commands import COMMANDS, PROG, SegformerArgumentParser
+from segformer_pl.commands import COMMANDS
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine

@@ -78,6 +78,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        # Into checkpoints, so that a checkpoint alone says what to score it on.
+        self.save_hyperparameters(logger=False)
         self.entry = find_dataset(dataset)
         self.path = str(path) if isinstance(path, Path) else path
         self.batch_size = batch_size

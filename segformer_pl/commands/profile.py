@@ -1,46 +1,14 @@
-"""The project's own commands, those that do not train: ``profile`` and ``convert``."""
+"""``profile MODEL``: what a network costs."""
 
 import inspect
 import json
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl import models
 from segformer_pl.analysis.complexity import as_dict, complexity, measure_latency, table
-from segformer_pl.data import DataError
-from segformer_pl.models.checkpoints import export_weights, load_network, read_weights
-from segformer_pl.models.checkpoints.export import LAYOUTS
-
-PROG = "python -m segformer_pl"
-
-
-class SegformerArgumentParser(LightningArgumentParser):
-    """Says what is wrong in one sentence, and lets links reach into a function's arguments."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # With abbreviations, --trainer.max_step would pass for trainer.max_steps.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        cause: BaseException | None = ex
-        while cause is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__ or cause.__context__
-        sentence = " ".join(line.strip() for line in str(cause or message).splitlines())
-        sys.stderr.write(f"error: {sentence} (what is accepted: {self.prog} --help)\n")
-        self.exit(2)
-
-    # jsonargparse 4.53 passes linked_targets on to this method as it does to
-    # add_class_arguments, but only the latter takes it.
-    def add_function_arguments(
-        self, *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
-    ) -> list[str]:
-        return super().add_function_arguments(*args, **kwargs)
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 
 
 def profile(arguments: list[str]) -> None:
@@ -100,33 +68,3 @@ def profile(arguments: list[str]) -> None:
     latency = measure_latency(network, height, width, options["in_channels"], device, dtype)
     text = json.dumps(as_dict(cost, latency), indent=2) if in_json else table(name, cost, latency)
     sys.stdout.write(text + "\n")
-
-
-def convert(arguments: list[str]) -> None:
-    """``convert SOURCE DEST --to LAYOUT``: weights of any known layout into another."""
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} convert",
-        description="Write weights of any known layout in another one.",
-    )
-    parser.add_argument(
-        "source",
-        help="file (.pth, .bin, .safetensors, Lightning .ckpt), folder written by save_pretrained, "
-        "or hub name owner/name@commit",
-    )
-    parser.add_argument(
-        "destination",
-        help="folder for huggingface and smp, .pth file for nvlabs, .safetensors file for native; "
-        "must not exist",
-    )
-    parser.add_argument("--to", choices=list(LAYOUTS), required=True, help="whose layout")
-    options = parser.parse_args(arguments)
-    weights = read_weights(options.source)
-    network, report = load_network(weights)
-    remarks = export_weights(
-        network, options.destination, options.to, weights.task, weights.preprocessor
-    )
-    lines = [str(report), f"written to '{options.destination}': layout {options.to}", *remarks]
-    sys.stdout.write("\n  ".join(lines) + "\n")
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"profile": profile, "convert": convert}

@@ -1,0 +1,34 @@
+"""``convert SOURCE DEST --to LAYOUT``: weights of any known layout into another."""
+
+import sys
+
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.models.checkpoints import export_weights, load_network, read_weights
+from segformer_pl.models.checkpoints.export import LAYOUTS
+
+
+def convert(arguments: list[str]) -> None:
+    """``convert SOURCE DEST --to LAYOUT``: weights of any known layout into another."""
+    parser = SegformerArgumentParser(
+        prog=f"{PROG} convert",
+        description="Write weights of any known layout in another one.",
+    )
+    parser.add_argument(
+        "source",
+        help="file (.pth, .bin, .safetensors, Lightning .ckpt), folder written by save_pretrained, "
+        "or hub name owner/name@commit",
+    )
+    parser.add_argument(
+        "destination",
+        help="folder for huggingface and smp, .pth file for nvlabs, .safetensors file for native; "
+        "must not exist",
+    )
+    parser.add_argument("--to", choices=list(LAYOUTS), required=True, help="whose layout")
+    options = parser.parse_args(arguments)
+    weights = read_weights(options.source)
+    network, report = load_network(weights)
+    remarks = export_weights(
+        network, options.destination, options.to, weights.task, weights.preprocessor
+    )
+    lines = [str(report), f"written to '{options.destination}': layout {options.to}", *remarks]
+    sys.stdout.write("\n  ".join(lines) + "\n")

@@ -1,0 +1,35 @@
+"""The argument parser of every command."""
+
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from segformer_pl.data import DataError
+
+PROG = "python -m segformer_pl"
+
+
+class SegformerArgumentParser(LightningArgumentParser):
+    """Says what is wrong in one sentence, and lets links reach into a function's arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # With abbreviations, --trainer.max_step would pass for trainer.max_steps.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        cause: BaseException | None = ex
+        while cause is not None and not isinstance(cause, DataError):
+            cause = cause.__cause__ or cause.__context__
+        sentence = " ".join(line.strip() for line in str(cause or message).splitlines())
+        sys.stderr.write(f"error: {sentence} (what is accepted: {self.prog} --help)\n")
+        self.exit(2)
+
+    # jsonargparse 4.53 passes linked_targets on to this method as it does to
+    # add_class_arguments, but only the latter takes it.
+    def add_function_arguments(
+        self, *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
+    ) -> list[str]:
+        return super().add_function_arguments(*args, **kwargs)
