@@ -2,7 +2,16 @@
 
 from collections.abc import Callable
 
+from segformer_pl.commands.compare import compare
 from segformer_pl.commands.convert import convert
+from segformer_pl.commands.predict import predict
 from segformer_pl.commands.profile import profile
+from segformer_pl.commands.robustness import robustness
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"profile": profile, "convert": convert}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "predict": predict,
+    "compare": compare,
+    "robustness": robustness,
+    "profile": profile,
+    "convert": convert,
+}
