@@ -16,6 +16,7 @@ from torch import Tensor
 
 from segformer_pl.analysis.charts import INK
 
+LISTED_CLASSES = 31  # in the legend of a panel
 UNLABELLED_COLOR = (255, 255, 255)
 OPACITY = 0.5  # of the class colours over the picture
 MIN_LONG_SIDE = 512  # pixels; smaller pictures are enlarged, so that outlines and text fit
@@ -146,14 +147,21 @@ def plot_predictions(
         class_names: By train id.
         palette: RGB 0-255 by train id.
     """
+    handles = [
+        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="0.5", label=name)
+        for name, (r, g, b) in _panel_legend(shown, class_names, palette)
+    ]
     num_columns = 2 if len(shown) > 1 else 1
+    legend_columns = min(len(handles), 4 * num_columns)
     num_rows = -(-len(shown) // num_columns)
     height, width = shown[0][2].shape
     panel_width = 2.0
     figure = Figure(
         figsize=(
             3 * num_columns * panel_width,
-            num_rows * (panel_width * height / width + 0.25) + 0.7,
+            num_rows * (panel_width * height / width + 0.25)
+            + 0.5
+            + 0.2 * -(-len(handles) // legend_columns),
         ),
         layout="constrained",
     )
@@ -171,12 +179,22 @@ def plot_predictions(
             axis = axes[row, 3 * column + offset]
             axis.imshow(picture, interpolation="nearest")
             axis.set_title(title, fontsize=7, pad=2)
-    legend = zip([*class_names, "unlabelled"], [*palette, UNLABELLED_COLOR], strict=True)
-    handles = [
-        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="0.5", label=name)
-        for name, (r, g, b) in legend
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=8)
     return figure
+
+
+def _panel_legend(
+    shown: Sequence[tuple[str, Tensor, Tensor, Tensor]],
+    class_names: Sequence[str],
+    palette: Palette,
+) -> list[tuple[str, Sequence[int]]]:
+    """All classes; of many, those with the most pixels in what is shown."""
+    unlabelled: tuple[str, Sequence[int]] = ("unlabelled", UNLABELLED_COLOR)
+    entries: list[tuple[str, Sequence[int]]] = list(zip(class_names, palette, strict=True))
+    if len(entries) <= LISTED_CLASSES:
+        return [*entries, unlabelled]
+    ids = np.concatenate([maps.numpy().ravel() for _, _, *pair in shown for maps in pair])
+    counts = np.bincount(ids[(ids >= 0) & (ids < len(entries))], minlength=len(entries))
+    present = np.flatnonzero(counts)
+    listed = sorted(present[np.argsort(-counts[present], kind="stable")][:LISTED_CLASSES])
+    return [*(entries[train_id] for train_id in listed), unlabelled]

@@ -34,11 +34,11 @@ class PredictionPanel(pl.Callback):
         missing = self.num_images - len(self.shown)
         if not trainer.is_global_zero or trainer.sanity_checking or missing <= 0:
             return
-        batch = {key: batch[key][:missing] for key in ("image", "label", "id")}
-        predictions = pl_module.predict_step(batch, batch_idx)
-        self.shown.extend(
-            zip(batch["id"], batch["image"].cpu(), batch["label"].cpu(), predictions.cpu())
+        images, labels, predictions = (
+            pictures[:missing].cpu()
+            for pictures in (batch["image"], batch["label"], outputs["prediction"])
         )
+        self.shown.extend(zip(batch["id"], images, labels, predictions))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         shown, self.shown = self.shown, []

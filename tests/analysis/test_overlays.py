@@ -133,3 +133,19 @@ def test_panel_shows_every_picture_with_a_legend_of_all_classes():
     label, prediction = figure.axes[1].images[0].get_array(), figure.axes[2].images[0].get_array()
     assert {tuple(color) for color in label.reshape(-1, 3)} == {(255, 255, 255), (200, 100, 0)}
     assert {tuple(color) for color in prediction.reshape(-1, 3)} == {(10, 20, 30), (200, 100, 0)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_legend_of_many_classes_names_the_largest_that_are_shown():
+    names = [f"class {n}" for n in range(171)]
+    palette = [[n, n, 0] for n in range(171)]
+    label = torch.arange(60).repeat_interleave(8).view(20, 24)  # 60 classes of 8 pixels
+    label[:10] = 170  # leaves 30 of them
+    shown = [("a", torch.zeros(3, 20, 24), label, torch.full_like(label, 5))]
+    figure = plot_predictions(shown, names, palette)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    listed = [text.get_text() for text in legend.get_texts()]
+    assert len(listed) == 32
+    assert {"class 5", "class 170", "class 30", "unlabelled"} <= set(listed)
+    assert "class 6" not in listed
