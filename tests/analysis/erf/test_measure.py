@@ -200,7 +200,7 @@ def test_a_plain_sum_after_a_layernorm_is_refused_and_would_be_zero():
     """The pitfall that leaves naive attempts with an empty picture."""
     network = segformer_b0(5).eval()
     images = torch.rand(1, 3, 64, 64)
-    with pytest.raises(ValueError, match="'stage1' ends in a LayerNorm.*no gradient"):
+    with pytest.raises(ValueError, match=r"'stage1' ends in a LayerNorm.*no gradient"):
         effective_receptive_field(network, images, reduction="sum")
     x = images.clone().requires_grad_()
     naive = network.feature_maps(x)["stage1"][:, :, 8, 8].sum()
@@ -215,6 +215,7 @@ def test_a_plain_sum_after_a_layernorm_is_refused_and_would_be_zero():
 # Batches, streams, many units
 
 
+@pytest.mark.slow
 def test_batches_of_any_size_and_any_stream_give_the_same(network):
     images = torch.randn(5, 3, 64, 64, dtype=torch.float64)
     one = effective_receptive_field(network, images, batch_size=1)
