@@ -9,6 +9,7 @@ SegFormer's Figure 3 and 6 show ERFs of stage 1 to 4 and the head; their code wa
 and the paper states neither unit nor reduction. Every result here carries its recipe.
 """
 
+from segformer_pl.analysis.erf.full_image import RadiusMap, radius_map
 from segformer_pl.analysis.erf.measure import NoFieldError, effective_receptive_field
 from segformer_pl.analysis.erf.result import (
     ERF,
@@ -27,8 +28,10 @@ __all__ = [
     "Interval",
     "LayerERF",
     "NoFieldError",
+    "RadiusMap",
     "effective_receptive_field",
     "load_erf",
     "merge",
+    "radius_map",
     "weights_hash",
 ]

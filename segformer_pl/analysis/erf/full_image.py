@@ -112,10 +112,8 @@ def radius_map(
         size = (inputs.shape[2], inputs.shape[3])
         rows, columns = (_centers(units, pixels, every) for units, pixels in zip(grid, size))
         if method == "probe":
-            squares = _probes(
-                units_of, inputs, rows, columns, num_probes, batch_size, seed, progress
-            )
-            radius, error = _ratio(squares)
+            draws = _probes(units_of, inputs, rows, columns, num_probes, batch_size, seed, progress)
+            radius, error = _ratio(draws)
         else:
             radius = _exact(units_of, inputs, rows, columns, method, batch_size, progress)
             error = np.zeros_like(radius)

@@ -23,7 +23,6 @@ from segformer_pl.analysis.erf.units import (
     reduce_channels,
     refuse_sum_after_norm,
     shift_to_center,
-    unit_of,
 )
 
 
@@ -45,7 +44,7 @@ def effective_receptive_field(
     gradient: Gradient = "abs",
     preprocess: Callable[[Tensor], Tensor] | None = None,
     num_images: int | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     layout: Layout = "auto",
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
@@ -76,7 +75,8 @@ def effective_receptive_field(
         gradient: ``"abs"``, ``"relu"`` (positive part) or ``"signed"``.
         preprocess: Applied to every batch first, such as ``task.normalize``.
         num_images: How many pictures to take at most.
-        batch_size: Pictures in a pass; bounds the memory.
+        batch_size: Pictures in a pass; bounds the memory. By default 8, but 1 on the CPU, where
+            one fills the caches and more only spill them.
         layout: Of layers that are modules, where their shape leaves it open.
         seed: Of the random projection.
         about: What the result should say of itself: model, weights, data.
@@ -86,8 +86,11 @@ def effective_receptive_field(
             could be measured. One sentence says which and why.
     """
     check_reduction(reduction, gradient)
-    if batch_size < 1 or (num_images is not None and num_images < 1):
+    if (batch_size is not None and batch_size < 1) or (num_images is not None and num_images < 1):
         raise ValueError("batch_size and num_images: give integers of at least 1")
+    if batch_size is None:
+        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+        batch_size = 1 if on_cpu else 8
     taps = Taps(model, layers, layout)
     pass_ = _Pass(model, taps, units, reduction, gradient, preprocess, seed)
     for names, pictures, labels in _chunks(images, batch_size, num_images):
@@ -135,18 +138,16 @@ class _Pass:
             if self.preprocess is not None:
                 inputs = self.preprocess(inputs)
             inputs = inputs.detach().to(dtype).requires_grad_()
-            classes = self._classes(inputs, labels, names)
-            features = self.taps(inputs, self.state)
             present = torch.ones(len(names), dtype=torch.bool, device=device)
-            maps = {
-                name: self._maps(name, feature, inputs, classes, present)
-                for name, feature in features.items()
-            }
+            if isinstance(self.units, ClassPixels):
+                maps = self._class_maps(inputs, self._classes(inputs, labels), present)
+            else:
+                maps = self._unit_maps(inputs, pixels_of(self.units, self.size))
         self._add(names, maps, present.cpu())
 
-    def _classes(self, inputs: Tensor, labels: Tensor | None, names: list[str]) -> Tensor | None:
-        if not isinstance(self.units, ClassPixels):
-            return None
+    def _classes(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        """(B, h, w) train ids, those of the label or of the prediction."""
+        assert isinstance(self.units, ClassPixels)
         if self.units.source == "label":
             if labels is None:
                 raise ValueError(
@@ -163,15 +164,37 @@ class _Pass:
             )
         return logits.argmax(1)
 
-    def _maps(
-        self,
-        name: str,
-        feature: Tensor,
-        inputs: Tensor,
-        classes: Tensor | None,
-        present: Tensor,
-    ) -> Tensor:
-        """(B, H, W) of a layer, on the CPU. Clears ``present`` where a picture has no such unit."""
+    def _class_maps(self, inputs: Tensor, classes: Tensor, present: Tensor) -> dict[str, Tensor]:
+        """(B, H, W) of every layer. Clears ``present`` where a picture has no such unit."""
+        assert isinstance(self.units, ClassPixels)
+        assert self.state is not None
+        maps = {}
+        for name, feature in self.taps(inputs, self.state).items():
+            self._check(name, feature)
+            grid = self.grids[name] = (feature.shape[2], feature.shape[3])
+            mask = class_mask(classes, self.units.train_id, grid)
+            present &= mask.any(2).any(1)
+            values = self._reduce(feature.permute(0, 2, 3, 1), name)
+            means = (values * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+            maps[name] = self._backward(means.sum(), inputs)
+        return maps
+
+    def _unit_maps(self, inputs: Tensor, pixels: Pixels) -> dict[str, Tensor]:
+        """(B, H, W) of every layer, the mean over the units of these pixels."""
+        assert self.state is not None
+        maps = {}
+        for name, (vectors, grid) in self.taps.units(inputs, self.state, pixels).items():
+            self._check(name, vectors)
+            self.grids[name] = grid
+            units = self._reduce(vectors.transpose(1, 2), name)
+            total = torch.zeros_like(inputs[:, 0])
+            for number, pixel in enumerate(pixels):
+                one = self._backward(units[:, number].sum(), inputs)
+                total += one if len(pixels) == 1 else shift_to_center(one, pixel)
+            maps[name] = total / len(pixels)
+        return maps
+
+    def _check(self, name: str, feature: Tensor) -> None:
         if not feature.requires_grad:
             raise ValueError(
                 f"layer {name!r} does not depend on the picture in a way that has a gradient "
@@ -179,23 +202,6 @@ class _Pass:
             )
         if self.reduction == "sum":
             refuse_sum_after_norm(feature, name)
-        grid = (feature.shape[2], feature.shape[3])
-        self.grids[name] = grid
-        assert self.size is not None
-        if isinstance(self.units, ClassPixels):
-            assert classes is not None
-            mask = class_mask(classes, self.units.train_id, grid)
-            values = self._reduce(feature.permute(0, 2, 3, 1), name)
-            means = (values * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
-            present &= mask.any(2).any(1)
-            return self._backward(means.sum(), inputs).cpu()
-        pixels = pixels_of(self.units, self.size)
-        total = torch.zeros(len(inputs), *self.size, dtype=inputs.dtype, device=inputs.device)
-        for pixel in pixels:
-            row, column = unit_of(pixel, self.size, grid)
-            maps = self._backward(self._reduce(feature[:, :, row, column], name).sum(), inputs)
-            total += maps if len(pixels) == 1 else shift_to_center(maps, pixel)
-        return (total / len(pixels)).cpu()
 
     def _reduce(self, vectors: Tensor, name: str) -> Tensor:
         return reduce_channels(vectors, self.reduction, name, self.seed)
@@ -211,6 +217,7 @@ class _Pass:
         return slope.sum(1)
 
     def _add(self, names: list[str], maps: dict[str, Tensor], present: Tensor) -> None:
+        maps = {layer: layer_maps.cpu() for layer, layer_maps in maps.items()}
         finite = torch.ones(len(names), dtype=torch.bool)
         for layer_maps in maps.values():
             finite &= layer_maps.isfinite().flatten(1).all(1)

@@ -48,9 +48,12 @@ class Moments:
             self.groups[group] += one
             self.group_counts[group] += 1
             self.count += 1
-            deviation = one - self.mean
+            deviation = np.subtract(one, self.mean, dtype=np.float64)
             self.mean += deviation / self.count
-            self.squares += deviation * (one - self.mean)
+            # (one - old mean) (one - new mean), in place: the maps are large.
+            deviation *= deviation
+            deviation *= 1 - 1 / self.count
+            self.squares += deviation
 
     def merge(self, other: "Moments") -> None:
         """Take in what another process has seen.

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from segformer_pl.analysis.erf.units import Pixels, units_of
+
 Layout = Literal["auto", "channels_first", "channels_last", "tokens"]
 OUTPUT = "output"
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens of vision transformers
@@ -120,6 +122,42 @@ class Taps:
             for name in wanted or maps
         }
 
+    @property
+    def has_units(self) -> bool:
+        """Whether the network computes single units of the layers asked for at less cost."""
+        if not hasattr(self.model, "unit_features"):
+            return False
+        return self.layers is None or not any(n == OUTPUT or n in self.modules for n in self.layers)
+
+    def units(
+        self, images: Tensor, state: dict[str, Tensor], pixels: Pixels
+    ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+        """Layer -> ((B, C, n) of the units that n pixels belong to, grid of the layer).
+
+        Raises:
+            ValueError: see :meth:`__call__`.
+        """
+        size = (images.shape[2], images.shape[3])
+        if not self.has_units:
+            return {
+                name: (torch.stack([feature[:, :, r, c] for r, c in zip(rows, columns)], 2), grid)
+                for name, feature in self(images, state).items()
+                for grid in [(feature.shape[2], feature.shape[3])]
+                for rows, columns in [units_of(pixels, size, grid)]
+            }
+        grids: list[tuple[int, int]] = []
+
+        def places(grid: tuple[int, int]) -> tuple[list[int], list[int]]:
+            grids.append(grid)
+            return units_of(pixels, size, grid)
+
+        vectors = functional_call(_UnitFeatures(self.model), state, (images, places))
+        for name in self.layers or ():
+            if name not in vectors:
+                raise ValueError(self._no_such_layer(name, vectors))
+        found = dict(zip(vectors, grids, strict=True))
+        return {name: (vectors[name], found[name]) for name in self.layers or vectors}
+
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Parameters and buffers, detached, floating-point ones in ``dtype``."""
         tensors = (*self.model.named_parameters(), *self.model.named_buffers())
@@ -151,6 +189,11 @@ class _Forward(nn.Module):
 class _FeatureMaps(_Forward):
     def forward(self, images: Tensor) -> Any:
         return self.model.feature_maps(images)
+
+
+class _UnitFeatures(_Forward):
+    def forward(self, images: Tensor, places: Any) -> Any:  # type: ignore[override]
+        return self.model.unit_features(images, places)
 
 
 @contextmanager

@@ -75,11 +75,13 @@ def pixels_of(units: Literal["center"] | Pixels | Grid, size: tuple[int, int]) -
     return units
 
 
-def unit_of(
-    pixel: tuple[int, int], size: tuple[int, int], grid: tuple[int, int]
-) -> tuple[int, int]:
-    """(row, column) of the unit that a pixel belongs to, in a map of ``grid`` units."""
-    return pixel[0] * grid[0] // size[0], pixel[1] * grid[1] // size[1]
+def units_of(
+    pixels: Pixels, size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[list[int], list[int]]:
+    """Rows and columns of the units that pixels belong to, in a map of ``grid`` units."""
+    rows = [row * grid[0] // size[0] for row, _ in pixels]
+    columns = [column * grid[1] // size[1] for _, column in pixels]
+    return rows, columns
 
 
 def class_mask(classes: Tensor, train_id: int, grid: tuple[int, int]) -> Tensor:
@@ -154,7 +156,18 @@ _LAYOUT_CHANGES = tuple(
     f"{name}Backward"
     for name in (
         *("Permute", "View", "Transpose", "Clone", "Reshape", "UnsafeView", "ReshapeAlias"),
-        *("Slice", "Contiguous", "Alias", "T", "Unsqueeze", "Squeeze", "AsStrided", "Copy"),
+        *(
+            "Slice",
+            "Select",
+            "Index",
+            "Contiguous",
+            "Alias",
+            "T",
+            "Unsqueeze",
+            "Squeeze",
+            "AsStrided",
+            "Copy",
+        ),
     )
 )
 

@@ -54,41 +54,54 @@ def test_a_convolution_has_the_radius_of_its_taps():
     assert abs(probed.radius - found.radius).max() < 0.35
 
 
-def test_the_probes_error_bars_hold_what_they_promise(network):
+@pytest.fixture(scope="module")
+def small(randomize):
+    """Two strided layers with a GELU between: cheap, and not linear."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(6, 6, 3, padding=1)]
+    return randomize(nn.Sequential(*layers)).eval()
+
+
+def test_the_probes_error_bars_hold_what_they_promise(small):
     """1.96 standard errors cover the exact radius in about 95 % of the units and seeds."""
-    exact = radius_map(network, IMAGE, "stage2", every=2, method="vjp", batch_size=16)
+    image = IMAGE[:, :24, :32]
+    # Not the ReLU's sum, which leaves units without any positive channel no gradient.
+    chosen = {"layer": "2", "reduction": "random"}
+    exact = radius_map(small, image, **chosen, batch_size=48)
     scores = []
     for seed in range(8):
         probed = radius_map(
-            network,
-            IMAGE,
-            "stage2",
-            every=2,
-            method="probe",
-            num_probes=48,
-            batch_size=48,
-            seed=seed,
+            small, image, **chosen, method="probe", num_probes=48, batch_size=144, seed=seed
         )
         scores.append((probed.radius - exact.radius) / probed.standard_error)
-        assert (abs(probed.radius / exact.radius - 1) < 0.5).all()
     scores = np.array(scores)
-    assert 0.88 < (abs(scores) < 1.96).mean() < 0.99
-    assert abs(scores.mean()) < 0.35
+    assert scores.shape == (8, 12, 16)
+    assert 0.92 < (abs(scores) < 1.96).mean() < 0.98
+    assert abs(scores.mean()) < 0.1
     assert probed.standard_error.max() < 0.25 * exact.radius.max()
 
 
-def test_more_probes_smaller_errors(network):
+def test_more_probes_smaller_errors(small):
     few, many = (
-        radius_map(network, IMAGE, "head", every=4, method="probe", num_probes=n, batch_size=48)
+        radius_map(small, IMAGE, "2", method="probe", reduction="l1", num_probes=n)
         for n in (16, 64)
     )
-    assert 0.3 < many.standard_error.mean() / few.standard_error.mean() < 0.8
+    assert 0.4 < many.standard_error.mean() / few.standard_error.mean() < 0.6
+
+
+@pytest.mark.slow
+def test_probes_of_a_segformer_agree_with_its_exact_radii(network):
+    exact = radius_map(network, IMAGE, "head", every=5, method="loop")
+    probed = radius_map(network, IMAGE, "head", every=5, method="probe", num_probes=32)
+    scores = (probed.radius - exact.radius) / probed.standard_error
+    assert (abs(scores) < 4).all()
+    assert abs(scores.mean()) < 1
 
 
 def test_the_network_and_the_random_state_are_left_alone():
     model = segformer_b0(3).train()
-    state = torch.get_rng_state()
     image = torch.rand(3, 64, 64)
+    state = torch.get_rng_state()
     for method in ("vjp", "loop", "probe"):
         radius_map(model, image, "stage4", method=method, num_probes=4)
     assert torch.equal(torch.get_rng_state(), state)
