@@ -63,6 +63,7 @@ def radius_map(
     num_probes: int = 64,
     layout: Layout = "auto",
     seed: int = 0,
+    probe_seed: int = 0,
     progress: bool = False,
 ) -> RadiusMap:
     """The ERF radius of every output unit on a grid, for one picture.
@@ -81,7 +82,8 @@ def radius_map(
             bounds the memory.
         num_probes: Random directions; the error falls with the root of their number.
         layout: Of a layer that is a module, where its shape leaves it open.
-        seed: Of the probes and of a random projection; torch's own state is left alone.
+        seed: Of a random projection, as for ``effective_receptive_field``.
+        probe_seed: Of the random directions; torch's own state is left alone.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -112,7 +114,9 @@ def radius_map(
         size = (inputs.shape[2], inputs.shape[3])
         rows, columns = (_centers(units, pixels, every) for units, pixels in zip(grid, size))
         if method == "probe":
-            draws = _probes(units_of, inputs, rows, columns, num_probes, batch_size, seed, progress)
+            draws = _probes(
+                units_of, inputs, rows, columns, num_probes, batch_size, probe_seed, progress
+            )
             radius, error = _ratio(draws)
         else:
             radius = _exact(units_of, inputs, rows, columns, method, batch_size, progress)

@@ -71,7 +71,7 @@ def test_the_probes_error_bars_hold_what_they_promise(small):
     scores = []
     for seed in range(8):
         probed = radius_map(
-            small, image, **chosen, method="probe", num_probes=48, batch_size=144, seed=seed
+            small, image, **chosen, method="probe", num_probes=48, batch_size=144, probe_seed=seed
         )
         scores.append((probed.radius - exact.radius) / probed.standard_error)
     scores = np.array(scores)
@@ -83,8 +83,8 @@ def test_the_probes_error_bars_hold_what_they_promise(small):
 
 def test_more_probes_smaller_errors(small):
     few, many = (
-        radius_map(small, IMAGE, "2", method="probe", reduction="l1", num_probes=n)
-        for n in (16, 64)
+        radius_map(small, IMAGE, "2", reduction="l1", method="probe", num_probes=number)
+        for number in (16, 64)
     )
     assert 0.4 < many.standard_error.mean() / few.standard_error.mean() < 0.6
 
