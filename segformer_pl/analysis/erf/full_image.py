@@ -114,9 +114,8 @@ def radius_map(
         size = (inputs.shape[2], inputs.shape[3])
         rows, columns = (_centers(units, pixels, every) for units, pixels in zip(grid, size))
         if method == "probe":
-            draws = _probes(
-                units_of, inputs, rows, columns, num_probes, batch_size, probe_seed, progress
-            )
+            places = (rows, columns)
+            draws = _probes(units_of, inputs, places, num_probes, batch_size, probe_seed, progress)
             radius, error = _ratio(draws)
         else:
             radius = _exact(units_of, inputs, rows, columns, method, batch_size, progress)
@@ -179,8 +178,7 @@ def _moments(
 def _probes(
     units_of: Callable[[Tensor], Tensor],
     inputs: Tensor,
-    rows: npt.NDArray[np.int64],
-    columns: npt.NDArray[np.int64],
+    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     num_probes: int,
     batch_size: int,
     seed: int,
@@ -188,6 +186,7 @@ def _probes(
 ) -> npt.NDArray[np.float64]:
     """(2, K, n, m): each probe's draw of the sum of squares, and of that times distance^2."""
     generator = torch.Generator().manual_seed(seed)
+    rows, columns = places
     height, width = inputs.shape[2:]
     options: Any = {"dtype": inputs.dtype, "device": inputs.device}
     # From the middle and not from the corner, and in units of the picture: three numbers of one

@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 
 from segformer_pl.analysis.charts import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILLION
 from segformer_pl.analysis.erf.extent import smallest_area_ratio
+from segformer_pl.analysis.erf.full_image import RadiusMap
 from segformer_pl.analysis.erf.result import ERF, LayerERF
 
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, INK)
@@ -258,6 +259,35 @@ def plot_difference(first: ERF, second: ERF, names: tuple[str, str], title: str 
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)
     figure.suptitle(title or f"{names[0]} minus {names[1]}", fontsize=10)
+    return figure
+
+
+def plot_radius_map(
+    found: RadiusMap, image: npt.NDArray[np.floating] | None = None, title: str = ""
+) -> Figure:
+    """The radius of every unit, beside the picture.
+
+    Args:
+        found: From ``radius_map``.
+        image: (H, W, 3) in 0 to 1.
+        title: What was measured.
+    """
+    num_columns = 1 if image is None else 2
+    figure = Figure(figsize=(4.2 * num_columns, 3.6), layout="constrained")
+    grid = figure.subplots(1, num_columns, squeeze=False)[0]
+    height, width = found.size
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    if image is not None:
+        grid[0].imshow(np.clip(image, 0, 1), extent=extent)
+        grid[0].set_title("picture", fontsize=9)
+    drawn = grid[-1].imshow(found.radius, cmap="viridis", extent=extent, interpolation="nearest")
+    grid[-1].set_title(f"units of {found.layer}", fontsize=9)
+    for axes in grid:
+        axes.set_xlabel("column (pixels)", fontsize=8)
+        axes.tick_params(labelsize=7)
+    grid[0].set_ylabel("row (pixels)", fontsize=8)
+    figure.colorbar(drawn, ax=grid[-1], label="radius of the receptive field (pixels)")
+    figure.suptitle(title or "Root mean square radius, squared gradient", fontsize=10)
     return figure
 
 

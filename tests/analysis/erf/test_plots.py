@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from segformer_pl.analysis.erf import ERF, LayerERF
+from segformer_pl.analysis.erf import ERF, LayerERF, RadiusMap
 from segformer_pl.analysis.erf.moments import Moments
 from segformer_pl.analysis.erf.plots import (
     plot_area_ratios,
     plot_difference,
     plot_erf,
     plot_radial_profiles,
+    plot_radius_map,
     plot_signed,
 )
 
@@ -83,6 +84,16 @@ def test_signed_maps_have_a_figure_of_their_own():
         plot_erf(signed)
     (panel,) = panels(plot_signed(signed))
     assert panel.images[0].norm.vmin == -panel.images[0].norm.vmax
+
+
+def test_radii_lie_over_the_picture():
+    found = RadiusMap(
+        "head", np.ones((4, 6)), np.zeros((4, 6)), np.arange(4), np.arange(6), (8, 12)
+    )
+    figure = plot_radius_map(found, np.zeros((8, 12, 3)))
+    picture, radii = panels(figure)
+    assert picture.images[0].get_extent() == radii.images[0].get_extent() == [-0.5, 11.5, 7.5, -0.5]
+    assert len(panels(plot_radius_map(found))) == 1
 
 
 def test_a_map_of_zeros_can_be_drawn():
