@@ -1,4 +1,4 @@
-"""The command line: ``python -m segformer_pl fit|validate|test|predict`` on LightningCLI, and
+"""The command line: ``python -m segformer_pl fit|validate|test`` on LightningCLI, and
 the project's own commands (commands.py).
 
 What a data set determines (number of classes, names, palette, ignored label) is linked from its
@@ -10,17 +10,20 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import capture_parser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from segformer_pl.callbacks import LastCheckpoint, PredictionWriter, RunReport
+from segformer_pl.callbacks import EvaluationRecord, LastCheckpoint, RunReport
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.recipe import recipe
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine
@@ -54,7 +57,7 @@ class SegformerCLI(LightningCLI):
             parser_kwargs={
                 "prog": PROG,
                 "description": "Train, score and use segmentation networks. Other commands, each "
-                f"with its own --help: {', '.join(COMMANDS)}, doctor.",
+                f"with its own --help: {', '.join(COMMANDS)}, doctor, recipe.",
             },
             # The task has its own optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,
@@ -69,11 +72,18 @@ class SegformerCLI(LightningCLI):
                     "class_path": "lightning.pytorch.loggers.CSVLogger",
                     "init_args": {"save_dir": "runs", "name": "unnamed"},
                 },
-                "callbacks": [RunReport()],
+                # The report is made from what the other leaves.
+                "callbacks": [EvaluationRecord(), RunReport()],
             },
             args=args,
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # Masks are made by the project's own predict, for any picture.
+        commands = LightningCLI.subcommands()
+        return {name: skip for name, skip in commands.items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         links = {
@@ -89,7 +99,6 @@ class SegformerCLI(LightningCLI):
             compute_fn=_num_classes,
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
 
     def model_settings(self) -> dict[str, Any]:
@@ -103,13 +112,12 @@ class SegformerCLI(LightningCLI):
         if config["trainer"]["enable_checkpointing"] is False:
             self._parser(self.config.get("subcommand")).callback_keys.remove("last_checkpoint")
 
-    def before_predict(self) -> None:
-        # They are written as they come; returning them too would keep them all in memory.
-        self.config_init["predict"]["return_predictions"] = False
-
     def after_instantiate_classes(self) -> None:
-        # With the text of its network a checkpoint can be loaded without this command line.
-        self.model.save_hyperparameters({"network": self.model_settings()["network"]})
+        # With the texts of its parts a checkpoint can be loaded without this command line.
+        settings = self.model_settings()
+        self.model.save_hyperparameters(
+            {part: settings[part] for part in ("network", "loss", "inference") if part in settings}
+        )
 
     def _parse_ckpt_path(self) -> None:
         # Lightning's version lets the checkpoint's hyperparameters override the configuration
@@ -174,6 +182,17 @@ def doctor(arguments: list[str]) -> None:
     sys.exit(1 if examination.has_errors else 0)
 
 
+def resolve(files: list[str]) -> dict[str, Any]:
+    """The settings of a ``fit`` with these files as its ``--config``, complete, as plain data.
+
+    Nothing is built.
+    """
+    parser = capture_parser(SegformerCLI)
+    config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])
+    dumped = parser.dump(config, format="yaml", skip_none=False, skip_validation=True)
+    return yaml.safe_load(dumped)["fit"]
+
+
 def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None:
     """Parse the arguments, build task, data and trainer, and run the command.
 
@@ -184,7 +203,7 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
     """
     arguments = sys.argv[1:] if args is None else args
     try:
-        commands = COMMANDS | {"doctor": doctor}
+        commands = COMMANDS | {"doctor": doctor, "recipe": partial(recipe, resolve=resolve)}
         if run and arguments and arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
             return None

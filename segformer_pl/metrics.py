@@ -1,59 +1,231 @@
-"""Segmentation scores of a whole set, from one confusion matrix."""
+"""Segmentation scores of a whole set, from counts that are summed over batches and ranks."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
+
+NUM_BINS = 15  # of the calibration, as in Guo et al. 2017
 
 
 class SegmentationScores(Metric):
-    """mIoU, mAcc, aAcc and per-class IoU, accumulated over a set and summed over ranks.
+    """IoU, accuracy, boundary IoU and calibration, accumulated over a set and summed over ranks.
 
-    The state is one (num_classes, num_classes) int64 matrix, rows label, columns prediction, on
-    the device. Scores are those of the reference protocol: IoU_c = I / (P + L - I),
-    Acc_c = I / L, aAcc = sum I / sum L, mIoU and mAcc are means over the classes present. A class
-    that is neither labelled nor predicted anywhere has no score (nan) and is left out of the
-    means, not counted as 0.
+    The state is small and on the device: one (num_classes, num_classes) matrix, rows label,
+    columns prediction, and the counts of boundary and calibration. Scores are those of the
+    reference protocol: IoU_c = I / (P + L - I), Acc_c = I / L, aAcc = sum I / sum L, mIoU and mAcc
+    are means over the classes present. A class that is neither labelled nor predicted anywhere
+    has no score (nan) and is left out of the means, not counted as 0.
 
     Args:
         num_classes: Number of classes.
         ignore_index: The label that does not count.
+        boundary_ratio: Width of the bands that boundary IoU looks at, over the picture's diagonal
+            (0.02 in Cheng et al. 2021, "Boundary IoU").
+
+    Attributes:
+        picture_counts: Of the last batch, (B, num_classes, 3) int64: pixels of the intersection,
+            labelled pixels, predicted pixels, of every picture and class.
     """
 
     full_state_update = False
     confusion: Tensor
+    boundary: Tensor
+    calibration: Tensor
 
-    def __init__(self, num_classes: int, ignore_index: int, **kwargs: Any) -> None:
+    def __init__(
+        self, num_classes: int, ignore_index: int, boundary_ratio: float = 0.02, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        empty = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        self.add_state("confusion", empty, dist_reduce_fx="sum")
+        self.boundary_ratio = boundary_ratio
+        self.picture_counts: Tensor | None = None
+        for name, shape, dtype in (
+            ("confusion", (num_classes, num_classes), torch.int64),
+            ("boundary", (num_classes, 3), torch.int64),
+            ("calibration", (NUM_BINS, 3), torch.float64),
+        ):
+            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
-    def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Count a batch: predictions and labels (B, H, W), int64 train ids."""
-        counted = labels != self.ignore_index
-        cells = labels[counted] * self.num_classes + predictions[counted]
-        self.confusion += torch.bincount(cells, minlength=self.num_classes**2).view_as(
-            self.confusion
-        )
+    def update(self, predictions: Tensor, labels: Tensor, confidence: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            predictions: (B, H, W) int64 train ids.
+            labels: (B, H, W) int64 train ids.
+            confidence: (B, H, W) probability of the predicted class.
+
+        Raises:
+            ValueError: a label or prediction is not a train id.
+        """
+        truth, found = as_classes(predictions, labels, self.num_classes, self.ignore_index)
+        matrices = confusion_matrices(truth, found, self.num_classes)
+        self.picture_counts = counts_of(matrices)
+        self.confusion += matrices.sum(0)
+        width = max(round(self.boundary_ratio * math.hypot(*labels.shape[1:])), 1)
+        self.boundary += boundary_counts(truth, found, self.num_classes, width)
+        self.calibration += calibration_counts(truth, found, confidence, self.num_classes)
 
     def compute(self) -> dict[str, Tensor]:
-        """``miou``, ``macc``, ``aacc`` (scalars) and ``iou`` (num_classes,), fractions, float64.
+        """The scores; fractions, float64.
 
-        Without any labelled pixel all of them are nan. ``num_labelled`` is the number of pixels
-        that counted.
+        Returns:
+            ``miou``, ``macc``, ``aacc``, ``fwiou`` (IoU weighted by the classes' shares of the
+            labelled pixels), ``boundary_iou`` (mean over the classes present), ``ece`` (expected
+            calibration error: mean gap between confidence and accuracy over 15 equal bins of
+            confidence, weighted by their pixels), all scalars; ``iou`` (num_classes,); and
+            ``num_labelled``, the number of pixels that counted. Without any, the rest is nan.
         """
         confusion = self.confusion.double()
         intersection = confusion.diagonal()
         labelled = confusion.sum(dim=1)
-        union = labelled + confusion.sum(dim=0) - intersection
-        iou = intersection / union  # 0 / 0 = nan where a class is absent
+        iou = _iou(torch.stack([intersection, labelled, confusion.sum(dim=0)], dim=1))
+        total = labelled.sum()
+        pixels, confidence, right = self.calibration.unbind(1)
         return {
             "miou": iou.nanmean(),
             "macc": (intersection / labelled).nanmean(),
-            "aacc": intersection.sum() / labelled.sum(),
+            "aacc": intersection.sum() / total,
+            "fwiou": (labelled * iou.nan_to_num()).sum() / total,
+            "boundary_iou": _iou(self.boundary.double()).nanmean(),
+            "ece": (confidence - right).abs().sum() / pixels.sum(),
             "iou": iou,
-            "num_labelled": labelled.sum(),
+            "num_labelled": total,
         }
+
+
+def _iou(counts: Tensor) -> Tensor:
+    """(C, 3) intersection, labelled, predicted -> (C,), nan where a class is absent (0 / 0)."""
+    intersection, labelled, predicted = counts.unbind(1)
+    return intersection / (labelled + predicted - intersection)
+
+
+def as_classes(
+    predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Labels and predictions with the ignored pixels as one more class, ``num_classes``, in both.
+
+    So nothing has to be picked out, which would cost more than all the counting.
+
+    Args:
+        predictions: (B, H, W) int64 train ids.
+        labels: (B, H, W) int64 train ids.
+        num_classes: Number of classes.
+        ignore_index: The label that does not count.
+
+    Returns:
+        (B, H, W) int32 each, labels first.
+
+    Raises:
+        ValueError: a label or prediction is not a train id.
+    """
+    ignored = labels == ignore_index
+    both = []
+    for what, ids in (("label", labels.masked_fill(ignored, 0)), ("prediction", predictions)):
+        low, high = (extreme.item() for extreme in ids.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{what} {low if low < 0 else high} is not a train id: there are {num_classes} "
+                f"classes, 0 to {num_classes - 1}, and the ignored label {ignore_index}"
+            )
+        both.append(ids.int().masked_fill_(ignored, num_classes))
+    return both[0], both[1]
+
+
+def confusion_matrices(truth: Tensor, found: Tensor, num_classes: int) -> Tensor:
+    """The confusion matrix of every picture.
+
+    Args:
+        truth, found: (B, H, W) from :func:`as_classes`.
+        num_classes: Number of classes.
+
+    Returns:
+        (B, num_classes, num_classes) int64 pixels, rows label, columns prediction.
+    """
+    side = num_classes + 1
+    shape = (len(truth), side, side)
+    pictures = torch.arange(len(truth), dtype=truth.dtype, device=truth.device)
+    if math.prod(shape) > torch.iinfo(truth.dtype).max:
+        pictures = pictures.long()
+    cells = (pictures[:, None, None] * side + truth) * side + found
+    counts = torch.bincount(cells.ravel(), minlength=math.prod(shape)).view(shape)
+    return counts[:, :num_classes, :num_classes]
+
+
+def counts_of(matrices: Tensor) -> Tensor:
+    """(B, C, C) confusion -> (B, C, 3) pixels of the intersection, labelled, predicted."""
+    return torch.stack([matrices.diagonal(dim1=1, dim2=2), matrices.sum(2), matrices.sum(1)], dim=2)
+
+
+def boundary_counts(truth: Tensor, found: Tensor, num_classes: int, width: int) -> Tensor:
+    """What boundary IoU is made of (Cheng et al. 2021): counts within bands along the outlines.
+
+    A pixel is in its class's band if it is at most ``width`` pixels (in rows and columns) away
+    from one of another class or from the picture's border. Ignored pixels are a class of their
+    own in label and prediction alike, and are not scored.
+
+    Args:
+        truth, found: (B, H, W) from :func:`as_classes`.
+        num_classes: Number of classes.
+        width: Of the bands, in pixels.
+
+    Returns:
+        (num_classes, 3) int64 pixels of the intersection, labelled, predicted.
+    """
+    in_truth, in_found = near_others(truth, width), near_others(found, width)
+    both = in_truth & in_found & (truth == found)
+    # Of the labels: outside the bands, inside, inside and right.
+    side = num_classes + 1
+    kinds = (in_truth.int().add_(both)).mul_(side).add_(truth)
+    _, missed, right = torch.bincount(kinds.ravel(), minlength=3 * side).view(3, side)
+    predicted = torch.bincount(in_found.int().mul_(side).add_(found).ravel(), minlength=2 * side)
+    return torch.stack([right, missed + right, predicted[side:]], dim=1)[:num_classes]
+
+
+def near_others(ids: Tensor, width: int) -> Tensor:
+    """(B, H, W) -> whether the square of 2 width + 1 pixels around holds anything else.
+
+    It does if two neighbours in it differ, and that is a question about single bits.
+    """
+    padded = F.pad(ids, (width,) * 4, value=-1)
+    side = 2 * width + 1
+    down = padded[:, 1:] != padded[:, :-1]
+    right = padded[:, :, 1:] != padded[:, :, :-1]
+    down = _any_in_run(_any_in_run(down, side - 1, 1), side, 2)
+    return down | _any_in_run(_any_in_run(right, side - 1, 2), side, 1)
+
+
+def _any_in_run(bits: Tensor, length: int, dim: int) -> Tensor:
+    """Whether any of every ``length`` entries in a row is set, in about log2(length) steps."""
+    span = 1
+    while span < length:
+        step = min(span, length - span)
+        rest = bits.shape[dim] - step
+        bits = bits.narrow(dim, 0, rest) | bits.narrow(dim, step, rest)
+        span += step
+    return bits
+
+
+def calibration_counts(
+    truth: Tensor, found: Tensor, confidence: Tensor, num_classes: int
+) -> Tensor:
+    """Counts by confidence, in bins of equal width.
+
+    Args:
+        truth, found: (B, H, W) from :func:`as_classes`.
+        confidence: (B, H, W) probability of the predicted class.
+        num_classes: Number of classes.
+
+    Returns:
+        (NUM_BINS, 3) float64: labelled pixels, sum of their confidence, pixels that are right.
+    """
+    bins = (confidence * NUM_BINS).int().clamp_(max=NUM_BINS - 1)
+    bins.masked_fill_(truth == num_classes, NUM_BINS)
+    right = torch.bincount((2 * bins + (truth == found)).ravel(), minlength=2 * NUM_BINS + 2)
+    right = right.view(-1, 2)
+    sums = torch.bincount(bins.ravel(), confidence.double().ravel(), minlength=NUM_BINS + 1)
+    return torch.stack([right.sum(1), sums, right[:, 1]], dim=1)[:NUM_BINS]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from segformer_pl.inference import predict_labels
-from segformer_pl.losses import cross_entropy
+from segformer_pl.inference import Inference
+from segformer_pl.losses import CrossEntropy
 from segformer_pl.metrics import SegmentationScores
 from segformer_pl.models.checkpoints import load_weights
 from segformer_pl.models.mit import NormEps
-from segformer_pl.optim import parameter_groups, poly_with_warmup
+from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,12 +27,15 @@ class SegmentationTask(pl.LightningModule):
 
     Takes batches ``{"image": (B, C, H, W) float RGB in 0 to 1, "label": (B, H, W) int64 train
     ids, "id": list of B str}``. Logs ``train/loss``, and for ``val`` and ``test``
-    ``<split>/loss``, ``/miou``, ``/macc``, ``/aacc`` and ``/iou/<class>``, fractions over the
-    whole set and all ranks.
+    ``<split>/loss``, ``/miou``, ``/macc``, ``/aacc``, ``/fwiou``, ``/boundary_iou``, ``/ece`` and
+    ``/iou/<class>``, over the whole set and all ranks (:mod:`segformer_pl.metrics` defines them).
+    Whatever the training loss, ``<split>/loss`` is the mean cross-entropy over labelled pixels,
+    so that runs can be compared. Scores are taken at the size of the labels.
 
     The defaults are the paper's recipe (Sec. 4.1 and the reference configurations): AdamW,
     learning rate 6e-5 and ten times that in the head, weight decay 0.01 but none on the encoder's
-    norms, linear warm-up over 1500 steps, then linear decay to 0 at ``trainer.max_steps``.
+    norms, linear warm-up over 1500 steps, then linear decay to 0 at ``trainer.max_steps``;
+    cross-entropy averaged over all pixels.
 
     A checkpoint of a task that was built by the command line describes its network and loads with
     ``SegmentationTask.load_from_checkpoint(file)``; one of a task built in Python needs the
@@ -49,11 +52,19 @@ class SegmentationTask(pl.LightningModule):
             :mod:`segformer_pl.models.checkpoints` knows. Read once, when the task first runs, and
             never if a checkpoint is loaded.
         encoder_weights: Likewise for the encoder alone; give one of the two.
+        loss: The training loss, of :mod:`segformer_pl.losses` or yours: called as ``loss(logits,
+            labels, ignore_index)`` with logits at the network's stride. Default: the paper's,
+            ``CrossEntropy()``.
+        inference: How pictures are looked at in validation, test and prediction. Default: whole,
+            once, at their own size, ``Inference()``.
         lr: Base learning rate, of the encoder.
         head_lr_mult: Learning rate of everything outside the encoder, over ``lr``.
         weight_decay: AdamW's decoupled weight decay.
         warmup_steps: Steps of linear warm-up.
         poly_power: Power of the polynomial decay.
+        schedule: ``"paper"`` or ``"mmseg1"``, see :func:`segformer_pl.optim.poly_factor`.
+        layer_decay: Factor on the learning rate of every further layer below the encoder's last,
+            see :func:`segformer_pl.optim.parameter_groups`; 1 in the paper.
         image_mean: Mean that the images are normalised with, per channel.
         image_std: Standard deviation likewise.
     """
@@ -70,11 +81,15 @@ class SegmentationTask(pl.LightningModule):
         ignore_index: int = 255,
         weights: str | None = None,
         encoder_weights: str | None = None,
+        loss: nn.Module | None = None,
+        inference: Inference | None = None,
         lr: float = 6e-5,
         head_lr_mult: float = 10.0,
         weight_decay: float = 0.01,
         warmup_steps: NonNegativeInt = 1500,
         poly_power: float = 1.0,
+        schedule: Schedule = "paper",
+        layer_decay: float = 1.0,
         image_mean: tuple[float, ...] = IMAGENET_MEAN,
         image_std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
@@ -84,10 +99,12 @@ class SegmentationTask(pl.LightningModule):
                 "weights and encoder_weights are both given, and the first hold an encoder too; "
                 "give one of them"
             )
-        # The command line adds the network as the text that describes it (see cli.py). A module
-        # must not go in: it would be pickled into checkpoints and spelled out in hparams.yaml.
-        self.save_hyperparameters(ignore=["network"])
+        # The command line adds the texts that describe these (see cli.py). Objects must not go
+        # in: they would be pickled into checkpoints and spelled out in hparams.yaml.
+        self.save_hyperparameters(ignore=["network", "loss", "inference"])
         self.network = network
+        self.loss = CrossEntropy() if loss is None else loss
+        self.inference = Inference() if inference is None else inference
         self.class_names = class_names
         self.palette = palette
         self.ignore_index = ignore_index
@@ -101,6 +118,8 @@ class SegmentationTask(pl.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.poly_power = poly_power
+        self.schedule = schedule
+        self.layer_decay = layer_decay
         # Not in the checkpoint's tensors: they are in its hyperparameters.
         self.register_buffer("image_mean", torch.tensor(image_mean).view(-1, 1, 1), False)
         self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1), False)
@@ -123,19 +142,29 @@ class SegmentationTask(pl.LightningModule):
         # augmentation does: the same in a resumed run, and on another number of devices.
         if "seed" in batch:
             torch.manual_seed(batch["seed"][0])
-        loss = cross_entropy(self(batch["image"]), batch["label"], self.ignore_index)
+        loss = self.loss(self(batch["image"]), batch["label"], self.ignore_index)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, "val")
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Score a batch.
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, "test")
+        Returns:
+            What callbacks may want, of every picture: ``prediction`` (B, H, W) int64 train ids at
+            the size of the labels, ``counts`` (B, num_classes, 3) int64 pixels of intersection,
+            label and prediction, ``loss`` (B,) mean over its labelled pixels, nan without any.
+        """
+        return self._score(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """As :meth:`validation_step`."""
+        return self._score(batch, "test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """(B, H, W) int64 train ids at the size of the images."""
-        return predict_labels(self(batch["image"]), batch["image"].shape[2:])
+        images = batch["image"]
+        size = (images.shape[2], images.shape[3])
+        return self.inference.labels(self.network, self.normalize(images), size)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
@@ -143,14 +172,19 @@ class SegmentationTask(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
 
-    def _score(self, batch: dict[str, Any], split: str) -> None:
-        labels = batch["label"]
-        logits = self(batch["image"])
-        num_labelled = (labels != self.ignore_index).sum()
-        loss = cross_entropy(logits, labels, self.ignore_index)
-        getattr(self, f"{split}_loss").update(loss * num_labelled)
+    def _score(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
+        images, labels = self.normalize(batch["image"]), batch["label"]
+        found = self.inference.pixels(self.network, images, labels, self.ignore_index)
         scores = getattr(self, f"{split}_scores")
-        scores.update(predict_labels(logits, labels.shape[1:]), labels)
+        scores.update(found.labels, labels, found.confidence)
+        losses = found.losses.sum(dim=(1, 2), dtype=torch.float64)
+        getattr(self, f"{split}_loss").update(losses.sum())
+        num_labelled = (labels != self.ignore_index).sum(dim=(1, 2))
+        return {
+            "prediction": found.labels,
+            "counts": scores.picture_counts,
+            "loss": losses / num_labelled,
+        }
 
     def _log_scores(self, split: str) -> None:
         # Here and not in the step: every rank gets here, also one that had no batch at all, so
@@ -232,7 +266,12 @@ class SegmentationTask(pl.LightningModule):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(
-            self.network, self.network.encoder, self.lr, self.weight_decay, self.head_lr_mult
+            self.network,
+            self.network.encoder,
+            self.lr,
+            self.weight_decay,
+            self.head_lr_mult,
+            self.layer_decay,
         )
 
     def configure_optimizers(self) -> Any:
@@ -243,7 +282,9 @@ class SegmentationTask(pl.LightningModule):
                 "give --trainer.max_steps N"
             )
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.lr, fused=True)
-        schedule = poly_with_warmup(optimizer, max_steps, self.warmup_steps, self.poly_power)
+        schedule = poly_with_warmup(
+            optimizer, max_steps, self.warmup_steps, self.poly_power, self.schedule
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},

@@ -1,69 +1,137 @@
 """Every file under experiments/ states what it is for, parses and trains."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from segformer_pl.cli import main
 from segformer_pl.data.catalog import find_dataset
 
-EXPERIMENTS = sorted(Path(__file__).parents[1].glob("experiments/**/*.yaml"))
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.yaml"))
+
+
+def header(file):
+    return "\n".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+
+
+def configs(file):
+    """What the file's own command merges: the file, or base and delta."""
+    return [
+        ROOT / name for name in re.findall(r"--config (experiments/[\w/]+\.yaml)", header(file))
+    ]
+
+
+def settings(files):
+    """The files' settings, merged as plain data."""
+
+    def merge(below, above):
+        if not isinstance(below, dict) or not isinstance(above, dict):
+            return above
+        return below | {key: merge(below.get(key), value) for key, value in above.items()}
+
+    merged = {}
+    for file in files:
+        merged = merge(merged, yaml.safe_load(file.read_text()))
+    return merged
+
+
+# A base is trained by the delta that its command names. Deltas of B1 to B5 differ from B0's in
+# nothing but size.
+LARGE = [file for file in EXPERIMENTS if re.match(r"segformer_b[1-5]_", file.stem)]
+TRAINED = [file for file in EXPERIMENTS if file not in LARGE and configs(file)[-1:] == [file]]
 
 
 @pytest.fixture
-def tiny_copy(tmp_path, png, write_shards):
-    """Shards in a data set's layout, with random pictures and every label value it knows."""
+def tiny_copy(tmp_path):
+    """Function: a folder of random pictures with every label value that a data set knows."""
 
     def write(name):
         entry = find_dataset(name)
-        values = [*range(entry.labels.num_classes), *entry.labels.ignored]
+        known = entry.labels.raw_to_train or range(entry.labels.num_classes)
+        values = [value for value in (*known, *entry.labels.ignored) if value >= 0]
         rng = np.random.default_rng(0)
         for split in ("train", "validation"):
-            rows = [
-                {
-                    entry.image_column: png(rng.integers(0, 256, (48, 64, 3), np.uint8)),
-                    entry.label_column: png(rng.choice(values, (48, 64)).astype(np.uint8)),
-                    entry.id_column: f"{split}-{number}",
-                }
-                for number in range(4)
-            ]
-            write_shards(tmp_path, split, [rows])
+            stored = entry.splits.get(split, split)
+            pixels = {
+                "images": rng.integers(0, 256, (4, 48, 64, 3), np.uint8),
+                "labels": rng.choice(values, (4, 48, 64)).astype(np.uint8),
+            }
+            for kind, arrays in pixels.items():
+                folder = tmp_path / kind / stored
+                folder.mkdir(parents=True)
+                for number, array in enumerate(arrays):
+                    Image.fromarray(array).save(folder / f"{number}.png")
         return tmp_path
 
     return write
 
 
+def on_one_cpu(files):
+    changes = ["accelerator=cpu", "devices=1", "strategy=auto", "sync_batchnorm=false"]
+    return [*(f"--config={file}" for file in files), *(f"--trainer.{one}" for one in changes)]
+
+
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
 def test_states_question_command_hardware_and_expectation(file):
-    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    stated = [line.split()[1] for line in header if len(line.split()) > 1]
+    stated = [line.split()[1] for line in header(file).splitlines() if len(line.split()) > 1]
     for word in ("question", "command", "hardware", "expectation"):
         assert word in stated, f"{file.name} does not state its {word}"
+    assert file in configs(file), f"the command of {file.name} is another file's"
+    assert all(named.is_file() for named in configs(file))
 
 
-@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    # Up to 171 classes: their legends take their time.
+    [pytest.param(file, marks=[pytest.mark.slow] * ("recipes" in file.parts)) for file in TRAINED],
+    ids=lambda file: file.stem,
+)
 def test_trains_one_tiny_step_and_is_validated(file, tiny_copy, tmp_path):
-    data = yaml.safe_load(file.read_text())["data"]
+    config = settings(configs(file))
     changes = {
-        "data.path": tiny_copy(data["dataset"]),
+        "data.path": tiny_copy(config["data"]["dataset"]),
         "data.batch_size": 2,
         "data.eval_batch_size": 2,
         "data.num_workers": 0,
-        "trainer.accelerator": "cpu",
         "trainer.max_steps": 1,
         "trainer.val_check_interval": 1,
         "trainer.enable_progress_bar": "false",
         "trainer.logger.init_args.save_dir": tmp_path / "runs",
     }
-    if data.get("crop_size"):
+    if "crop_size" in config["data"]:
         changes["data.crop_size"] = "[32,64]"
-    main(["fit", f"--config={file}", *(f"--{key}={value}" for key, value in changes.items())])
+    tiny = {"base_size": "[64,48]", "window": "[32,32]", "stride": "[24,24]"}
+    for key in tiny.keys() & config["model"].get("inference", {}).get("init_args", {}).keys():
+        changes[f"model.inference.init_args.{key}"] = tiny[key]
+    given = on_one_cpu(configs(file))
+    main(["fit", *given, *(f"--{key}={value}" for key, value in changes.items())])
     (run,) = (tmp_path / "runs").glob("*/version_0")
     assert "val/miou" in (run / "metrics.csv").read_text()
-    assert {"report.html", "config.yaml", "predictions", "erf"} <= {p.name for p in run.iterdir()}
+    callbacks = {one["class_path"].rpartition(".")[2] for one in config["trainer"]["callbacks"]}
+    figures = {"PredictionPanel": "predictions", "EffectiveReceptiveField": "erf"}
+    drawn = {folder for callback, folder in figures.items() if callback in callbacks}
+    assert {"report.html", "config.yaml"} | drawn <= {path.name for path in run.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", LARGE, ids=lambda file: file.stem)
+def test_a_larger_network_is_built(file):
+    with torch.device("meta"):  # the parameters' shapes without their values
+        network = main(on_one_cpu(configs(file)), run=False).model.network
+    stated = re.search(r"([\d.]+) M \(encoder\) \+ ([\d.]+) M \(head\)", header(file))
+    for part, millions in zip((network.encoder, network.head), stated.groups()):
+        # The paper counts 150 classes, whatever the data set.
+        size = sum(parameter.numel() for parameter in part.parameters()) / 1e6
+        assert size == pytest.approx(float(millions), abs=0.2)
 
 
 def test_there_are_experiments():
-    assert {"demo", "camvid_b0"} <= {file.stem for file in EXPERIMENTS}
+    stems = {file.stem for file in EXPERIMENTS}
+    assert stems >= {"demo", "camvid_b0", "ade20k", "cityscapes", "coco_stuff"}
+    assert len(LARGE) == 15

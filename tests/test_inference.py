@@ -1,7 +1,225 @@
+"""Every protocol against a plain transcription of the reference's steps, at full size."""
+
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from segformer_pl.inference import predict_labels
+from segformer_pl import upsampling
+from segformer_pl.inference import Inference
+
+IGNORED = 255
+
+
+class Network(nn.Module):
+    """Three classes at stride 4; sees a little beyond its cell, so that borders matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 7, stride=4, padding=3).double()
+        self.sizes = []
+
+    def forward(self, images):
+        self.sizes.append(tuple(images.shape[2:]))
+        return 3 * self.conv(images)
+
+
+@pytest.fixture
+def network():
+    return Network()
+
+
+@pytest.fixture(params=[200, 1_300_000], ids=["narrow bands", "one band"])
+def _band(request, monkeypatch):
+    monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", request.param)
+
+
+def pictures(height=40, width=56, batch=2):
+    return torch.randn(batch, 3, height, width, dtype=torch.float64)
+
+
+def resize(images, size):
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def whole(network, images):
+    return resize(network(images), images.shape[2:])
+
+
+def sliding(network, images, window, stride, weights):
+    """Sum of the windows' weighted logits over the sum of the weights."""
+    height, width = images.shape[2:]
+    rows, columns = min(window[0], height), min(window[1], width)
+    total, weight = 0, 0
+    for i in range(max(height - rows + stride[0] - 1, 0) // stride[0] + 1):
+        for j in range(max(width - columns + stride[1] - 1, 0) // stride[1] + 1):
+            top, left = min(i * stride[0], height - rows), min(j * stride[1], width - columns)
+            here = (slice(None), slice(None), slice(top, top + rows), slice(left, left + columns))
+            logits = whole(network, images[here])
+            mask = torch.zeros_like(images[:, :1])
+            mask[here] = weights(rows, columns)
+            placed = torch.zeros(len(images), 3, height, width, dtype=torch.float64)
+            placed[here] = logits * weights(rows, columns)
+            total, weight = total + placed, weight + mask
+    return total / weight
+
+
+def uniform(rows, columns):
+    return torch.ones(rows, columns, dtype=torch.float64)
+
+
+def hann(rows, columns):
+    sides = [
+        torch.sin(torch.pi * torch.arange(1, side + 1, dtype=torch.float64) / (side + 1)) ** 2
+        for side in (rows, columns)
+    ]
+    return torch.outer(*sides)
+
+
+def equal(inference, network, images, size, expected):
+    """Labels, probabilities and losses all follow from the expected probabilities."""
+    found = inference.probabilities(network, images, size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert torch.equal(inference.labels(network, images, size), expected.argmax(1))
+    labels = torch.randint(3, (len(images), *size))
+    labels[:, :3] = IGNORED
+    pixels = inference.pixels(network, images, labels, IGNORED)
+    losses = -expected.gather(1, labels.clamp(max=2)[:, None])[:, 0].log()
+    torch.testing.assert_close(
+        pixels.losses, losses.where(labels != IGNORED, 0.0), rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(pixels.confidence, expected.amax(1), rtol=0, atol=1e-12)
+    assert torch.equal(pixels.labels, expected.argmax(1))
+
+
+@pytest.mark.usefixtures("_band")
+@pytest.mark.parametrize("size", [(40, 56), (33, 71), (80, 50)])
+def test_the_whole_picture_at_the_size_of_its_label(network, size):
+    images = pictures()
+    expected = resize(whole(network, images), size).softmax(1)
+    equal(Inference(), network, images, size, expected)
+
+
+@pytest.mark.usefixtures("_band")
+def test_fitted_into_the_base_size_and_resized_to_multiples(network):
+    """The reference's AlignedResize: keep-ratio resize, then a second resize, not padding."""
+    images = pictures(40, 56)
+    # 100 / 56 = 1.786 and 50 / 40 = 1.25: the short side decides. 50 x 70, then 64 x 96.
+    aligned = resize(resize(images, (50, 70)), (64, 96))
+    expected = resize(whole(network, aligned), (40, 56)).softmax(1)
+    network.sizes.clear()
+    equal(Inference(base_size=(100, 50), resize_to=32), network, images, (40, 56), expected)
+    assert set(network.sizes) == {(64, 96)}
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"),
+    [
+        ((683, 512), 1.0, (683, 512)),  # ADE20K: the short side is 512 already
+        ((300, 400), 1.0, (512, 683)),  # 512 / 300: 682.67 rounds up
+        ((100, 900), 1.0, (228, 2048)),  # the long side decides
+        ((300, 400), 1.25, (640, 853)),
+        ((1024, 2048), 0.5, (512, 1024)),
+    ],
+)
+def test_sizes_are_rounded_as_in_mmcv(size, scale, expected):
+    base = (2048, 1024) if size == (1024, 2048) else (2048, 512)
+    assert Inference(base_size=base)._view_size(size, scale) == expected
+
+
+@pytest.mark.usefixtures("_band")
+@pytest.mark.parametrize("size", [(40, 56), (31, 90)])
+@pytest.mark.parametrize(("name", "weights"), [("uniform", uniform), ("hann", hann)])
+def test_sliding_windows(network, name, weights, size):
+    images = pictures()
+    logits = sliding(network, images, (24, 32), (16, 20), weights)
+    inference = Inference(window=(24, 32), stride=(16, 20), window_weights=name)
+    equal(inference, network, images, size, resize(logits, size).softmax(1))
+
+
+def test_windows_of_cityscapes(network):
+    """1024 x 2048 in windows of 1024 with a step of 768: three, the last one moved back."""
+    small = Inference(window=(32, 32), stride=(24, 24))
+    small.labels(network, pictures(32, 64, 1), (32, 64))
+    assert network.sizes == [(32, 32)] * 3
+
+
+def test_a_picture_smaller_than_the_window_is_looked_at_whole(network):
+    images = pictures(20, 28)
+    expected = whole(network, images).softmax(1)
+    equal(Inference(window=(64, 64)), network, images, (20, 28), expected)
+
+
+@pytest.mark.usefixtures("_band")
+def test_scales_and_flip_average_probabilities(network):
+    images = pictures()
+    total = 0
+    for height, width in ((20, 28), (40, 56), (50, 70)):
+        view = resize(images, (height, width))
+        for flipped in (False, True):
+            logits = resize(whole(network, view.flip(3) if flipped else view), (40, 56))
+            total = total + (logits.flip(3) if flipped else logits).softmax(1)
+    inference = Inference(scales=(0.5, 1.0, 1.25), flip=True)
+    equal(inference, network, images, (40, 56), total / 6)
+
+
+@pytest.mark.usefixtures("_band")
+def test_everything_at_once(network):
+    images = pictures()
+    total = 0
+    for scale in (0.75, 1.5):
+        view = resize(images, (int(40 * scale + 0.5), int(56 * scale + 0.5)))
+        for flipped in (False, True):
+            logits = sliding(network, view.flip(3) if flipped else view, (24, 32), (20, 20), hann)
+            logits = resize(logits, (37, 60))
+            total = total + (logits.flip(3) if flipped else logits).softmax(1)
+    inference = Inference(
+        window=(24, 32), stride=(20, 20), window_weights="hann", scales=(0.75, 1.5), flip=True
+    )
+    equal(inference, network, images, (37, 60), total / 4)
+
+
+def test_padding_is_cut_off_again(network):
+    images = pictures(37, 50)
+    padded = F.pad(images, (0, 14, 0, 27))
+    expected = whole(network, padded)[:, :, :37, :50].softmax(1)
+    network.sizes.clear()
+    equal(Inference(pad_to=32), network, images, (37, 50), expected)
+    assert set(network.sizes) == {(64, 64)}
+
+
+def test_of_the_windows_only_a_few_are_held(network, monkeypatch):
+    """The memory does not grow with the height of the picture."""
+    monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", 8 * 32 * 3)
+    from segformer_pl import inference
+
+    held = []
+    logits = inference._View.logits
+
+    def watched(view, rows):
+        result = logits(view, rows)
+        held.append(len(view.opened))
+        return result
+
+    monkeypatch.setattr(inference._View, "logits", watched)
+    Inference(window=(16, 32), stride=(12, 32)).labels(network, pictures(400, 32, 1), (400, 32))
+    assert len(network.sizes) == 33  # each window once
+    assert max(held) <= 3
+
+
+def test_bands_hold_no_full_size_map_of_all_classes(network, monkeypatch):
+    seen = []
+    original = upsampling.SeparableMap.band
+
+    def watched(self, maps, rows):
+        band = original(self, maps, rows)
+        seen.append(band.numel())
+        return band
+
+    monkeypatch.setattr(upsampling.SeparableMap, "band", watched)
+    monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", 5000)
+    Inference(scales=(1.0, 0.5)).labels(network, pictures(128, 128, 1), (128, 128))
+    assert max(seen) <= 5000 < 128 * 128 * 3
 
 
 def test_logits_are_upsampled_before_the_decision():
@@ -9,27 +227,36 @@ def test_logits_are_upsampled_before_the_decision():
     # would never find it.
     logits = torch.tensor([[[[3.0, 0.0]], [[0.0, 3.0]], [[2.4, 2.4]]]])
     assert logits.argmax(dim=1).tolist() == [[[0, 1]]]
-    assert predict_labels(logits, (1, 4)).tolist() == [[[0, 2, 2, 1]]]
+    labels = Inference().labels(lambda images: logits, torch.zeros(1, 3, 4, 8), (1, 4))
+    assert labels.tolist() == [[[0, 2, 2, 1]]]
 
 
-def test_cells_are_aligned_by_their_edges():
-    # Class 1 leads by -1, -.5, .5, 1 at the quarters; with aligned corners it were -1/3 and 1/3
-    # in the middle, which a lead of .4 for class 0 turns round.
-    lead = torch.tensor([-1.4, 0.6])
-    logits = torch.stack([torch.zeros(2), lead]).view(1, 2, 1, 2)
-    assert predict_labels(logits, (1, 4)).tolist() == [[[0, 0, 1, 1]]]
+def test_a_loss_beyond_the_range_of_probabilities_is_exact():
+    logits = torch.tensor([[[[0.0]], [[200.0]]]])
+    pixels = Inference().pixels(
+        lambda images: logits, torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 1).long(), IGNORED
+    )
+    assert pixels.losses.item() == 200.0
 
 
-@pytest.mark.parametrize("size", [(65, 97), (17, 25), (3, 200)])
-def test_one_class_for_every_pixel(size):
-    predictions = predict_labels(torch.randn(2, 5, 17, 25), size)
-    assert predictions.shape == (2, *size)
-    assert predictions.dtype == torch.int64
-    assert set(predictions.unique().tolist()) <= set(range(5))
+def test_half_precision_logits_are_read_in_single(network):
+    network.float()
+    half = Inference().probabilities(
+        lambda images: network(images).bfloat16(), pictures().float(), (40, 56)
+    )
+    assert half.dtype == torch.float32
 
 
-def test_height_comes_first():
-    logits = torch.zeros(1, 2, 2, 2)
-    logits[0, 1, 1] = 1  # class 1 below
-    logits[0, 0, 0] = 1
-    assert predict_labels(logits, (4, 6))[0].tolist() == [[0] * 6] * 2 + [[1] * 6] * 2
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"resize_to": 32, "pad_to": 32}, "two ways to the same end"),
+        ({"stride": (8, 8)}, "there is no window"),
+        ({"window_weights": "hann"}, "there is no window"),
+        ({"window": (8, 8), "stride": (9, 8)}, "leaves gaps between windows"),
+        ({"scales": ()}, "scales is empty"),
+    ],
+)
+def test_contradictions_are_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Inference(**arguments)

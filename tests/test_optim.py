@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from segformer_pl.models import segformer_b0
-from segformer_pl.optim import parameter_groups, poly_factor, poly_with_warmup
+from segformer_pl.optim import layers, parameter_groups, poly_factor, poly_with_warmup
 
 
 def groups_of(network):
@@ -91,10 +91,77 @@ def test_learning_rate_of_the_reference(step, lr):
 def test_learning_rate_of_other_schedules():
     assert poly_factor(0, 100, 0) == 1.0
     assert poly_factor(25, 100, 0, power=2.0) == pytest.approx(0.5625)
-    assert poly_factor(5, 100, 10, warmup_ratio=0.5) == pytest.approx(0.95 * 0.75)
     factors = [poly_factor(step, 100, 10) for step in range(101)]
     assert all(earlier < later for earlier, later in pairwise(factors[:11]))
     assert all(earlier > later for earlier, later in pairwise(factors[10:]))
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [(0, 6e-11), (1499, 6e-5), (1500, 6e-5), (16_000, 5.4511e-5), (159_999, 0.0), (160_000, 0.0)],
+)
+def test_learning_rate_of_mmsegmentation_1(step, lr):
+    """Warms up to the full rate, then decays over what is left, to 0 in the last step."""
+    factor = poly_factor(step, 160_000, 1500, schedule="mmseg1")
+    assert 6e-5 * factor == pytest.approx(lr, rel=2e-6)
+
+
+def test_mmsegmentation_1_without_warm_up_and_with_a_power():
+    assert poly_factor(0, 101, 0, schedule="mmseg1") == 1.0
+    assert poly_factor(25, 101, 0, power=2.0, schedule="mmseg1") == pytest.approx(0.5625)
+    assert poly_factor(0, 10, 1, schedule="mmseg1") == pytest.approx(1e-6)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="schedule='cosine': choose one of paper, mmseg1"):
+        poly_factor(0, 10, 1, schedule="cosine")
+
+
+def test_layer_decay_falls_from_block_to_block():
+    with torch.device("meta"):
+        network = segformer_b0(19)
+    groups = {
+        group["name"]: group
+        for group in parameter_groups(network, network.encoder, 1.0, 0.01, 10.0, layer_decay=0.5)
+    }
+    assert list(groups) == [
+        *(f"encoder_{n:02d}{suffix}" for n in range(8) for suffix in ("", "_no_decay")),
+        "head",
+    ]
+    for number in range(8):
+        for suffix, decay in (("", 0.01), ("_no_decay", 0.0)):
+            group = groups[f"encoder_{number:02d}{suffix}"]
+            assert (group["lr"], group["weight_decay"]) == (0.5 ** (7 - number), decay)
+    assert groups["head"]["lr"] == 10.0
+    # Stage 2 begins with its patch embedding and ends with its norm.
+    third, fourth = (
+        [
+            *names_in(network, groups[f"encoder_{n:02d}"]),
+            *names_in(network, groups[f"encoder_{n:02d}_no_decay"]),
+        ]
+        for n in (2, 3)
+    )
+    assert "encoder.stages.1.patch_embed.proj.weight" in third
+    assert "encoder.stages.1.blocks.0.attn.q.weight" in third
+    assert "encoder.stages.1.norm.weight" in fourth
+    together = [name for group in groups.values() for name in names_in(network, group)]
+    assert sorted(together) == sorted(name for name, _ in network.named_parameters())
+
+
+def test_layer_decay_with_position_tables():
+    with torch.device("meta"):
+        network = segformer_b0(19, pos_encoding="learned", image_size=64)
+    found = [len(parameters) for parameters in layers(network.encoder)]
+    assert sum(found) == len(list(network.encoder.parameters()))
+
+
+def test_layer_decay_is_refused_where_there_are_no_layers():
+    encoder = torch.nn.Conv2d(3, 4, 3)
+    with pytest.raises(ValueError, match="Conv2d has none: leave it at 1"):
+        parameter_groups(encoder, encoder, 1.0, 0.01, 10.0, layer_decay=0.9)
+    for wrong in (0.0, 1.1):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            parameter_groups(encoder, encoder, 1.0, 0.01, 10.0, layer_decay=wrong)
 
 
 def test_scheduler_keeps_the_ratio_of_the_groups():

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from segformer_pl.inference import Inference
 from segformer_pl.models import segformer_b0
 from segformer_pl.models.checkpoints import export_weights, load_weights
 from segformer_pl.models.mit import NormEps
@@ -52,7 +53,7 @@ def test_learns_two_samples_and_logs_the_agreed_keys(tmp_path):
     assert logged["val/iou/never there"].isnan()
     assert set(logged) == {
         "train/loss",
-        *(f"val/{key}" for key in ("loss", "miou", "macc", "aacc")),
+        *(f"val/{key}" for key in ("loss", "miou", "macc", "aacc", "fwiou", "boundary_iou", "ece")),
         *(f"val/iou/{name}" for name in NAMES),
     }
 
@@ -76,6 +77,71 @@ def test_validation_loss_is_the_mean_over_labelled_pixels_whatever_the_batches(t
         expected = F.cross_entropy(upsampled, labels, ignore_index=255)
     torch.testing.assert_close(values[0], expected)
     torch.testing.assert_close(values[1], expected)
+
+
+def test_the_training_loss_can_be_another_and_the_validation_loss_stays(tmp_path):
+    class Constant(nn.Module):
+        def forward(self, logits, labels, ignore_index):
+            assert (logits.shape[2:], ignore_index) == ((8, 8), 255)
+            return 0 * logits.sum() + 7
+
+    values = []
+    for loss in (None, Constant()):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, max_steps=1)
+        loader = DataLoader(samples(2), batch_size=2)
+        trainer.fit(make_task(loss=loss, lr=0.0, weight_decay=0.0), loader, loader)
+        values.append(trainer.callback_metrics)
+    assert values[1]["train/loss"] == 7
+    assert values[0]["train/loss"] != 7
+    # BatchNorm's statistics are the only thing that a step changed, and in both alike.
+    torch.testing.assert_close(values[0]["val/loss"], values[1]["val/loss"])
+
+
+def test_scores_are_taken_at_the_size_of_the_labels():
+    """A label of another size than its picture is neither resized nor refused."""
+    task = make_task().eval()
+    batch = {
+        "image": torch.rand(2, 3, 32, 32),
+        "label": torch.randint(0, 2, (2, 50, 41)),
+        "id": ["a", "b"],
+    }
+    batch["label"][1] = 255
+    found = task.validation_step(batch, 0)
+    assert found["prediction"].shape == (2, 50, 41)
+    assert found["counts"].sum(1).tolist()[0][1] == 50 * 41
+    assert found["counts"][1].sum() == 0
+    assert found["loss"][0] > 0
+    assert found["loss"][1].isnan()  # nothing is labelled
+    # As in the reference, by way of the picture's size.
+    logits = task(batch["image"])
+    for size in ((32, 32), (50, 41)):
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(logits[:1], batch["label"][:1])
+    torch.testing.assert_close(found["loss"][0], expected.double(), rtol=1e-5, atol=0)
+
+
+def test_inference_is_used_for_scores_and_predictions():
+    network_sizes = []
+    task = make_task(inference=Inference(resize_to=64, flip=True)).eval()
+    task.network.register_forward_pre_hook(
+        lambda module, inputs: network_sizes.append(tuple(inputs[0].shape[2:]))
+    )
+    batch = {"image": torch.rand(1, 3, 40, 70), "label": torch.zeros(1, 40, 70).long(), "id": ["a"]}
+    assert task.predict_step(batch, 0).shape == (1, 40, 70)
+    task.validation_step(batch, 0)
+    assert network_sizes == [(64, 128)] * 4
+
+
+def test_layer_decay_and_the_other_schedule_reach_the_optimiser(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder])
+    task = make_task(lr=0.01, warmup_steps=2, layer_decay=0.5, schedule="mmseg1")
+    trainer.fit(task, DataLoader(samples(8), batch_size=2))
+    rates = torch.tensor(recorder.rates)
+    assert rates.shape == (4, 17)
+    torch.testing.assert_close(rates[2, 0], torch.tensor(0.01 * 0.5**7))
+    torch.testing.assert_close(rates[:, -1], 0.01 * torch.tensor([1e-6, 1.0, 1.0, 0.0]))
 
 
 def test_test_and_predict(tmp_path):

@@ -223,14 +223,7 @@ def _erf_figure(columns: dict[str, Series]) -> Figure:
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
     axes = figure.subplots()
     _style(axes)
-    styles = [
-        (BLUE, "o"),
-        (ORANGE, "s"),
-        (GREEN, "^"),
-        (VERMILLION, "D"),
-        (PURPLE, "v"),
-        (INK, "x"),
-    ]
+    styles = list(zip((BLUE, ORANGE, GREEN, VERMILLION, PURPLE, INK), "os^Dvx"))
     found = [(match[1], columns[match[0]]) for name in columns if (match := ERF_RADIUS.match(name))]
     # CSVLogger sorts by name, which puts the head before the stages that it stands on.
     found.sort(key=lambda item: (not item[0].startswith("stage"), item[0]))

@@ -1,14 +1,15 @@
 """What happens around training: pictures, receptive fields, the report of the run."""
 
 from segformer_pl.callbacks.erf import EffectiveReceptiveField
+from segformer_pl.callbacks.evaluation import EvaluationRecord
 from segformer_pl.callbacks.last_checkpoint import LastCheckpoint
-from segformer_pl.callbacks.predictions import PredictionPanel, PredictionWriter
+from segformer_pl.callbacks.predictions import PredictionPanel
 from segformer_pl.callbacks.report import RunReport
 
 __all__ = [
     "EffectiveReceptiveField",
+    "EvaluationRecord",
     "LastCheckpoint",
     "PredictionPanel",
-    "PredictionWriter",
     "RunReport",
 ]

@@ -8,11 +8,16 @@ from matplotlib.figure import Figure
 DPI = 110
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run, also where only one rank asks for it."""
+    # Not trainer.log_dir, which waits for the other ranks.
+    log_dir = trainer.logger.log_dir if trainer.logger else None
+    return Path(log_dir or trainer.default_root_dir)
+
+
 def publish(trainer: Trainer, figure: Figure, name: str) -> None:
     """Write ``<run folder>/<name>/step_<n>.png`` and log it as ``val/<name>``. Rank 0 only."""
-    # Not trainer.log_dir, which waits for the other ranks.
-    run_folder = trainer.logger.log_dir if trainer.logger else None
-    folder = Path(run_folder or trainer.default_root_dir) / name
+    folder = run_folder(trainer) / name
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step_{trainer.global_step:07d}.png"
     figure.savefig(file, dpi=DPI)

@@ -1,5 +1,7 @@
 """From the cells of a data set to pixels: pictures and label images, as they were stored."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from segformer_pl.data.labels import DataError
 
@@ -18,6 +20,9 @@ REDUCED = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
+
+# What Pillow's readers raise on damaged files, each in its own way.
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError)
 
 cv2.setNumThreads(0)  # loader processes are the parallelism
 
@@ -47,6 +52,12 @@ def cell_bytes(cell: dict[str, Any] | bytes | None, where: str) -> bytes:
 class EncodedImage:
     """A picture that is decoded when its pixels are asked for, at the size that is needed.
 
+    Any file becomes three channels of 8 bits. Grey is repeated; of 16 bits per channel the upper 8
+    are kept, so 0 to 65535 is the whole range, and what a camera of 12 bits stores without scaling
+    it comes out dark. Transparency is dropped: what counts is the colour below it. Of several
+    frames the first is read. A picture is turned as its EXIF orientation says, which is how
+    viewers show it. Colour profiles are not applied.
+
     Args:
         encoded: The file.
         where: Which picture this is, for messages.
@@ -55,19 +66,25 @@ class EncodedImage:
         size: Height and width in pixels, upright.
 
     Raises:
-        DataError: it is no picture, or one with more than 8 bits per channel.
+        DataError: it is no picture, one whose values have no known range (32-bit integers,
+            floating point), or one with more pixels than Pillow opens.
     """
 
     def __init__(self, encoded: bytes, where: str) -> None:
         self.encoded = encoded
         self.where = where
         header = _open(encoded, where)
-        if header.mode.startswith(("I", "F")):  # converting would clip them to white
+        # Mode I holds the 16 bits of these formats, in others 32.
+        self._is_deep = header.mode.startswith("I;16") or (
+            header.mode == "I" and header.format in ("PNG", "PPM")
+        )
+        if header.mode.startswith(("I", "F")) and not self._is_deep:
             raise DataError(
-                f"{where}: the image has more than 8 bits per channel (mode {header.mode}); store "
-                "it with 8"
+                f"{where}: the image holds numbers without a known range (32-bit integers or "
+                f"floating point, mode {header.mode}); store it with 8 or 16 bits per channel"
             )
-        orientation = _orientation(header)
+        with _reading(encoded, where):
+            orientation = _orientation(header)
         self.size = header.size if orientation in TRANSPOSED else header.size[::-1]
         self._is_jpeg = header.format == "JPEG"
         self._is_plain = (
@@ -85,6 +102,8 @@ class EncodedImage:
         pixels = self._decode_fast(reduce)
         if pixels is None:
             image = _upright(_open(self.encoded, self.where), self.encoded, self.where)
+            if self._is_deep:  # Pillow's own conversion would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             pixels = np.array(image.convert("RGB"))
         return pixels
 
@@ -117,10 +136,8 @@ def decode_label(encoded: bytes, where: str) -> npt.NDArray[Any]:
 
 
 def _open(encoded: bytes, where: str) -> Image.Image:
-    try:
+    with _reading(encoded, where):
         return Image.open(BytesIO(encoded))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise _damaged(encoded, where) from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -130,15 +147,23 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image, encoded: bytes, where: str) -> Image.Image:
-    try:
+    with _reading(encoded, where):
         orientation = _orientation(image)
         image.load()
-    except (OSError, SyntaxError) as error:  # PIL's SyntaxError for a broken PNG
-        raise _damaged(encoded, where) from error
-    return image if orientation == 1 else ImageOps.exif_transpose(image)
+        return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
-def _damaged(encoded: bytes, where: str) -> DataError:
-    return DataError(
-        f"{where}: the {len(encoded)} bytes are no picture, or a damaged one; replace them"
-    )
+@contextmanager
+def _reading(encoded: bytes, where: str) -> Iterator[None]:
+    """One sentence for whatever Pillow raises."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{where}: the header announces more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} "
+            "pixels; cut the picture into parts, or replace it if it is damaged"
+        ) from error
+    except DAMAGED as error:
+        raise DataError(
+            f"{where}: the {len(encoded)} bytes are no picture, or a damaged one; replace them"
+        ) from error

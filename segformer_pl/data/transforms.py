@@ -32,7 +32,12 @@ def to_tensors(image: EncodedImage, label: TrainIds, rng: np.random.Generator) -
     Returns:
         Image (3, H, W) float32 RGB in 0 to 1, label (H, W) int64.
     """
-    return _to_float(image.decode()), torch.from_numpy(label.astype(np.int64))
+    return as_sample(image.decode(), label)
+
+
+def as_sample(pixels: Pixels, label: TrainIds) -> Sample:
+    """Pixels and train ids as tensors, see :func:`to_tensors`."""
+    return _to_float(pixels), torch.from_numpy(label.astype(np.int64))
 
 
 class TrainTransforms:
@@ -126,7 +131,7 @@ class TrainTransforms:
         rows, columns = kept.shape
         padded_size = self.crop_size or kept.shape
         if padded_size == kept.shape:
-            return _to_float(pixels), torch.from_numpy(kept.astype(np.int64))
+            return as_sample(pixels, kept)
         image = torch.tensor(PADDING).view(3, 1, 1).expand(3, *padded_size).clone()
         image[:, :rows, :columns] = _to_float(pixels)
         label = torch.full(padded_size, self.ignore_index)

@@ -16,7 +16,6 @@ from segformer_pl.data.order import EpochShuffle
 from segformer_pl.data.streaming import collate
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.doctor.splits import Look, samples_of
-from segformer_pl.losses import cross_entropy
 from segformer_pl.task import SegmentationTask
 
 TIMED_STEPS = 3
@@ -119,7 +118,7 @@ def _time_step(task: SegmentationTask, batch: dict[str, Any], device: torch.devi
     times = []
     for _ in tqdm(range(TIMED_STEPS + 1), "timing a step", leave=False):
         begin = time.perf_counter()
-        cross_entropy(task(images), labels, task.ignore_index).backward()
+        task.loss(task(images), labels, task.ignore_index).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)

@@ -8,8 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from segformer_pl.callbacks import EffectiveReceptiveField, PredictionPanel, PredictionWriter
-from segformer_pl.callbacks.predictions import plot_predictions
+from segformer_pl.callbacks import EffectiveReceptiveField, PredictionPanel
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
 
@@ -80,45 +79,3 @@ def test_figures_reach_an_offline_wandb_run(tmp_path):
     media = {file.parent.name + "/" + file.name for file in tmp_path.rglob("media/**/*.png")}
     assert len([name for name in media if "erf" in name]) == 2
     assert len([name for name in media if "predictions" in name]) == 2
-
-
-def test_panel_shows_every_picture_with_a_legend_of_all_classes():
-    shown = [
-        (s["id"], s["image"], torch.where(s["label"] == 0, 255, 1), s["label"]) for s in samples(3)
-    ]
-    figure = plot_predictions(shown, NAMES, PALETTE)
-    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    assert titles == [t for s in samples(3) for t in (s["id"], "label", "prediction")]
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [*NAMES, "unlabelled"]
-    label, prediction = figure.axes[1].images[0].get_array(), figure.axes[2].images[0].get_array()
-    assert {tuple(color) for color in label.reshape(-1, 3)} == {(255, 255, 255), (200, 100, 0)}
-    assert {tuple(color) for color in prediction.reshape(-1, 3)} == {(10, 20, 30), (200, 100, 0)}
-
-
-def test_an_id_that_leads_out_of_the_folder_is_refused(tmp_path):
-    writer = PredictionWriter(tmp_path / "masks")
-    batch = {"id": ["../evil"]}
-    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"'../evil' leads out of predictions.output_dir"):
-        writer.write_on_batch_end(None, make_task(), labels, None, batch, 0, 0)
-    assert not (tmp_path / "evil.png").exists()
-
-
-def test_masks_of_predict_are_indexed_with_the_palette(tmp_path):
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[PredictionWriter(tmp_path / "masks")],
-    )
-    task = make_task()
-    trainer.predict(task, DataLoader(samples(3), batch_size=2), return_predictions=False)
-    files = sorted((tmp_path / "masks").iterdir())
-    assert [file.name for file in files] == [f"picture-{n}.png" for n in range(3)]
-    mask = Image.open(files[0])
-    assert mask.mode == "P"
-    with torch.no_grad():
-        batch = {"image": samples(1)[0]["image"][None]}
-        np.testing.assert_array_equal(np.asarray(mask), task.eval().predict_step(batch, 0)[0])
-    assert mask.getpalette()[:6] == [10, 20, 30, 200, 100, 0]

@@ -2,6 +2,7 @@
 
 from io import BytesIO
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,7 +36,9 @@ def turned(orientation):
     [
         ("RGB", (200, 100, 50)),
         ("RGBA", (200, 100, 50)),
+        ("CMYK", (200, 100, 50)),
         ("L", (124, 124, 124)),
+        ("LA", (124, 124, 124)),
         ("P", (200, 100, 50)),
         ("1", (0, 0, 0)),
     ],
@@ -43,7 +46,8 @@ def turned(orientation):
 def test_every_kind_of_picture_becomes_rgb(mode, expected):
     image = Image.new("RGB", (3, 2), (200, 100, 50))
     image = image.convert(mode, dither=Image.Dither.NONE, palette=Image.Palette.ADAPTIVE)
-    pixels = EncodedImage(encode(image), "x").decode()
+    encoded = encode(image, "TIFF" if mode == "CMYK" else "PNG")
+    pixels = EncodedImage(encoded, "x").decode()
     assert pixels.shape == (2, 3, 3)
     assert pixels.dtype == np.uint8
     if mode != "1":
@@ -122,10 +126,76 @@ def test_what_is_no_picture_is_refused():
             read(b"what", "here")
 
 
-def test_more_than_8_bits_are_refused_not_clipped():
-    deep = Image.fromarray(np.full((4, 4), 300, np.uint16))
-    with pytest.raises(DataError, match=r"more than 8 bits per channel \(mode I;16\); store it"):
-        EncodedImage(encode(deep), "here")
+@pytest.mark.parametrize(
+    ("format", "arguments"),
+    [("PNG", {}), ("TIFF", {}), ("TIFF", {"big_endian": True}), ("PPM", {}), ("JPEG2000", {})],
+)
+def test_of_16_bits_of_grey_the_upper_8_count(format, arguments):
+    deep = np.random.default_rng(0).integers(0, 1 << 16, (40, 50), dtype=np.uint16)
+    deep[0, :2] = 0, 65535
+    pixels = EncodedImage(encode(Image.fromarray(deep), format, **arguments), "x").decode()
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, np.repeat(deep[..., None] // 256, 3, axis=2))
+
+
+def test_16_bits_of_colour_and_the_same_picture_with_8():
+    deep = np.random.default_rng(0).integers(0, 1 << 16, (40, 50, 3), dtype=np.uint16)
+    encoded = cv2.imencode(".png", deep[..., ::-1])[1].tobytes()
+    assert np.array_equal(EncodedImage(encoded, "x").decode(), deep // 256)
+    grey = photograph()[..., 0]
+    doubled = encode(Image.fromarray(grey * np.uint16(257)))
+    same = EncodedImage(encode(Image.fromarray(grey)), "x").decode()
+    assert np.array_equal(EncodedImage(doubled, "x").decode(), same)
+
+
+def test_16_bits_are_turned_upright_too():
+    deep = np.arange(6, dtype=np.uint16).reshape(2, 3) << 8
+    image = EncodedImage(encode(Image.fromarray(deep), exif=turned(6)), "x")
+    assert image.size == (3, 2)
+    assert np.array_equal(image.decode()[..., 0], np.rot90(deep >> 8, -1))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_without_a_known_range_are_refused(dtype):
+    encoded = encode(Image.fromarray(np.full((4, 4), 300, dtype)), "TIFF")
+    with pytest.raises(DataError, match=r"^here: .*without a known range .*; store it with 8 or"):
+        EncodedImage(encoded, "here")
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF"])
+def test_the_first_of_several_frames_counts(format):
+    frames = [Image.new("L", (5, 4), grey) for grey in (200, 10, 90)]
+    encoded = encode(frames[0], format, save_all=True, append_images=frames[1:])
+    assert (EncodedImage(encoded, "x").decode() == 200).all()
+
+
+def test_more_pixels_than_are_opened(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"^here: the header announces more than 2,000 pixels; cut"):
+        EncodedImage(encode(Image.new("L", (50, 50))), "here")
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about what is damaged
+def test_damage_of_any_kind_is_one_sentence():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(photograph(20, 31))
+    files = [
+        encode(image, format, **({} if format == "BMP" else {"exif": turned(6)}))
+        for format in ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+    ]
+    refused = []
+    for number in range(600):
+        damaged = bytearray(files[number % len(files)])
+        if number % 2:
+            del damaged[rng.integers(len(damaged)) :]
+        for place in rng.integers(min(len(damaged), 200) or 1, size=5):
+            damaged[place : place + 1] = rng.bytes(1)
+        try:
+            EncodedImage(bytes(damaged), "here").decode()
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) > 300
+    assert all(sentence.startswith("here: the ") for sentence in refused)
 
 
 def test_cells(tmp_path):

@@ -1,0 +1,191 @@
+"""What one pass over a validation or test set leaves behind, picture by picture, as one file."""
+
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+from zlib import error as ZlibError
+
+import numpy as np
+import numpy.typing as npt
+
+EVALUATION_FOLDER = "evaluation"
+INTERSECTION, LABELLED, PREDICTED = range(3)
+# What numpy raises for bytes that are cut short or changed, for other formats (a text file is
+# taken for a pickle, an .npy file gives an array without names), and for other contents.
+DAMAGES = (
+    OSError,
+    EOFError,
+    BadZipFile,
+    ZlibError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Counts of pixels over N pictures and C classes. Pixels with the ignored label never count.
+
+    Scores are those of :class:`segformer_pl.metrics.SegmentationScores`, fractions: a class that
+    is neither labelled nor predicted anywhere has none (nan) and is left out of the means.
+
+    Attributes:
+        split: ``val`` or ``test``.
+        step: Training steps done.
+        class_names: C names by train id.
+        ids: N names of pictures, in stored order.
+        counts: (N, C, 3) pixels of each picture and class: intersection, labelled, predicted.
+        loss: (N,) mean cross-entropy over a picture's labelled pixels, nats; nan without any.
+        confusion: (C, C) pixels of the whole set, rows label, columns prediction.
+        calibration: (bins, 3) by confidence: pixels, sum of confidence, pixels that are right.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+
+    split: str
+    step: int
+    class_names: list[str]
+    ids: list[str]
+    counts: npt.NDArray[np.int64]
+    loss: npt.NDArray[np.float64]
+    confusion: npt.NDArray[np.int64]
+    calibration: npt.NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        num_pictures, num_classes = len(self.ids), len(self.class_names)
+        expected = {
+            "counts": (num_pictures, num_classes, 3),
+            "loss": (num_pictures,),
+            "confusion": (num_classes, num_classes),
+            "calibration": (len(self.calibration), 3),
+        }
+        for name, shape in expected.items():
+            given = getattr(self, name).shape
+            if given != shape:
+                raise ValueError(
+                    f"{name} has shape {given}, but {num_pictures} ids and {num_classes} class "
+                    f"names ask for {shape}; give one row for each"
+                )
+
+    @property
+    def iou(self) -> npt.NDArray[np.float64]:
+        """(C,) intersection over union of the whole set, nan where a class is absent."""
+        return iou_of(self.counts.sum(axis=0))
+
+    @property
+    def miou(self) -> float:
+        """Mean of :attr:`iou` over the classes present."""
+        return float(mean_present(self.iou))
+
+    @property
+    def macc(self) -> float:
+        """Mean over the labelled classes of the share of their pixels that is right."""
+        total = self.counts.sum(axis=0)
+        return float(mean_present(_ratio(total[:, INTERSECTION], total[:, LABELLED])))
+
+    @property
+    def aacc(self) -> float:
+        """Share of all labelled pixels that is right."""
+        total = self.counts.sum(axis=(0, 1))
+        return float(_ratio(total[INTERSECTION], total[LABELLED]))
+
+    @property
+    def fwiou(self) -> float:
+        """Mean of :attr:`iou` weighted with the labelled pixels of each class."""
+        labelled = self.counts[..., LABELLED].sum(axis=0)
+        return float(_ratio(np.nansum(labelled * self.iou), labelled.sum()))
+
+    @property
+    def picture_miou(self) -> npt.NDArray[np.float64]:
+        """(N,) mIoU of each picture by itself, over the classes labelled or predicted in it.
+
+        For finding the worst pictures. Its mean is not :attr:`miou`.
+        """
+        return mean_present(iou_of(self.counts))
+
+    def save(self, file: Path) -> None:
+        """Write a compressed npz file; the folder is made, and the file appears whole or not."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {
+            field.name: np.asarray(getattr(self, field.name)) for field in fields(self)
+        }
+        for name in ("class_names", "ids"):
+            arrays[name] = arrays[name].astype(np.str_)  # an empty list would be of floats
+        part = file.with_name(f"{file.name}.part")
+        with part.open("wb") as stream:
+            np.savez_compressed(stream, **arrays)
+        os.replace(part, file)
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """The last evaluation of a run folder, or that of one npz file.
+
+    The last is the one with the most training steps; at equal steps ``val`` comes before ``test``.
+
+    Raises:
+        ValueError: there is no such folder or file, the folder holds no evaluation, or the file is
+            damaged or something else; one sentence says which.
+    """
+    file = _last_evaluation(path) if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"there is no run folder or file '{path}'; give a run folder, such as "
+            f"runs/demo/version_0, or an .npz file of its {EVALUATION_FOLDER} folder"
+        )
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {field.name: archive[field.name] for field in fields(Evaluation)}
+        return Evaluation(
+            split=str(arrays["split"]),
+            step=int(arrays["step"]),
+            class_names=arrays["class_names"].tolist(),
+            ids=arrays["ids"].tolist(),
+            counts=arrays["counts"].astype(np.int64, casting="safe"),
+            loss=arrays["loss"].astype(np.float64, casting="safe"),
+            confusion=arrays["confusion"].astype(np.int64, casting="safe"),
+            calibration=arrays["calibration"].astype(np.float64, casting="safe"),
+        )
+    except DAMAGES as error:
+        raise ValueError(
+            f"'{file}' is no evaluation of a run, or is damaged; validate again, or give another"
+        ) from error
+
+
+def iou_of(counts: npt.NDArray[np.number]) -> npt.NDArray[np.float64]:
+    """Intersection over union of (..., 3) counts: (...), nan where a class is absent."""
+    intersection = counts[..., INTERSECTION]
+    return _ratio(intersection, counts[..., LABELLED] + counts[..., PREDICTED] - intersection)
+
+
+def mean_present(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Mean over the last axis without its nan; nan where there is nothing else."""
+    is_present = ~np.isnan(scores)
+    return _ratio(np.where(is_present, scores, 0).sum(axis=-1), is_present.sum(axis=-1))
+
+
+def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """0 / 0 is nan, which marks what is absent."""
+    with np.errstate(invalid="ignore"):
+        return np.divide(part, whole, dtype=np.float64)
+
+
+def _last_evaluation(run_dir: Path) -> Path:
+    found = [
+        (int(match[2]), match[1] == "val", file)
+        for file in (run_dir / EVALUATION_FOLDER).glob("*.npz")
+        if (match := re.fullmatch(r"(val|test)_step_(\d+)\.npz", file.name))
+    ]
+    if not found:
+        raise ValueError(
+            f"'{run_dir}' holds no {EVALUATION_FOLDER}/val_step_*.npz, which every validation "
+            "leaves in the folder of its run; give the folder of one run, such as "
+            "runs/demo/version_0, or that of `python -m segformer_pl validate`"
+        )
+    return max(found)[-1]

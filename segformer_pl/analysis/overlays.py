@@ -1,0 +1,182 @@
+"""What a network says about a picture, for the eye: class maps in colour, overlays, panels."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from segformer_pl.analysis.charts import INK
+
+UNLABELLED_COLOR = (255, 255, 255)
+OPACITY = 0.5  # of the class colours over the picture
+MIN_LONG_SIDE = 512  # pixels; smaller pictures are enlarged, so that outlines and text fit
+TEXT_SIZE = 1 / 44  # height of the legend's text over the longer side
+OUTLINE_WIDTH = 1 / 1600  # likewise
+DARK = 90  # of 255; ground below that has white outlines
+
+Pixels = npt.NDArray[np.uint8]
+TrainIds = npt.NDArray[np.integer[Any]]
+Palette = Sequence[Sequence[int]]
+
+
+def colorize(train_ids: TrainIds, palette: Palette) -> Pixels:
+    """Train ids (H, W) -> (H, W, 3) RGB; white where the id has no colour (unlabelled).
+
+    Args:
+        train_ids: Class of every pixel, not negative.
+        palette: RGB 0-255 by train id.
+    """
+    colors = np.array([*palette, UNLABELLED_COLOR], np.uint8)
+    # numpy refuses a bound that the type of the ids cannot hold, which they never reach.
+    last = min(len(palette), np.iinfo(train_ids.dtype).max)
+    return colors[np.minimum(train_ids, last)]
+
+
+def draw_overlay(
+    picture: Pixels,
+    train_ids: TrainIds,
+    class_names: Sequence[str],
+    palette: Palette,
+) -> Image.Image:
+    """The picture under half-transparent class colours, regions outlined, with a legend below.
+
+    The legend names the classes that occur, the largest first, with their share of the pixels.
+    Text and outlines grow with the picture. One of less than :data:`MIN_LONG_SIDE` pixels is
+    enlarged by a whole factor, pixels staying squares. Memory is a few bytes per pixel, whatever
+    the number of classes.
+
+    Args:
+        picture: (H, W, 3) RGB.
+        train_ids: (H, W), each below the number of classes.
+        class_names: By train id.
+        palette: RGB 0-255 by train id.
+    """
+    enlarge = -(-MIN_LONG_SIDE // max(train_ids.shape))
+    entries = _legend_entries(train_ids, class_names, palette)
+    if enlarge > 1:
+        picture = picture.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+        train_ids = train_ids.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    blended = np.asarray(
+        cv2.addWeighted(picture, 1 - OPACITY, colorize(train_ids, palette), OPACITY, 0), np.uint8
+    )
+    long_side = max(train_ids.shape)
+    _outline(blended, train_ids, max(1, round(OUTLINE_WIDTH * long_side)))
+    legend = _draw_legend(entries, blended.shape[1], round(TEXT_SIZE * long_side))
+    overlay = Image.new("RGB", (legend.width, blended.shape[0] + legend.height), "white")
+    overlay.paste(Image.fromarray(blended))
+    overlay.paste(legend, (0, blended.shape[0]))
+    return overlay
+
+
+class _Entry(NamedTuple):
+    text: str
+    color: tuple[int, ...]
+
+
+def _legend_entries(
+    train_ids: TrainIds, class_names: Sequence[str], palette: Palette
+) -> list[_Entry]:
+    counts = np.bincount(train_ids.ravel(), minlength=len(class_names))
+    entries = []
+    for train_id in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
+        percent = 100 * counts[train_id] / train_ids.size
+        share = f"{percent:.1f} %" if percent >= 0.05 else "< 0.1 %"
+        entries.append(_Entry(f"{class_names[train_id]}  {share}", tuple(palette[train_id])))
+    return entries
+
+
+def _outline(blended: Pixels, train_ids: TrainIds, width: int) -> None:
+    """Draw the borders between classes, ``width`` pixels wide: black, on dark ground white."""
+    edges = np.zeros(train_ids.shape, np.uint8)
+    edges[:, :-1] |= train_ids[:, :-1] != train_ids[:, 1:]
+    edges[:-1] |= train_ids[:-1] != train_ids[1:]
+    borders = cv2.dilate(edges, np.ones((width, width), np.uint8)) > 0
+    # Of a neighbourhood: pixel by pixel, texture would tear the lines to pieces.
+    around = 16 * width + 1
+    brightness = cv2.blur(cv2.cvtColor(blended, cv2.COLOR_RGB2GRAY), (around, around))
+    blended[borders] = np.where(brightness[borders] < DARK, 255, 0)[:, None]
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # It comes with matplotlib, and knows Greek and Cyrillic class names too.
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _draw_legend(entries: Sequence[_Entry], width: int, text_size: int) -> Image.Image:
+    """As many columns as fit; wider than ``width`` if not even one does."""
+    font = _font(text_size)
+    swatch = text_size
+    gap = round(0.6 * text_size)
+    column_width = swatch + gap + round(max(font.getlength(entry.text) for entry in entries))
+    num_columns = max(1, min(len(entries), (width - gap) // (column_width + 2 * gap)))
+    num_rows = -(-len(entries) // num_columns)
+    row_height = round(1.5 * text_size)
+    size = (max(width, column_width + 2 * gap), num_rows * row_height + gap)
+    legend = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(legend)
+    for number, entry in enumerate(entries):
+        row, column = divmod(number, num_columns)
+        left = gap + column * (column_width + 2 * gap)
+        middle = gap // 2 + row * row_height + row_height // 2
+        box = (left, middle - swatch // 2, left + swatch, middle + swatch // 2)
+        draw.rectangle(box, entry.color, INK, width=max(1, text_size // 14))
+        draw.text((left + swatch + gap, middle), entry.text, INK, font, anchor="lm")
+    return legend
+
+
+def plot_predictions(
+    shown: Sequence[tuple[str, Tensor, Tensor, Tensor]],
+    class_names: Sequence[str],
+    palette: Palette,
+) -> Figure:
+    """Rows of image, label, prediction, two pictures a row, and a legend.
+
+    Args:
+        shown: ``(id, image (3, H, W) in 0 to 1, label (H, W), prediction (H, W))`` each.
+        class_names: By train id.
+        palette: RGB 0-255 by train id.
+    """
+    num_columns = 2 if len(shown) > 1 else 1
+    num_rows = -(-len(shown) // num_columns)
+    height, width = shown[0][2].shape
+    panel_width = 2.0
+    figure = Figure(
+        figsize=(
+            3 * num_columns * panel_width,
+            num_rows * (panel_width * height / width + 0.25) + 0.7,
+        ),
+        layout="constrained",
+    )
+    axes = figure.subplots(num_rows, 3 * num_columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number, (name, image, label, prediction) in enumerate(shown):
+        row, column = divmod(number, num_columns)
+        pictures: dict[str, npt.NDArray[Any]] = {
+            name: image.permute(1, 2, 0).clamp(0, 1).numpy(),
+            "label": colorize(label.numpy(), palette),
+            "prediction": colorize(prediction.numpy(), palette),
+        }
+        for offset, (title, picture) in enumerate(pictures.items()):
+            axis = axes[row, 3 * column + offset]
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_title(title, fontsize=7, pad=2)
+    legend = zip([*class_names, "unlabelled"], [*palette, UNLABELLED_COLOR], strict=True)
+    handles = [
+        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="0.5", label=name)
+        for name, (r, g, b) in legend
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8
+    )
+    return figure

@@ -1,0 +1,144 @@
+"""What an evaluation leaves in the run folder: counts by picture, and the worst pictures."""
+
+import heapq
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, Evaluation
+from segformer_pl.analysis.overlays import plot_predictions
+from segformer_pl.callbacks.figures import publish, run_folder
+
+SHOWN_SIDE = 512  # pixels; larger pictures are shown smaller
+
+
+class EvaluationRecord(pl.Callback):
+    """After every validation and test, writes ``evaluation/<split>_step_<n>.npz``.
+
+    The file (:class:`~segformer_pl.analysis.evaluation.Evaluation`) is what the report's confusion
+    matrix and calibration are drawn from, and what ``compare`` tests differences with. The pictures
+    with the highest loss go to ``worst/`` as a figure, and to the loggers that take images.
+    Pictures that were skipped are left out. Rank 0 writes, for all ranks.
+
+    Args:
+        num_worst: How many pictures the figure shows; 0 for none.
+    """
+
+    def __init__(self, num_worst: int = 6) -> None:
+        self.num_worst = num_worst
+        self._forget()
+
+    def _forget(self) -> None:
+        self.ids: list[str] = []
+        self.counts: list[Tensor] = []
+        self.losses: list[float] = []
+        # (loss, number, (id, image, label, prediction)), the least bad one first
+        self.worst: list[tuple[float, int, tuple[str, Tensor, Tensor, Tensor]]] = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.sanity_checking:
+            return
+        counts, losses = outputs["counts"].cpu(), outputs["loss"].tolist()
+        for index, name in enumerate(batch["id"]):
+            if name in batch.get("skipped", {}):  # a blank in place of a picture
+                continue
+            self.ids.append(name)
+            self.counts.append(counts[index])
+            self.losses.append(losses[index])
+            self._keep_if_bad(losses[index], batch, outputs["prediction"], index)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def _keep_if_bad(
+        self, loss: float, batch: dict[str, Any], prediction: Tensor, index: int
+    ) -> None:
+        full = len(self.worst) >= self.num_worst
+        if not np.isfinite(loss) or not self.num_worst or (full and loss <= self.worst[0][0]):
+            return
+        image, label = batch["image"][index], batch["label"][index]
+        shown = (batch["id"][index], *(_smaller(x) for x in (image, label, prediction[index])))
+        entry = (loss, -len(self.ids), shown)  # of two alike, the earlier is shown
+        (heapq.heappushpop if full else heapq.heappush)(self.worst, entry)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._finish(trainer, pl_module, "test")
+
+    def _finish(self, trainer: pl.Trainer, pl_module: Any, split: str) -> None:
+        if trainer.sanity_checking:
+            return
+        scores = getattr(pl_module, f"{split}_scores")  # of this rank; reset after the callbacks
+        mine = {
+            "ids": self.ids,
+            "counts": [counts.numpy() for counts in self.counts],
+            "losses": self.losses,
+            "worst": self.worst,
+            "confusion": scores.confusion.cpu().numpy(),
+            "calibration": scores.calibration.cpu().numpy(),
+        }
+        self._forget()
+        parts = _gather(mine)
+        ids = [name for part in parts for name in part["ids"]]
+        if not trainer.is_global_zero or not ids:
+            return
+        evaluation = Evaluation(
+            split=split,
+            step=trainer.global_step,
+            class_names=list(pl_module.class_names),
+            ids=ids,
+            counts=np.stack([counts for part in parts for counts in part["counts"]]),
+            loss=np.array([loss for part in parts for loss in part["losses"]], np.float64),
+            confusion=np.sum([part["confusion"] for part in parts], axis=0),
+            calibration=np.sum([part["calibration"] for part in parts], axis=0),
+        )
+        folder = run_folder(trainer) / EVALUATION_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluation.save(folder / f"{split}_step_{trainer.global_step:07d}.npz")
+        worst = sorted((entry for part in parts for entry in part["worst"]), reverse=True)
+        if worst and split == "val":
+            shown = [
+                (f"{name}: {loss:.2f} nats", *pictures)
+                for loss, _, (name, *pictures) in worst[: self.num_worst]
+            ]
+            figure = plot_predictions(shown, pl_module.class_names, pl_module.palette)
+            publish(trainer, figure, "worst")
+
+
+def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank has, in the order of the ranks; on all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def _smaller(picture: Tensor) -> Tensor:
+    """(C, H, W) or (H, W), at most SHOWN_SIDE pixels a side, on the CPU."""
+    height, width = picture.shape[-2:]
+    factor = min(SHOWN_SIDE / max(height, width), 1.0)
+    if factor == 1.0:
+        return picture.cpu()
+    size = [max(round(side * factor), 1) for side in (height, width)]
+    if picture.is_floating_point():
+        return F.interpolate(picture[None], size=size, mode="area")[0].cpu()
+    rows, columns = (
+        torch.arange(new, device=picture.device) * old // new
+        for new, old in zip(size, (height, width))
+    )
+    return picture[rows][:, columns].cpu()

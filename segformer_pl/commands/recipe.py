@@ -1,0 +1,79 @@
+"""``recipe diff RUN_OR_YAML [YAML ...]``: how far a run departs from the paper's recipe."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from segformer_pl.analysis.recipe import departures, remarks, scope
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+
+Resolve = Callable[[list[str]], dict[str, Any]]
+
+
+def recipe(arguments: list[str], resolve: Resolve) -> None:
+    """``recipe diff RUN_OR_YAML [YAML ...]``: how far a run departs from the paper's recipe.
+
+    Args:
+        arguments: Those of the command.
+        resolve: Function of YAML files -> the configuration that a run of them would have; the
+            command line's.
+
+    Raises:
+        ValueError: a folder holds no configuration, or it cannot be read; one sentence says which.
+    """
+    parser = SegformerArgumentParser(
+        prog=f"{PROG} recipe",
+        description="List every setting in which a run departs from the paper's recipe for its "
+        "network and data set, with the place that states the paper's value.",
+    )
+    parser.add_argument("what", choices=["diff"], help="list the departures")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        help="run folder; or YAML files, merged in this order as --config merges them",
+    )
+    sources = parser.parse_args(arguments).sources
+    files = [_config_of(Path(source)) for source in sources]
+    # A run's own file is complete. The command line would fill in what it did not know then.
+    config = _read(files[0]) if sources != files and len(files) == 1 else resolve(files)
+    sys.stdout.write(table(config) + "\n")
+
+
+def table(config: Mapping[str, Any]) -> str:
+    """The departures of a run as text, one line for each."""
+    found = departures(config)
+    rows = [("setting", "paper", "here", "source")]
+    rows += [(one.setting, one.paper, one.here, one.source) for one in found]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [scope(config)]
+    if found:
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    count = "1 departure" if len(found) == 1 else f"{len(found)} departures"
+    if known := remarks(config):
+        lines += [f"{count}; and what no setting changes:", *(f"- {remark}" for remark in known)]
+    return "\n".join(lines)
+
+
+def _config_of(source: Path) -> str:
+    if not source.is_dir():
+        return str(source)
+    if not (source / "config.yaml").is_file():
+        raise ValueError(
+            f"{str(source)!r} holds no config.yaml; give the folder of one run, such as "
+            "runs/demo/version_0, or YAML files"
+        )
+    return str(source / "config.yaml")
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file!r} cannot be read as YAML ({reason}); give another run") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file!r} does not hold the settings of a run; give another run")
+    return config

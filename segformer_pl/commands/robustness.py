@@ -1,0 +1,221 @@
+"""``robustness --ckpt FILE --output DIR``: mIoU on corrupted pictures, the paper's Table 5."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from segformer_pl.analysis.robustness import (
+    CLEAN,
+    Robustness,
+    Score,
+    as_dict,
+    markdown,
+    plot,
+    read_scores,
+    summarize,
+    write_scores,
+)
+from segformer_pl.commands.checkpoint import load_data, load_task
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.data import StreamingSegmentationData
+from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedPictures
+from segformer_pl.data.order import StoredOrder
+from segformer_pl.data.streaming import Samples, Transforms, collate
+from segformer_pl.data.transforms import to_tensors
+from segformer_pl.metrics import as_classes, confusion_matrices, counts_of
+from segformer_pl.task import SegmentationTask
+
+Setting = tuple[str, str, int]  # group, corruption, severity
+SETTINGS: list[Setting] = [
+    (CLEAN, CLEAN, 0),
+    *(
+        (group, name, severity)
+        for group, functions in GROUPS.items()
+        for name in functions
+        for severity in PAPER_SEVERITIES[name]
+    ),
+]
+SCORES, PAGE, NUMBERS, FIGURE = (f"robustness.{kind}" for kind in ("csv", "md", "json", "png"))
+
+
+def robustness(arguments: list[str]) -> None:
+    """``robustness --ckpt FILE --output DIR``: mIoU on corrupted pictures."""
+    parser = SegformerArgumentParser(
+        prog=f"{PROG} robustness",
+        description="Score a checkpoint on the validation pictures as they are and under 16 "
+        f"corruptions at the paper's severities, {len(SETTINGS)} passes in all. Writes {SCORES}, "
+        f"{PAGE} (Table 5), {NUMBERS} and {FIGURE}. Every finished pass is kept: the same command "
+        "goes on where it was interrupted.",
+    )
+    parser.add_argument("--ckpt", required=True, help="checkpoint of a run of `fit`")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--data.path", type=str, help="where the data is, if not as trained")
+    parser.add_argument(
+        "--num-images",
+        type=PositiveInt,
+        help="pictures to score, evenly spaced over the split; all of them by default",
+    )
+    parser.add_argument(
+        "--num-workers", type=NonNegativeInt, help="loader processes, if not as trained"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the network runs",
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
+    task = load_task(options.ckpt).to(options.device)
+    data = load_data(options.ckpt, path=options.data.path, num_workers=options.num_workers)
+    result = _score_all(task, data, options.ckpt, options.num_images, options.output)
+    for name, text in {
+        PAGE: markdown(result),
+        NUMBERS: json.dumps(as_dict(result), indent=2) + "\n",
+    }.items():
+        (options.output / name).write_text(text, encoding="utf-8")
+    plot(result).savefig(options.output / FIGURE, dpi=130)
+    means = ", ".join(f"{group} {100 * mean:.1f}" for group, mean in result.groups.items())
+    sys.stdout.write(
+        f"mIoU in percent: clean {100 * result.clean:.1f}, corrupted {100 * result.mean:.1f} "
+        f"({means})   table: {options.output / PAGE}\n"
+    )
+
+
+def _score_all(
+    task: SegmentationTask,
+    data: StreamingSegmentationData,
+    ckpt: str,
+    num_images: int | None,
+    output: Path,
+) -> Robustness:
+    """Every setting that is not in the folder yet, and then all of them."""
+    source = data.open("validation")
+    order = StoredOrder(source.group_rows)
+    if num_images is not None and num_images > order.num_rows:
+        raise ValueError(
+            f"--num-images {num_images}: the validation split has {order.num_rows} pictures; give "
+            "at most so many, or leave it out"
+        )
+    num_images = num_images or order.num_rows
+    positions = [number * order.num_rows // num_images for number in range(num_images)]
+    origin: dict[str, Any] = {
+        "num_images": num_images,
+        "dataset": data.entry.name,
+        "fingerprint": source.fingerprint,
+        "checkpoint": _digest(Path(ckpt)),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / SCORES
+    scores = {(s.group, s.corruption, s.severity): s for s in read_scores(file)}
+    for score in scores.values():
+        _check_origin(file, asdict(score), origin)
+    missing = [setting for setting in SETTINGS if setting not in scores]
+    corrupted = CorruptedSamples(
+        Samples(data.entry, source, order, to_tensors, data.on_bad_sample), missing, data.seed
+    )
+    batches = iter(_loader(corrupted, data, positions))
+    try:
+        with tqdm(total=len(missing) * num_images, unit="picture", disable=not missing) as progress:
+            for group, name, severity in missing:
+                progress.set_description(f"{name} {severity}" if severity else name)
+                miou = _score(
+                    task, data, islice(batches, -(-num_images // data.eval_batch_size)), progress
+                )
+                scores[group, name, severity] = Score(group, name, severity, miou, **origin)
+                write_scores(file, [scores[key] for key in SETTINGS if key in scores])
+    except KeyboardInterrupt:
+        sys.exit(
+            f"interrupted: {len(scores)} of {len(SETTINGS)} passes are in {file}; the same command "
+            "goes on with the others"
+        )
+    return summarize([scores[setting] for setting in SETTINGS])
+
+
+def _check_origin(file: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    for key, what in {
+        "checkpoint": "checkpoint (its SHA-256)",
+        "num_images": "number of pictures",
+        "dataset": "data set",
+        "fingerprint": "fingerprint of the shards",
+    }.items():
+        if there[key] != here[key]:
+            raise ValueError(
+                f"--output: {file} holds scores of something else: its {what} is {there[key]}, "
+                f"here it is {here[key]}; give another folder, or remove that file"
+            )
+
+
+class CorruptedSamples(Dataset[dict[str, Any]]):
+    """Samples by (number of the setting, position): one loader reads for all settings."""
+
+    def __init__(self, samples: Samples, settings: list[Setting], seed: int) -> None:
+        self.samples = samples
+        self.transforms: list[Transforms] = [
+            CorruptedPictures(name, severity, seed) if severity else to_tensors
+            for _, name, severity in settings
+        ]
+
+    def __len__(self) -> int:
+        return len(self.transforms) * self.samples.order.num_rows
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        setting, position = key
+        self.samples.transforms = self.transforms[setting]
+        return self.samples[position]
+
+
+def _loader(
+    corrupted: CorruptedSamples, data: StreamingSegmentationData, positions: list[int]
+) -> DataLoader[dict[str, Any]]:
+    """Batches setting by setting; none of them holds pictures of two."""
+    size = data.eval_batch_size
+    return DataLoader(
+        corrupted,
+        batch_sampler=[
+            [(setting, position) for position in positions[first : first + size]]
+            for setting in range(len(corrupted.transforms))
+            for first in range(0, len(positions), size)
+        ],
+        num_workers=data.num_workers,
+        collate_fn=collate,
+    )
+
+
+def _score(
+    task: SegmentationTask,
+    data: StreamingSegmentationData,
+    batches: Iterable[dict[str, Any]],
+    progress: "tqdm[Any]",
+) -> float:
+    """mIoU as ``validate`` has it: the labels that ``predict`` gives, over all the batches."""
+    num_classes = len(task.class_names)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=task.device)
+    with torch.inference_mode():
+        for number, batch in enumerate(batches):
+            batch = data.on_before_batch_transfer(batch, 0)  # says what was skipped
+            batch = task.transfer_batch_to_device(batch, task.device, 0)
+            labels, predictions = as_classes(
+                task.predict_step(batch, number), batch["label"], num_classes, task.ignore_index
+            )
+            confusion += confusion_matrices(labels, predictions, num_classes).sum(0)
+            progress.update(len(batch["id"]))
+    counts = counts_of(confusion[None])[0].double()
+    intersection, labelled, predicted = counts.unbind(1)
+    return (intersection / (labelled + predicted - intersection)).nanmean().item()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

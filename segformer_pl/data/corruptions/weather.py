@@ -1,0 +1,197 @@
+"""Weather: what lies between the camera and the street. Functions of
+:data:`segformer_pl.data.corruptions.GROUPS`.
+
+Apart from fog, which grows with the picture, everything has its size in pixels: on large pictures
+flakes, drops and crystals are small, as in the original.
+"""
+
+import math
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from segformer_pl.data.corruptions.blur import gaussian, smear
+
+Picture = npt.NDArray[np.float32]  # (H, W, 3) RGB in 0 to 1
+Map = npt.NDArray[np.float32]  # (H, W)
+
+WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise
+MUD = (63 / 255, 42 / 255, 20 / 255)
+WATER_DEPTH = 20  # pixels from its edge after which a drop is no thicker
+# Water at its brightest over its mean, by severity: so the light is as much as the original's.
+SHINE = (12, 4, 3.5)
+# Of the photographs in imagecorruptions 1.1.2, measured: mean colour, how far the brightness of one
+# of them may be from it, and the deviation of brightness within one.
+FROST_COLOR = (0.57, 0.65, 0.69)
+FROST_RANGE = 0.16
+FROST_STD = 0.11
+STEMS_AREA = 250  # pixels of picture for each crystal
+
+
+def snow(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
+    """Falling flakes over a picture that is paler and brighter for the snow that lies.
+
+    Flakes are normal noise, enlarged and cut at a threshold, drawn out downwards at an angle from
+    45 to 135 degrees, and added twice, the second time turned by 180 degrees. Our own is how noise
+    is enlarged: bilinear about pixel centres.
+    """
+    mean, std, zoom, threshold, radius, sigma, kept = (
+        (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+        (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+        (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+        (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+    )[severity - 1]
+    height, width = picture.shape[:2]
+    small = (math.ceil(height / zoom), math.ceil(width / zoom))
+    flakes = _enlarge(_normal(small, mean, std, rng), height, width)
+    flakes = np.where(flakes < threshold, 0, np.minimum(flakes, 1)).astype(np.float32)
+    flakes = smear(flakes, int(radius), sigma, rng.uniform(-135, -45))
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None]
+    covered = np.float32(kept) * picture + np.float32(1 - kept) * np.maximum(
+        picture, grey * 1.5 + 0.5
+    )
+    return covered + (flakes + flakes[::-1, ::-1])[..., None]
+
+
+def spatter(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
+    """Drops on the lens: water at severity 1 to 3, mud at 4 and 5.
+
+    Where blurred normal noise exceeds a threshold there is liquid. Mud hides what is behind it.
+    Water adds light. How a drop shines is our own: it is thicker away from its edge and brighter
+    towards the upper left, as in the original, and as bright in the mean; the original's steps to
+    that end, detection of edges and equalisation, are not followed.
+    """
+    mean, std, sigma, threshold, strength, is_mud = (
+        (0.65, 0.3, 4, 0.69, 0.6, False),
+        (0.65, 0.3, 3, 0.68, 0.6, False),
+        (0.65, 0.3, 2, 0.68, 0.5, False),
+        (0.65, 0.3, 1, 0.65, 1.5, True),
+        (0.67, 0.4, 1, 0.65, 1.5, True),
+    )[severity - 1]
+    noise = gaussian(_normal(picture.shape[:2], mean, std, rng), sigma)
+    wet = noise > threshold
+    if is_mud:  # its strength is the blur of its edges, in pixels
+        mud = gaussian(wet.astype(np.float32), strength)
+        mud = np.where(mud < 0.8, 0, mud).astype(np.float32)[..., None]
+        return picture * (1 - mud) + mud * np.array(MUD, np.float32)
+    light = np.float32(strength) * _shine(wet, SHINE[severity - 1])[..., None]
+    return picture + light * np.array(WATER, np.float32)
+
+
+def fog(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
+    """Adds a plasma fractal, and scales the result so that the brightest value stays."""
+    density, decay = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))[severity - 1]
+    height, width = picture.shape[:2]
+    brightest = picture.max()
+    haze = np.float32(density) * plasma(height, width, decay, rng)
+    return (picture + haze[..., None]) * (brightest / (brightest + np.float32(density)))
+
+
+def frost(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
+    """Ice crystals over the picture: a weighted sum of the two.
+
+    **Not comparable with published results.** The original lays one of its photographs of frost
+    over the picture; here :func:`ice` draws the frost. Weights are the original's, mean colour and
+    deviation are like those of its photographs; the crystals' shapes are our own.
+    """
+    height, width = picture.shape[:2]
+    seen, icy = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[severity - 1]
+    return np.float32(seen) * picture + np.float32(icy) * ice(height, width, rng)
+
+
+def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> Map:
+    """Diamond-square noise in 0 to 1.
+
+    Drawn on a torus whose side is the next power of two, of which the upper left part is returned:
+    any size, and features that grow with the picture.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        decay: From one octave to the next the amplitude is divided by its square, as in the
+            original.
+        rng: Where the numbers come from.
+    """
+    grid, amplitude = np.zeros((1, 1), np.float32), 1.0
+    while len(grid) < max(height, width, 2):
+        side = len(grid)
+        noise = np.float32(amplitude) * (2 * rng.random((3, side, side), np.float32) - 1)
+        right, below = np.roll(grid, -1, axis=1), np.roll(grid, -1, axis=0)
+        centres = (grid + right + below + np.roll(right, -1, axis=0)) / 4 + noise[0]
+        finer = np.empty((2 * side, 2 * side), np.float32)
+        finer[::2, ::2] = grid
+        finer[1::2, 1::2] = centres
+        finer[::2, 1::2] = (grid + right + centres + np.roll(centres, 1, axis=0)) / 4 + noise[1]
+        finer[1::2, ::2] = (grid + below + centres + np.roll(centres, 1, axis=1)) / 4 + noise[2]
+        grid, amplitude = finer, amplitude / decay**2
+    grid -= grid.min()
+    return (grid / grid.max())[:height, :width]
+
+
+def ice(height: int, width: int, rng: np.random.Generator) -> Picture:
+    """Frost on a pane: straight crystals with side branches at 60 degrees, over thin ice.
+
+    Returns:
+        (H, W, 3) in 0 to 1, bluish; mean and deviation are drawn or set by :data:`FROST_COLOR`,
+        :data:`FROST_RANGE` and :data:`FROST_STD`.
+    """
+    layer = np.zeros((height, width), np.uint8)
+    stems = _crystals(height, width, rng)
+    # Faint ones first: bright crystals lie on top. 4 bits behind the point place them.
+    for part, brightness in zip(np.array_split(stems, 4), (50, 90, 140, 240)):
+        lines = np.rint(part * 16).astype(np.int32)
+        cv2.polylines(layer, list(lines), False, brightness, 1, cv2.LINE_AA, 4)
+    drawn = gaussian(layer.astype(np.float32) / np.float32(255), 0.7)
+    relief = drawn + 0.6 * gaussian(drawn, 4) + 0.8 * plasma(height, width, 1.4, rng)
+    relief += _normal((height, width), 0, 0.08, rng)
+    relief -= relief.mean()
+    relief *= FROST_STD / max(float(relief.std()), 1e-6)
+    relief += np.float32(rng.uniform(-FROST_RANGE, FROST_RANGE))
+    return np.clip(relief[..., None] + np.array(FROST_COLOR, np.float32), 0, 1)
+
+
+def _crystals(height: int, width: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """(N, 2, 2) ends (x, y) of lines: stems, and along each of them branches on both sides."""
+    number, branches = -(-height * width // STEMS_AREA), 7
+    roots = rng.random((number, 2)) * (width, height)
+    angles = rng.uniform(0, 2 * math.pi, number)
+    lengths = rng.lognormal(math.log(35), 0.7, number)
+    ends = roots + lengths[:, None] * _directions(angles)
+    along = np.sort(rng.uniform(0.1, 1, (number, branches)))
+    starts = roots[:, None] + along[..., None] * (ends - roots)[:, None]
+    sides = angles[:, None] + np.resize((math.pi / 3, -math.pi / 3), branches)
+    # Young branches, near the tip, are short.
+    reach = lengths[:, None] * (1.05 - along) * rng.uniform(0.1, 0.5, along.shape)
+    tips = starts + reach[..., None] * _directions(sides)
+    lines = np.concatenate(
+        [
+            np.stack([roots, ends], 1)[:, None],
+            np.stack([starts, tips], 2),
+        ],
+        axis=1,
+    )
+    return lines.reshape(-1, 2, 2)
+
+
+def _directions(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+def _shine(wet: npt.NDArray[np.bool_], peak: float) -> Map:
+    """Light of water drops, 0 to 1, 0 where it is dry and 1 at ``peak`` times its mean."""
+    depth = cv2.distanceTransform(wet.astype(np.uint8), cv2.DIST_L2, 5)
+    depth = cv2.blur(np.minimum(depth, WATER_DEPTH), (3, 3), borderType=cv2.BORDER_REPLICATE)
+    slope = np.pad(depth, ((0, 1), (0, 1)), mode="edge")[1:, 1:] - depth
+    light = np.where(wet, np.maximum(depth + 2 * slope, 0), 0).astype(np.float32)
+    mean = float(light.sum()) / max(int(wet.sum()), 1)
+    return np.minimum(light / max(peak * mean, 1e-6), 1)
+
+
+def _enlarge(noise: Map, height: int, width: int) -> Map:
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
+
+
+def _normal(size: tuple[int, ...], mean: float, std: float, rng: np.random.Generator) -> Map:
+    return np.float32(mean) + np.float32(std) * rng.standard_normal(size, np.float32)

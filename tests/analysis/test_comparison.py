@@ -1,0 +1,320 @@
+"""Intervals and tests against enumeration by hand and against sets whose true mIoU is known."""
+
+import dataclasses
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+
+from segformer_pl.analysis.comparison import compare_evaluations, holm, miou_interval
+from segformer_pl.analysis.evaluation import Evaluation, iou_of, mean_present
+
+NAN = float("nan")
+ACCURACY = np.array([0.85, 0.7, 0.5])
+# Of drawn sets: intersection is half the pixels times accuracy, the union the other terms of
+# L + P - I, where the wrong pixels of a class are taken for the next one.
+TRUE_MIOU = (ACCURACY / (2 - np.roll(ACCURACY, 1))).mean()
+
+
+def evaluation(counts, ids=None, names=None):
+    counts = np.asarray(counts, np.int64)
+    num_pictures, num_classes, _ = counts.shape
+    return Evaluation(
+        split="val",
+        step=1600,
+        class_names=names or [f"class {c}" for c in range(num_classes)],
+        ids=ids or [f"picture {n}" for n in range(num_pictures)],
+        counts=counts,
+        loss=np.full(num_pictures, 0.5),
+        confusion=np.zeros((num_classes, num_classes), np.int64),
+        calibration=np.zeros((15, 3)),
+    )
+
+
+def draw(generator, num_pictures, num_runs=1, gain=0.0):
+    """Runs on the same pictures, hard and easy ones; the last is better by ``gain``.
+
+    Every class has 1 to 199 pixels a picture, 100 on average, of which a beta-distributed share
+    with mean ACCURACY is right. Seven tenths of that share the runs have in common.
+    """
+    shape = (num_pictures, len(ACCURACY))
+    labelled = generator.integers(1, 200, shape)
+    shares = [generator.beta(4 * ACCURACY, 4 * (1 - ACCURACY), shape) for _ in range(num_runs + 1)]
+    runs = []
+    for number in range(num_runs):
+        share = 0.7 * shares[-1] + 0.3 * shares[number] if num_runs > 1 else shares[0]
+        if number == num_runs - 1:
+            share = gain + (1 - gain) * share
+        right = generator.binomial(labelled, share)
+        predicted = right + np.roll(labelled - right, 1, axis=1)
+        runs.append(evaluation(np.stack([right, labelled, predicted], axis=-1)))
+    return runs
+
+
+def miou_of(counts):
+    return float(mean_present(iou_of(counts)))
+
+
+@pytest.fixture
+def four():
+    """Two runs on four pictures, three classes, the last of them in one picture."""
+    generator = np.random.default_rng(3)
+    a, b = draw(generator, 4, num_runs=2, gain=0.1)
+    for run in (a, b):
+        run.counts[1:, 2] = 0
+    return a, b
+
+
+def test_interval_is_that_of_all_draws_enumerated(four):
+    run, _ = four
+    drawn = [miou_of(run.counts[list(rows)].sum(axis=0)) for rows in product(range(4), repeat=4)]
+    assert len(drawn) == 256
+    low, high = miou_interval(run, num_resamples=200_000)
+    # Discrete: the enumerated percentiles lie within a step of what is sampled.
+    assert np.quantile(drawn, 0.02) <= low <= np.quantile(drawn, 0.03)
+    assert np.quantile(drawn, 0.97) <= high <= np.quantile(drawn, 0.98)
+
+
+def test_p_value_is_that_of_all_swaps_enumerated(four):
+    a, b = four
+    observed = b.miou - a.miou
+    differences = []
+    for swapped in product([False, True], repeat=4):
+        keep = ~np.array(swapped)[:, None, None]
+        one = np.where(keep, a.counts, b.counts).sum(axis=0)
+        other = np.where(keep, b.counts, a.counts).sum(axis=0)
+        differences.append(miou_of(other) - miou_of(one))
+    exact = np.mean(np.abs(differences) >= abs(observed) - 1e-12)
+    assert exact >= 2 / 16  # no swap, and all: the least that four pictures can show
+    result = compare_evaluations(a, b, num_resamples=40_000)
+    assert result.p_value == pytest.approx(exact, abs=0.01)
+    assert result.difference.value == pytest.approx(observed, rel=1e-12)
+
+
+def test_p_value_has_the_observed_among_the_swaps():
+    # Forty pictures in which B is always better: no swap of 99 comes near, and p is 1 / 100.
+    labels = np.full((40, 1), 100)
+    a, b = (evaluation(np.stack([labels * s // 100, labels, labels], -1)) for s in (40, 60))
+    result = compare_evaluations(a, b, num_resamples=99)
+    assert result.p_value == pytest.approx(0.01)
+    assert result.classes[0].p_value == pytest.approx(0.01)
+    assert result.difference.value == pytest.approx(60 / 140 - 40 / 160)
+    assert result.verdict.startswith("B is better: B - A = +17.86 points of mIoU")
+    assert compare_evaluations(b, a).verdict.startswith("A is better: B - A = -17.86 points")
+
+
+def test_interval_covers_the_true_miou():
+    generator = np.random.default_rng(0)
+    num_sets, covered = 300, 0
+    for _ in range(num_sets):
+        (run,) = draw(generator, 60)
+        low, high = miou_interval(run, num_resamples=400)
+        covered += low <= TRUE_MIOU <= high
+    # Binomial: 0.95 of 300 has a standard deviation of 0.0126.
+    assert 0.91 <= covered / num_sets <= 0.98
+
+
+def test_mean_over_pictures_is_another_quantity():
+    # What is tempting, since it has a textbook interval: it misses by ten times its width.
+    (run,) = draw(np.random.default_rng(0), 20_000)
+    assert run.miou == pytest.approx(TRUE_MIOU, abs=2e-3)
+    standard_error = run.picture_miou.std() / np.sqrt(20_000)
+    assert abs(run.picture_miou.mean() - TRUE_MIOU) > 10 * standard_error
+
+
+def test_two_runs_of_one_quality_rarely_differ():
+    generator = np.random.default_rng(1)
+    num_pairs = 300
+    results = [
+        compare_evaluations(*draw(generator, 40, num_runs=2), num_resamples=300)
+        for _ in range(num_pairs)
+    ]
+    p_values = np.array([result.p_value for result in results])
+    assert 0.02 <= (p_values < 0.05).mean() <= 0.085
+    assert abs((p_values < 0.5).mean() - 0.5) < 0.1
+    outside = [r.difference.low > 0 or r.difference.high < 0 for r in results]
+    assert 0.02 <= np.mean(outside) <= 0.1
+    # Any of three classes, not each: without the correction this is about 0.14.
+    marked = [any(c.is_significant for c in r.classes) for r in results]
+    assert np.mean(marked) <= 0.085
+
+
+def test_pairing_finds_what_intervals_of_two_sets_do_not():
+    generator = np.random.default_rng(2)
+    found, found_unpaired = 0, 0
+    for _ in range(40):
+        a, b = draw(generator, 60, num_runs=2, gain=0.1)
+        result = compare_evaluations(a, b, num_resamples=400)
+        found += result.verdict.startswith("B is better")
+        # As if they had been scored on two sets: half widths add up in squares.
+        widths = [run.high - run.low for run in (result.miou_a, result.miou_b)]
+        found_unpaired += result.difference.value > np.hypot(*widths) / 2
+    assert found >= 34
+    assert found_unpaired <= 20
+
+
+def test_run_with_itself():
+    (run,) = draw(np.random.default_rng(4), 30)
+    result = compare_evaluations(run, run)
+    assert result.p_value == 1
+    assert dataclasses.astuple(result.difference) == (0, 0, 0)
+    assert result.is_identical
+    assert [c.p_value for c in result.classes] == [1, 1, 1]
+    assert "the same" in result.verdict
+    low, high = miou_interval(run)
+    assert (result.miou_a.low, result.miou_a.high) == (low, high)
+    assert low < run.miou < high
+
+
+def test_same_input_same_numbers_whatever_the_order():
+    a, b = draw(np.random.default_rng(5), 30, num_runs=2)
+    order = np.arange(30)[::-1]
+    shuffled = dataclasses.replace(
+        b,
+        ids=[b.ids[i] for i in order],
+        counts=b.counts[order],
+        loss=b.loss[order],
+    )
+    assert compare_evaluations(a, shuffled) == compare_evaluations(a, b)
+    # Planted fault: rows matched by position.
+    by_position = dataclasses.replace(shuffled, ids=a.ids)
+    with pytest.raises(ValueError, match="labels of 30 of 30 pictures are not the same"):
+        compare_evaluations(a, by_position)
+
+
+def test_blocks_undo_pictures_that_repeat():
+    a, b = draw(np.random.default_rng(7), 80, num_runs=2, gain=0.03)
+    twice = [evaluation(np.repeat(run.counts, 2, axis=0)) for run in (a, b)]
+    single, blocks = compare_evaluations(a, b), compare_evaluations(*twice, block_size=2)
+    for name in ("miou_a", "miou_b", "difference", "p_value", "classes"):
+        if name != "classes":
+            assert getattr(blocks, name) == getattr(single, name), name
+    assert (blocks.num_pictures, blocks.num_blocks) == (160, 80)
+    assert miou_interval(twice[0], block_size=2) == miou_interval(a)
+    plain = compare_evaluations(*twice)
+    assert plain.p_value < single.p_value
+    for name in ("miou_a", "miou_b", "difference"):
+        wide, narrow = getattr(single, name), getattr(plain, name)
+        ratio = (wide.high - wide.low) / (narrow.high - narrow.low)
+        assert ratio == pytest.approx(np.sqrt(2), rel=0.05)
+
+
+def test_last_block_may_be_shorter():
+    (run,) = draw(np.random.default_rng(8), 11)
+    assert compare_evaluations(run, run, block_size=4).num_blocks == 3
+    assert np.isnan(miou_interval(run, block_size=11)).all()
+    assert not np.isnan(miou_interval(run, block_size=10)).any()
+
+
+def test_absent_classes():
+    a, b = draw(np.random.default_rng(9), 30, num_runs=2, gain=0.3)
+    counts_a = np.pad(a.counts, ((0, 0), (0, 3), (0, 0)))
+    counts_b = np.pad(b.counts, ((0, 0), (0, 3), (0, 0)))
+    counts_b[4, 4, 2] = 1  # class 4 is predicted by B alone
+    counts_a[2, 5] = counts_b[3, 5] = 0, 0, 1  # and class 5 by both, not in the same picture
+    result = compare_evaluations(evaluation(counts_a), evaluation(counts_b))
+    plain = compare_evaluations(a, b)
+    assert result.miou_a.value == pytest.approx(plain.miou_a.value * 3 / 4)
+    assert result.miou_b.value == pytest.approx(plain.miou_b.value * 3 / 5)
+    found = {c.name: c for c in result.classes}
+    assert np.isnan([found["class 3"].iou_a, found["class 3"].iou_b]).all()
+    assert np.isnan(found["class 4"].iou_a)
+    assert found["class 4"].iou_b == 0
+    for name in ("class 3", "class 4"):
+        difference = dataclasses.astuple(found[name].difference)
+        assert np.isnan([*difference, found[name].p_value]).all()
+    assert dataclasses.astuple(found["class 5"].difference) == (0, 0, 0)
+    assert found["class 5"].p_value == 1  # also where swaps leave it to one run alone
+    assert [c.name for c in result.classes[-2:]] == ["class 3", "class 4"]
+    # Absent classes do not make the correction harder: class 5 does.
+    unseen = [evaluation(np.pad(r.counts, ((0, 0), (0, 9), (0, 0)))) for r in (a, b)]
+    padded = compare_evaluations(*unseen)
+    assert padded.classes[:3] == plain.classes
+    assert padded.p_value == plain.p_value
+
+
+def test_classes_by_difference_with_the_pictures_that_hold_them():
+    generator = np.random.default_rng(10)
+    a, b = draw(generator, 40, num_runs=2)
+    for run in (a, b):
+        run.counts[7:, 1] = 0
+    b.counts[:, 0, 0] //= 2
+    result = compare_evaluations(a, b)
+    values = [c.difference.value for c in result.classes]
+    assert values == sorted(values, reverse=True)
+    worst = result.classes[-1]
+    assert (worst.name, worst.num_pictures) == ("class 0", 40)
+    assert worst.is_significant
+    assert worst.difference.low < worst.difference.value < worst.difference.high < 0
+    assert worst.difference.value == pytest.approx(b.iou[0] - a.iou[0])
+    assert {c.name: c.num_pictures for c in result.classes}["class 1"] == 7
+
+
+def test_holm_by_hand():
+    corrected = holm(np.array([0.03, NAN, 0.01, 0.04, 0.9]))
+    # Ordered 0.01 x 4, 0.03 x 3, 0.04 x 2, 0.9 x 1, never falling, nan not counted.
+    np.testing.assert_allclose(corrected, [0.09, NAN, 0.04, 0.09, 0.9])
+    np.testing.assert_array_equal(holm(np.array([0.6, 0.7])), [1, 1])
+    assert holm(np.array([])).size == 0
+
+
+def test_as_plain_data():
+    a, b = draw(np.random.default_rng(11), 30, num_runs=2)
+    empty = [evaluation(np.pad(r.counts, ((0, 0), (0, 1), (0, 0)))) for r in (a, b)]
+    result = compare_evaluations(*empty)
+    known = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert known["difference"]["value"] == b.miou - a.miou
+    assert known["verdict"] == result.verdict
+    assert known["confidence"] == 0.95
+    assert known["classes"][0].keys() >= {"name", "p_value", "is_significant", "num_pictures"}
+    assert known["classes"][-1]["difference"] == {"value": None, "low": None, "high": None}
+
+
+def test_verdict_where_test_and_interval_disagree():
+    a, b = draw(np.random.default_rng(12), 30, num_runs=2)
+    result = compare_evaluations(a, b)
+    said = {
+        (p_value, low): dataclasses.replace(
+            result,
+            p_value=p_value,
+            difference=dataclasses.replace(result.difference, low=low, value=0.01, high=0.02),
+        ).verdict.split(":")[0]
+        for p_value, low in product((0.01, 0.3), (0.001, -0.001))
+    }
+    assert said == {
+        (0.01, 0.001): "B is better",
+        (0.01, -0.001): "borderline, test and interval disagree",
+        (0.3, 0.001): "borderline, test and interval disagree",
+        (0.3, -0.001): "no difference can be told from the choice of pictures",
+    }
+
+
+def changed(run, **changes):
+    return dataclasses.replace(run, **changes)
+
+
+def test_refusals():
+    a, b = draw(np.random.default_rng(13), 6, num_runs=2)
+    ids = [f"picture {n}" for n in (0, 1, 2, 3, 7, 8)]
+    fewer = evaluation(b.counts[:4])
+    relabelled = b.counts.copy()
+    relabelled[2, 0, 1] += 1
+    blank = evaluation(np.zeros((6, 3, 3)))
+    for other, block_size, message in [
+        (changed(b, ids=ids), 1, "4 pictures in common, but 2 of A are missing in B, such as "
+         "'picture 4', and 2 of B are missing in A, such as 'picture 7'"),
+        (fewer, 1, "hold 4 pictures in common, but 2 of A are missing in B, such as 'picture 4';"),
+        (changed(b, ids=["picture 0"] * 6), 1, "B holds picture 'picture 0' more than once"),
+        (changed(b, class_names=["x", "class 1", "class 2"]), 1, r"only A has \['class 0'\], only"),
+        (changed(b, class_names=b.class_names[::-1]), 1, "3 classes and B 3, in another order"),
+        (evaluation(relabelled), 1, "labels of 1 of 6 pictures .* such as those of 'picture 2'"),
+        (b, 6, "6 pictures in blocks of 6 make 1 block"),
+        (b, 0, "--block-size is 0; give an integer of at least 1"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message) as error:
+            compare_evaluations(a, other, block_size)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        compare_evaluations(blank, blank)
+    assert np.isnan(miou_interval(blank)).all()

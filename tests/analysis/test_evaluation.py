@@ -1,0 +1,184 @@
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from segformer_pl.analysis.evaluation import Evaluation, load_evaluation
+from segformer_pl.metrics import SegmentationScores
+
+NAN = float("nan")
+
+# Two pictures, four classes: intersection, labelled, predicted. Class 0 is in both, class 1 in the
+# first, class 2 is only predicted, class 3 is nowhere.
+COUNTS = [
+    [[2, 3, 2], [1, 2, 2], [0, 0, 1], [0, 0, 0]],
+    [[5, 5, 5], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+]
+CONFUSION = [[7, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def evaluation(counts=COUNTS, **changes):
+    counts = np.asarray(counts)
+    values = {
+        "split": "val",
+        "step": 1600,
+        "class_names": [f"class {c}" for c in range(counts.shape[1])],
+        "ids": [f"picture {n}" for n in range(len(counts))],
+        "counts": counts,
+        "loss": np.linspace(0.1, 0.9, len(counts)),
+        "confusion": np.zeros((counts.shape[1],) * 2, np.int64),
+        "calibration": np.zeros((15, 3)),
+    }
+    return Evaluation(**values | changes)
+
+
+def test_scores_by_hand():
+    result = evaluation(confusion=np.array(CONFUSION))
+    np.testing.assert_allclose(result.iou, [7 / 8, 1 / 3, 0, NAN])
+    assert result.miou == pytest.approx((7 / 8 + 1 / 3 + 0) / 3)
+    assert result.macc == pytest.approx((7 / 8 + 1 / 2) / 2)
+    assert result.aacc == pytest.approx(8 / 10)
+    assert result.fwiou == pytest.approx(8 / 10 * 7 / 8 + 2 / 10 * 1 / 3)
+    np.testing.assert_allclose(result.picture_miou, [(2 / 3 + 1 / 3 + 0) / 3, 1])
+    assert result.picture_miou.mean() > result.miou + 0.2  # another quantity
+
+
+def test_scores_are_those_of_the_metric():
+    num_classes, ignored = 5, 255
+    labels = torch.randint(4, (6, 9, 7))
+    labels[2:][labels[2:] == 3] = 0
+    labels[torch.rand(6, 9, 7) < 0.2] = ignored
+    labels[5] = ignored
+    predictions = torch.randint(num_classes, (6, 9, 7))
+    metric = SegmentationScores(num_classes, ignored)
+    counts = []
+    for picture, label in zip(predictions[:, None], labels[:, None]):
+        metric.update(picture, label)
+        alone = SegmentationScores(num_classes, ignored)
+        alone.update(picture, label)
+        parts = alone.confusion.diagonal(), alone.confusion.sum(1), alone.confusion.sum(0)
+        counts.append(torch.stack(parts, dim=-1).numpy())
+    result, expected = evaluation(counts), metric.compute()
+    np.testing.assert_allclose(result.iou, expected["iou"], rtol=1e-14)
+    for name in ("miou", "macc", "aacc"):
+        assert getattr(result, name) == pytest.approx(expected[name].item(), rel=1e-14)
+    assert np.isnan(result.picture_miou[5])
+
+
+@pytest.mark.parametrize("counts", [np.zeros((2, 3, 3), np.int64), np.zeros((0, 3, 3), np.int64)])
+def test_nothing_labelled_has_no_score(counts):
+    result = evaluation(counts)
+    assert np.isnan([result.miou, result.macc, result.aacc, result.fwiou]).all()
+    assert np.isnan(result.iou).all()
+    assert np.isnan(result.picture_miou).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ids": ["a"]},
+        {"class_names": ["a", "b"]},
+        {"loss": np.zeros((2, 1))},
+        {"confusion": np.zeros((4, 3), np.int64)},
+        {"calibration": np.zeros(3)},
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes):
+    with pytest.raises(ValueError, match=r"has shape .* ask for"):
+        evaluation(**changes)
+
+
+@pytest.mark.parametrize("ids", [["0001TP_008550", "Z\u00fcrich/\u8857 1"], []])
+def test_round_trip(tmp_path, ids):
+    saved = evaluation(
+        np.array(COUNTS)[: len(ids)],
+        ids=ids,
+        split="test",
+        confusion=np.array(CONFUSION),
+        loss=np.array([0.25, NAN])[: len(ids)],
+        calibration=np.random.default_rng(0).random((15, 3)),
+    )
+    file = tmp_path / "run" / "evaluation" / "val_step_0001600.npz"
+    saved.save(file)
+    assert list(file.parent.iterdir()) == [file]
+    loaded = load_evaluation(file)
+    for field in dataclasses.fields(Evaluation):
+        was, is_ = getattr(saved, field.name), getattr(loaded, field.name)
+        assert type(is_) is type(was), field.name
+        np.testing.assert_array_equal(is_, was, err_msg=field.name)
+    assert loaded.counts.dtype == loaded.confusion.dtype == np.int64
+    assert loaded.loss.dtype == loaded.calibration.dtype == np.float64
+
+
+def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "evaluation" / "val_step_0000010.npz"
+    evaluation(step=10).save(file)
+
+    def breaks_off(stream, **arrays):
+        stream.write(b"PK")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(step=11).save(file)
+    assert load_evaluation(tmp_path).step == 10
+
+
+def test_last_evaluation_of_a_run(tmp_path):
+    names = {"val_step_0000999": 999, "val_step_10000000": 10_000_000, "test_step_10000000": 3}
+    for name, step in names.items():
+        evaluation(step=step).save(tmp_path / "evaluation" / f"{name}.npz")
+    (tmp_path / "evaluation" / "val_step_99999999.npz.part").touch()
+    (tmp_path / "evaluation" / "val_step_99999999_old.npz").touch()
+    assert load_evaluation(tmp_path).step == 10_000_000
+    assert load_evaluation(tmp_path / "evaluation" / "val_step_0000999.npz").step == 999
+
+
+def sentence(path):
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        load_evaluation(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing(tmp_path):
+    assert "there is no run folder or file" in sentence(tmp_path / "nowhere")
+    assert "holds no evaluation/val_step_*.npz" in sentence(tmp_path)
+
+
+def without(name, **changes):
+    arrays = dataclasses.asdict(evaluation()) | changes
+    return {key: value for key, value in arrays.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        without("loss"),
+        without("", ids=np.array(["a", 1], dtype=object)),  # a pickle
+        without("", counts=np.zeros((2, 4, 3))),
+        without("", counts=np.zeros((2, 4), np.int64)),
+        without("", step=np.array([1, 2])),
+        {},
+    ],
+    ids=["key", "pickle", "fractions", "shape", "steps", "empty"],
+)
+def test_foreign_npz(tmp_path, arrays):
+    file = tmp_path / "foreign.npz"
+    np.savez(file, **arrays)
+    assert "is no evaluation of a run, or is damaged" in sentence(file)
+
+
+def test_damaged_file(tmp_path):
+    file = tmp_path / "val_step_0000001.npz"
+    evaluation(np.random.default_rng(0).integers(9, size=(50, 4, 3))).save(file)
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 3] ^= 0xFF
+    array = tmp_path / "array.npy"
+    np.save(array, np.zeros(3))
+    for damaged in (b"", b"step,miou\n1,0.5\n", content[:-200], bytes(flipped), array.read_bytes()):
+        file.write_bytes(damaged)
+        assert "is no evaluation of a run, or is damaged" in sentence(file)

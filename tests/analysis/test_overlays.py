@@ -1,0 +1,135 @@
+"""Pictures of predictions show the right colours, borders and names, at every size."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageDraw
+
+from segformer_pl.analysis.overlays import colorize, draw_overlay, plot_predictions
+
+NAMES = ["background", "object", "thing"]
+PALETTE = [[10, 20, 30], [200, 100, 0], [0, 200, 255]]
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The texts of legends as they are drawn."""
+    texts = []
+    draw = ImageDraw.ImageDraw.text
+
+    def record(self, xy, text, *arguments, **options):
+        texts.append(text)
+        draw(self, xy, text, *arguments, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    return texts
+
+
+def halves(height, width):
+    """Class 0 on the left, class 1 on the right."""
+    train_ids = np.zeros((height, width), np.uint8)
+    train_ids[:, width // 2 :] = 1
+    return train_ids
+
+
+def test_colours_by_train_id_and_white_without_one():
+    train_ids = np.array([[0, 2], [255, 3]])
+    colors = [PALETTE[0], PALETTE[2], [255] * 3, [255] * 3]
+    assert np.array_equal(colorize(train_ids, PALETTE).reshape(4, 3), colors)
+
+
+@pytest.mark.parametrize(("num_classes", "dtype"), [(256, np.uint8), (300, np.uint16)])
+def test_colours_of_many_classes(num_classes, dtype):
+    palette = np.random.default_rng(0).integers(0, 256, (num_classes, 3))
+    train_ids = np.arange(num_classes, dtype=dtype)[None]
+    assert np.array_equal(colorize(train_ids, palette.tolist())[0], palette)
+
+
+def test_the_picture_stays_visible_below_half_of_the_colour():
+    picture = np.random.default_rng(0).integers(0, 256, (600, 640, 3), dtype=np.uint8)
+    overlay = np.asarray(draw_overlay(picture, halves(600, 640), NAMES, PALETTE))
+    assert overlay.shape[1] == 640
+    assert 610 < len(overlay) < 700  # one line of legend
+    expected = (picture + np.array(PALETTE, float)[halves(600, 640)]) / 2
+    off = np.abs(overlay[:600] - expected).max(axis=2) > 0.5
+    assert off[:, 319].all()
+    assert off.sum() == 600  # the border, one pixel wide
+    assert (overlay[600:] == 255).any(axis=2).mean() > 0.5
+
+
+@pytest.mark.parametrize(("ground", "line"), [(255, 0), (0, 255)])
+def test_borders_stand_out_from_their_ground(ground, line):
+    picture = np.full((64, 3200, 3), ground, np.uint8)
+    overlay = np.asarray(draw_overlay(picture, halves(64, 3200), NAMES, PALETTE))
+    drawn = (overlay[:64] == line).all(axis=2)
+    assert drawn.sum() == 64 * 2  # 3200 pixels: 2 wide
+    assert drawn[:, 1598:1602].sum() == drawn.sum()
+
+
+def test_a_single_class_has_no_border(written):
+    train_ids = np.ones((600, 600), np.uint8)
+    overlay = draw_overlay(np.zeros((600, 600, 3), np.uint8), train_ids, NAMES, PALETTE)
+    assert (np.asarray(overlay)[:600] == (100, 50, 0)).all()
+    assert written == ["object  100.0 %"]
+
+
+def test_small_pictures_are_enlarged_by_a_whole_factor():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    overlay = np.asarray(draw_overlay(picture, np.zeros((40, 60), np.uint8), NAMES, PALETTE))
+    assert overlay.shape[1] == 60 * 9
+    blocks = overlay[: 40 * 9].reshape(40, 9, 60, 9, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all()
+    assert np.abs(blocks[:, 0, :, 0] - (picture + np.array(PALETTE[0], float)) / 2).max() <= 0.5
+
+
+def test_the_legend_names_what_is_there_the_largest_first(written):
+    train_ids = np.full((100, 100), 2, np.uint8)
+    train_ids[:30] = 0
+    train_ids[99, 99:] = 1
+    overlay = np.asarray(draw_overlay(np.zeros((100, 100, 3), np.uint8), train_ids, NAMES, PALETTE))
+    assert written == ["thing  70.0 %", "background  30.0 %", "object  < 0.1 %"]
+    legend = overlay[600:].reshape(-1, 3)
+    for color in PALETTE:
+        assert (legend == color).all(axis=1).sum() > 50
+
+
+def test_shares_are_those_of_the_picture_not_of_its_enlargement(written):
+    draw_overlay(np.zeros((3, 1, 3), np.uint8), np.array([[0], [1], [1]]), NAMES, PALETTE)
+    assert written == ["object  66.7 %", "background  33.3 %"]
+
+
+@pytest.mark.parametrize("size", [(1500, 60), (60, 1500), (1, 1), (768, 1024)])
+def test_the_legend_fits_every_shape_and_grows_with_it(size):
+    train_ids = np.random.default_rng(0).integers(0, 3, size).astype(np.uint8)
+    overlay = np.asarray(draw_overlay(np.zeros((*size, 3), np.uint8), train_ids, NAMES, PALETTE))
+    factor = -(-512 // max(size))
+    height, width = size[0] * factor, size[1] * factor
+    assert overlay.shape[1] >= max(width, 0.15 * height)  # room for the longest text
+    legend = overlay[height:]
+    assert 0.03 < len(legend) / max(height, width) < 0.12
+    assert (legend[:, -5:] == 255).all()  # no text is cut off
+    assert (legend[:2] == 255).all()
+    assert (legend[-2:] == 255).all()
+
+
+def test_panel_shows_every_picture_with_a_legend_of_all_classes():
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "image": torch.rand(3, 32, 48, generator=generator),
+            "label": torch.randint(0, 2, (32, 48), generator=generator),
+            "id": f"picture-{number}",
+        }
+        for number in range(3)
+    ]
+    shown = [
+        (s["id"], s["image"], torch.where(s["label"] == 0, 255, 1), s["label"]) for s in samples
+    ]
+    figure = plot_predictions(shown, NAMES, PALETTE)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == [t for s in samples for t in (s["id"], "label", "prediction")]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*NAMES, "unlabelled"]
+    label, prediction = figure.axes[1].images[0].get_array(), figure.axes[2].images[0].get_array()
+    assert {tuple(color) for color in label.reshape(-1, 3)} == {(255, 255, 255), (200, 100, 0)}
+    assert {tuple(color) for color in prediction.reshape(-1, 3)} == {(10, 20, 30), (200, 100, 0)}

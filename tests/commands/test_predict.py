@@ -1,0 +1,403 @@
+"""predict as its user meets it: pictures of every kind in, whole files out, the rest in words."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segformer_pl.cli import main
+from segformer_pl.commands.checkpoint import load_task
+from segformer_pl.commands.predict import PredictionFiles, _inference, find_pictures, predict
+from segformer_pl.data import shapes
+from segformer_pl.inference import Inference
+
+MODULE = import_module("segformer_pl.commands.predict")  # its function hides it in the package
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of a run of one step; the classifier drawn anew, so that pictures have several classes."""
+    folder = tmp_path_factory.mktemp("run")
+    shapes.generate(folder / "data", {"train": 2, "validation": 1})
+    settings = {
+        "model.network": "segformer_pl.models.segformer_b0",
+        "model.network.decoder_dim": 16,
+        "data.path": folder / "data",
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 1,
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+        "trainer.logger.save_dir": folder,
+    }
+    main(["fit", *(f"--{key}={value}" for key, value in settings.items())])
+    (file,) = folder.rglob("last.ckpt")
+    content = torch.load(file, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    content["state_dict"]["network.head.classifier.weight"].normal_(generator=generator)
+    del content["optimizer_states"]  # two thirds of what every test has to read
+    torch.save(content, file)
+    return file
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, capsys):
+    """Function (input, options) -> exit code, what is printed, what is reported."""
+
+    def call(pictures, *options):
+        arguments = [f"--ckpt={checkpoint}", f"--input={pictures}", f"--output={tmp_path / 'out'}"]
+        capsys.readouterr()
+        try:
+            predict([*arguments, "--device=cpu", *options])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Folder for the pictures of a test."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    return folder
+
+
+def photograph(height=48, width=64, seed=0):
+    """Smooth patches of colour."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def written(folder):
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def mask(folder, name):
+    return np.asarray(Image.open(folder / "masks" / f"{name}.png"))
+
+
+def test_masks_are_the_networks_train_ids_with_the_palette(run, checkpoint, pictures, tmp_path):
+    pixels = photograph(45, 70)
+    Image.fromarray(pixels).save(pictures / "a.png")
+    code, printed, _ = run(pictures / "a.png")
+    out = tmp_path / "out"
+    assert code == 0
+    assert printed == f"1 masks in {out / 'masks'}, overlays in {out / 'overlays'}; skipped: 0\n"
+    assert written(out) == ["masks/a.png", "overlays/a.png"]
+    image = Image.open(out / "masks" / "a.png")
+    assert image.mode == "P"
+    palette = np.array(image.getpalette()).reshape(-1, 3)
+    assert np.array_equal(palette[: len(shapes.COLORS)], shapes.COLORS)
+    task = load_task(checkpoint)
+    with torch.inference_mode():
+        logits = task(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+        logits = torch.nn.functional.interpolate(logits, size=(45, 70), mode="bilinear")
+    expected = logits.argmax(1)[0].numpy()
+    assert len(np.unique(expected)) > 2
+    assert (np.asarray(image) != expected).mean() < 0.005  # rounding where two classes are equal
+    overlay = Image.open(out / "overlays" / "a.png")
+    assert overlay.width == 70 * 8
+    assert overlay.height > 45 * 8
+
+
+def test_every_kind_of_picture(run, pictures, tmp_path):
+    pixels = photograph()
+    image, grey = Image.fromarray(pixels), Image.fromarray(pixels[..., 0])
+    alpha = Image.fromarray(np.arange(48 * 64, dtype=np.uint8).reshape(48, 64))
+    image.save(pictures / "rgb.png")
+    image.save(pictures / "rgb.bmp")
+    image.save(pictures / "rgb.webp", lossless=True)
+    Image.merge("RGBA", [*image.split(), alpha]).save(pictures / "rgba.png")
+    cv2.imwrite(str(pictures / "rgb16.png"), pixels[..., ::-1] * np.uint16(257))
+    grey.save(pictures / "grey.png")
+    Image.merge("LA", [grey, alpha]).save(pictures / "grey_alpha.png")
+    Image.fromarray(pixels[..., 0] * np.uint16(257)).save(pictures / "grey16.png")
+    Image.fromarray(pixels[..., 0] * np.uint16(257)).save(pictures / "grey16.tiff")
+    grey.convert("RGB").save(pictures / "grey_rgb.png")
+    image.convert("CMYK").save(pictures / "cmyk.TIF")
+    image.quantize(16).save(pictures / "palette.png")
+    image.convert("1").save(pictures / "black_and_white.png")
+    code, _, reported = run(pictures)
+    assert code == 0, reported
+    out = tmp_path / "out"
+    assert len(list((out / "masks").iterdir())) == 13
+    for name in ("rgb.bmp", "rgb.webp", "rgba", "rgb16", "cmyk"):
+        assert np.array_equal(mask(out, name), mask(out, "rgb.png")), name
+    for name in ("grey_alpha", "grey16.png", "grey16.tiff", "grey_rgb"):
+        assert np.array_equal(mask(out, name), mask(out, "grey")), name
+    assert not np.array_equal(mask(out, "grey"), mask(out, "rgb.png"))
+
+
+def test_a_turned_picture_gets_an_upright_mask(run, pictures, tmp_path):
+    upright = photograph(48, 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter to the right for viewing
+    Image.fromarray(np.rot90(upright).copy()).save(pictures / "turned.png", exif=exif)
+    Image.fromarray(upright).save(pictures / "upright.png")
+    assert run(pictures)[0] == 0
+    out = tmp_path / "out"
+    assert mask(out, "turned").shape == (48, 80)
+    assert np.array_equal(mask(out, "turned"), mask(out, "upright"))
+    assert (out / "overlays/turned.png").read_bytes() == (out / "overlays/upright.png").read_bytes()
+
+
+def test_what_cannot_be_used_is_reported_and_the_rest_goes_on(run, pictures, tmp_path):
+    good = Image.fromarray(photograph())
+    good.save(pictures / "a.png")
+    good.save(pictures / "z.png")
+    (pictures / "empty.png").write_bytes(b"")
+    (pictures / "text.jpg").write_text("no picture")
+    good.save(pictures / "truncated.jpg")
+    whole = (pictures / "truncated.jpg").read_bytes()
+    (pictures / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (pictures / "link.jpg").symlink_to(tmp_path / "nowhere")
+    Image.fromarray(np.zeros((40, 40), np.float32)).save(pictures / "float.tif")
+    Image.new("RGB", (64, 20)).save(pictures / "small.png")
+    code, printed, reported = run(pictures)
+    assert code == 1
+    assert printed.startswith("2 masks in ")
+    assert printed.endswith("; skipped: 6\n")
+    assert written(tmp_path / "out") == [
+        f"{k}/{n}.png" for k in ("masks", "overlays") for n in "az"
+    ]
+    for name, sentence in {
+        "empty.png": "the 0 bytes are no picture, or a damaged one; replace them",
+        "text.jpg": "the 10 bytes are no picture, or a damaged one; replace them",
+        "truncated.jpg": f"the {len(whole) // 2} bytes are no picture, or a damaged one",
+        "link.jpg": "it cannot be read (No such file or directory)",
+        "float.tif": "the image holds numbers without a known range",
+        "small.png": "sr_ratio 8 is larger than the 5x16 token grid",
+    }.items():
+        assert reported.count(f"skipped: {pictures / name}: {sentence}") == 1
+    assert "Traceback" not in reported
+
+
+def test_probabilities(run, pictures, tmp_path):
+    Image.fromarray(photograph(50, 70)).save(pictures / "a.png")
+    assert run(pictures)[0] == 0
+    alone = mask(tmp_path / "out", "a")
+    assert run(pictures, "--probabilities")[0] == 0
+    with np.load(tmp_path / "out/probabilities/a.npz") as file:
+        probabilities, names = file["probabilities"], file["class_names"]
+    assert probabilities.shape == (6, 50, 70)
+    assert probabilities.dtype == np.float16
+    assert list(names) == list(shapes.CLASS_NAMES)
+    assert np.abs(probabilities.astype(float).sum(0) - 1).max() < 0.005
+    assert np.array_equal(mask(tmp_path / "out", "a"), alone)
+    chosen = np.take_along_axis(probabilities, alone[None].astype(int), 0)[0]
+    assert (chosen == probabilities.max(0)).all()
+
+
+def test_inference_of_the_run_and_changes(run, pictures, tmp_path, monkeypatch):
+    Image.fromarray(photograph()).save(pictures / "a.png")
+    used = []
+    labels = Inference.labels
+    monkeypatch.setattr(
+        Inference, "labels", lambda self, *rest: used.append(self) or labels(self, *rest)
+    )
+    assert run(pictures)[0] == 0
+    assert run(pictures, "--inference.flip=true", "--inference.scales=[0.75,1]")[0] == 0
+    assert [plan.flip for plan in used] == [False, True]
+    assert [list(plan.scales) for plan in used] == [[1.0], [0.75, 1.0]]
+
+
+def test_changes_keep_the_rest_of_the_runs_inference():
+    of_the_run = Inference(window=(64, 64), stride=(48, 48), window_weights="hann", scales=(0.5, 1))
+    changed = _inference(of_the_run, {"flip": True})
+    assert vars(changed) == vars(of_the_run) | {"flip": True}
+    # A stride and weights belong to their window.
+    assert vars(_inference(of_the_run, {"window": None})) == vars(Inference(scales=(0.5, 1)))
+
+
+def test_a_second_run_writes_anew_and_does_not_read_its_own_files(run, pictures, tmp_path):
+    (tmp_path / "out/masks").mkdir(parents=True)
+    Image.fromarray(photograph()).save(pictures / "a.png")
+    assert run(tmp_path)[0] == 0
+    first = mask(tmp_path / "out", "pictures/a")
+    (tmp_path / "out/masks/pictures/a.png").write_bytes(b"old")
+    code, printed, _ = run(tmp_path)
+    assert (code, printed[:8]) == (0, "1 masks ")
+    assert np.array_equal(mask(tmp_path / "out", "pictures/a"), first)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--input={}/none"], "--input: there is no file or folder '{}/none'; give a picture"),
+        (["--input={}"], "--input: folder '{}' holds no picture (.jpg, "),
+        (["--input={}/*.png"], "--input: no file matches '{}/*.png'; give a picture, a folder"),
+        (["--ckpt={}/none"], "--ckpt: there is no file '{}/none'; give a run's checkpoint"),
+        (["--inference.stride=[8,8]"], "stride"),
+        (["--inference.scales=[-1]"], "inference.scales"),
+        (["--device=tpu"], "device"),
+        (["--tta=true"], "tta"),
+    ],
+)
+def test_wrong_arguments(run, pictures, tmp_path, options, sentence):
+    Image.fromarray(photograph()).save(tmp_path / "a.png")
+    code, printed, reported = run(
+        tmp_path / "a.png", *(option.format(pictures) for option in options)
+    )
+    assert code == 2
+    assert printed == ""
+    assert reported.startswith("error: ")
+    assert reported.count("\n") == 1
+    assert sentence.format(pictures) in reported
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_a_missing_device(run, pictures):
+    Image.fromarray(photograph()).save(pictures / "a.png")
+    code, _, reported = run(pictures, "--device=cuda")
+    assert code == 2
+    assert "--device cuda: this machine has no CUDA device that torch can use" in reported
+
+
+def test_a_network_of_other_pictures(run, pictures, monkeypatch):
+    Image.fromarray(photograph()).save(pictures / "a.png")
+
+    def load(ckpt):
+        task = load_task(ckpt)
+        stem = next(part for part in task.network.modules() if isinstance(part, torch.nn.Conv2d))
+        stem.in_channels = 4
+        return task
+
+    monkeypatch.setattr(MODULE, "load_task", load)
+    code, _, reported = run(pictures)
+    assert code == 2
+    assert "the network takes 4 channels, but pictures are read with 3 (RGB); give" in reported
+
+
+def test_ctrl_c_leaves_whole_files(run, pictures, tmp_path, monkeypatch):
+    for name in "abc":
+        Image.fromarray(photograph(seed=ord(name))).save(pictures / f"{name}.png")
+    assert run(pictures)[0] == 0
+    before = {file: (tmp_path / "out" / file).read_bytes() for file in written(tmp_path / "out")}
+    save, calls = Image.Image.save, []
+
+    def interrupted(self, file, **options):
+        calls.append(file)
+        if len(calls) == 4:  # the second mask
+            file.write(b"half a")
+            raise KeyboardInterrupt
+        save(self, file, **options)
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    code, printed, reported = run(pictures)
+    assert code == 130
+    assert printed == ""
+    assert "interrupted after 1 pictures; what is written is whole" in reported
+    after = {file: (tmp_path / "out" / file).read_bytes() for file in written(tmp_path / "out")}
+    assert after == before
+
+
+def test_a_full_disk_ends_in_words(tmp_path, monkeypatch):
+    def full(self, file, **options):
+        file.write(b"half a")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    writer = PredictionFiles(tmp_path, ["a"], [[1, 2, 3]])
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"/a.png' cannot be written \(No space left on device\);"):
+        writer.write(Path("a"), pixels, pixels[..., 0], None)
+    assert written(tmp_path) == []
+    (tmp_path / "file").touch()
+    writer.folder = tmp_path / "file"
+    with pytest.raises(ValueError, match=r"^--output: '.*/a.png' cannot be written \(Not a dir"):
+        writer.write(Path("a"), pixels, pixels[..., 0], None)
+
+
+def test_more_than_256_classes_are_16_bit_grey(run, pictures, tmp_path, monkeypatch):
+    Image.fromarray(photograph(40, 50)).save(pictures / "a.png")
+    train_ids = np.arange(2000).reshape(40, 50) % 300
+
+    def load(ckpt):
+        task = load_task(ckpt)
+        task.class_names = [f"class {number}" for number in range(300)]
+        task.palette = np.random.default_rng(0).integers(0, 256, (300, 3)).tolist()
+        return task
+
+    monkeypatch.setattr(MODULE, "load_task", load)
+    monkeypatch.setattr(Inference, "labels", lambda *arguments: torch.from_numpy(train_ids)[None])
+    assert run(pictures)[0] == 0
+    assert Image.open(tmp_path / "out/masks/a.png").mode == "I;16"
+    assert np.array_equal(mask(tmp_path / "out", "a"), train_ids)
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Function: empty files of these names below the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(*names):
+        for name in names:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).touch()
+
+    return make
+
+
+def found(pattern, output="out"):
+    """Output names by file, as text."""
+    return {str(file): str(name) for file, name in find_pictures(pattern, Path(output)).items()}
+
+
+def test_a_folder_is_searched_for_pictures_with_all_below_it(tree):
+    tree("in/b.JPG", "in/a.png", "in/sub/deep/c.tiff", "in/notes.txt", "in/._b.jpg", "in/d.jpg/x")
+    expected = {"in/a.png": "a", "in/b.JPG": "b", "in/sub/deep/c.tiff": "sub/deep/c"}
+    assert found("in") == found("in/") == found("./in") == expected
+    assert list(found("in")) == sorted(expected)
+    assert found(os.path.abspath("in")).keys() == {os.path.abspath(file) for file in expected}
+    assert list(found(os.path.abspath("in")).values()) == list(expected.values())
+
+
+def test_patterns(tree):
+    tree("in/1/a.jpg", "in/2/a.jpg", "in/2/b.gif", "in/2/x/a.jpg", "other/a.jpg")
+    assert found("in/*/a.jpg") == {"in/1/a.jpg": "1/a", "in/2/a.jpg": "2/a"}
+    assert set(found("in/**/a.jpg")) == {"in/1/a.jpg", "in/2/a.jpg", "in/2/x/a.jpg"}
+    assert found("in/2/*") == {"in/2/a.jpg": "a", "in/2/b.gif": "b"}  # what was asked for
+    assert found("in/[2]/?.gif") == {"in/2/b.gif": "2/b"}
+    assert found("./in/../other/*.jpg") == {"other/a.jpg": "a"}
+    with pytest.raises(ValueError, match=r"^--input: 'other/a.jpg' is not below 'in', where the"):
+        find_pictures("in/*/../../other/a.jpg", Path("out"))
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tree):
+    tree("in/a[1].jpg", "in/a1.jpg", "[x]/b.jpg")
+    assert found("in/a[1].jpg") == {"in/a[1].jpg": "a[1]"}
+    assert found("[x]") == {"[x]/b.jpg": "b"}
+
+
+def test_pictures_never_share_a_name(tree):
+    tree("in/a.jpg", "in/a.png", "in/b.png", "in/sub/a.png")
+    assert found("in") == {
+        "in/a.jpg": "a.jpg",
+        "in/a.png": "a.png",
+        "in/b.png": "b",
+        "in/sub/a.png": "sub/a",
+    }
+    tree("in/a.jpg.png", "in/b.png.png")
+    names = found("in").values()
+    assert len(set(names)) == len(names) == 6
+    tree("in/c")
+    assert found("in/c*") == {"in/c": "c"}
+
+
+def test_what_was_written_before_is_no_input(tree):
+    tree("in/a.jpg", "in/masks/a.png", "in/overlays/a.png", "in/more/masks/b.png")
+    assert set(found("in", output="in")) == {"in/a.jpg", "in/more/masks/b.png"}
+    assert set(found("in/**/*", output="./in")) == {"in/a.jpg", "in/more/masks/b.png"}
+    Path("link").symlink_to("in")
+    assert set(found("link", output="in")) == {"link/a.jpg", "link/more/masks/b.png"}

@@ -1,0 +1,90 @@
+"""``recipe diff`` as its user meets it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from segformer_pl.cli import main
+from segformer_pl.commands.recipe import recipe
+
+RECIPES = Path(__file__).parents[2] / "experiments" / "recipes"
+BASE, DELTA = RECIPES / "ade20k.yaml", RECIPES / "segformer_b0_ade20k_512_160k.yaml"
+
+
+@pytest.fixture
+def diff(capsys):
+    """Function: the lines that ``recipe diff`` prints."""
+
+    def call(*sources):
+        assert main(["recipe", "diff", *map(str, sources)]) is None
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def fail(capsys):
+    """Function: run a command that must fail, return the one sentence."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main(["recipe", *map(str, arguments)])
+        code = exit_.value.code
+        message = code if isinstance(code, str) else capsys.readouterr().err
+        assert code not in (0, None)
+        assert message.startswith("error: ")
+        assert "\n" not in message.rstrip("\n")
+        return message
+
+    return call
+
+
+def test_files_are_merged_as_the_command_line_merges_them(diff, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "model: {encoder_weights: mit_b0.pth, lr: 1.0e-4}\ntrainer: {devices: auto}\n"
+    )
+    lines = diff(BASE, DELTA, tmp_path / "mine.yaml")
+    assert lines[0] == "Compared with the paper's recipe for SegFormer-B0 on ADE20K."
+    assert lines[1].split() == ["setting", "paper", "here", "source"]
+    assert lines[2].split()[:3] == ["model.lr", "6e-05", "0.0001"]
+    assert lines[3].startswith("data.batch_size  16 samples per step  batch_size 2 x devices auto")
+    assert lines[4] == "2 departures; and what no setting changes:"
+    assert all(line.startswith("- ") for line in lines[5:])
+
+
+def test_a_run_folder_is_taken_as_it_is(tmp_path, capsys):
+    asked = []
+
+    def complete(files):
+        asked.append(files)
+        return yaml.safe_load(Path(files[0]).read_text())
+
+    run = tmp_path / "version_0"
+    run.mkdir()
+    network = {"class_path": "segformer_pl.models.segformer_b0"}
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"network": network, "lr": 1e-3}}))
+    recipe(["diff", str(run)], complete)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["model.lr", "6e-05", "0.001"] in [line[:3] for line in lines]
+    # Of a version that did not know the setting: what it did then is not what is done now.
+    assert ["model.schedule", "paper", "not", "stated"] in [line[:4] for line in lines]
+    assert asked == []
+    # With another file it is a new run, and the command line fills in what is missing.
+    recipe(["diff", str(run), "mine.yaml"], complete)
+    assert asked == [[str(run / "config.yaml"), "mine.yaml"]]
+
+
+def test_bad_input_gets_one_sentence(fail, tmp_path):
+    assert f"'{tmp_path}' holds no config.yaml; give the folder of one run" in fail(
+        "diff", tmp_path
+    )
+    assert "nowhere.yaml" in fail("diff", tmp_path / "nowhere.yaml")
+    (tmp_path / "config.yaml").write_text("a: !!python/object:os.path {}\n")
+    assert "config.yaml' cannot be read as YAML" in fail("diff", tmp_path)
+    (tmp_path / "config.yaml").write_text("just words\n")
+    assert "does not hold the settings of a run" in fail("diff", tmp_path)
+    (tmp_path / "mine.yaml").write_text("model: {learning_rate: 0.1}\n")
+    assert "learning_rate" in fail("diff", BASE, DELTA, tmp_path / "mine.yaml")
+    assert "invalid choice: 'differences'" in fail("differences", BASE)
+    assert "sources" in fail("diff")

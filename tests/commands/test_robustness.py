@@ -1,0 +1,215 @@
+"""robustness as its user meets it: the scores of validate, interrupted and gone on with."""
+
+import csv
+import importlib
+import json
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from segformer_pl.cli import main
+from segformer_pl.commands.checkpoint import load_data, load_task
+from segformer_pl.commands.robustness import SETTINGS, robustness
+from segformer_pl.data import DataError, shapes
+from segformer_pl.data.order import StoredOrder
+from segformer_pl.data.streaming import Samples
+from segformer_pl.data.transforms import to_tensors
+
+# As an attribute of the package it is the function of the same name.
+command = importlib.import_module("segformer_pl.commands.robustness")
+
+FEW = [
+    ("clean", "clean", 0),
+    ("blur", "motion_blur", 1),
+    ("noise", "shot_noise", 3),
+    ("weather", "fog", 5),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of a run of one step; the classifier drawn anew, so that pictures have several classes."""
+    folder = tmp_path_factory.mktemp("run")
+    shapes.generate(folder / "data", {"train": 2, "validation": 6})
+    settings = {
+        "model.network": "segformer_pl.models.segformer_b0",
+        "model.network.decoder_dim": 16,
+        "data.path": folder / "data",
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 1,
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+        "trainer.logger.save_dir": folder,
+    }
+    main(["fit", *(f"--{key}={value}" for key, value in settings.items())])
+    (file,) = folder.rglob("last.ckpt")
+    content = torch.load(file, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    content["state_dict"]["network.head.classifier.weight"].normal_(generator=generator)
+    del content["optimizer_states"]
+    torch.save(content, file)
+    return file
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Only four of the settings, and no time spent on the figure."""
+    monkeypatch.setattr(command, "SETTINGS", FEW)
+    monkeypatch.setattr(command, "plot", lambda result: Figure())
+
+
+def run(checkpoint, output, *options):
+    robustness([f"--ckpt={checkpoint}", f"--output={output}", "--device=cpu", *options])
+
+
+def rows(output):
+    with (output / "robustness.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_settings_are_the_papers():
+    assert len(SETTINGS) == len(set(SETTINGS)) == 1 + 12 * 5 + 4 * 3
+    assert SETTINGS[0] == ("clean", "clean", 0)
+    assert SETTINGS[1] == ("blur", "motion_blur", 1)
+    assert SETTINGS[-1] == ("weather", "frost", 5)
+    assert ("noise", "shot_noise", 4) not in SETTINGS
+
+
+def test_clean_is_what_validate_says(few, checkpoint, tmp_path, capsys):
+    run(checkpoint, tmp_path / "out")
+    printed = capsys.readouterr().out
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    task, data = load_task(checkpoint), load_data(checkpoint)
+    known = trainer.validate(task, datamodule=data, verbose=False)[0]
+    found = rows(tmp_path / "out")
+    assert [(r["group"], r["corruption"], int(r["severity"])) for r in found] == FEW
+    assert float(found[0]["miou"]) == pytest.approx(known["val/miou"], abs=1e-7)
+    assert 0 < float(found[0]["miou"]) < 1
+    assert len({r["miou"] for r in found}) == 4
+    assert {r["num_images"] for r in found} == {"6"}
+    out = tmp_path / "out"
+    assert printed.endswith(f"table: {out / 'robustness.md'}\n")
+    assert "mIoU in percent: clean " in printed
+    numbers = json.loads((out / "robustness.json").read_text())
+    assert numbers["clean"] == float(found[0]["miou"])
+    assert numbers["severities"]["weather"]["fog"]["5"] == float(found[3]["miou"])
+    assert (out / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "robustness.md").read_text().count("| fog |") == 2
+
+
+@pytest.mark.slow
+def test_loader_processes_change_nothing(few, checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "a", "--num-images=5")
+    run(checkpoint, tmp_path / "b", "--num-images=5", "--num-workers=2")
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_interrupted_and_gone_on_with(few, checkpoint, tmp_path, monkeypatch):
+    run(checkpoint, tmp_path / "whole", "--num-images=3")
+    score, scored = command._score, []
+
+    def interrupted(*arguments):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(score(*arguments))
+        return scored[-1]
+
+    monkeypatch.setattr(command, "_score", interrupted)
+    with pytest.raises(SystemExit, match=r"interrupted: 2 of 4 passes are in .*; the same command"):
+        run(checkpoint, tmp_path / "part", "--num-images=3")
+    assert rows(tmp_path / "part") == rows(tmp_path / "whole")[:2]
+    assert not (tmp_path / "part" / "robustness.md").exists()
+    # A row lost from the middle is made again, in its place.
+    file = tmp_path / "part" / "robustness.csv"
+    header, _, last = file.read_text().splitlines()
+    file.write_text(f"{header}\n{last}\n")
+    scored.clear()
+    monkeypatch.setattr(command, "_score", lambda *a: scored.append(score(*a)) or scored[-1])
+    run(checkpoint, tmp_path / "part", "--num-images=3")
+    assert len(scored) == 3
+    for name in ("robustness.csv", "robustness.md", "robustness.json"):
+        assert (tmp_path / "part" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    scored.clear()
+    run(checkpoint, tmp_path / "part", "--num-images=3")
+    assert scored == []
+
+
+def test_another_checkpoint_or_number_is_not_mixed_in(few, checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "out", "--num-images=2")
+    before = rows(tmp_path / "out")
+    with pytest.raises(ValueError, match="its number of pictures is 2, here it is 6; give another"):
+        run(checkpoint, tmp_path / "out")
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["network.head.classifier.bias"] += 1
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"its checkpoint \(its SHA-256\) is .*, here it is "):
+        run(tmp_path / "other.ckpt", tmp_path / "out", "--num-images=2")
+    shapes.generate(tmp_path / "data", {"validation": 7})
+    with pytest.raises(ValueError, match="its fingerprint of the shards is "):
+        run(checkpoint, tmp_path / "out", "--num-images=2", f"--data.path={tmp_path / 'data'}")
+    assert rows(tmp_path / "out") == before
+
+
+def test_a_picture_is_corrupted_alike_whatever_else_is_read(checkpoint):
+    data = load_data(checkpoint)
+    source = data.open("validation")
+    samples = Samples(data.entry, source, StoredOrder(source.group_rows), to_tensors)
+    corrupted = command.CorruptedSamples(samples, FEW, 0)
+    fog, clean = corrupted[3, 4], corrupted[0, 4]
+    assert fog["id"] == clean["id"]
+    assert torch.equal(fog["label"], clean["label"])
+    assert not torch.equal(fog["image"], clean["image"])
+    alone = command.CorruptedSamples(samples, FEW[3:], 0)
+    assert torch.equal(alone[0, 4]["image"], fog["image"])
+    other = command.CorruptedSamples(samples, FEW, 1)
+    assert not torch.equal(other[3, 4]["image"], fog["image"])
+    noise = [(corrupted[2, n]["image"] - corrupted[0, n]["image"]).numpy() for n in (0, 1)]
+    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.2
+
+
+def test_pictures_are_spread_over_the_split(few, checkpoint, tmp_path, monkeypatch):
+    seen = []
+    getitem = Samples.__getitem__
+    monkeypatch.setattr(Samples, "__getitem__", lambda self, p: seen.append(p) or getitem(self, p))
+    run(checkpoint, tmp_path / "out", "--num-images=3")
+    assert seen == [0, 2, 4] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-images=7"], "--num-images 7: the validation split has 6 pictures; give at most"),
+        (["--ckpt=nowhere.ckpt"], "--ckpt: there is no file 'nowhere.ckpt'"),
+        (["--data.path=nowhere"], "data.path: there is no folder 'nowhere'"),
+    ],
+)
+def test_refused(checkpoint, tmp_path, options, message):
+    with pytest.raises((ValueError, DataError), match=message):
+        run(checkpoint, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--num-images=0"], ["--num-workers=-1"], ["--severity=9"], ["--device=tpu"]]
+)
+def test_arguments_are_checked(checkpoint, tmp_path, capsys, options):
+    with pytest.raises(SystemExit) as exit_:
+        run(checkpoint, tmp_path / "out", *options)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_all_settings(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "out", "--num-images=2")
+    assert len(rows(tmp_path / "out")) == 73
+    table = (tmp_path / "out" / "robustness.md").read_text().splitlines()[4]
+    assert table.count("|") == 18
