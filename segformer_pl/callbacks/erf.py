@@ -26,11 +26,12 @@ class EffectiveReceptiveField(pl.Callback):
         num_images: How many pictures to average over, on all ranks together.
         every_n_steps: Training steps between two measurements at least; by default every
             validation is followed by one.
-        batch_size: Pictures in a pass; bounds the memory.
+        batch_size: Pictures in a pass; bounds the memory. By default as many as the network's
+            device does quickly.
     """
 
     def __init__(
-        self, num_images: int = 16, every_n_steps: int | None = None, batch_size: int = 4
+        self, num_images: int = 16, every_n_steps: int | None = None, batch_size: int | None = None
     ) -> None:
         self.num_images = num_images
         self.every_n_steps = every_n_steps

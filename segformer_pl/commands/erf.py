@@ -27,6 +27,7 @@ from segformer_pl.models.checkpoints import load_network
 from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
 
 DPI = 150
+PICTURES_IN_A_BATCH = 16  # as read; the measurement takes them apart as it needs
 TIMM = "timm:"
 
 
@@ -81,7 +82,7 @@ def erf(arguments: list[str]) -> None:
         "--reduction", default="relu", help="relu, l1, sum, random, or a channel's number"
     )
     parser.add_argument("--gradient", default="abs", choices=["abs", "relu"])
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures in a pass")
+    parser.add_argument("--batch-size", type=int, help="pictures in a pass; bounds the memory")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -182,7 +183,7 @@ def _measure(
     options: Any,
 ) -> ERF:
     network = subject.network.to(options.device)
-    step = options.batch_size
+    step = options.batch_size or PICTURES_IN_A_BATCH
     parts = [pictures[start : start + step] for start in range(0, len(pictures), max(step, 1))]
     sizes = {tuple(one["image"].shape[2:]) for one in pictures}
     if len(sizes) > 1:
@@ -257,8 +258,8 @@ def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"{about['model']} ({about['weights']}), {result.num_images} pictures of "
         f"{'x'.join(map(str, result.recipe['image_size']))} pixels, 95 % intervals",
-        f"{'layer':<10}{'radius 50 %, px':>22}{'radius 95 %, px':>22}{'area 50 %, %':>22}"
-        f"{'within 16 px, %':>22}",
+        f"{'layer':<10}{'radius 50 %, px':>24}{'radius 95 %, px':>24}{'area 50 %, %':>26}"
+        f"{'within 16 px, %':>24}",
     ]
     for name, row in numbers.items():
         cells = [
@@ -271,5 +272,6 @@ def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
             f"{factor * value:.3g} [{factor * low:.3g}, {factor * high:.3g}]"
             for (value, low, high), factor in cells
         ]
-        lines.append(f"{name:<10}" + "".join(f"{text:>22}" for text in texts))
+        widths = (24, 24, 26, 24)
+        lines.append(f"{name:<10}" + "".join(f"{t:>{w}}" for t, w in zip(texts, widths)))
     return "\n".join(lines) + "\n"

@@ -32,6 +32,7 @@ class NoFieldError(ValueError):
 
 Batch = Tensor | Mapping[str, Any]
 Images = Tensor | Iterable[Batch]
+PIXELS_IN_A_PASS = 512 * 512
 
 
 def effective_receptive_field(
@@ -75,8 +76,9 @@ def effective_receptive_field(
         gradient: ``"abs"``, ``"relu"`` (positive part) or ``"signed"``.
         preprocess: Applied to every batch first, such as ``task.normalize``.
         num_images: How many pictures to take at most.
-        batch_size: Pictures in a pass; bounds the memory. By default 8, but 1 on the CPU, where
-            one fills the caches and more only spill them.
+        batch_size: Pictures in a pass; bounds the memory. By default as many as make up 512x512
+            pixels, at least one, on the CPU, where more spill the caches; eight times that on
+            other devices.
         layout: Of layers that are modules, where their shape leaves it open.
         seed: Of the random projection.
         about: What the result should say of itself: model, weights, data.
@@ -88,12 +90,11 @@ def effective_receptive_field(
     check_reduction(reduction, gradient)
     if (batch_size is not None and batch_size < 1) or (num_images is not None and num_images < 1):
         raise ValueError("batch_size and num_images: give integers of at least 1")
-    if batch_size is None:
-        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-        batch_size = 1 if on_cpu else 8
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    pixels = PIXELS_IN_A_PASS * (1 if on_cpu else 8)
     taps = Taps(model, layers, layout)
     pass_ = _Pass(model, taps, units, reduction, gradient, preprocess, seed)
-    for names, pictures, labels in _chunks(images, batch_size, num_images):
+    for names, pictures, labels in _chunks(images, batch_size, pixels, num_images):
         pass_.take(names, pictures, labels)
     return pass_.result(dict(about or {}))
 
@@ -270,9 +271,10 @@ def describe_units(units: Literal["center"] | Pixels | Grid | ClassPixels) -> An
 
 
 def _chunks(
-    images: Images, batch_size: int, num_images: int | None
+    images: Images, batch_size: int | None, pixels: int, num_images: int | None
 ) -> Iterator[tuple[list[str], Tensor, Tensor | None]]:
-    """Names, pictures and labels, ``batch_size`` at a time, no batch read that is not needed."""
+    """Names, pictures and labels, ``batch_size`` or so many ``pixels`` at a time, no batch read
+    that is not needed."""
     num_read = 0
     for batch in [images] if isinstance(images, Tensor) else images:
         pictures = batch if isinstance(batch, Tensor) else batch["image"]
@@ -289,8 +291,9 @@ def _chunks(
             names, pictures = [names[i] for i in kept], pictures[kept]
             labels = None if labels is None else labels[kept]
         left = len(pictures) if num_images is None else num_images - num_read
-        for start in range(0, min(len(pictures), left), batch_size):
-            stop = min(start + batch_size, left, len(pictures))
+        step = batch_size or max(pixels // (pictures.shape[2] * pictures.shape[3]), 1)
+        for start in range(0, min(len(pictures), left), step):
+            stop = min(start + step, left, len(pictures))
             yield (
                 names[start:stop],
                 pictures[start:stop],

@@ -1,5 +1,6 @@
 """Figures of receptive fields, in the layout of SegFormer's Figure 3 and beside it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from segformer_pl.analysis.erf.result import ERF, LayerERF
 
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, INK)
 LINES = ("-", "--", ":", "-.")
-DECADES = 3  # of the colour scale
+DECADES = (3, 5)  # of the colour scale: least and most
 ZOOM = 8  # a zoom box shows one eighth of the picture's sides
 SHARES = np.concatenate([np.linspace(0.02, 0.98, 49), [0.99]])
 
@@ -27,9 +28,9 @@ def plot_erf(
 ) -> Figure:
     """Rows of networks, columns of layers: the paper's Figure 3.
 
-    Every panel is scaled to its own maximum, on a logarithmic scale over three decades; below it
-    stands the scale that this hides. Layers in ``zoom`` get a second panel with the middle eighth,
-    where the unit's own surroundings show.
+    Every panel is scaled to its own maximum, which stands below it, on one logarithmic scale over
+    three to five decades: as many as show half of the pixels of every panel. Layers in ``zoom`` get
+    a second panel with the middle eighth, where the unit's own surroundings show.
 
     Args:
         fields: One result, or several by the name of the row.
@@ -54,18 +55,20 @@ def plot_erf(
     )
     grid = figure.subplots(len(heights), num_columns, squeeze=False, height_ratios=heights)
     picture: Any = None
+    floor = _floor([field for erf in rows.values() for field in erf.layers.values()])
     for number, (label, erf) in enumerate(rows.items()):
         lines = grid[2 * number : 2 * number + 2] if zoomed else grid[number : number + 1]
         for axes in np.asarray(lines).ravel():
             axes.set_axis_off()
         for column, (name, field) in enumerate(erf.layers.items()):
             axes = lines[0][column]
-            picture = _draw(axes, field, number_of_row=number, name=name)
+            picture = _draw(axes, field, floor)
+            axes.set_title(_title(field), fontsize=8)
             if column == 0:
                 axes.set_ylabel(f"{label}\n{_offset('below', field)}".strip(), fontsize=8)
             if zoomed and name in zoom and field.pixel is not None:
                 color = VERMILLION if name == "stage4" else "#56B4E9"
-                _draw_zoom(axes, lines[1][column], field, color)
+                _draw_zoom(axes, lines[1][column], field, floor, color)
     figure.colorbar(
         picture,
         ax=grid.ravel().tolist(),
@@ -97,19 +100,28 @@ def _relative(field: LayerERF) -> npt.NDArray[np.float64]:
     return values / max(values.max(), np.finfo(np.float64).tiny)
 
 
-def _draw(axes: Axes, field: LayerERF, number_of_row: int, name: str) -> Any:
+def _floor(fields: Sequence[LayerERF]) -> float:
+    """Lowest value of the colour scale."""
+    medians = [np.median(values[values > 0]) for values in map(_relative, fields) if values.any()]
+    least, most = DECADES
+    return 10.0 ** -min(max(math.ceil(-math.log10(min(medians, default=1.0))), least), most)
+
+
+def _title(field: LayerERF) -> str:
+    half = f"{field.name}\nhalf of it in {100 * field.area_ratio(0.5):.2g} % of the area"
+    return (
+        half if field.pixel is None else f"{half},\nwithin {field.radius(0.5):.0f} px of the unit"
+    )
+
+
+def _draw(axes: Axes, field: LayerERF, floor: float) -> Any:
     axes.set_axis_on()
     picture = axes.imshow(
         _relative(field),
-        norm=LogNorm(10.0**-DECADES, 1, clip=True),
+        norm=LogNorm(floor, 1, clip=True),
         cmap="magma",
         extent=_extent(field),
         interpolation="nearest",
-    )
-    axes.set_title(
-        f"{name}\nhalf of it in {100 * field.area_ratio(0.5):.2g} % of the area"
-        + ("" if field.pixel is None else f",\nwithin {field.radius(0.5):.0f} px of the unit"),
-        fontsize=8,
     )
     axes.set_xlabel(
         f"{_offset('right of', field)}\nmaximum {field.mean.max():.2g}", fontsize=7, color=INK
@@ -118,7 +130,7 @@ def _draw(axes: Axes, field: LayerERF, number_of_row: int, name: str) -> Any:
     return picture
 
 
-def _draw_zoom(whole: Axes, axes: Axes, field: LayerERF, color: str) -> None:
+def _draw_zoom(whole: Axes, axes: Axes, field: LayerERF, floor: float, color: str) -> None:
     """The middle of a panel, in its colours, framed in the colour of the box it comes from."""
     reach = max(max(field.mean.shape) / ZOOM / 2, 8)
     whole.add_patch(
@@ -126,14 +138,7 @@ def _draw_zoom(whole: Axes, axes: Axes, field: LayerERF, color: str) -> None:
             (-reach, -reach), 2 * reach, 2 * reach, fill=False, edgecolor=color, linewidth=1.2
         )
     )
-    axes.set_axis_on()
-    axes.imshow(
-        _relative(field),
-        norm=LogNorm(10.0**-DECADES, 1, clip=True),
-        cmap="magma",
-        extent=_extent(field),
-        interpolation="nearest",
-    )
+    _draw(axes, field, floor)
     axes.set_xlim(-reach, reach)
     axes.set_ylim(reach, -reach)
     for spine in axes.spines.values():
@@ -163,7 +168,7 @@ def plot_radial_profiles(fields: ERF | Mapping[str, ERF], title: str = "") -> Fi
             low, high = _band(field, lambda erf: 100 * erf.radial_profile().energy)
             right.fill_between(profile.radius, low, high, color=style["color"], alpha=0.15, lw=0)
     left.set_yscale("log")
-    left.set_ylim(10.0 ** -(DECADES + 1), 1.3)
+    left.set_ylim(10.0 ** -DECADES[1], 1.3)
     left.set_ylabel("mean over a ring / its maximum (log scale)")
     right.set_ylabel("share of the field within the radius (%)")
     right.set_ylim(0, 101)
@@ -238,7 +243,7 @@ def plot_difference(first: ERF, second: ERF, names: tuple[str, str], title: str 
     for axes, name, difference in zip(grid, common, differences):
         picture = axes.imshow(
             difference,
-            norm=SymLogNorm(linthresh=limit * 10.0**-DECADES, vmin=-limit, vmax=limit),
+            norm=SymLogNorm(linthresh=limit * 10.0 ** -DECADES[0], vmin=-limit, vmax=limit),
             cmap="PuOr_r",
             extent=_extent(first[name]),
             interpolation="nearest",
@@ -252,13 +257,14 @@ def plot_difference(first: ERF, second: ERF, names: tuple[str, str], title: str 
         picture,
         ax=list(grid),
         shrink=0.9,
-        label=f"more in {names[1]} (below 0) or in {names[0]}\n(1: the density of an even field)",
+        label="difference of densities\n(1: density of an even field)",
     )
     powers = [10.0**p for p in (-1, 0, 1, 2) if 10.0**p <= limit]
     bar.set_ticks([*(-p for p in reversed(powers)), 0.0, *powers])
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)
-    figure.suptitle(title or f"{names[0]} minus {names[1]}", fontsize=10)
+    legend = f"orange: more in {names[0]}; purple: more in {names[1]}"
+    figure.suptitle(f"{title}\n{legend}" if title else legend, fontsize=10)
     return figure
 
 
@@ -300,7 +306,7 @@ def plot_signed(erf: ERF, title: str = "") -> Figure:
         limit = float(np.abs(field.mean).max()) or 1.0
         picture = axes.imshow(
             field.mean / limit,
-            norm=SymLogNorm(linthresh=10.0**-DECADES, vmin=-1, vmax=1),
+            norm=SymLogNorm(linthresh=10.0 ** -DECADES[0], vmin=-1, vmax=1),
             cmap="PuOr_r",
             extent=_extent(field),
             interpolation="nearest",

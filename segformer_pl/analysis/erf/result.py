@@ -36,7 +36,8 @@ class LayerERF:
         variance: (H, W), of a single picture's map; nan with one picture.
         groups: (G, H, W), the mean over each group of pictures, for resampling.
         group_counts: (G,), pictures in each group.
-        pixel: (row, column) of the pixel whose unit was measured; None for a class.
+        pixel: (row, column) of the pixel whose unit was measured, from which distances count; the
+            unit's own centre is up to a stride above and to the left of it. None for a class.
         grid: (h, w) units of the layer.
         gradient: ``abs``, ``relu`` or ``signed``.
     """
