@@ -53,6 +53,7 @@ def fit(callback, folder, max_steps=4):
     return task, folder / "run" / "version_0"
 
 
+@pytest.mark.slow
 def test_curves_are_those_of_the_network_on_the_first_pictures(tmp_path):
     task, run = fit(EffectiveReceptiveField(3), tmp_path)
     columns = read_metrics(run)

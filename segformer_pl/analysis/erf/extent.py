@@ -7,6 +7,7 @@ gives nan.
 """
 
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -60,11 +61,19 @@ def square_area_ratio(erf: Map, share: float, center: Center = None) -> float:
     raise AssertionError("the last square is the picture")
 
 
+@lru_cache(maxsize=4)  # asked for again with every resample
 def distances(shape: tuple[int, ...], center: Center = None) -> npt.NDArray[np.float64]:
-    """(H, W), distance of every pixel from the unit's."""
+    """(H, W), distance of every pixel from the unit's; not to be written to."""
     row, column = (shape[0] // 2, shape[1] // 2) if center is None else center
     rows, columns = np.ogrid[: shape[0], : shape[1]]
-    return np.hypot(rows - row, columns - column)
+    found = np.hypot(rows - row, columns - column)
+    found.flags.writeable = False
+    return found
+
+
+@lru_cache(maxsize=4)
+def _rings(shape: tuple[int, ...], center: Center) -> npt.NDArray[np.int64]:
+    return np.rint(distances(shape, center)).astype(np.int64).ravel()
 
 
 class RadialProfile(NamedTuple):
@@ -83,7 +92,7 @@ class RadialProfile(NamedTuple):
 
 def radial_profile(erf: Map, center: Center = None) -> RadialProfile:
     """The map as a function of the distance from the unit, rounded to whole pixels."""
-    rings = np.rint(distances(erf.shape, center)).astype(np.int64).ravel()
+    rings = _rings(erf.shape, center)
     sums = np.bincount(rings, weights=erf.ravel().astype(np.float64))
     counts = np.bincount(rings)
     present = counts > 0

@@ -161,23 +161,35 @@ class LayerERF:
             num_resamples: How often.
             seed: Of the resampling; torch's and numpy's own states are left alone.
         """
-        value = number(self)
-        if len(self.groups) < 2:
-            return Interval(value, float("nan"), float("nan"))
-        rng = np.random.default_rng(seed)
-        values = [
-            number(self._resampled(rng.integers(len(self.groups), size=len(self.groups))))
-            for _ in range(num_resamples)
-        ]
+        return self.intervals({"": number}, level, num_resamples, seed)[""]
+
+    def intervals(
+        self,
+        numbers: Mapping[str, Callable[["LayerERF"], float]],
+        level: float = 0.95,
+        num_resamples: int = 200,
+        seed: int = 0,
+    ) -> dict[str, Interval]:
+        """Several numbers with their intervals, from the same resamples: see :meth:`interval`."""
+        values: dict[str, list[float]] = {name: [] for name in numbers}
+        if len(self.groups) > 1:
+            rng = np.random.default_rng(seed)
+            for _ in range(num_resamples):
+                resampled = self._resampled(rng.integers(len(self.groups), size=len(self.groups)))
+                for name, number in numbers.items():
+                    values[name].append(number(resampled))
         tail = (1 - level) / 2
-        if not np.isfinite(values).any():
-            return Interval(value, float("nan"), float("nan"))
-        low, high = np.nanquantile(values, [tail, 1 - tail])
-        return Interval(value, float(low), float(high))
+        found = {}
+        for name, number in numbers.items():
+            low, high = float("nan"), float("nan")
+            if np.isfinite(values[name]).any():
+                low, high = map(float, np.nanquantile(values[name], [tail, 1 - tail]))
+            found[name] = Interval(number(self), low, high)
+        return found
 
     def _resampled(self, drawn: npt.NDArray[np.int64]) -> "LayerERF":
         weights = np.bincount(drawn, minlength=len(self.groups)) * self.group_counts
-        mean = np.tensordot(weights / weights.sum(), self.groups, axes=1)
+        mean = np.tensordot((weights / weights.sum()).astype(np.float32), self.groups, axes=1)
         return LayerERF(
             self.name,
             mean,
@@ -249,9 +261,13 @@ class ERF:
             if erf.gradient == "signed":
                 table[name] = row
                 continue
-            for key, number in bounded.items():
-                if erf.pixel is not None or key.startswith("area"):
-                    row[key] = list(erf.interval(number, level, num_resamples))
+            possible = {
+                key: number
+                for key, number in bounded.items()
+                if erf.pixel is not None or key.startswith("area")
+            }
+            intervals = erf.intervals(possible, level, num_resamples)
+            row |= {key: list(interval) for key, interval in intervals.items()}
             row["anisotropy"], row["anisotropy_angle"] = erf.anisotropy()
             if erf.pixel is not None:
                 for share in SHARES:

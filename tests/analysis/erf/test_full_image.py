@@ -19,7 +19,9 @@ def network(randomize):
 IMAGE = torch.randn(3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("layer", ["stage3", "encoder.stages.3.blocks"])
+@pytest.mark.parametrize(
+    "layer", ["encoder.stages.3.blocks", pytest.param("stage3", marks=pytest.mark.slow)]
+)
 def test_batched_products_equal_the_loop(network, layer):
     loop = radius_map(network, IMAGE, layer, method="loop")
     batched = radius_map(network, IMAGE, layer, method="vjp", batch_size=5)
