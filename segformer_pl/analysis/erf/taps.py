@@ -76,6 +76,10 @@ class Taps:
         self.layers = None if layers is None else list(layers)
         self.layout = layout
         self.modules = dict(model.named_modules())
+        # Single units of feature maps at less cost, where the network knows how.
+        self.gives_units = hasattr(model, "unit_features") and not any(
+            "." in name or name == OUTPUT for name in layers or ()
+        )
         if layers is None and not hasattr(model, "feature_maps"):
             some = [name for name in self.modules if name.count(".") < 2 and name][:12]
             raise ValueError(
@@ -98,8 +102,7 @@ class Taps:
         caught: dict[str, Tensor] = {}
         wanted = self.layers or []
         hooked = {name: self.modules[name] for name in wanted if name and name in self.modules}
-        named_maps = self.layers is None or any(name not in (*hooked, OUTPUT) for name in wanted)
-        if named_maps and hasattr(self.model, "feature_maps"):
+        if self.may_name_maps and hasattr(self.model, "feature_maps"):
             with _hooks(hooked, caught):
                 maps = functional_call(_FeatureMaps(self.model), state, (images,))
         rest = [name for name in wanted if name not in maps and name not in caught]
@@ -123,11 +126,10 @@ class Taps:
         }
 
     @property
-    def has_units(self) -> bool:
-        """Whether the network computes single units of the layers asked for at less cost."""
-        if not hasattr(self.model, "unit_features"):
-            return False
-        return self.layers is None or not any(n == OUTPUT or n in self.modules for n in self.layers)
+    def may_name_maps(self) -> bool:
+        """Whether a layer can be a key of ``feature_maps``. One that is wins over the module of
+        the same name: SegFormer's ``head`` is the fused map, its module returns logits."""
+        return self.layers is None or any("." not in n and n != OUTPUT for n in self.layers)
 
     def units(
         self, images: Tensor, state: dict[str, Tensor], pixels: Pixels
@@ -138,25 +140,24 @@ class Taps:
             ValueError: see :meth:`__call__`.
         """
         size = (images.shape[2], images.shape[3])
-        if not self.has_units:
-            return {
-                name: (torch.stack([feature[:, :, r, c] for r, c in zip(rows, columns)], 2), grid)
-                for name, feature in self(images, state).items()
-                for grid in [(feature.shape[2], feature.shape[3])]
-                for rows, columns in [units_of(pixels, size, grid)]
-            }
-        grids: list[tuple[int, int]] = []
+        if self.gives_units:
+            grids: list[tuple[int, int]] = []
 
-        def places(grid: tuple[int, int]) -> tuple[list[int], list[int]]:
-            grids.append(grid)
-            return units_of(pixels, size, grid)
+            def places(grid: tuple[int, int]) -> tuple[list[int], list[int]]:
+                grids.append(grid)
+                return units_of(pixels, size, grid)
 
-        vectors = functional_call(_UnitFeatures(self.model), state, (images, places))
-        for name in self.layers or ():
-            if name not in vectors:
-                raise ValueError(self._no_such_layer(name, vectors))
-        found = dict(zip(vectors, grids, strict=True))
-        return {name: (vectors[name], found[name]) for name in self.layers or vectors}
+            vectors = functional_call(_UnitFeatures(self.model), state, (images, places))
+            found = dict(zip(vectors, grids, strict=True))
+            if found.keys() >= set(self.layers or ()):
+                return {name: (vectors[name], found[name]) for name in self.layers or vectors}
+            self.gives_units = False  # the rest are modules, or mistakes
+        return {
+            name: (torch.stack([feature[:, :, r, c] for r, c in zip(rows, columns)], 2), grid)
+            for name, feature in self(images, state).items()
+            for grid in [(feature.shape[2], feature.shape[3])]
+            for rows, columns in [units_of(pixels, size, grid)]
+        }
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Parameters and buffers, detached, floating-point ones in ``dtype``."""

@@ -31,6 +31,19 @@ def test_feature_maps_modules_and_the_output_in_the_order_asked_for():
     torch.testing.assert_close(normed.permute(0, 3, 1, 2), expected["stage1"])
 
 
+@pytest.mark.parametrize("layers", [["head"], ["head", "encoder.stages.0"], ["head", "output"]])
+def test_a_feature_map_wins_over_the_module_of_its_name(layers):
+    """The module ``head`` returns logits."""
+    model = segformer_b0(5).eval()
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(
+        caught(model, images, layers)["head"], model.feature_maps(images)["head"]
+    )
+    alone = effective_receptive_field(model, images, layers=layers)["head"]
+    together = effective_receptive_field(model, images)["head"]
+    assert alone.mean == pytest.approx(together.mean, rel=1e-3, abs=1e-4 * together.mean.max())
+
+
 def test_one_forward_pass_serves_all_layers():
     model = segformer_b0(5)
     calls = []
