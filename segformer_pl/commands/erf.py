@@ -126,7 +126,9 @@ def _subject(kind: str, source: str, data: StreamingSegmentationData) -> Subject
         task = load_task(source)
         step = torch.load(source, weights_only=True, map_location="cpu").get("global_step")
         label = f"{type(task.network).__name__}, {Path(source).name}"
-        return Subject(task.network, task.normalize, label, f"trained, step {step}")
+        # Not task.normalize, whose tensors would have to follow the network to its device.
+        mean, std = (tuple(t.flatten().tolist()) for t in (task.image_mean, task.image_std))
+        return Subject(task.network, _normalize(mean, std), label, f"trained, step {step}")
     if kind == "weights":
         network, _ = load_network(source)
         label = f"{type(network).__name__}, {Path(source).name}"
