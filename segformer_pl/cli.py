@@ -6,6 +6,7 @@ catalogue entry, so an experiment file states it once, as ``data.dataset``.
 """
 
 import json
+import re
 import sys
 import traceback
 import warnings
@@ -210,11 +211,16 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
         return SegformerCLI(args, run)
     except (DataError, ValueError) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError) and not origin.is_relative_to(Path(__file__).parent):
+        # jsonargparse tries an argument that may be None as both, and lists what each try said.
+        tried = re.match(
+            r"Does not validate against any.+?\n *- (.+?)\n *- ", str(error), re.DOTALL
+        )
+        ours = origin.is_relative_to(Path(__file__).parent)
+        if isinstance(error, ValueError) and not ours and not tried:
             raise  # not a sentence of ours
         # A loader process passes its exception on as text, with the sentence on the last line.
-        sentence = str(error).splitlines()[-1].removeprefix(f"{_qualified(DataError)}: ")
-        sys.exit(f"error: {sentence}")
+        sentence = tried[1] if tried else str(error).splitlines()[-1]
+        sys.exit(f"error: {sentence.removeprefix(f'{_qualified(DataError)}: ')}")
 
 
 def _qualified(cls: type) -> str:

@@ -122,7 +122,7 @@ class Inference:
         """
         labels = images.new_empty(len(images), *size, dtype=torch.int64)
         for rows, band, _ in self._bands(network, images, size):
-            labels[:, rows] = band.argmax(3)
+            labels[:, rows] = _most_likely(band)
         return labels
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class Inference:
             probabilities = band if normalised else band.softmax(3)
             own = band.gather(3, targets[:, rows, :, None]).squeeze(3)
             most = probabilities.amax(3)
-            found.labels[:, rows] = band.argmax(3)
+            found.labels[:, rows] = _most_likely(band)
             found.confidence[:, rows] = most
             found.losses[:, rows] = (
                 -own.clamp(min=torch.finfo(own.dtype).tiny).log()
@@ -294,6 +294,11 @@ class _View:
             )
             opened.append((columns, maps, SeparableMap(rows, across, like=maps)))
         self.opened[index] = opened
+
+
+def _most_likely(band: Tensor) -> Tensor:
+    """``band.argmax(3)``; on the CPU by numpy, which takes a quarter of torch's time for it."""
+    return torch.from_numpy(band.numpy().argmax(3)) if band.is_cpu else band.argmax(3)
 
 
 def _resize(images: Tensor, size: Size) -> Tensor:

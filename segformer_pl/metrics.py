@@ -11,91 +11,120 @@ from torchmetrics import Metric
 NUM_BINS = 15  # of the calibration, as in Guo et al. 2017
 
 
-class SegmentationScores(Metric):
-    """IoU, accuracy, boundary IoU and calibration, accumulated over a set and summed over ranks.
+class _Counts(Metric):
+    """A metric whose state is one table of counts, summed over batches and ranks."""
 
-    The state is small and on the device: one (num_classes, num_classes) matrix, rows label,
-    columns prediction, and the counts of boundary and calibration. Scores are those of the
-    reference protocol: IoU_c = I / (P + L - I), Acc_c = I / L, aAcc = sum I / sum L, mIoU and mAcc
-    are means over the classes present. A class that is neither labelled nor predicted anywhere
-    has no score (nan) and is left out of the means, not counted as 0.
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+
+class SegmentationScores(_Counts):
+    """IoU and accuracy, from one confusion matrix.
+
+    Scores are those of the reference protocol: IoU_c = I / (P + L - I), Acc_c = I / L,
+    aAcc = sum I / sum L, mIoU and mAcc are means over the classes present. A class that is neither
+    labelled nor predicted anywhere has no score (nan) and is left out of the means, not counted
+    as 0.
 
     Args:
         num_classes: Number of classes.
-        ignore_index: The label that does not count.
-        boundary_ratio: Width of the bands that boundary IoU looks at, over the picture's diagonal
-            (0.02 in Cheng et al. 2021, "Boundary IoU").
 
     Attributes:
+        counts: (num_classes, num_classes) int64 pixels, rows label, columns prediction.
         picture_counts: Of the last batch, (B, num_classes, 3) int64: pixels of the intersection,
             labelled pixels, predicted pixels, of every picture and class.
     """
 
-    full_state_update = False
-    confusion: Tensor
-    boundary: Tensor
-    calibration: Tensor
-
-    def __init__(
-        self, num_classes: int, ignore_index: int, boundary_ratio: float = 0.02, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__((num_classes, num_classes), torch.int64, **kwargs)
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        self.boundary_ratio = boundary_ratio
         self.picture_counts: Tensor | None = None
-        for name, shape, dtype in (
-            ("confusion", (num_classes, num_classes), torch.int64),
-            ("boundary", (num_classes, 3), torch.int64),
-            ("calibration", (NUM_BINS, 3), torch.float64),
-        ):
-            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
-    def update(self, predictions: Tensor, labels: Tensor, confidence: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            predictions: (B, H, W) int64 train ids.
-            labels: (B, H, W) int64 train ids.
-            confidence: (B, H, W) probability of the predicted class.
-
-        Raises:
-            ValueError: a label or prediction is not a train id.
-        """
-        truth, found = as_classes(predictions, labels, self.num_classes, self.ignore_index)
+    def update(self, truth: Tensor, found: Tensor) -> None:
+        """Count a batch: labels and predictions (B, H, W) from :func:`as_classes`."""
         matrices = confusion_matrices(truth, found, self.num_classes)
         self.picture_counts = counts_of(matrices)
-        self.confusion += matrices.sum(0)
-        width = max(round(self.boundary_ratio * math.hypot(*labels.shape[1:])), 1)
-        self.boundary += boundary_counts(truth, found, self.num_classes, width)
-        self.calibration += calibration_counts(truth, found, confidence, self.num_classes)
+        self.counts += matrices.sum(0)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores; fractions, float64.
 
         Returns:
             ``miou``, ``macc``, ``aacc``, ``fwiou`` (IoU weighted by the classes' shares of the
-            labelled pixels), ``boundary_iou`` (mean over the classes present), ``ece`` (expected
-            calibration error: mean gap between confidence and accuracy over 15 equal bins of
-            confidence, weighted by their pixels), all scalars; ``iou`` (num_classes,); and
-            ``num_labelled``, the number of pixels that counted. Without any, the rest is nan.
+            labelled pixels), all scalars; ``iou`` (num_classes,); and ``num_labelled``, the number
+            of pixels that counted. Without any, the rest is nan.
         """
-        confusion = self.confusion.double()
+        confusion = self.counts.double()
         intersection = confusion.diagonal()
         labelled = confusion.sum(dim=1)
         iou = _iou(torch.stack([intersection, labelled, confusion.sum(dim=0)], dim=1))
         total = labelled.sum()
-        pixels, confidence, right = self.calibration.unbind(1)
         return {
             "miou": iou.nanmean(),
             "macc": (intersection / labelled).nanmean(),
             "aacc": intersection.sum() / total,
             "fwiou": (labelled * iou.nan_to_num()).sum() / total,
-            "boundary_iou": _iou(self.boundary.double()).nanmean(),
-            "ece": (confidence - right).abs().sum() / pixels.sum(),
             "iou": iou,
             "num_labelled": total,
         }
+
+
+class BoundaryIoU(_Counts):
+    """IoU within bands along the outlines (Cheng et al. 2021), mean over the classes present.
+
+    Args:
+        num_classes: Number of classes.
+        ratio: Width of the bands over the picture's diagonal (the paper's 0.02).
+
+    Attributes:
+        counts: (num_classes, 3) int64, see :func:`boundary_counts`.
+    """
+
+    def __init__(self, num_classes: int, ratio: float = 0.02, **kwargs: Any) -> None:
+        super().__init__((num_classes, 3), torch.int64, **kwargs)
+        self.num_classes = num_classes
+        self.ratio = ratio
+
+    def update(self, truth: Tensor, found: Tensor) -> None:
+        """Count a batch: labels and predictions (B, H, W) from :func:`as_classes`."""
+        width = max(round(self.ratio * math.hypot(*truth.shape[1:])), 1)
+        self.counts += boundary_counts(truth, found, self.num_classes, width)
+
+    def compute(self) -> Tensor:
+        """A fraction, float64; nan without a labelled pixel."""
+        return _iou(self.counts.double()).nanmean()
+
+
+class CalibrationError(_Counts):
+    """Expected calibration error (Guo et al. 2017), over pixels.
+
+    The gap between confidence and accuracy, mean over 15 equal bins of confidence, weighted by
+    their pixels. torchmetrics' class keeps every confidence it is given; this one keeps counts.
+
+    Args:
+        num_classes: Number of classes.
+
+    Attributes:
+        counts: (15, 3) float64, see :func:`calibration_counts`.
+    """
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__((NUM_BINS, 3), torch.float64, **kwargs)
+        self.num_classes = num_classes
+
+    def update(self, truth: Tensor, found: Tensor, confidence: Tensor) -> None:
+        """Count a batch: labels and predictions (B, H, W) from :func:`as_classes`, and the
+        probability of the predicted class."""
+        self.counts += calibration_counts(truth, found, confidence, self.num_classes)
+
+    def compute(self) -> Tensor:
+        """A fraction, float64; nan without a labelled pixel."""
+        pixels, confidence, right = self.counts.unbind(1)
+        return (confidence - right).abs().sum() / pixels.sum()
 
 
 def _iou(counts: Tensor) -> Tensor:

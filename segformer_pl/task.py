@@ -13,7 +13,12 @@ from torchmetrics import SumMetric
 
 from segformer_pl.inference import Inference
 from segformer_pl.losses import CrossEntropy
-from segformer_pl.metrics import SegmentationScores
+from segformer_pl.metrics import (
+    BoundaryIoU,
+    CalibrationError,
+    SegmentationScores,
+    as_classes,
+)
 from segformer_pl.models.checkpoints import load_weights
 from segformer_pl.models.mit import NormEps
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
@@ -127,7 +132,9 @@ class SegmentationTask(pl.LightningModule):
             # A sum, because a MeanMetric that skips its nan check (a wait for the GPU in every
             # batch) also ignores its weights in torchmetrics 1.9.
             self.add_module(f"{split}_loss", SumMetric(nan_strategy="disable"))
-            self.add_module(f"{split}_scores", SegmentationScores(len(class_names), ignore_index))
+            self.add_module(f"{split}_scores", SegmentationScores(len(class_names)))
+            self.add_module(f"{split}_boundary", BoundaryIoU(len(class_names)))
+            self.add_module(f"{split}_calibration", CalibrationError(len(class_names)))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0 to 1 -> logits (B, num_classes, h, w) at the network's stride."""
@@ -175,8 +182,11 @@ class SegmentationTask(pl.LightningModule):
     def _score(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
         images, labels = self.normalize(batch["image"]), batch["label"]
         found = self.inference.pixels(self.network, images, labels, self.ignore_index)
+        classes = as_classes(found.labels, labels, len(self.class_names), self.ignore_index)
         scores = getattr(self, f"{split}_scores")
-        scores.update(found.labels, labels, found.confidence)
+        scores.update(*classes)
+        getattr(self, f"{split}_boundary").update(*classes)
+        getattr(self, f"{split}_calibration").update(*classes, found.confidence)
         losses = found.losses.sum(dim=(1, 2), dtype=torch.float64)
         getattr(self, f"{split}_loss").update(losses.sum())
         num_labelled = (labels != self.ignore_index).sum(dim=(1, 2))
@@ -189,12 +199,14 @@ class SegmentationTask(pl.LightningModule):
     def _log_scores(self, split: str) -> None:
         # Here and not in the step: every rank gets here, also one that had no batch at all, so
         # the sums over ranks cannot wait for ever.
-        loss, scores = getattr(self, f"{split}_loss"), getattr(self, f"{split}_scores")
+        parts = ("loss", "scores", "boundary", "calibration")
+        loss, scores, boundary, calibration = (getattr(self, f"{split}_{part}") for part in parts)
         values = scores.compute()
         per_class = values.pop("iou")
         values["loss"] = loss.compute() / values.pop("num_labelled")
-        loss.reset()
-        scores.reset()
+        values["boundary_iou"], values["ece"] = boundary.compute(), calibration.compute()
+        for metric in (loss, scores, boundary, calibration):
+            metric.reset()
         self.log_dict(
             {f"{split}/{key}": value.float() for key, value in values.items()},
             prog_bar=True,

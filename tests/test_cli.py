@@ -118,6 +118,54 @@ def test_a_run_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
     assert list(tmp_path.rglob("*.ckpt")) == [last]
 
 
+def test_loss_and_inference_travel_in_the_checkpoint(capsys, folder, tmp_path):
+    parts = [
+        "--model.loss=segformer_pl.losses.WeightedSum",
+        "--model.loss.losses=[{class_path: segformer_pl.losses.CrossEntropy, init_args: "
+        "{average: valid}}, {class_path: segformer_pl.losses.Dice}]",
+        "--model.loss.weights=[1.0, 0.5]",
+        "--model.inference.pad_to=32",
+        "--model.inference.flip=true",
+    ]
+    main(["fit", *options(folder, tmp_path), *parts])
+    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
+    task = SegmentationTask.load_from_checkpoint(checkpoint, weights_only=True)
+    assert (task.inference.pad_to, task.inference.flip) == (32, True)
+    assert [type(loss).__name__ for loss in task.loss.losses] == ["CrossEntropy", "Dice"]
+    assert task.loss.losses[0].average == "valid"
+    error = fail(capsys, ["fit", *options(folder, tmp_path), "--model.inference.scales=[]"])
+    assert error.startswith("error: inference: scales is empty; give at least one, such as [1.0]")
+
+
+@pytest.mark.slow
+def test_a_moving_average_of_the_weights_is_scored_and_saved(folder, tmp_path):
+    """Lightning's own callback, on a stream that has no epochs, interrupted and gone on with."""
+    average = "lightning.pytorch.callbacks.EMAWeightAveraging"
+    arguments = [
+        *options(folder, tmp_path, trainer__max_steps=4, trainer__val_check_interval=4),
+        f"--trainer.callbacks+={average}",
+        "--trainer.callbacks.decay=0.5",
+        "--last_checkpoint.every_n_train_steps=4",
+        "--model.lr=0.01",
+        "--model.warmup_steps=0",
+    ]
+    main(["fit", *arguments])
+    (last,) = tmp_path.glob("*/version_0/checkpoints/last.ckpt")
+    state = torch.load(last, weights_only=True)
+    current = state["current_model_state"]["network.head.classifier.weight"]
+    averaged = state["state_dict"]["network.head.classifier.weight"]
+    assert not torch.equal(current, averaged)
+    # What was scored in the training is what the checkpoint holds.
+    (metrics,) = tmp_path.glob("*/version_0/metrics.csv")
+    (scored,) = (row for row in csv.DictReader(metrics.open()) if row["val/loss"])
+    cli = main(["validate", *arguments, f"--ckpt_path={last}"])
+    assert cli.trainer.callback_metrics["val/loss"].item() == pytest.approx(
+        float(scored["val/loss"]), rel=1e-5
+    )
+    resumed = [argument.replace("max_steps=4", "max_steps=6") for argument in arguments]
+    assert main(["fit", *resumed, f"--ckpt_path={last}"]).trainer.global_step == 6
+
+
 def test_weights_to_start_from(capsys, folder, tmp_path):
     state = segformer_b0(2).state_dict()
     torch.save(state, tmp_path / "w.pth")

@@ -4,8 +4,10 @@ import csv
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.data import shapes
 
 pytestmark = pytest.mark.slow
@@ -56,6 +58,12 @@ def test_validation_on_two_ranks_equals_one(folder, tmp_path):
     for key in compared:
         expected = pytest.approx(float(rows[0][key]), rel=1e-5, nan_ok=True)
         assert float(rows[1][key]) == expected, key
+    one, two = (load_evaluation(next((tmp_path / str(n)).glob("*/version_0"))) for n in (1, 2))
+    assert one.ids == two.ids  # in stored order, whichever rank had them
+    assert (one.counts == two.counts).all()
+    assert (one.confusion == two.confusion).all()
+    np.testing.assert_allclose(one.loss, two.loss, rtol=1e-5)
+    np.testing.assert_allclose(one.calibration, two.calibration, rtol=1e-5)
 
 
 def test_a_rank_without_a_picture_does_not_hang_validation(tmp_path):

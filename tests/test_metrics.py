@@ -5,6 +5,8 @@ import torch
 
 from segformer_pl.metrics import (
     NUM_BINS,
+    BoundaryIoU,
+    CalibrationError,
     SegmentationScores,
     as_classes,
     boundary_counts,
@@ -20,6 +22,7 @@ NAN = float("nan")
 # 3: neither labelled nor predicted.
 LABELS = torch.tensor([[[0, 0, 0], [1, 1, IGNORED]]])
 PREDICTIONS = torch.tensor([[[0, 0, 1], [1, 2, 3]]])
+CLASSES = as_classes(PREDICTIONS, LABELS, 4, IGNORED)
 
 
 def sure(predictions):
@@ -27,10 +30,16 @@ def sure(predictions):
 
 
 def scores_of(*batches, num_classes=4, ignore_index=IGNORED):
-    scores = SegmentationScores(num_classes, ignore_index)
+    """All scores of a set, by name."""
+    scores, boundary = SegmentationScores(num_classes), BoundaryIoU(num_classes)
+    calibration = CalibrationError(num_classes)
     for predictions, labels in batches:
-        scores.update(predictions, labels, sure(predictions))
-    return scores.compute()
+        classes = as_classes(predictions, labels, num_classes, ignore_index)
+        scores.update(*classes)
+        boundary.update(*classes)
+        calibration.update(*classes, sure(predictions))
+    found = {"boundary_iou": boundary.compute(), "ece": calibration.compute()}
+    return scores.compute() | found
 
 
 def test_by_hand():
@@ -51,11 +60,11 @@ def test_by_hand():
 
 
 def test_rows_are_labels():
-    scores = SegmentationScores(4, IGNORED)
-    scores.update(PREDICTIONS, LABELS, sure(PREDICTIONS))
+    scores = SegmentationScores(4)
+    scores.update(*CLASSES)
     expected = torch.zeros(4, 4, dtype=torch.int64)
     expected[0, 0], expected[0, 1], expected[1, 1], expected[1, 2] = 2, 1, 1, 1
-    torch.testing.assert_close(scores.confusion, expected)
+    torch.testing.assert_close(scores.counts, expected)
     counts = [[2, 3, 2], [1, 2, 2], [0, 0, 1], [0, 0, 0]]
     assert scores.picture_counts.tolist() == [counts]
 
@@ -92,19 +101,20 @@ def test_nothing_labelled_has_no_score(batches):
 
 def test_ranks_add_up():
     # What a sum over ranks does to the state, without the processes.
-    one, other = SegmentationScores(4, IGNORED), SegmentationScores(4, IGNORED)
-    one.update(PREDICTIONS[:, :1], LABELS[:, :1], sure(PREDICTIONS[:, :1]))
-    other.update(PREDICTIONS[:, 1:], LABELS[:, 1:], sure(PREDICTIONS[:, 1:]))
-    for name in ("confusion", "boundary", "calibration"):
-        both = torch.stack([getattr(one, name), getattr(other, name)])
-        assert one._reductions[name](both).equal(both[0] + both[1]), name
+    for make in (SegmentationScores, BoundaryIoU, CalibrationError):
+        one, other = make(4), make(4)
+        for metric, row in ((one, slice(0, 1)), (other, slice(1, 2))):
+            parts = [*CLASSES] + [sure(PREDICTIONS)] * (make is CalibrationError)
+            metric.update(*(part[:, row] for part in parts))
+        both = torch.stack([one.counts, other.counts])
+        assert one._reductions["counts"](both).equal(both[0] + both[1])
 
 
 def test_reset_forgets():
-    scores = SegmentationScores(4, IGNORED)
-    scores.update(PREDICTIONS, LABELS, sure(PREDICTIONS))
+    scores = SegmentationScores(4)
+    scores.update(*CLASSES)
     scores.reset()
-    assert not scores.confusion.any()
+    assert not scores.counts.any()
 
 
 @pytest.mark.parametrize("wrong", [4, -1])
@@ -215,9 +225,9 @@ def test_calibration_by_hand():
     expected[13] = torch.tensor([4, 3.6, 3])  # 0.9 * 15 = 13.5
     expected[8] = torch.tensor([2, 1.1, 1])
     torch.testing.assert_close(counts, expected)
-    scores = SegmentationScores(2, IGNORED)
-    scores.update(predictions, labels, confidence)
-    assert scores.compute()["ece"].item() == pytest.approx((0.6 + 0.1) / 6)
+    error = CalibrationError(2)
+    error.update(*as_classes(predictions, labels, 2, IGNORED), confidence)
+    assert error.compute().item() == pytest.approx((0.6 + 0.1) / 6)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0])
@@ -233,9 +243,10 @@ def test_a_calibrated_prediction_has_no_error():
     confidence = torch.rand(1, 400, 500, generator=generator)
     right = torch.rand(1, 400, 500, generator=generator) < confidence
     labels = torch.where(right, 0, 1)
-    scores = SegmentationScores(2, IGNORED)
-    scores.update(torch.zeros_like(labels), labels, confidence)
-    assert scores.compute()["ece"] < 0.006
-    scores.reset()
-    scores.update(torch.zeros_like(labels), labels, confidence.sqrt())  # overconfident
-    assert scores.compute()["ece"] > 0.1
+    classes = as_classes(torch.zeros_like(labels), labels, 2, IGNORED)
+    error = CalibrationError(2)
+    error.update(*classes, confidence)
+    assert error.compute() < 0.006
+    error.reset()
+    error.update(*classes, confidence.sqrt())  # overconfident
+    assert error.compute() > 0.1

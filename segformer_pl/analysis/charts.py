@@ -25,51 +25,64 @@ BLUE, SKY, ORANGE, GREEN, VERMILLION, PURPLE = (
 )
 INK, FAINT = "#333333", "#dddddd"
 CHART_SIZE = (5.6, 4.1)  # inches, at 72 px an inch in the SVG
+CROSS_ENTROPY = "CrossEntropy"
 MAX_SMOOTHED_POINTS = 300
 MAX_VECTOR_POINTS = 5000
 ERF_RADIUS = re.compile(r"val/erf/(.+)/radius50")
 
 
-def draw_charts(columns: dict[str, Series]) -> list[dict[str, Any]]:
-    """``title`` and inline ``svg`` of every chart that the logged columns allow."""
+def draw_charts(columns: dict[str, Series], loss_name: str) -> list[dict[str, Any]]:
+    """``title`` and inline ``svg`` of every chart that the logged columns allow.
+
+    Args:
+        columns: From ``metrics.csv``.
+        loss_name: Of the training loss; that of validation is cross-entropy whatever it is.
+    """
     charts = []
     if "train/loss" in columns or "val/loss" in columns:
-        charts.append({"title": "Loss", "svg": _svg(_loss_figure(columns))})
+        charts.append({"title": "Loss", "svg": svg(_loss_figure(columns, loss_name))})
     if "val/miou" in columns:
-        charts.append({"title": "Mean intersection over union", "svg": _svg(_miou_figure(columns))})
+        charts.append({"title": "Mean intersection over union", "svg": svg(_miou_figure(columns))})
     if any(ERF_RADIUS.fullmatch(name) for name in columns):
-        charts.append({"title": "Effective receptive field", "svg": _svg(_erf_figure(columns))})
+        charts.append({"title": "Effective receptive field", "svg": svg(_erf_figure(columns))})
     return charts
 
 
-def _svg(figure: Figure) -> Markup:
+def svg(figure: Figure) -> Markup:
+    """The figure as an element of a page, in the page's own font."""
     buffer = StringIO()
     # Text stays text: small, searchable, in the fonts of the page.
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
-    svg = buffer.getvalue()
-    return Markup(svg[svg.index("<svg") :])
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """What the charts of the report have in common."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.grid(True, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9, length=3)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
 
 
-def _legend(axes: Axes) -> None:
+def _style_over_steps(axes: Axes) -> None:
+    style(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+
+
+def legend(axes: Axes, num_columns: int = 3) -> None:
+    """Above the axes, where it hides nothing."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
         borderaxespad=0.2,
-        ncols=3,
+        ncols=num_columns,
         frameon=False,
         fontsize=9,
         labelcolor=INK,
@@ -78,7 +91,7 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _loss_figure(columns: dict[str, Series]) -> Figure:
+def _loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
     """Training and validation loss; the learning rate below on the same steps, where logged."""
     rates = _learning_rates(columns)
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
@@ -88,10 +101,11 @@ def _loss_figure(columns: dict[str, Series]) -> Figure:
         bottom = rate_axes
     else:
         axes = bottom = figure.subplots()
-    _style(axes)
+    _style_over_steps(axes)
     axes.set_xlim(0, 1.04 * num_steps_trained(columns))
     bottom.set_xlabel("training step")
 
+    is_same = loss_name == CROSS_ENTROPY
     drawn = []
     if (train := columns.get("train/loss")) is not None:
         smooth = _running_median(train)
@@ -101,7 +115,7 @@ def _loss_figure(columns: dict[str, Series]) -> Figure:
             color=SKY,
             alpha=0.8,
             linewidth=0.9,
-            label="train",
+            label="train" if is_same else f"train: {loss_name}",
             rasterized=len(train.step) > MAX_VECTOR_POINTS,
         )
         axes.plot(smooth.step, smooth.value, color=BLUE, linewidth=1.8, label="train, median")
@@ -114,7 +128,7 @@ def _loss_figure(columns: dict[str, Series]) -> Figure:
             marker="o",
             markersize=5,
             linewidth=1.2,
-            label="validation",
+            label="validation" if is_same else "validation: cross-entropy (nats)",
         )
         drawn += [validation.value]
     values = np.concatenate(drawn)
@@ -125,10 +139,10 @@ def _loss_figure(columns: dict[str, Series]) -> Figure:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("loss (nats, log scale)")
+        axes.set_ylabel("loss (nats, log scale)" if is_same else "loss (log scale)")
     else:
-        axes.set_ylabel("loss (nats)")
-    _legend(axes)
+        axes.set_ylabel("loss (nats)" if is_same else "loss")
+    legend(axes, num_columns=3 if is_same else 1)
     return figure
 
 
@@ -158,7 +172,7 @@ def _learning_rates(columns: dict[str, Series]) -> list[tuple[str, Series]]:
 
 
 def _draw_learning_rates(axes: Axes, rates: Sequence[tuple[str, Series]]) -> None:
-    _style(axes)
+    _style_over_steps(axes)
     styles = [(PURPLE, "-"), (GREEN, "--"), (ORANGE, "-."), (INK, ":")]
     for number, (label, series) in enumerate(rates):
         color, line = styles[number % len(styles)]
@@ -168,7 +182,7 @@ def _draw_learning_rates(axes: Axes, rates: Sequence[tuple[str, Series]]) -> Non
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
     axes.set_ylabel("learning rate")
     if len(rates) > 1:
-        _legend(axes)
+        legend(axes)
 
 
 def _miou_figure(columns: dict[str, Series]) -> Figure:
@@ -177,7 +191,7 @@ def _miou_figure(columns: dict[str, Series]) -> Figure:
     percent = 100 * miou.value
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
     axes = figure.subplots()
-    _style(axes)
+    _style_over_steps(axes)
     axes.plot(miou.step, percent, color=BLUE, marker="o", markersize=5, linewidth=1.8)
     if np.isfinite(percent).any():
         best = int(np.nanargmax(percent))
@@ -214,7 +228,7 @@ def _miou_figure(columns: dict[str, Series]) -> Figure:
     axes.set_xlabel("training step")
     axes.set_ylabel("validation mIoU (%)")
     if axes.get_legend_handles_labels()[1]:
-        _legend(axes)
+        legend(axes)
     return figure
 
 
@@ -222,7 +236,7 @@ def _erf_figure(columns: dict[str, Series]) -> Figure:
     """Radius that holds half of each layer's receptive field, over training."""
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
     axes = figure.subplots()
-    _style(axes)
+    _style_over_steps(axes)
     styles = list(zip((BLUE, ORANGE, GREEN, VERMILLION, PURPLE, INK), "os^Dvx"))
     found = [(match[1], columns[match[0]]) for name in columns if (match := ERF_RADIUS.match(name))]
     # CSVLogger sorts by name, which puts the head before the stages that it stands on.
@@ -236,5 +250,5 @@ def _erf_figure(columns: dict[str, Series]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("training step")
     axes.set_ylabel("radius with half of the field (pixels)")
-    _legend(axes)
+    legend(axes)
     return figure

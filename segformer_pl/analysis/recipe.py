@@ -83,6 +83,7 @@ NETWORK = (
     Setting("num_heads", [1, 2, 5, 8], ENCODER),
     Setting("mlp_ratio", 4, ENCODER + "; Table 6 prints 8 for stages 1 and 2 of B0 to B4"),
     Setting("sr_ratios", [8, 4, 2, 1], ENCODER),
+    Setting("kv_border", "drop", ENCODER),
     Setting("patch_sizes", [7, 3, 3, 3], ENCODER),
     Setting("strides", [4, 2, 2, 2], ENCODER),
     # None is K // 2 wherever patches overlap; where they do not, patch_sizes departs.

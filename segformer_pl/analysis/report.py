@@ -13,7 +13,10 @@ import jinja2
 import numpy as np
 import yaml
 
-from segformer_pl.analysis.charts import draw_charts
+from segformer_pl.analysis.charts import CROSS_ENTROPY, draw_charts
+from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, load_evaluation
+from segformer_pl.analysis.evaluation_details import Details, describe
+from segformer_pl.analysis.recipe import departures, remarks, scope
 from segformer_pl.analysis.run_metrics import Series, num_steps_trained, read_metrics
 
 REPORT_FILE = "report.html"
@@ -56,15 +59,20 @@ class Ceiling:
 class Scores:
     """What the last pass over a split gave; fractions, nan where nothing was logged.
 
-    ``step`` and ``best_step`` are training steps, None if the folder holds no training.
+    ``step`` and ``best_step`` are training steps, None if the folder holds no training. The pass
+    was logged in step ``logged_step``.
     """
 
     split: str
+    logged_step: int
     step: int | None
     loss: float
     miou: float
     macc: float
     aacc: float
+    fwiou: float
+    boundary_iou: float
+    ece: float
     best_miou: float
     best_step: int | None
     ceilings: list[Ceiling]
@@ -75,7 +83,9 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run folder; works for finished, running and broken-off runs.
 
     Reads ``metrics.csv`` (from Lightning's CSVLogger) and, where they exist, ``config.yaml``,
-    ``hparams.yaml`` and the last and first of ``predictions/step_*.png`` and ``erf/step_*.png``.
+    ``hparams.yaml``, the ``evaluation/*.npz`` of the last pass over each split, and the last and
+    first of ``predictions/step_*.png``, ``worst/step_*.png`` and ``erf/step_*.png``.
+    An evaluation that is damaged is left out, and the report says so.
 
     Returns:
         The path of the report.
@@ -87,6 +97,7 @@ def write_report(run_dir: Path) -> Path:
     columns = read_metrics(run_dir)
     config = _read_yaml(run_dir / "config.yaml")
     scores = _all_scores(columns, run_dir)
+    details, unreadable = _all_details(run_dir, scores)
     path = run_dir.resolve()
     steps_trained = num_steps_trained(columns)
     environment = jinja2.Environment(
@@ -97,17 +108,22 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = _percent
+    environment.filters["share"] = _share
     environment.filters["decimal"] = lambda value: DASH if math.isnan(value) else f"{value:.3f}"
     config_file = run_dir / "config.yaml"
     html = environment.get_template("report.html.j2").render(
         run_name=f"{path.parent.name}/{path.name}",
         facts=_facts(config),
         scores=scores,
+        details=details,
+        unreadable=unreadable,
+        colors=_class_colors(run_dir)[1],
         steps_trained=steps_trained,
         max_steps=_max_steps(config),
         first_bad_step=_first_bad_step(columns.get("train/loss")),
         train_loss=_recent_train_loss(columns.get("train/loss")),
-        charts=draw_charts(columns) if steps_trained else [],
+        loss_name=_loss_name(config),
+        charts=draw_charts(columns, _loss_name(config)) if steps_trained else [],
         figures=[
             figure
             for figure in (
@@ -116,6 +132,10 @@ def write_report(run_dir: Path) -> Path:
             )
             if figure
         ],
+        worst=_read_figures(run_dir, "worst", "Pictures with the highest loss"),
+        scope=scope(config) if config else "",
+        departures=departures(config) if config else [],
+        remarks=remarks(config) if config else [],
         config=config_file.read_text(encoding="utf-8") if config_file.is_file() else "",
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
@@ -146,17 +166,23 @@ def summary(run_dir: Path) -> str:
 
 
 def _all_scores(columns: dict[str, Series], run_dir: Path) -> list[Scores]:
-    hparams = _read_yaml(run_dir / "hparams.yaml")
-    names, palette = hparams.get("class_names") or [], hparams.get("palette") or []
-    colors = {
-        name: "#{:02x}{:02x}{:02x}".format(*rgb) for name, rgb in zip(names, palette, strict=False)
-    }
+    names, colors = _class_colors(run_dir)
     is_trained = num_steps_trained(columns) > 0
     return [
         _scores(columns, split, names, colors, is_trained)
         for split in ("val", "test")
         if f"{split}/miou" in columns
     ]
+
+
+def _class_colors(run_dir: Path) -> tuple[list[str], dict[str, str]]:
+    """Names by train id, and CSS colours by name."""
+    hparams = _read_yaml(run_dir / "hparams.yaml")
+    names, palette = hparams.get("class_names") or [], hparams.get("palette") or []
+    colors = {
+        name: "#{:02x}{:02x}{:02x}".format(*rgb) for name, rgb in zip(names, palette, strict=False)
+    }
+    return names, colors
 
 
 def _scores(
@@ -184,12 +210,16 @@ def _scores(
         marks = {min(present): "lowest", max(present): "highest"}
     return Scores(
         split=split,
+        logged_step=int(miou.step[-1]),
         # A test pass after training is counted as one step more.
         step=int(miou.step[-1]) if is_trained and split == "val" else None,
         loss=last.get("loss", math.nan),
         miou=miou.last,
         macc=last.get("macc", math.nan),
         aacc=last.get("aacc", math.nan),
+        fwiou=last.get("fwiou", math.nan),
+        boundary_iou=last.get("boundary_iou", math.nan),
+        ece=last.get("ece", math.nan),
         best_miou=float(miou.value[best]),
         best_step=int(miou.step[best]) if is_trained and split == "val" else None,
         ceilings=[
@@ -202,6 +232,22 @@ def _scores(
             for name in sorted(ious, key=lambda name: order.get(name, len(order)))
         ],
     )
+
+
+def _all_details(run_dir: Path, scores: Sequence[Scores]) -> tuple[dict[str, Details], list[str]]:
+    """By split; and why the rest cannot be read, in one sentence each."""
+    details, unreadable = {}, []
+    for score in scores:
+        # A pass that is not part of training is logged one step after the last.
+        for step in (score.logged_step, score.logged_step - 1):
+            file = run_dir / EVALUATION_FOLDER / f"{score.split}_step_{step:07d}.npz"
+            if file.is_file():
+                try:
+                    details[score.split] = describe(load_evaluation(file))
+                except ValueError as error:  # the rest of the report is worth having
+                    unreadable.append(str(error))
+                break
+    return details, unreadable
 
 
 def _recent_train_loss(loss: Series | None) -> float:
@@ -219,6 +265,13 @@ def _percent(value: float) -> str:
     return DASH if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
 
 
+def _share(value: float) -> str:
+    """With two digits after the point, for what is often small."""
+    if math.isnan(value):
+        return DASH
+    return "<\u00a00.01\u00a0%" if 0 < value < 5e-5 else f"{100 * value:.2f}\u00a0%"
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
@@ -232,6 +285,21 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _max_steps(config: dict[str, Any]) -> int | None:
     max_steps = (config.get("trainer") or {}).get("max_steps")
     return max_steps if isinstance(max_steps, int) and max_steps > 0 else None
+
+
+def _loss_name(config: dict[str, Any]) -> str:
+    """Of the training loss; the paper's where the configuration names none."""
+
+    def name(loss: Any) -> str:
+        path = loss.get("class_path") if isinstance(loss, dict) else None
+        return str(path).rpartition(".")[2] if path else CROSS_ENTROPY
+
+    loss = (config.get("model") or {}).get("loss")
+    arguments = (loss.get("init_args") or {}) if isinstance(loss, dict) else {}
+    if name(loss) == "WeightedSum":
+        parts = zip(arguments.get("weights") or [], arguments.get("losses") or [], strict=False)
+        return " + ".join(f"{weight:g} {name(part)}" for weight, part in parts) or name(loss)
+    return name(loss)
 
 
 def _facts(config: dict[str, Any]) -> dict[str, str]:

@@ -82,14 +82,16 @@ class EvaluationRecord(pl.Callback):
     def _finish(self, trainer: pl.Trainer, pl_module: Any, split: str) -> None:
         if trainer.sanity_checking:
             return
-        scores = getattr(pl_module, f"{split}_scores")  # of this rank; reset after the callbacks
+        # Counts of this rank; the task sums and resets them after the callbacks.
+        scores = getattr(pl_module, f"{split}_scores")
+        calibration = getattr(pl_module, f"{split}_calibration")
         mine = {
             "ids": self.ids,
             "counts": [counts.numpy() for counts in self.counts],
             "losses": self.losses,
             "worst": self.worst,
-            "confusion": scores.confusion.cpu().numpy(),
-            "calibration": scores.calibration.cpu().numpy(),
+            "confusion": scores.counts.cpu().numpy(),
+            "calibration": calibration.counts.cpu().numpy(),
         }
         self._forget()
         parts = _gather(mine)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PosEncoding = Literal["mix_ffn", "learned", "none"]
+KvBorder = Literal["drop", "keep"]
 
 
 class NormEps(NamedTuple):
@@ -69,18 +70,28 @@ class EfficientSelfAttention(nn.Module):
 
     The paper writes the reduction as reshape + Linear; its code, followed here, uses a convolution
     with kernel and stride r and no padding, so the key/value grid is floor(H/r) x floor(W/r) and
-    a border of up to r - 1 token rows or columns is not seen when r does not divide the grid.
+    a border of up to r - 1 token rows or columns is not seen when r does not divide the grid. With
+    ``kv_border="keep"`` it is seen: the windows that hang over the border reduce the tokens that
+    they have, scaled up by the share that is missing, and the grid is ceil(H/r) x ceil(W/r).
 
     Shapes: (B, H, W, C) -> (B, H, W, C).
 
     Raises:
-        ValueError: r is larger than the token grid.
+        ValueError: r is larger than the token grid, and the border is dropped.
     """
 
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int, norm_eps: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        sr_ratio: int,
+        norm_eps: float,
+        kv_border: KvBorder = "drop",
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
+        self.kv_border = kv_border
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)  # output rows: keys of all heads, then values
         self.proj = nn.Linear(dim, dim)
@@ -101,16 +112,34 @@ class EfficientSelfAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).reshape(batch, height, width, dim))
 
     def reduce(self, tokens: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, floor(H/r), floor(W/r), C), the source of keys and values."""
+        """(B, H, W, C) -> (B, H', W', C), the source of keys and values.
+
+        H' is H / r rounded down, or up if the border is kept.
+        """
         if self.sr_ratio == 1:
             return tokens
         height, width = tokens.shape[1:3]
+        missing = (-height % self.sr_ratio, -width % self.sr_ratio)
+        if self.kv_border == "keep" and any(missing):
+            return self.norm(to_tokens(self._reduce_to_the_border(tokens, *missing)))
         if min(height, width) < self.sr_ratio:
             raise ValueError(
                 f"sr_ratio {self.sr_ratio} is larger than the {height}x{width} token grid that "
-                "it should reduce; use larger images or a smaller sr_ratio in this stage"
+                "it should reduce; use larger images, a smaller sr_ratio in this stage or "
+                "kv_border keep"
             )
         return self.norm(to_tokens(self.sr(to_channels_first(tokens))))
+
+    def _reduce_to_the_border(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """The reduction where ``rows`` and ``columns`` of tokens are missing for whole windows."""
+        padded = F.pad(to_channels_first(tokens), (0, columns, 0, rows))
+        # Zeros add nothing; the bias is no sum over tokens, so the scale is not its own.
+        sums = F.conv2d(padded, self.sr.weight, stride=self.sr_ratio)
+        scale = sums.new_ones(sums.shape[2:])
+        scale[-1] *= self.sr_ratio / (self.sr_ratio - rows)
+        scale[:, -1] *= self.sr_ratio / (self.sr_ratio - columns)
+        bias = cast(Tensor, self.sr.bias)
+        return sums * scale + bias[:, None, None]
 
 
 class MixFFN(nn.Module):
@@ -152,10 +181,11 @@ class Block(nn.Module):
         depthwise: bool,
         drop_path_rate: float,
         eps: NormEps,
+        kv_border: KvBorder = "drop",
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps.norm)
-        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, eps.conv_norm)
+        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, eps.conv_norm, kv_border)
         self.norm2 = nn.LayerNorm(dim, eps=eps.norm)
         self.mlp = MixFFN(dim, mlp_ratio * dim, depthwise)
         self.drop_path = DropPath(drop_path_rate)
@@ -209,7 +239,8 @@ class MixTransformer(nn.Module):
     the encoder accepts any resolution (Xie et al. 2021, Sec. 3.1).
 
     Shapes (C_i channels and s_i cumulative stride of stage i):
-        input   (B, in_channels, H, W), any H and W of at least 29 pixels with the defaults
+        input   (B, in_channels, H, W), any H and W of at least 29 pixels with the defaults (of
+                any size with ``kv_border="keep"``)
         output  list of four (B, C_i, ceil(H / s_i), ceil(W / s_i)), channels-last in memory;
                 floor instead of ceil where the overlap is removed
 
@@ -221,6 +252,10 @@ class MixTransformer(nn.Module):
             the first two stages of B0 to B4.
         sr_ratios: Side of the square of tokens merged into one key/value. The paper's reduction
             ratio R is its square: (8, 4, 2, 1) here is the paper's (64, 16, 4, 1).
+        kv_border: What becomes of the last token rows and columns where a stage's grid is no
+            multiple of its sr_ratio, so where a side of the image is no multiple of 32:
+            ``"drop"``, they give no keys and values (the reference's code), or ``"keep"``. The
+            same at multiples, and the same parameters: trained weights can be used with either.
         patch_sizes: Kernel K of each patch embedding.
         strides: Stride S of each patch embedding.
         paddings: Padding P of each patch embedding. Default: K // 2 where patches overlap
@@ -257,6 +292,7 @@ class MixTransformer(nn.Module):
         num_heads: Sequence[int] = (1, 2, 5, 8),
         mlp_ratio: int = 4,
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        kv_border: KvBorder = "drop",
         patch_sizes: Sequence[int] = (7, 3, 3, 3),
         strides: Sequence[int] = (4, 2, 2, 2),
         paddings: Sequence[int] | None = None,
@@ -281,6 +317,10 @@ class MixTransformer(nn.Module):
             paddings=paddings,
         )
         _check_pos_encoding(pos_encoding, image_size)
+        if kv_border not in get_args(KvBorder):
+            raise ValueError(
+                f"kv_border={kv_border!r}: choose one of {', '.join(get_args(KvBorder))}"
+            )
 
         self.out_channels = tuple(embed_dims)
         self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
@@ -316,6 +356,7 @@ class MixTransformer(nn.Module):
                             depthwise=pos_encoding == "mix_ffn",
                             drop_path_rate=drop_path_rate * (num_built + b) / last_block,
                             eps=eps,
+                            kv_border=kv_border,
                         )
                         for b in range(depths[s])
                     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,6 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from segformer_pl.analysis.comparison import miou_interval
+from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.report import summary, write_report
 from segformer_pl.analysis.run_metrics import read_metrics
 from segformer_pl.callbacks.report import RunReport
@@ -64,6 +67,36 @@ def finished(run_dir: Path, mious: list[float], ceiling: float | None = None) ->
     for number, miou in enumerate(mious):
         rows.append({"epoch": 0, "step": 10 * number + 9, **scores("val", miou, ceiling)})
     return plant(run_dir, rows, max_steps=10 * len(mious))
+
+
+# Confusion of each picture, rows label, columns prediction; the third has no labelled pixel.
+PICTURES = np.zeros((3, 4, 4), np.int64)
+PICTURES[0, :2, :2] = [[80, 20], [5, 15]]
+PICTURES[1, ::2, ::2] = [[90, 10], [10, 30]]
+
+
+def evaluation(**changes: Any) -> Evaluation:
+    matrices = changes.pop("matrices", PICTURES)
+    counts = [matrices.diagonal(axis1=1, axis2=2), matrices.sum(axis=2), matrices.sum(axis=1)]
+    values: dict[str, Any] = {
+        "split": "val",
+        "step": 0,
+        "class_names": NAMES,
+        "ids": ["first", "second <i>", "blank"],
+        "counts": np.stack(counts, axis=-1),
+        "loss": np.array([0.5, 1.25, np.nan]),
+        "confusion": matrices.sum(axis=0),
+        "calibration": np.array([[100, 40.0, 65], [160, 152, 150]]),
+    }
+    return Evaluation(**(values | changes))
+
+
+def evaluated(run_dir: Path, **changes: Any) -> Path:
+    """A pass of its own, and the evaluation that it leaves."""
+    record = evaluation(**changes)
+    plant(run_dir, [{"epoch": 0, "step": 0, **scores(record.split, 0.8)}])
+    record.save(run_dir / "evaluation" / f"{record.split}_step_0000000.npz")
+    return run_dir
 
 
 class Page(HTMLParser):
@@ -247,6 +280,214 @@ def test_last_figures_are_shown_and_first_ones_folded(run_dir: Path) -> None:
     placed = [index for index, (tag, _) in enumerate(page.tags) if tag == "img"]
     assert placed[0] < opened[0] < placed[1]
     assert all("open" not in attributes for attributes in page.all("details"))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Of a finished run with all that it leaves after validation."""
+    run_dir = finished(tmp_path_factory.mktemp("runs") / "demo" / "version_0", [0.3, 0.8])
+    evaluation(step=20).save(run_dir / "evaluation" / "val_step_0000020.npz")
+    (run_dir / "worst").mkdir()
+    for step in (10, 20):
+        Figure(figsize=(1, 1)).savefig(run_dir / "worst" / f"step_{step:07d}.png")
+    return Page(write_report(run_dir))
+
+
+def rows_of(page: Page, start: str) -> list[str]:
+    return [text for row in page.rows if (text := " ".join(row.split())).startswith(start)]
+
+
+def test_tiles_of_what_was_logged(run_dir: Path) -> None:
+    values = {"fwiou": 0.8772, "boundary_iou": 0.4321, "ece": 0.01234}
+    logged = {f"{split}/{name}": x for split in ("val", "test") for name, x in values.items()}
+    plant(run_dir, [{"step": 0, **scores("val", 0.6), **scores("test", 0.5), **logged}])
+    page = Page(write_report(run_dir))
+    for tile in ("fwIoU 87.7 %", "boundary IoU 43.2 %", "ECE 1.23 %"):
+        assert page.text.count(tile) == 2, tile
+    old = Page(write_report(finished(run_dir.parent / "old", [0.6])))
+    assert not any(name in old.text for name in ("fwIoU", "boundary IoU", "ECE"))
+
+
+def test_interval_of_miou(page: Page) -> None:
+    low, high = miou_interval(evaluation())
+    assert low < high
+    interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+    assert f"{interval} by the choice of the 3 pictures" in page.text
+
+
+def test_one_picture_has_no_interval(run_dir: Path) -> None:
+    evaluated(run_dir, matrices=PICTURES[:1], ids=["only"], loss=np.array([0.5]))
+    page = Page(write_report(run_dir))
+    assert "95 %" not in page.text
+    assert "nan" not in page.text
+    assert rows_of(page, "only") == ["only 0.500 56.8 %"]
+
+
+def test_accuracy_and_pixels_of_each_class(page: Page) -> None:
+    assert "road 91.2 % 85.0 % 76.92 % highest" in rows_of(page, "road")
+    assert "Traffic Light 34.5 % 75.0 % 7.69 % lowest" in rows_of(page, "Traffic Light")
+    assert rows_of(page, "absent thing") == ["absent thing absent"]
+
+
+def test_most_common_confusions_by_pixels(page: Page) -> None:
+    (start,) = [n for n, row in enumerate(page.rows) if "taken for" in row][:1]
+    # In two columns: two rows, a second head, two rows.
+    assert [" ".join(row.split()) for row in page.rows[start + 1 : start + 6]] == [
+        "road Traffic Light 10.00 % 20",
+        "road <b>bold & co</b> 5.00 % 10",
+        "label taken for of its pixels pixels",
+        "<b>bold & co</b> road 25.00 % 10",
+        "Traffic Light road 25.00 % 5",
+    ]
+
+
+def test_confusion_matrix_in_percent_of_the_label(page: Page) -> None:
+    start, end = page.text.index("Confusion matrix"), page.text.index("Expected calibration")
+    matrix = page.text[start:end].split()
+    for value in ("85", "10", "5.0", "25", "75", "0"):
+        assert value in matrix
+    assert matrix.count("25") == matrix.count("75") == 2
+    assert "share of the label's pixels (%)" in page.text
+    assert NAMES[2] not in page.source
+
+
+@pytest.mark.parametrize(("num_classes", "has_matrix"), [(36, True), (37, False)])
+def test_many_classes(run_dir: Path, num_classes: int, has_matrix: bool) -> None:
+    names = [f"class ${number}" for number in range(num_classes)]  # not mathematics
+    matrices = np.ones((3, num_classes, num_classes), np.int64)
+    matrices[:, 5, 7] = 1000
+    evaluated(run_dir, class_names=names, matrices=matrices)
+    page = Page(write_report(run_dir))
+    assert ("Confusion matrix" in page.text) == has_matrix
+    assert len(page.all("svg")) == 1 + has_matrix
+    assert any(row.startswith("class $5 class $7 ") for row in rows_of(page, "class"))
+
+
+def test_calibration(page: Page) -> None:
+    # (|40 - 65| + |152 - 150|) / 260; 192 / 260; 215 / 260
+    assert "Expected calibration error 10.38 % ." in page.text
+    assert "confidence 73.85 %, accuracy 82.69 %: underconfident by 8.85 points" in page.text
+    for label in ("confidence (%)", "accuracy (%)", "pixels (%, log)", "calibrated"):
+        assert label in page.text
+
+
+def test_worst_pictures(page: Page) -> None:
+    # (90 / 110 + 30 / 50) / 2 and (80 / 105 + 15 / 40) / 2
+    wanted = ["second <i> 1.250 70.9 %", "first 0.500 56.8 %"]
+    assert [row for name in ("second", "first") for row in rows_of(page, name)] == wanted
+    assert page.text.index("second <i>") < page.text.index("first 0.500")
+    assert rows_of(page, "blank") == []
+    assert "second <i>" not in page.source
+    assert [image["alt"] for image in page.all("img")] == [
+        "Pictures with the highest loss at step 20",
+        "Pictures with the highest loss at step 10",
+    ]
+
+
+def test_only_the_ten_worst(run_dir: Path) -> None:
+    ids = [f"picture{number:02d}" for number in range(13)]
+    evaluated(run_dir, matrices=PICTURES[[0] * 13], ids=ids, loss=np.arange(13.0))
+    rows = rows_of(Page(write_report(run_dir)), "picture")
+    listed = [row.split()[0] for row in rows if row[7].isdigit()]
+    assert listed == [f"picture{number:02d}" for number in range(12, 2, -1)]
+
+
+def test_evaluation_of_another_step_or_split_is_not_shown(run_dir: Path) -> None:
+    finished(run_dir, [0.3, 0.8])
+    evaluation(step=10).save(run_dir / "evaluation" / "val_step_0000010.npz")
+    evaluation(split="test").save(run_dir / "evaluation" / "test_step_0000020.npz")
+    page = Page(write_report(run_dir))
+    assert "Calibration" not in page.text
+    assert "95 % interval" not in page.text
+
+
+def test_evaluation_of_a_test_pass(run_dir: Path) -> None:
+    page = Page(write_report(evaluated(run_dir, split="test")))
+    assert "by the choice of the 3 pictures" in page.text
+    assert len(page.all("svg")) == 2
+    assert rows_of(page, "second") == ["second <i> 1.250 70.9 %"]
+
+
+def test_nothing_labelled(run_dir: Path) -> None:
+    nothing = {"matrices": 0 * PICTURES, "loss": np.full(3, np.nan)}
+    page = Page(write_report(evaluated(run_dir, **nothing, calibration=np.zeros((15, 3)))))
+    assert not page.all("svg")
+    assert "mIoU 80.0 %" in page.text
+
+
+def test_damaged_evaluation_is_named_and_the_rest_shown(run_dir: Path) -> None:
+    evaluated(run_dir)
+    (run_dir / "evaluation" / "val_step_0000000.npz").write_bytes(b"PK cut short")
+    page = Page(write_report(run_dir))
+    assert re.search(r"Left out .*val_step_0000000\.npz' is no evaluation .*damaged", page.text)
+    assert "mIoU 80.0 %" in page.text
+
+
+def test_headers_have_a_scope_and_nothing_comes_from_elsewhere(page: Page) -> None:
+    assert {header["scope"] for header in page.all("th")} == {"col", "row"}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            target = attributes.get(name) or "#"
+            assert target.startswith(("#", "data:")), (tag, name, target)
+
+
+def test_departures_from_the_recipe(run_dir: Path) -> None:
+    finished(run_dir, [0.6])
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["model"] |= {"lr": 0.003, "weight_decay": 0.01}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    page = Page(write_report(run_dir))
+    assert "The paper does not have the data set <script>alert(1)</script>" in page.text
+    assert page.row("model.lr") == ["6e-05", "0.003", "reference,", "local_configs/segformer"]
+    assert rows_of(page, "model.weight_decay") == []
+    assert "The reference trains unseeded" in page.text
+    summaries = [n for n, (tag, _) in enumerate(page.tags) if tag == "summary"]
+    assert page.text.index("What no setting changes") < page.text.index("trains unseeded")
+    assert len(summaries) == 2  # the remarks, the configuration
+
+
+def test_without_configuration_there_is_nothing_to_compare(run_dir: Path) -> None:
+    (finished(run_dir, [0.6]) / "config.yaml").unlink()
+    assert "recipe" not in Page(write_report(run_dir)).text
+
+
+def part(name: str) -> dict[str, Any]:
+    return {"class_path": f"segformer_pl.losses.{name}"}
+
+
+PARTS = {"losses": [part("CrossEntropy"), part("Dice")], "weights": [1.0, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (part("Dice"), "Dice"),
+        (part("WeightedSum") | {"init_args": PARTS}, "1 CrossEntropy + 0.5 Dice"),
+    ],
+)
+def test_training_loss_that_is_not_cross_entropy(
+    run_dir: Path, loss: dict[str, Any], name: str
+) -> None:
+    finished(run_dir, [0.6])
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["model"]["loss"] = loss
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    page = Page(write_report(run_dir))
+    assert f"train: {name}" in page.text
+    assert "validation: cross-entropy (nats)" in page.text
+    assert "val loss 0.432 cross-entropy, mean over labelled pixels, nats" in page.text
+    assert not re.search(r"\bloss \(nats", page.text)
+
+
+@pytest.mark.parametrize("loss", [None, part("CrossEntropy")])
+def test_loss_of_the_paper_needs_no_name(run_dir: Path, loss: dict[str, Any] | None) -> None:
+    plant(run_dir, training(7))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["model"]["loss"] = loss
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    page = Page(write_report(run_dir))
+    assert "CrossEntropy, the loss that is trained" in page.text
+    assert "train:" not in page.text
 
 
 def test_repeated_steps_and_a_row_cut_short(run_dir: Path) -> None:

@@ -65,9 +65,9 @@ def test_curves_are_those_of_the_network_on_the_first_pictures(tmp_path):
         assert series.last == erf[layer].radius(0.5)
         assert columns[f"val/erf/{layer}/radius95"].last == erf[layer].radius(0.95)
         assert columns[f"val/erf/{layer}/area50"].last == pytest.approx(erf[layer].area_ratio(0.5))
-    titles = [chart["title"] for chart in draw_charts(columns)]
+    titles = [chart["title"] for chart in draw_charts(columns, "CrossEntropy")]
     assert "Effective receptive field" in titles
-    svg = draw_charts(columns)[titles.index("Effective receptive field")]["svg"]
+    svg = draw_charts(columns, "CrossEntropy")[titles.index("Effective receptive field")]["svg"]
     assert svg.index(">stage1<") < svg.index(">stage4<") < svg.index(">head<")
     assert [file.name for file in sorted((run / "erf").iterdir())] == [
         *("step_0000002.png", "step_0000004.png")

@@ -214,6 +214,51 @@ def test_attention_is_the_plain_formula(randomize, sr_ratio):
         assert not torch.allclose(result, faulty, rtol=1e-4), f"not noticed: {fault}"
 
 
+@pytest.mark.parametrize("grid", [(8, 12), (7, 9), (5, 4), (3, 2)])
+def test_kept_border_is_the_reduction_of_the_tokens_there_are(randomize, grid):
+    """Window by window: the sum over its tokens, scaled to a whole window, then bias and norm."""
+    attn = randomize(EfficientSelfAttention(6, 2, 4, norm_eps=1e-5, kv_border="keep"))
+    tokens = torch.randn(2, *grid, 6, dtype=torch.float64)
+    weight = attn.sr.weight.permute(2, 3, 1, 0)  # (r, r, C_in, C_out)
+    rows, columns = (math.ceil(side / 4) for side in grid)
+    expected = torch.empty(2, rows, columns, 6, dtype=torch.float64)
+    for i in range(rows):
+        for j in range(columns):
+            window = tokens[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+            height, width = window.shape[1:3]
+            total = torch.einsum("bhwc,hwcd->bd", window, weight[:height, :width])
+            expected[:, i, j] = total * 16 / (height * width) + attn.sr.bias
+    torch.testing.assert_close(attn.reduce(tokens), attn.norm(expected))
+
+
+def test_kept_border_changes_nothing_at_multiples_of_32(randomize):
+    dropped, kept = randomize(tiny()), tiny(kv_border="keep").double()
+    kept.load_state_dict(dropped.state_dict())
+    for size, equal in (((64, 96), True), ((64, 80), False)):
+        images = torch.randn(1, 3, *size, dtype=torch.float64)
+        same = [torch.equal(a, b) for a, b in zip(dropped.eval()(images), kept.eval()(images))]
+        assert all(same) == equal
+
+
+def test_kept_border_is_seen_and_dropped_border_is_not(randomize):
+    """Trap of the reference code: rows beyond the last whole window reach no key or value."""
+    for kv_border, seen in (("drop", False), ("keep", True)):
+        attn = randomize(EfficientSelfAttention(8, 2, 4, norm_eps=1e-5, kv_border=kv_border))
+        tokens = torch.randn(1, 7, 8, 8, dtype=torch.float64)
+        moved = tokens.clone()
+        moved[:, 4:] += 1
+        assert torch.equal(attn(tokens)[:, :4], attn(moved)[:, :4]) == (not seen)
+
+
+def test_with_its_border_kept_a_grid_may_be_smaller_than_the_reduction():
+    assert mit_b0(kv_border="keep")(torch.zeros(1, 3, 20, 28))[3].shape == (1, 256, 1, 1)
+
+
+def test_unknown_kv_border_is_refused():
+    with pytest.raises(ValueError, match="kv_border='pad': choose one of drop, keep"):
+        tiny(kv_border="pad")
+
+
 def test_attention_does_not_see_the_border_that_the_reduction_drops(randomize):
     attn = randomize(EfficientSelfAttention(8, 2, sr_ratio=2, norm_eps=1e-5))
     tokens = torch.randn(1, 5, 7, 8, dtype=torch.float64)

@@ -103,6 +103,7 @@ def encoder_arguments(encoder: MixTransformer) -> dict[str, Any]:
         "num_heads": tuple(block.attn.num_heads for block in first),
         "mlp_ratio": first[0].mlp.fc1.out_features // first[0].mlp.fc1.in_features,
         "sr_ratios": tuple(block.attn.sr_ratio for block in first),
+        "kv_border": first[0].attn.kv_border,
         "patch_sizes": tuple(convolution.kernel_size[0] for convolution in convolutions),
         "strides": tuple(convolution.stride[0] for convolution in convolutions),
         "paddings": tuple(convolution.padding[0] for convolution in convolutions),

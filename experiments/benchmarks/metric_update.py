@@ -1,0 +1,99 @@
+"""One update of the scores, beside torchmetrics' MulticlassJaccardIndex.
+
+    python experiments/benchmarks/metric_update.py [--size H W] [--num-classes N] [--batch N]
+        [--rounds N]
+
+In turn in one process on the same predictions and labels: `SegmentationScores`, checks included;
+that with `BoundaryIoU` and `CalibrationError`, which is all that a validation counts; and
+MulticlassJaccardIndex as it comes and without its checks. Their mIoU must agree.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torchmetrics.classification import MulticlassJaccardIndex
+from tqdm import tqdm
+
+from segformer_pl.metrics import (
+    BoundaryIoU,
+    CalibrationError,
+    SegmentationScores,
+    as_classes,
+)
+
+IGNORED = 255
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"))
+    parser.add_argument("--num-classes", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    num_classes, size = options.num_classes, options.size
+
+    # Regions of some size, as labels have, and predictions that are right in four of five pixels.
+    coarse = torch.randint(num_classes, (options.batch, -(-size[0] // 32), -(-size[1] // 32)))
+    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    labels = labels[:, : size[0], : size[1]].contiguous()
+    noise = torch.randint(num_classes, labels.shape)
+    predictions = torch.where(torch.rand(labels.shape) < 0.8, labels, noise)
+    labels[:, : size[0] // 10] = IGNORED
+    confidence = torch.rand(labels.shape)
+
+    scores = SegmentationScores(num_classes)
+    boundary, calibration = BoundaryIoU(num_classes), CalibrationError(num_classes)
+    checked = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
+    unchecked = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED, validate_args=False)
+
+    def update_scores() -> None:
+        scores.update(*as_classes(predictions, labels, num_classes, IGNORED))
+
+    def update_everything() -> None:
+        classes = as_classes(predictions, labels, num_classes, IGNORED)
+        scores.update(*classes)
+        boundary.update(*classes)
+        calibration.update(*classes, confidence)
+
+    ways: dict[str, Callable[[], object]] = {
+        "scores": update_scores,
+        "with boundary and calibration": update_everything,
+        "torchmetrics": lambda: checked.update(predictions, labels),
+        "torchmetrics, unchecked": lambda: unchecked.update(predictions, labels),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in tqdm(range(options.rounds + 1), leave=False):
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            way()
+            if number:  # the first round warms up
+                times[name].append(time.perf_counter() - begin)
+
+    ours, theirs = scores.compute()["miou"].item(), checked.compute().item()
+    sys.stdout.write(
+        f"batch {options.batch}, {num_classes} classes, {size[0]}x{size[1]}, {options.threads} "
+        f"threads, torch {torch.__version__}; mIoU {ours:.6f} and {theirs:.6f}\n"
+    )
+    for name, measured in times.items():
+        ratios = {
+            other: statistics.median(b / a for a, b in zip(measured, times[other]))
+            for other in ("torchmetrics", "torchmetrics, unchecked")
+        }
+        sys.stdout.write(
+            f"  {name:30s} {1e3 * statistics.median(measured):8.1f} ms "
+            f"({1e3 * min(measured):.1f} to {1e3 * max(measured):.1f})   "
+            f"{ratios['torchmetrics']:6.2f} x torchmetrics' speed, "
+            f"{ratios['torchmetrics, unchecked']:6.2f} x its speed without checks\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
