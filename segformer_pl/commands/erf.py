@@ -27,7 +27,7 @@ from segformer_pl.models.checkpoints import load_network
 from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
 
 DPI = 150
-PICTURES_IN_A_BATCH = 16  # as read; the measurement takes them apart as it needs
+PICTURES_IN_A_BATCH = 8  # as read; the measurement takes them apart as it needs
 TIMM = "timm:"
 
 
@@ -103,9 +103,7 @@ def erf(arguments: list[str]) -> None:
         subjects.append(_against(options.against, segmenters, data))
     if options.reduction.isdigit():
         options.reduction = int(options.reduction)
-    # Read once: every network sees the same pictures.
-    pictures = list(_pictures(data, options.num_images, options.size))
-    results = [_measure(subject, pictures, data, options) for subject in subjects]
+    results = [_measure(subject, data, options) for subject in subjects]
     _write(Path(options.output), subjects, results)
 
 
@@ -133,6 +131,7 @@ def _subject(kind: str, source: str, data: StreamingSegmentationData) -> Subject
         network, _ = load_network(source)
         label = f"{type(network).__name__}, {Path(source).name}"
         return Subject(network.eval(), _normalize(), label, "from a file")
+    torch.manual_seed(0)  # the same random weights each time
     network = getattr(models, source)(num_classes=data.entry.labels.num_classes)
     return Subject(network.eval(), _normalize(), source, "random weights")
 
@@ -143,6 +142,7 @@ def _against(source: str, segmenters: list[str], data: StreamingSegmentationData
     if not source.startswith(TIMM):
         return _subject("ckpt", source, data)
     name, _, weights = source.removeprefix(TIMM).partition(":")
+    torch.manual_seed(0)
     network = TimmStages(name, weights or None).eval()
     known = {"": "random weights", "pretrained": "timm's weights"}.get(weights, "from a file")
     return Subject(network, _normalize(network.mean, network.std), f"timm {name}", known)
@@ -161,13 +161,16 @@ def _normalize(
 def _pictures(
     data: StreamingSegmentationData, num_images: int, size: tuple[int, int] | None
 ) -> Iterator[dict[str, Any]]:
-    """Validation pictures spread evenly over the split: stored order can be by class or place."""
+    """Batches of validation pictures spread evenly over the split, for stored order can be by
+    class or place; the same ones each time."""
     if num_images < 1:
         raise ValueError("--num-images: give an integer of at least 1")
     samples: Any = data.val_dataloader().dataset
     num_rows = samples.order.num_rows
     count = min(num_images, num_rows)
-    for number in tqdm(range(count), desc="reading", unit="picture", leave=False):
+    images: list[Tensor] = []
+    names: list[str] = []
+    for number in range(count):
         sample = samples[number * num_rows // count]
         if sample["id"] in sample["skipped"]:
             sys.stderr.write(f"skipped: {sample['skipped'][sample['id']]}\n")
@@ -175,34 +178,26 @@ def _pictures(
         image = sample["image"][None]
         if size is not None:
             image = F.interpolate(image, tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
-        yield {"image": image, "id": [sample["id"]]}
+        if images and image.shape != images[0].shape:
+            raise ValueError(
+                f"the pictures of {data.entry.name!r} have different sizes and their fields cannot "
+                "be averaged; give --size H W"
+            )
+        images.append(image)
+        names.append(sample["id"])
+        if len(images) == PICTURES_IN_A_BATCH:
+            yield {"image": torch.cat(images), "id": names}
+            images, names = images[:0], []
+    if images:
+        yield {"image": torch.cat(images), "id": names}
 
 
-def _measure(
-    subject: Subject,
-    pictures: list[dict[str, Any]],
-    data: StreamingSegmentationData,
-    options: Any,
-) -> ERF:
+def _measure(subject: Subject, data: StreamingSegmentationData, options: Any) -> ERF:
     network = subject.network.to(options.device)
-    step = options.batch_size or PICTURES_IN_A_BATCH
-    parts = [pictures[start : start + step] for start in range(0, len(pictures), max(step, 1))]
-    sizes = {tuple(one["image"].shape[2:]) for one in pictures}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the pictures of {data.entry.name!r} have {len(sizes)} different sizes and their "
-            "fields cannot be averaged; give --size H W"
-        )
-    batches = [
-        {
-            "image": torch.cat([one["image"] for one in part]),
-            "id": [name for one in part for name in one["id"]],
-        }
-        for part in parts
-    ]
+    pictures = _pictures(data, options.num_images, options.size)
     return effective_receptive_field(
         network,
-        tqdm(batches, desc=subject.label, unit="batch", leave=False),
+        tqdm(pictures, desc=subject.label, unit="batch", leave=False),
         layers=options.layers,
         reduction=options.reduction,
         gradient=options.gradient,
@@ -256,10 +251,10 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
 
 def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
     """Numbers with their 95 % intervals over pictures, as text."""
-    about = result.about
+    about, size = result.about, result.recipe["image_size"]
     lines = [
         f"{about['model']} ({about['weights']}), {result.num_images} pictures of "
-        f"{'x'.join(map(str, result.recipe['image_size']))} pixels, 95 % intervals",
+        f"{size[0]}x{size[1]} pixels, 95 % intervals",
         f"{'layer':<10}{'radius 50 %, px':>24}{'radius 95 %, px':>24}{'area 50 %, %':>26}"
         f"{'within 16 px, %':>24}",
     ]
@@ -276,4 +271,10 @@ def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
         ]
         widths = (24, 24, 26, 24)
         lines.append(f"{name:<10}" + "".join(f"{t:>{w}}" for t, w in zip(texts, widths)))
+    filling = [n for n, row in numbers.items() if 2 * row["radius_95"][0] > min(size)]
+    if filling:
+        lines.append(
+            f"the fields of {', '.join(filling)} reach beyond the picture, whose border cuts them "
+            "off: to compare them, measure on larger pictures (--size; RepLKNet takes 1024 1024)"
+        )
     return "\n".join(lines) + "\n"

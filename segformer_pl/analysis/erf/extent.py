@@ -223,7 +223,8 @@ def lattice_share(erf: Map, period: int = 32, center: Center = None) -> float:
 
     Keys and values of every stage of SegFormer lie on a lattice of 32 pixels (``sr_ratio`` x
     stride), which shows in its receptive fields. 1 for a pure lattice, 0 for noise in
-    expectation (what phase means explain by chance is taken off); nan in a picture with
+    expectation (what phase means explain by chance is taken off); other periods show in part, by
+    the phases that they have in common; nan in a picture with
     fewer than two periods a side.
     """
     rows, columns = erf.shape[0] // period * period, erf.shape[1] // period * period

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from segformer_pl.analysis.erf import (
     ClassPixels,
@@ -211,6 +212,32 @@ def test_a_plain_sum_after_a_layernorm_is_refused_and_would_be_zero():
     before = ["encoder.stages.0.blocks", "head"]  # before the norm, and after a BatchNorm
     erf = effective_receptive_field(network, images, layers=before, reduction="sum")
     assert all(field.mean.max() > 1e-3 for field in erf.layers.values())
+
+
+# What attention over reduced keys and values does
+
+
+def test_every_stage_sees_the_whole_picture_on_a_lattice_of_32_pixels():
+    """Structure, not a fault: the field is never zero, and its far part repeats every 32 px."""
+    torch.manual_seed(0)
+    network = segformer_b0(5).eval()
+    erf = effective_receptive_field(network, torch.randn(4, 3, 192, 192))
+    for layer in LAYERS:
+        assert (erf[layer].mean > 0).all(), layer
+    stage1 = erf["stage1"]
+    assert stage1.radius(0.5) < 8
+    assert stage1.lattice_share(32) > 0.6
+    # Others show in part, by the phases that they have in common with it.
+    assert max(stage1.lattice_share(period) for period in (16, 24, 48)) < 0.5
+    assert abs(stage1.lattice_share(4)) < 0.01  # the patches' own stride does not
+
+
+def test_fused_and_plain_attention_give_the_same_field(network):
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    fused = effective_receptive_field(network, images, layers=["stage4"])
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = effective_receptive_field(network, images, layers=["stage4"])
+    np.testing.assert_allclose(fused["stage4"].mean, plain["stage4"].mean, rtol=1e-8)
 
 
 # Batches, streams, many units
