@@ -186,9 +186,9 @@ FAULTS = {
         {"rows": one("label", lambda row: encode(np.zeros((20, 64), np.uint8), format="PNG"))},
         "error samples .*the label is 20x64 but the image is 48x64",
     ),
-    "a picture of 16 bits": (
-        {"rows": one("image", lambda row: encode(np.ones((48, 64), np.uint16), format="PNG"))},
-        "error samples .*more than 8 bits per channel",
+    "a picture of floating-point numbers": (
+        {"rows": one("image", lambda row: encode(np.ones((48, 64), np.float32), format="TIFF"))},
+        "error samples .*the image holds numbers without a known range",
     ),
     "a label in colours": (
         {"rows": one("label", lambda row: encode(np.ones((48, 64, 3), np.uint8), format="PNG"))},

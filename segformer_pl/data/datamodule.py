@@ -78,10 +78,11 @@ class StreamingSegmentationData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        path = str(path) if isinstance(path, Path) else path  # checkpoints hold plain data
         # Into checkpoints, so that a checkpoint alone says what to score it on.
         self.save_hyperparameters(logger=False)
         self.entry = find_dataset(dataset)
-        self.path = str(path) if isinstance(path, Path) else path
+        self.path = path
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
