@@ -12,6 +12,12 @@ from segformer_pl.data import shapes
 
 pytestmark = pytest.mark.slow
 
+# All pictures, wherever they are: the maps are averaged over the ranks.
+ERF = (
+    "--trainer.callbacks+=segformer_pl.callbacks.EffectiveReceptiveField",
+    "--trainer.callbacks.num_images=16",
+)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -45,10 +51,10 @@ def run(subcommand, folder, runs, devices, *arguments):
 
 
 def test_validation_on_two_ranks_equals_one(folder, tmp_path):
-    rows = [run("validate", folder, tmp_path / str(n), n)[-1] for n in (1, 2)]
+    rows = [run("validate", folder, tmp_path / str(n), n, *ERF)[-1] for n in (1, 2)]
     assert rows[0].keys() == rows[1].keys()
     compared = [key for key in rows[0] if key.startswith("val/") and rows[0][key]]
-    assert {"val/miou", "val/loss", "val/iou/disc"} <= set(compared)
+    assert {"val/miou", "val/loss", "val/iou/disc", "val/erf/head/area50"} <= set(compared)
     for key in compared:
         expected = pytest.approx(float(rows[0][key]), rel=1e-5, nan_ok=True)
         assert float(rows[1][key]) == expected, key
@@ -62,7 +68,8 @@ def test_validation_on_two_ranks_equals_one(folder, tmp_path):
 
 def test_a_rank_without_a_picture_does_not_hang_validation(tmp_path):
     shapes.generate(tmp_path / "one", {"train": 1, "validation": 1})
-    rows = [run("validate", tmp_path / "one", tmp_path / str(n), n)[-1] for n in (1, 2)]
+    rows = [run("validate", tmp_path / "one", tmp_path / str(n), n, *ERF)[-1] for n in (1, 2)]
+    assert float(rows[1]["val/erf/head/radius50"]) > 0
     assert float(rows[1]["val/loss"]) == pytest.approx(float(rows[0]["val/loss"]), rel=1e-5)
 
 

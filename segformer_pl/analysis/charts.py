@@ -28,6 +28,7 @@ CHART_SIZE = (5.6, 4.1)  # inches, at 72 px an inch in the SVG
 CROSS_ENTROPY = "CrossEntropy"
 MAX_SMOOTHED_POINTS = 300
 MAX_VECTOR_POINTS = 5000
+ERF_RADIUS = re.compile(r"val/erf/(.+)/radius50")
 
 
 def draw_charts(columns: dict[str, Series], loss_name: str) -> list[dict[str, Any]]:
@@ -42,6 +43,8 @@ def draw_charts(columns: dict[str, Series], loss_name: str) -> list[dict[str, An
         charts.append({"title": "Loss", "svg": svg(_loss_figure(columns, loss_name))})
     if "val/miou" in columns:
         charts.append({"title": "Mean intersection over union", "svg": svg(_miou_figure(columns))})
+    if any(ERF_RADIUS.fullmatch(name) for name in columns):
+        charts.append({"title": "Effective receptive field", "svg": svg(_erf_figure(columns))})
     return charts
 
 
@@ -226,4 +229,26 @@ def _miou_figure(columns: dict[str, Series]) -> Figure:
     axes.set_ylabel("validation mIoU (%)")
     if axes.get_legend_handles_labels()[1]:
         legend(axes)
+    return figure
+
+
+def _erf_figure(columns: dict[str, Series]) -> Figure:
+    """Radius that holds half of each layer's receptive field, over training."""
+    figure = Figure(figsize=CHART_SIZE, layout="constrained")
+    axes = figure.subplots()
+    _style_over_steps(axes)
+    styles = list(zip((BLUE, ORANGE, GREEN, VERMILLION, PURPLE, INK), "os^Dvx"))
+    found = [(match[1], columns[match[0]]) for name in columns if (match := ERF_RADIUS.match(name))]
+    # CSVLogger sorts by name, which puts the head before the stages that it stands on.
+    found.sort(key=lambda item: (not item[0].startswith("stage"), item[0]))
+    for number, (layer, series) in enumerate(found):
+        color, marker = styles[number % len(styles)]
+        axes.plot(
+            series.step, series.value, color=color, marker=marker, markersize=4.5, label=layer
+        )
+    axes.set_xlim(0, 1.04 * num_steps_trained(columns))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("radius with half of the field (pixels)")
+    legend(axes)
     return figure

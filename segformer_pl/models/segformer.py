@@ -1,6 +1,6 @@
 """SegFormer = a hierarchical encoder and the All-MLP decode head (Xie et al. 2021, Fig. 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from segformer_pl.models.mit import (
     mit_b3,
     mit_b4,
     mit_b5,
+    to_tokens,
 )
+
+UnitPlaces = Callable[[tuple[int, int]], tuple[list[int], list[int]]]
 
 
 class SegFormer(nn.Module):
@@ -57,6 +60,24 @@ class SegFormer(nn.Module):
         features = self.encoder(images)
         named = {f"stage{i}": feature for i, feature in enumerate(features, start=1)}
         return named | {"head": self.head.fuse_features(features)}
+
+    def unit_features(self, images: Tensor, units: UnitPlaces) -> dict[str, Tensor]:
+        """Single units of :meth:`feature_maps`, without computing the head anywhere else.
+
+        Args:
+            images: (B, in_channels, H, W); the network in evaluation mode.
+            units: Grid (h, w) of a map -> the rows and the columns of the n units wanted of it.
+
+        Returns:
+            The names of :meth:`feature_maps` -> (B, C_i, n).
+        """
+        features = self.encoder(images)
+        named = {}
+        for i, feature in enumerate(features, start=1):
+            rows, columns = units((feature.shape[2], feature.shape[3]))
+            named[f"stage{i}"] = to_tokens(feature)[:, rows, columns].transpose(1, 2)
+        rows, columns = units((features[0].shape[2], features[0].shape[3]))
+        return named | {"head": self.head.fuse_units(features, rows, columns)}
 
 
 def segformer_b0(

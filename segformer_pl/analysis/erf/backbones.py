@@ -1,0 +1,69 @@
+"""Networks of timm as rows of a figure: their stages under the names of SegFormer's."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from segformer_pl.analysis.erf.taps import channels_first
+
+STAGES = {4: "stage1", 8: "stage2", 16: "stage3", 32: "stage4"}  # by stride
+
+
+class TimmStages(nn.Module):
+    """The feature maps of a timm network at strides 4, 8, 16 and 32, as ``stage1`` ... ``stage4``.
+
+    Args:
+        name: Such as ``resnet50``.
+        weights: None for random ones, ``pretrained`` for timm's, fetched from the hub, or a file.
+
+    Attributes:
+        mean, std: What its pictures, in 0 to 1, are normalised with.
+
+    Raises:
+        ValueError: timm has no such network, or it gives no feature maps of these strides.
+    """
+
+    def __init__(self, name: str, weights: str | None = None) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            close = ", ".join(timm.list_models(f"*{name}*")[:5])
+            raise ValueError(
+                f"timm has no network {name!r}" + (f"; close are {close}" if close else "")
+            )
+        if weights not in (None, "pretrained") and not Path(str(weights)).is_file():
+            raise ValueError(f"timm:{name}: there is no file {weights!r} of weights")
+        given: dict[str, Any] = {"pretrained": weights == "pretrained"}
+        if weights not in (None, "pretrained"):
+            given["pretrained_cfg_overlay"] = {"file": weights}
+            given["pretrained"] = True
+        try:
+            network: Any = timm.create_model(name, features_only=True, **given)
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(f"timm:{name} gives no feature maps: {error}") from error
+        self.network = network
+        strides = network.feature_info.reduction()
+        # The deepest map at each stride.
+        self.indices = {STAGES[stride]: i for i, stride in enumerate(strides) if stride in STAGES}
+        if not self.indices:
+            raise ValueError(f"timm:{name} has no feature map of stride 4, 8, 16 or 32")
+        self.channels: list[int] = network.feature_info.channels()
+        config: dict[str, Any] = getattr(network, "pretrained_cfg", {})
+        self.mean = tuple(config.get("mean", (0.485, 0.456, 0.406)))
+        self.std = tuple(config.get("std", (0.229, 0.224, 0.225)))
+
+    def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> ``stage1`` ... ``stage4``, (B, C_i, H_i, W_i)."""
+        maps = self.network(images)
+        size = (images.shape[2], images.shape[3])
+        named = {}
+        for name, index in self.indices.items():
+            is_first = maps[index].shape[1] == self.channels[index]
+            layout = "channels_first" if is_first else "channels_last"
+            named[name] = channels_first(maps[index], size, layout, name)  # type: ignore[arg-type]
+        return named
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The deepest of the feature maps."""
+        return list(self.feature_maps(images).values())[-1]

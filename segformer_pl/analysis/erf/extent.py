@@ -1,0 +1,248 @@
+"""How far a receptive field reaches: numbers from one map.
+
+A map is (H, W), not negative; ``center`` is the (row, column) of the pixel whose unit was measured,
+by default (H // 2, W // 2). Lengths are in pixels of the picture. Everything but the
+:func:`square_area_ratio` is the same for a map and a multiple of it. A map without any gradient
+gives nan.
+"""
+
+import math
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Map = npt.NDArray[np.floating]
+Center = tuple[int, int] | None
+AreaDefinition = Literal["smallest", "square"]
+
+
+def smallest_area_ratio(erf: Map, share: float) -> float:
+    """Share of the picture that the strongest pixels with this share of the sum take up.
+
+    0.5 gives the smallest area that holds half of the gradient, wherever it lies.
+    """
+    ordered = np.sort(erf, axis=None)[::-1]
+    cumulative = np.cumsum(ordered, dtype=np.float64)
+    if not cumulative[-1] > 0:
+        return math.nan
+    return float(min(np.searchsorted(cumulative, share * cumulative[-1]) + 1, erf.size)) / erf.size
+
+
+def square_area_ratio(erf: Map, share: float, center: Center = None) -> float:
+    """RepLKNet's high-contribution area ratio (Ding et al. 2022): the smallest square about the
+    unit, of side 3, 5, 7 ... pixels, with more than ``share`` of the sum of log10(1 + map), over
+    the picture's area.
+
+    The arithmetic is that of the paper's script on square maps. There, a square that reaches
+    beyond the picture has no meaning: on wide maps the script finds nothing, on tall ones it counts
+    the wrong columns. Here the square is cut at the picture's border and goes on growing.
+
+    Depends on the scale of the map (normalisation of the picture, channels of the layer), because
+    of the logarithm: compare only what was measured alike.
+    """
+    height, width = erf.shape
+    row, column = (height // 2, width // 2) if center is None else center
+    logs = np.log10(erf + 1.0)
+    if not logs.max() > 0:
+        return math.nan
+    logs = logs / logs.max()
+    total = logs.sum()
+    table = np.zeros((height + 1, width + 1))
+    table[1:, 1:] = logs.cumsum(0).cumsum(1)
+    for reach in range(1, max(height, width) + 1):
+        top, bottom = max(row - reach, 0), min(row + reach + 1, height)
+        left, right = max(column - reach, 0), min(column + reach + 1, width)
+        inside = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
+        is_all = (bottom - top, right - left) == (height, width)
+        if inside / total > share or is_all:
+            return (bottom - top) / height * ((right - left) / width)
+    raise AssertionError("the last square is the picture")
+
+
+@lru_cache(maxsize=4)  # asked for again with every resample
+def distances(shape: tuple[int, ...], center: Center = None) -> npt.NDArray[np.float64]:
+    """(H, W), distance of every pixel from the unit's; not to be written to."""
+    row, column = (shape[0] // 2, shape[1] // 2) if center is None else center
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    found = np.hypot(rows - row, columns - column)
+    found.flags.writeable = False
+    return found
+
+
+@lru_cache(maxsize=4)
+def _rings(shape: tuple[int, ...], center: Center) -> npt.NDArray[np.int64]:
+    return np.rint(distances(shape, center)).astype(np.int64).ravel()
+
+
+class RadialProfile(NamedTuple):
+    """Around the unit, in rings of one pixel.
+
+    Attributes:
+        radius: (R,) of each ring, in pixels.
+        mean: (R,) of the map over the ring's pixels that are in the picture.
+        energy: (R,) share of the sum within the ring and all inner ones.
+    """
+
+    radius: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    energy: npt.NDArray[np.float64]
+
+
+def radial_profile(erf: Map, center: Center = None) -> RadialProfile:
+    """The map as a function of the distance from the unit, rounded to whole pixels."""
+    rings = _rings(erf.shape, center)
+    sums = np.bincount(rings, weights=erf.ravel().astype(np.float64))
+    counts = np.bincount(rings)
+    present = counts > 0
+    total = sums.sum()
+    energy = np.cumsum(sums[present]) / (total if total > 0 else math.nan)
+    return RadialProfile(
+        np.flatnonzero(present).astype(np.float64), sums[present] / counts[present], energy
+    )
+
+
+def energy_radius(erf: Map, share: float, center: Center = None) -> float:
+    """Radius in pixels of the disc about the unit that holds this share of the sum."""
+    profile = radial_profile(erf, center)
+    if not profile.energy[-1] > 0:
+        return math.nan
+    index = min(int(np.searchsorted(profile.energy, share - 1e-12)), len(profile.radius) - 1)
+    return float(profile.radius[index])
+
+
+def rms_radius(erf: Map, center: Center = None) -> float:
+    """Root of the mean squared distance from the unit, weighted with the map."""
+    total = erf.sum(dtype=np.float64)
+    if not total > 0:
+        return math.nan
+    return float(np.sqrt((erf * distances(erf.shape, center) ** 2).sum() / total))
+
+
+class GaussianFit(NamedTuple):
+    """``amplitude * exp(-r^2 / (2 sigma^2))`` about the unit.
+
+    Attributes:
+        sigma: In pixels.
+        amplitude: Of the map at the unit.
+        r_squared: Share of the map's variance over the pixels that the Gaussian explains. Luo et
+            al. find Gaussians in deep CNNs; far from 1, this is no such field.
+    """
+
+    sigma: float
+    amplitude: float
+    r_squared: float
+
+
+def gaussian_fit(erf: Map, center: Center = None) -> GaussianFit:
+    """The Gaussian about the unit with the least squared error over the pixels.
+
+    For a given sigma the best amplitude is known, so one number is searched for: on a grid of
+    logarithms first, then by golden section.
+    """
+    values = erf.astype(np.float64)
+    variance = ((values - values.mean()) ** 2).sum()
+    if not variance > 0:
+        return GaussianFit(math.nan, math.nan, math.nan)
+    # Squared distances are integers: pixels at the same one share a Gaussian's value.
+    squares = np.rint(distances(erf.shape, center) ** 2).astype(np.int64).ravel()
+    distinct, inverse = np.unique(squares, return_inverse=True)
+    sums = np.bincount(inverse, weights=values.ravel())
+    counts = np.bincount(inverse)
+
+    def explained(log_sigma: float) -> tuple[float, float]:
+        """Sum of squares that this Gaussian takes away, and its amplitude."""
+        gaussian = np.exp(-0.5 * distinct * math.exp(-2 * log_sigma))
+        overlap, energy = (sums * gaussian).sum(), (counts * gaussian**2).sum()
+        return overlap**2 / energy, overlap / energy
+
+    grid = np.linspace(math.log(0.2), math.log(4 * max(erf.shape)), 80)
+    best = int(np.argmax([explained(log_sigma)[0] for log_sigma in grid]))
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if explained(left)[0] < explained(right)[0]:
+            low = left
+        else:
+            high = right
+    log_sigma = (low + high) / 2
+    gain, amplitude = explained(log_sigma)
+    residual = (values**2).sum() - gain
+    return GaussianFit(math.exp(log_sigma), float(amplitude), float(1 - residual / variance))
+
+
+def centroid_shift(erf: Map, center: Center = None) -> tuple[float, float]:
+    """(rows, columns) from the unit's pixel to the centre of mass, in pixels.
+
+    Bilinear upsampling without aligned corners gives SegFormer's head one towards the top left:
+    its unit in the middle draws stage 2, 3 and 4 from places 2, 6 and 14 pixels off.
+    """
+    row, column = (erf.shape[0] // 2, erf.shape[1] // 2) if center is None else center
+    total = erf.sum(dtype=np.float64)
+    if not total > 0:
+        return math.nan, math.nan
+    rows, columns = np.ogrid[: erf.shape[0], : erf.shape[1]]
+    return float((erf * (rows - row)).sum() / total), float(
+        (erf * (columns - column)).sum() / total
+    )
+
+
+class Anisotropy(NamedTuple):
+    """Attributes:
+    ratio: Longer over shorter axis of the ellipse of second moments, at least 1.
+    angle: Of the longer axis in degrees, 0 for horizontal, 90 for vertical, 45 from bottom left
+        to top right; in [0, 180).
+    """
+
+    ratio: float
+    angle: float
+
+
+def anisotropy(erf: Map) -> Anisotropy:
+    """Direction of the map, from its second moments about its centre of mass."""
+    total = erf.sum(dtype=np.float64)
+    if not total > 0:
+        return Anisotropy(math.nan, math.nan)
+    down, right = centroid_shift(erf, (0, 0))
+    rows, columns = np.ogrid[: erf.shape[0], : erf.shape[1]]
+    up, right_ = -(rows - down), columns - right
+    xx = (erf * right_**2).sum() / total
+    yy = (erf * up**2).sum() / total
+    xy = (erf * (right_ * up)).sum() / total
+    (small, large), axes = np.linalg.eigh([[xx, xy], [xy, yy]])
+    angle = math.degrees(math.atan2(axes[1, 1], axes[0, 1])) % 180
+    ratio = math.sqrt(large / small) if small > 0 else math.inf
+    return Anisotropy(float(ratio), 0.0 if math.isclose(angle, 180) else angle)
+
+
+def lattice_share(erf: Map, period: int = 32, center: Center = None) -> float:
+    """Share of the map's variance, further than one period from the unit, that repeats itself
+    every ``period`` pixels in both directions.
+
+    Keys and values of every stage of SegFormer lie on a lattice of 32 pixels (``sr_ratio`` x
+    stride), which shows in its receptive fields. 1 for a pure lattice, 0 for noise in
+    expectation (what phase means explain by chance is taken off); other periods show in part, by
+    the phases that they have in common; nan in a picture with
+    fewer than two periods a side.
+    """
+    rows, columns = erf.shape[0] // period * period, erf.shape[1] // period * period
+    if min(rows, columns) < 2 * period:
+        return math.nan
+    values = erf[:rows, :columns].astype(np.float64)
+    far = (distances(erf.shape, center) > period)[:rows, :columns]
+
+    def folded(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return array.reshape(rows // period, period, columns // period, period).sum((0, 2))
+
+    counts = folded(far.astype(np.float64))
+    mean = values[far].mean()
+    total = ((values[far] - mean) ** 2).sum()
+    if not total > 0 or counts.min() < 2:
+        return math.nan
+    deviations = folded(np.where(far, values - mean, 0.0))
+    between = (deviations**2 / counts).sum() / total
+    # The part that phase means of noise would explain by chance (as in epsilon squared).
+    chance = (period**2 - 1) / (far.sum() - 1)
+    return float((between - chance) / (1 - chance))

@@ -1,0 +1,412 @@
+"""What a measurement of receptive fields gives: maps, their uncertainty, numbers, files."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from segformer_pl.analysis.erf import extent
+from segformer_pl.analysis.erf.moments import NUM_GROUPS, Moments
+
+FORMAT = 1
+SHARES = (0.2, 0.3, 0.5, 0.99)  # those of RepLKNet's table
+
+
+class Interval(NamedTuple):
+    """A value with the bounds of its confidence interval; nan where it cannot be given."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerERF:
+    """The effective receptive field of one layer.
+
+    Attributes:
+        name: Of the layer.
+        mean: (H, W), float64, the map averaged over the pictures; not normalised.
+        variance: (H, W), of a single picture's map; nan with one picture.
+        groups: (G, H, W), the mean over each group of pictures, for resampling.
+        group_counts: (G,), pictures in each group.
+        pixel: (row, column) of the pixel whose unit was measured, from which distances count; the
+            unit's own centre is up to a stride above and to the left of it. None for a class.
+        grid: (h, w) units of the layer.
+        gradient: ``abs``, ``relu`` or ``signed``.
+    """
+
+    name: str
+    mean: npt.NDArray[np.float64]
+    variance: npt.NDArray[np.float64]
+    groups: npt.NDArray[np.float32]
+    group_counts: npt.NDArray[np.int64]
+    pixel: tuple[int, int] | None
+    grid: tuple[int, int]
+    gradient: str
+
+    @classmethod
+    def from_moments(
+        cls,
+        name: str,
+        moments: Moments,
+        pixel: tuple[int, int] | None,
+        grid: tuple[int, int],
+        gradient: str,
+    ) -> "LayerERF":
+        used = moments.group_counts > 0
+        counts = moments.group_counts[used]
+        groups = np.asarray(moments.groups[used] / counts[:, None, None], np.float32)
+        return cls(name, moments.mean, moments.variance, groups, counts, pixel, grid, gradient)
+
+    def moments(self) -> Moments:
+        """The sums that this is made of."""
+        height, width = self.mean.shape
+        moments = Moments.zeros(height, width, max(NUM_GROUPS, len(self.groups)))
+        moments.count = self.num_images
+        moments.mean += self.mean
+        moments.squares += np.nan_to_num(self.variance) * (self.num_images - 1)
+        moments.groups[: len(self.groups)] = self.groups * self.group_counts[:, None, None]
+        moments.group_counts[: len(self.groups)] = self.group_counts
+        return moments
+
+    @property
+    def num_images(self) -> int:
+        return int(self.group_counts.sum())
+
+    @property
+    def standard_error(self) -> npt.NDArray[np.float64]:
+        """(H, W), of the mean; nan with one picture."""
+        return np.sqrt(self.variance / self.num_images)
+
+    # Numbers. Each checks what it needs: a signed map has no extent, a class no centre.
+
+    def area_ratio(self, share: float, definition: extent.AreaDefinition = "smallest") -> float:
+        """Share of the picture's area that holds ``share`` of the field.
+
+        Args:
+            share: Such as 0.5.
+            definition: ``smallest``, the strongest pixels, free of scale
+                (:func:`extent.smallest_area_ratio`); ``square``, RepLKNet's
+                (:func:`extent.square_area_ratio`).
+
+        Raises:
+            ValueError: the share is not between 0 and 1, the map is signed, or ``square`` is asked
+                of a class.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"area_ratio of {share}: give a share between 0 and 1")
+        if definition == "smallest":
+            return extent.smallest_area_ratio(self._positive(), share)
+        if definition == "square":
+            return extent.square_area_ratio(self._positive(), share, self._center())
+        raise ValueError(f"definition={definition!r}: give 'smallest' or 'square'")
+
+    def radial_profile(self) -> extent.RadialProfile:
+        """See :func:`extent.radial_profile`."""
+        return extent.radial_profile(self._positive(), self._center())
+
+    def radius(self, share: float = 0.5) -> float:
+        """Radius in pixels of the disc about the unit that holds this share of the field."""
+        return extent.energy_radius(self._positive(), share, self._center())
+
+    def rms_radius(self) -> float:
+        """See :func:`extent.rms_radius`."""
+        return extent.rms_radius(self._positive(), self._center())
+
+    def gaussian_fit(self) -> extent.GaussianFit:
+        """See :func:`extent.gaussian_fit`."""
+        return extent.gaussian_fit(self._positive(), self._center())
+
+    def anisotropy(self) -> extent.Anisotropy:
+        """See :func:`extent.anisotropy`."""
+        return extent.anisotropy(self._positive())
+
+    def centroid_shift(self) -> tuple[float, float]:
+        """See :func:`extent.centroid_shift`."""
+        return extent.centroid_shift(self._positive(), self._center())
+
+    def lattice_share(self, period: int = 32) -> float:
+        """See :func:`extent.lattice_share`."""
+        return extent.lattice_share(self._positive(), period, self._center())
+
+    def center_share(self, radius: float = 16.0) -> float:
+        """Share of the field within this many pixels of the unit."""
+        near = extent.distances(self.mean.shape, self._center()) <= radius
+        total = self._positive().sum()
+        return float(self.mean[near].sum() / total) if total > 0 else float("nan")
+
+    def interval(
+        self,
+        number: Callable[["LayerERF"], float],
+        level: float = 0.95,
+        num_resamples: int = 200,
+        seed: int = 0,
+    ) -> Interval:
+        """A number of this field with its bootstrap interval over pictures.
+
+        Pictures are resampled with replacement, one group at a time, and the number is taken of
+        their mean map; percentiles of it are the bounds. Up to 16 pictures every group is one
+        picture; with a handful of them the interval is too narrow, as bootstrap intervals are.
+
+        Args:
+            number: Such as ``lambda erf: erf.radius(0.5)`` or ``LayerERF.rms_radius``.
+            level: Of confidence.
+            num_resamples: How often.
+            seed: Of the resampling; torch's and numpy's own states are left alone.
+        """
+        return self.intervals({"": number}, level, num_resamples, seed)[""]
+
+    def intervals(
+        self,
+        numbers: Mapping[str, Callable[["LayerERF"], float]],
+        level: float = 0.95,
+        num_resamples: int = 200,
+        seed: int = 0,
+    ) -> dict[str, Interval]:
+        """Several numbers with their intervals, from the same resamples: see :meth:`interval`."""
+        values: dict[str, list[float]] = {name: [] for name in numbers}
+        if len(self.groups) > 1:
+            rng = np.random.default_rng(seed)
+            for _ in range(num_resamples):
+                resampled = self._resampled(rng.integers(len(self.groups), size=len(self.groups)))
+                for name, number in numbers.items():
+                    values[name].append(number(resampled))
+        tail = (1 - level) / 2
+        found = {}
+        for name, number in numbers.items():
+            low, high = float("nan"), float("nan")
+            if np.isfinite(values[name]).any():
+                low, high = map(float, np.nanquantile(values[name], [tail, 1 - tail]))
+            found[name] = Interval(number(self), low, high)
+        return found
+
+    def _resampled(self, drawn: npt.NDArray[np.int64]) -> "LayerERF":
+        weights = np.bincount(drawn, minlength=len(self.groups)) * self.group_counts
+        mean = np.tensordot((weights / weights.sum()).astype(np.float32), self.groups, axes=1)
+        return LayerERF(
+            self.name,
+            mean,
+            self.variance,
+            self.groups,
+            self.group_counts,
+            self.pixel,
+            self.grid,
+            self.gradient,
+        )
+
+    def _positive(self) -> npt.NDArray[np.float64]:
+        if self.gradient == "signed":
+            raise ValueError(
+                "a signed map has no extent, for what is negative would count against it; measure "
+                "with gradient='abs' or 'relu'"
+            )
+        return self.mean
+
+    def _center(self) -> tuple[int, int]:
+        if self.pixel is None:
+            raise ValueError(
+                "the field of all units of a class has no centre to measure from; see "
+                "radius_map for the radius of every unit"
+            )
+        return self.pixel
+
+
+@dataclass(frozen=True)
+class ERF:
+    """Effective receptive fields of the layers of one network over the same pictures.
+
+    Attributes:
+        layers: By name, in order.
+        num_images: Pictures averaged.
+        not_finite: Names of the pictures that are not in it because a gradient was not finite.
+        without_units: Names of those without a unit of the class that was asked for.
+        recipe: Units, reduction, gradient, picture size: what must agree for a comparison.
+        about: What was measured: model, weights, data.
+    """
+
+    layers: dict[str, LayerERF]
+    num_images: int
+    not_finite: list[str] = field(default_factory=list)
+    without_units: list[str] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, layer: str) -> LayerERF:
+        return self.layers[layer]
+
+    def numbers(self, level: float = 0.95, num_resamples: int = 200) -> dict[str, dict[str, Any]]:
+        """Layer -> name of the number -> value, or ``[value, low, high]`` with its interval.
+
+        ``area_square`` and ``area_smallest`` by share, ``radius`` by share and its root mean square
+        in pixels, and the rest of :class:`LayerERF`.
+        """
+        bounded: dict[str, Callable[[LayerERF], float]] = {
+            "area_smallest_50": lambda erf: erf.area_ratio(0.5),
+            "area_smallest_95": lambda erf: erf.area_ratio(0.95),
+            "radius_50": lambda erf: erf.radius(0.5),
+            "radius_95": lambda erf: erf.radius(0.95),
+            "rms_radius": LayerERF.rms_radius,
+            "center_share_16": LayerERF.center_share,
+        }
+        table: dict[str, dict[str, Any]] = {}
+        for name, erf in self.layers.items():
+            row: dict[str, Any] = {"units": list(erf.grid)}
+            if erf.gradient == "signed":
+                table[name] = row
+                continue
+            possible = {
+                key: number
+                for key, number in bounded.items()
+                if erf.pixel is not None or key.startswith("area")
+            }
+            intervals = erf.intervals(possible, level, num_resamples)
+            row |= {key: list(interval) for key, interval in intervals.items()}
+            row["anisotropy"], row["anisotropy_angle"] = erf.anisotropy()
+            if erf.pixel is not None:
+                for share in SHARES:
+                    row[f"area_square_{round(100 * share)}"] = erf.area_ratio(share, "square")
+                fit = erf.gaussian_fit()
+                row["gaussian_sigma"], row["gaussian_r_squared"] = fit.sigma, fit.r_squared
+                row["centroid_shift"] = list(erf.centroid_shift())
+                row["lattice_share_32"] = erf.lattice_share()
+            table[name] = row
+        return table
+
+    def save(self, path: str | Path, numbers: Mapping[str, Any] | None = None) -> list[Path]:
+        """Write ``path`` with the suffixes .npz (maps) and .json (everything else).
+
+        Group means are kept to three digits, enough to resample them.
+
+        Args:
+            path: Without suffix.
+            numbers: From :meth:`numbers`, computed if left out.
+
+        Returns:
+            The two files.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        layers = []
+        for index, erf in enumerate(self.layers.values()):
+            scale = float(np.abs(erf.groups).max()) or 1.0
+            arrays[f"mean_{index}"] = erf.mean
+            arrays[f"variance_{index}"] = erf.variance.astype(np.float32)
+            arrays[f"groups_{index}"] = (erf.groups / scale).astype(np.float16)
+            arrays[f"group_counts_{index}"] = erf.group_counts
+            layers.append(
+                {
+                    "name": erf.name,
+                    "pixel": None if erf.pixel is None else list(erf.pixel),
+                    "grid": list(erf.grid),
+                    "gradient": erf.gradient,
+                    "groups_scale": scale,
+                }
+            )
+        files = [path.with_name(path.name + suffix) for suffix in (".npz", ".json")]
+        np.savez_compressed(files[0], **arrays)  # type: ignore[arg-type]
+        description = {
+            "format": FORMAT,
+            "about": self.about,
+            "recipe": self.recipe,
+            "num_images": self.num_images,
+            "not_finite": self.not_finite,
+            "without_units": self.without_units,
+            "layers": layers,
+            "numbers": self.numbers() if numbers is None else numbers,
+        }
+        files[1].write_text(json.dumps(_plain(description), indent=2) + "\n", encoding="utf-8")
+        return files
+
+
+def merge(parts: Sequence[ERF]) -> ERF:
+    """One result of several over different pictures, as if measured in one go.
+
+    Raises:
+        ValueError: there is none, or they were measured differently.
+    """
+    if not parts or any(part.recipe != parts[0].recipe for part in parts):
+        raise ValueError("merge: give results of one recipe (units, reduction, gradient, size)")
+    layers = {}
+    for name, field_ in parts[0].layers.items():
+        moments = field_.moments()
+        for part in parts[1:]:
+            moments.merge(part[name].moments())
+        layers[name] = LayerERF.from_moments(
+            name, moments, field_.pixel, field_.grid, field_.gradient
+        )
+    return ERF(
+        layers,
+        sum(part.num_images for part in parts),
+        [name for part in parts for name in part.not_finite],
+        [name for part in parts for name in part.without_units],
+        parts[0].recipe,
+        parts[0].about,
+    )
+
+
+def load_erf(path: str | Path) -> ERF:
+    """What :meth:`ERF.save` wrote.
+
+    Args:
+        path: As given to it, or one of the two files.
+
+    Raises:
+        ValueError: one of the files is not there or no such file.
+    """
+    path = Path(path)
+    base = path.with_suffix("") if path.suffix in (".npz", ".json") else path
+    files = [base.with_name(base.name + suffix) for suffix in (".npz", ".json")]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"there is no file '{file}', and an ERF is read from .npz and .json")
+    try:
+        description = json.loads(files[1].read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise ValueError(f"'{files[1]}' has format {description['format']}, not {FORMAT}")
+        layers = {}
+        with np.load(files[0], allow_pickle=False) as arrays:
+            for index, layer in enumerate(description["layers"]):
+                layers[layer["name"]] = LayerERF(
+                    layer["name"],
+                    arrays[f"mean_{index}"],
+                    arrays[f"variance_{index}"].astype(np.float64),
+                    arrays[f"groups_{index}"].astype(np.float32) * layer["groups_scale"],
+                    arrays[f"group_counts_{index}"],
+                    None if layer["pixel"] is None else tuple(layer["pixel"]),
+                    tuple(layer["grid"]),
+                    layer["gradient"],
+                )
+    except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"'{base}' holds no ERF ({type(error).__name__}: {error})") from error
+    keys = ("num_images", "not_finite", "without_units", "recipe", "about")
+    return ERF(layers, **{key: description[key] for key in keys})
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over the names and values of all parameters and buffers, first 16 digits."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan: null in its place."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return value

@@ -1,0 +1,280 @@
+"""``erf``: what each layer of a network really sees."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from segformer_pl import models
+from segformer_pl.analysis.erf import ERF, effective_receptive_field, weights_hash
+from segformer_pl.analysis.erf.backbones import TimmStages
+from segformer_pl.analysis.erf.plots import (
+    plot_area_ratios,
+    plot_difference,
+    plot_erf,
+    plot_radial_profiles,
+)
+from segformer_pl.commands.checkpoint import load_data, load_task
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.data import StreamingSegmentationData
+from segformer_pl.models.checkpoints import load_network
+from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
+
+DPI = 150
+PICTURES_IN_A_BATCH = 8  # as read; the measurement takes them apart as it needs
+TIMM = "timm:"
+
+
+class Subject(NamedTuple):
+    """A network to measure; ``label`` names its row, ``weights`` says where they are from."""
+
+    network: nn.Module
+    preprocess: Callable[[Tensor], Tensor]
+    label: str
+    weights: str
+
+
+def erf(arguments: list[str]) -> None:
+    """``erf``: figures, numbers and maps of effective receptive fields."""
+    segmenters = [
+        name
+        for name in models.__all__
+        if inspect.isfunction(build := getattr(models, name))
+        and "num_classes" in inspect.signature(build).parameters
+    ]
+    parser = SegformerArgumentParser(
+        prog=f"{PROG} erf",
+        description="Measure the effective receptive field of the unit in the middle of every "
+        "layer (stage 1 to 4 and the head; the paper's Figure 3), averaged over validation "
+        "pictures. Writes erf.png, erf_profile.png, erf_area.png, erf.npz and erf.json; with "
+        "--against also erf_difference.png and the second network's against.npz and .json.",
+    )
+    parser.add_argument("--ckpt", help="checkpoint of a run; brings its network and data")
+    parser.add_argument(
+        "--weights", help="weights of any known layout, in place of --ckpt: file, folder, hub name"
+    )
+    parser.add_argument(
+        "--model", choices=segmenters, help="network with random weights, in place of --ckpt"
+    )
+    parser.add_argument(
+        "--against",
+        help="second row: a checkpoint, a model name (random weights), or a network of timm: "
+        "timm:NAME (random weights), timm:NAME:pretrained, timm:NAME:FILE",
+    )
+    parser.add_argument("--data", help="data set of the catalogue; default the checkpoint's")
+    parser.add_argument("--path", help="where the data set is stored, as data.path of a run")
+    parser.add_argument("--num-images", type=int, default=100, help="the paper averages over 100")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="resize pictures, bicubic, aspect ignored (RepLKNet: 1024 1024); default their own",
+    )
+    parser.add_argument("--layers", nargs="+", help="feature maps or modules; default all maps")
+    parser.add_argument(
+        "--reduction", default="relu", help="relu, l1, sum, random, or a channel's number"
+    )
+    parser.add_argument("--gradient", default="abs", choices=["abs", "relu"])
+    parser.add_argument("--batch-size", type=int, help="pictures in a pass; bounds the memory")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    parser.add_argument("--output", default="erf", help="folder for the files")
+    options = parser.parse_args(arguments)
+    given = [key for key in ("ckpt", "weights", "model") if options[key] is not None]
+    if len(given) != 1:
+        raise ValueError("give one of --ckpt, --weights and --model: whose field to measure")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
+    if options.size is not None and min(options.size) < 1:
+        raise ValueError("--size: give height and width of at least 1 pixel")
+    data = _data(options)
+    subjects = [_subject(given[0], options[given[0]], data)]
+    if options.against is not None:
+        subjects.append(_against(options.against, segmenters, data))
+    if options.reduction.isdigit():
+        options.reduction = int(options.reduction)
+    results = [_measure(subject, data, options) for subject in subjects]
+    _write(Path(options.output), subjects, results)
+
+
+def _data(options: Any) -> StreamingSegmentationData:
+    changes = {"dataset": options.data, "path": options.path, "num_workers": 0}
+    if options.ckpt is not None:
+        if options.data is not None and options.path is None:
+            # The run's own path belongs to the run's own data set.
+            return StreamingSegmentationData(dataset=options.data, num_workers=0)
+        return load_data(options.ckpt, **changes)
+    if options.data is None:
+        raise ValueError("--data: say which data set's pictures to take; --ckpt brings its own")
+    return StreamingSegmentationData(**changes)
+
+
+def _subject(kind: str, source: str, data: StreamingSegmentationData) -> Subject:
+    if kind == "ckpt":
+        task = load_task(source)
+        step = torch.load(source, weights_only=True, map_location="cpu").get("global_step")
+        label = f"{type(task.network).__name__}, {Path(source).name}"
+        # Not task.normalize, whose tensors would have to follow the network to its device.
+        mean, std = (tuple(t.flatten().tolist()) for t in (task.image_mean, task.image_std))
+        return Subject(task.network, _normalize(mean, std), label, f"trained, step {step}")
+    if kind == "weights":
+        network, _ = load_network(source)
+        label = f"{type(network).__name__}, {Path(source).name}"
+        return Subject(network.eval(), _normalize(), label, "from a file")
+    torch.manual_seed(0)  # the same random weights each time
+    network = getattr(models, source)(num_classes=data.entry.labels.num_classes)
+    return Subject(network.eval(), _normalize(), source, "random weights")
+
+
+def _against(source: str, segmenters: list[str], data: StreamingSegmentationData) -> Subject:
+    if source in segmenters:
+        return _subject("model", source, data)
+    if not source.startswith(TIMM):
+        return _subject("ckpt", source, data)
+    name, _, weights = source.removeprefix(TIMM).partition(":")
+    torch.manual_seed(0)
+    network = TimmStages(name, weights or None).eval()
+    known = {"": "random weights", "pretrained": "timm's weights"}.get(weights, "from a file")
+    return Subject(network, _normalize(network.mean, network.std), f"timm {name}", known)
+
+
+def _normalize(
+    mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+) -> Callable[[Tensor], Tensor]:
+    def normalize(images: Tensor) -> Tensor:
+        shift, scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+        return (images - shift) / scale
+
+    return normalize
+
+
+def _pictures(
+    data: StreamingSegmentationData, num_images: int, size: tuple[int, int] | None
+) -> Iterator[dict[str, Any]]:
+    """Batches of validation pictures spread evenly over the split, for stored order can be by
+    class or place; the same ones each time."""
+    if num_images < 1:
+        raise ValueError("--num-images: give an integer of at least 1")
+    samples: Any = data.val_dataloader().dataset
+    num_rows = samples.order.num_rows
+    count = min(num_images, num_rows)
+    images: list[Tensor] = []
+    names: list[str] = []
+    for number in range(count):
+        sample = samples[number * num_rows // count]
+        if sample["id"] in sample["skipped"]:
+            sys.stderr.write(f"skipped: {sample['skipped'][sample['id']]}\n")
+            continue
+        image = sample["image"][None]
+        if size is not None:
+            image = F.interpolate(image, tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
+        if images and image.shape != images[0].shape:
+            raise ValueError(
+                f"the pictures of {data.entry.name!r} have different sizes and their fields cannot "
+                "be averaged; give --size H W"
+            )
+        images.append(image)
+        names.append(sample["id"])
+        if len(images) == PICTURES_IN_A_BATCH:
+            yield {"image": torch.cat(images), "id": names}
+            images, names = images[:0], []
+    if images:
+        yield {"image": torch.cat(images), "id": names}
+
+
+def _measure(subject: Subject, data: StreamingSegmentationData, options: Any) -> ERF:
+    network = subject.network.to(options.device)
+    pictures = _pictures(data, options.num_images, options.size)
+    return effective_receptive_field(
+        network,
+        tqdm(pictures, desc=subject.label, unit="batch", leave=False),
+        layers=options.layers,
+        reduction=options.reduction,
+        gradient=options.gradient,
+        preprocess=subject.preprocess,
+        batch_size=options.batch_size,
+        about={
+            "model": subject.label,
+            "weights": subject.weights,
+            "weights_hash": weights_hash(network),
+            "data": data.entry.name,
+            "split": "validation",
+            "torch": torch.__version__,
+            "device": options.device,
+        },
+    )
+
+
+def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {
+        f"{subject.label} ({subject.weights})": result for subject, result in zip(subjects, results)
+    }
+    first = results[0]
+    height, width = first.recipe["image_size"]
+    title = (
+        f"mean of {first.num_images} validation pictures of {first.about['data']}, "
+        f"{height}x{width} pixels; unit in the middle, {first.recipe['reduction']}, "
+        f"{first.recipe['gradient']}"
+    )
+    plots = {"erf": plot_erf, "erf_profile": plot_radial_profiles, "erf_area": plot_area_ratios}
+    files = []
+    for name, plot in plots.items():
+        files.append(folder / f"{name}.png")
+        plot(rows, title).savefig(files[-1], dpi=DPI)
+    if len(results) > 1:
+        files.append(folder / "erf_difference.png")
+        labels = (subjects[0].label, subjects[1].label)
+        plot_difference(results[0], results[1], labels, title).savefig(files[-1], dpi=DPI)
+    for name, result in zip(("erf", "against"), results):
+        numbers = result.numbers()
+        files += result.save(folder / name, numbers)
+        sys.stdout.write(_table(result, numbers))
+        for what, names in {
+            "gradient not finite, left out": result.not_finite,
+            "no such unit, left out": result.without_units,
+        }.items():
+            if names:
+                sys.stdout.write(f"{what}: {len(names)} pictures: {', '.join(names)}\n")
+    sys.stdout.write("written: " + ", ".join(str(file) for file in files) + "\n")
+
+
+def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
+    """Numbers with their 95 % intervals over pictures, as text."""
+    about, size = result.about, result.recipe["image_size"]
+    lines = [
+        f"{about['model']} ({about['weights']}), {result.num_images} pictures of "
+        f"{size[0]}x{size[1]} pixels, 95 % intervals",
+        f"{'layer':<10}{'radius 50 %, px':>24}{'radius 95 %, px':>24}{'area 50 %, %':>26}"
+        f"{'within 16 px, %':>24}",
+    ]
+    for name, row in numbers.items():
+        cells = [
+            (row["radius_50"], 1),
+            (row["radius_95"], 1),
+            (row["area_smallest_50"], 100),
+            (row["center_share_16"], 100),
+        ]
+        texts = [
+            f"{factor * value:.3g} [{factor * low:.3g}, {factor * high:.3g}]"
+            for (value, low, high), factor in cells
+        ]
+        widths = (24, 24, 26, 24)
+        lines.append(f"{name:<10}" + "".join(f"{t:>{w}}" for t, w in zip(texts, widths)))
+    filling = [n for n, row in numbers.items() if 2 * row["radius_95"][0] > min(size)]
+    if filling:
+        lines.append(
+            f"the fields of {', '.join(filling)} reach beyond the picture, whose border cuts them "
+            "off: to compare them, measure on larger pictures (--size; RepLKNet takes 1024 1024)"
+        )
+    return "\n".join(lines) + "\n"

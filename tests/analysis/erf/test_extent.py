@@ -1,0 +1,187 @@
+"""Numbers of a map against closed forms and against the arithmetic of RepLKNet's script."""
+
+import math
+
+import numpy as np
+import pytest
+
+from segformer_pl.analysis.erf.extent import (
+    anisotropy,
+    centroid_shift,
+    energy_radius,
+    gaussian_fit,
+    lattice_share,
+    radial_profile,
+    rms_radius,
+    smallest_area_ratio,
+    square_area_ratio,
+)
+
+
+def gaussian(shape, sigma, center=None):
+    row, column = center or (shape[0] // 2, shape[1] // 2)
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    sigma_y, sigma_x = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+    return np.exp(-0.5 * (((rows - row) / sigma_y) ** 2 + ((columns - column) / sigma_x) ** 2))
+
+
+# 9x9, by hand: what the log transform makes of it is 1 at the unit, log10(2) at its neighbours.
+SMALL = np.zeros((9, 9))
+SMALL[4, 4] = 9.0
+SMALL[3:6, 3:6] += np.where(SMALL[3:6, 3:6] == 0, 1.0, 0.0)  # eight ones around the nine
+SMALL[0, 0] = SMALL[8, 8] = 9.0
+
+
+def test_replknets_ratio_by_hand():
+    """log10(1 + 9) = 1, log10(1 + 1) = 0.30103; the sum is 3 + 8 * 0.30103 = 5.40824, of which the
+    square of side 3 holds 3.40824, 63 %, as do sides 5 and 7; side 9 holds everything."""
+    assert square_area_ratio(SMALL, 0.5) == pytest.approx(9 / 81)
+    assert square_area_ratio(SMALL, 0.63) == pytest.approx(9 / 81)
+    assert square_area_ratio(SMALL, 0.64) == 1.0
+
+
+def test_the_square_is_the_strictly_larger_one_and_never_smaller_than_three():
+    even = np.ones((11, 11))
+    assert square_area_ratio(even, 9 / 121 - 1e-9) == pytest.approx(9 / 121)
+    assert square_area_ratio(even, 9 / 121 + 1e-9) == pytest.approx(25 / 121)
+    one = np.zeros((11, 11))
+    one[5, 5] = 1
+    assert square_area_ratio(one, 0.2) == pytest.approx(9 / 121)
+
+
+@pytest.mark.parametrize("side", [8, 9, 32, 33])
+def test_replknets_ratio_by_the_published_steps(side):
+    field = np.random.default_rng(side).gamma(0.3, size=(side, side))
+    logs = np.log10(field + 1)
+    logs /= logs.max()
+    half = side // 2
+    for share in (0.2, 0.3, 0.5, 0.8):
+        for i in range(1, half):
+            inside = logs[half - i : half + i + 1, half - i : half + i + 1]
+            if inside.sum() / logs.sum() > share:
+                expected = (2 * i + 1) ** 2 / side**2
+                assert square_area_ratio(field, share) == pytest.approx(expected, rel=1e-12)
+                break
+        else:
+            assert square_area_ratio(field, share) > ((2 * half - 1) / side) ** 2
+
+
+def test_the_square_of_an_even_map_is_asymmetric_as_in_the_script():
+    """Side 7 about (4, 4) of 8x8 covers rows 1 to 7: row 0 is out until nothing else is left."""
+    even = np.zeros((8, 8))
+    even[7, 7] = even[0, 0] = 1
+    assert square_area_ratio(even, 0.4) == 49 / 64
+    assert square_area_ratio(even, 0.6) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (9, 33)])
+def test_the_square_of_a_map_that_is_not_square_is_cut_at_the_border(shape):
+    """There the script finds nothing at 99 %, or counts the wrong columns."""
+    even = np.ones(shape)
+    short, long = min(shape), max(shape)
+    assert square_area_ratio(even, 0.99) > 0.95
+    side = 2 * short + 1  # beyond the short side on both ends: a strip of that length
+    strip = side / long
+    assert square_area_ratio(even, strip - 1e-6) == pytest.approx(strip, abs=1.1 * short / long)
+    one = np.zeros(shape)
+    one[0, 0] = one[-1, -1] = 1
+    assert square_area_ratio(one, 0.9) == 1.0
+    assert square_area_ratio(np.ones((8, 40)), 0.5) == square_area_ratio(np.ones((40, 8)), 0.5)
+
+
+def test_the_logarithm_depends_on_the_scale_and_the_smallest_area_does_not():
+    """Sum-of-channels fields grow with the channels: squares of different layers are not alike."""
+    field = gaussian((65, 65), 9.0)
+    assert square_area_ratio(1e4 * field, 0.5) > 1.5 * square_area_ratio(field, 0.5)
+    assert smallest_area_ratio(1e4 * field, 0.5) == smallest_area_ratio(field, 0.5)
+
+
+def test_smallest_area():
+    field = np.zeros((10, 10))
+    field[0, :4] = 4.0, 3.0, 2.0, 1.0
+    assert smallest_area_ratio(field, 0.4) == 0.01
+    assert smallest_area_ratio(field, 0.41) == 0.02
+    assert smallest_area_ratio(3 * field, 0.999) == 0.04
+    assert smallest_area_ratio(np.ones((10, 10)), 0.5) == pytest.approx(0.5)
+
+
+def test_a_gaussian():
+    """Half of it within sigma sqrt(2 ln 2), the mean squared distance is 2 sigma^2."""
+    field = 3 * gaussian((129, 129), 8.0)
+    fit = gaussian_fit(field)
+    assert fit.sigma == pytest.approx(8, rel=1e-4)
+    assert fit.amplitude == pytest.approx(3, rel=1e-4)
+    assert fit.r_squared == pytest.approx(1, abs=1e-6)
+    assert energy_radius(field, 0.5) == pytest.approx(8 * math.sqrt(2 * math.log(2)), abs=1)
+    assert rms_radius(field) == pytest.approx(8 * math.sqrt(2), rel=1e-3)
+    assert smallest_area_ratio(field, 0.5) == pytest.approx(
+        2 * math.pi * 64 * math.log(2) / 129**2, rel=0.02
+    )
+    assert gaussian_fit(np.ones((33, 33))).r_squared != gaussian_fit(np.ones((33, 33))).r_squared
+    rng = np.random.default_rng(0)
+    assert gaussian_fit(rng.random((65, 65))).r_squared < 0.1
+
+
+def test_radii_are_measured_from_the_unit():
+    field = gaussian((64, 96), 3.0, center=(10, 80))
+    assert energy_radius(field, 0.5, (10, 80)) == pytest.approx(4, abs=1)
+    assert energy_radius(field, 0.5) > 30
+    profile = radial_profile(field, (10, 80))
+    assert profile.radius[0] == 0
+    assert profile.mean[0] == pytest.approx(1)
+    assert profile.energy[-1] == pytest.approx(1)
+    assert (np.diff(profile.mean[:8]) < 0).all()
+    # A ring at the border is averaged over the pixels that are there.
+    assert radial_profile(np.ones((64, 96)), (10, 80)).mean == pytest.approx(1)
+
+
+def test_centroid():
+    assert centroid_shift(gaussian((64, 64), 2.0, center=(26, 29))) == pytest.approx((-6, -3))
+    assert centroid_shift(np.ones((8, 8))) == pytest.approx((-0.5, -0.5))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "ratio", "angle"), [((4.0, 8.0), 2, 0), ((9.0, 3.0), 3, 90), (5.0, 1, None)]
+)
+def test_anisotropy(sigma, ratio, angle):
+    found = anisotropy(gaussian((129, 129), sigma))
+    assert found.ratio == pytest.approx(ratio, rel=1e-3)
+    if angle is not None:
+        assert found.angle == pytest.approx(angle, abs=0.1)
+
+
+def test_the_angle_runs_counterclockwise_from_the_right():
+    rows, columns = np.ogrid[-30:31, -30:31]
+    up_right = np.exp(-((columns + rows) ** 2) / 8 - (columns - rows) ** 2 / 200)
+    assert anisotropy(up_right).angle == pytest.approx(45, abs=0.1)
+    assert anisotropy(up_right[::-1]).angle == pytest.approx(135, abs=0.1)
+
+
+def test_lattice_share():
+    rng = np.random.default_rng(0)
+    lattice = np.tile(rng.random((32, 32)), (6, 4))
+    assert lattice_share(lattice) == pytest.approx(1)
+    assert abs(lattice_share(rng.random((192, 128)))) < 0.05
+    mixed = lattice + rng.random((192, 128))
+    assert lattice_share(mixed) == pytest.approx(0.5, abs=0.05)
+    # A peak at the unit is not counted, and another period is not taken for this one.
+    peaked = lattice.copy()
+    peaked[90:102, 60:70] += 1e3
+    assert lattice_share(peaked) == pytest.approx(1)
+    assert lattice_share(np.tile(rng.random((24, 24)), (8, 8))) < 0.2
+    assert math.isnan(lattice_share(rng.random((63, 64))))
+
+
+def test_a_map_without_gradient_has_no_numbers():
+    empty = np.zeros((64, 64))
+    numbers = [
+        smallest_area_ratio(empty, 0.5),
+        square_area_ratio(empty, 0.5),
+        energy_radius(empty, 0.5),
+        rms_radius(empty),
+        gaussian_fit(empty).sigma,
+        *centroid_shift(empty),
+        *anisotropy(empty),
+        lattice_share(empty),
+    ]
+    assert all(math.isnan(number) for number in numbers)

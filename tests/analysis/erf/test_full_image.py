@@ -1,0 +1,138 @@
+"""Radius of every unit: batched and looped alike, estimated within its error bars."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from segformer_pl.analysis.erf import effective_receptive_field
+from segformer_pl.analysis.erf.full_image import radius_map
+from segformer_pl.models import segformer_b0
+
+
+@pytest.fixture(scope="module")
+def network(randomize):
+    torch.manual_seed(0)
+    return randomize(segformer_b0(5)).eval()
+
+
+IMAGE = torch.randn(3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "layer", ["encoder.stages.3.blocks", pytest.param("stage3", marks=pytest.mark.slow)]
+)
+def test_batched_products_equal_the_loop(network, layer):
+    loop = radius_map(network, IMAGE, layer, method="loop")
+    batched = radius_map(network, IMAGE, layer, method="vjp", batch_size=5)
+    np.testing.assert_allclose(batched.radius, loop.radius, rtol=1e-10)
+    assert loop.radius.shape == {"stage3": (4, 4), "encoder.stages.3.blocks": (2, 2)}[layer]
+    assert (loop.standard_error == 0).all()
+
+
+def test_the_loop_is_the_plain_gradient_and_agrees_with_the_erf_of_that_unit(network):
+    found = radius_map(network, IMAGE, "stage2", every=3, method="loop")
+    assert [*found.rows] == [*found.columns] == [0, 24, 48]
+    x = IMAGE[None].clone().requires_grad_()
+    unit = network.feature_maps(x)["stage2"][0, :, 3, 6].relu().sum()
+    (gradient,) = torch.autograd.grad(unit, x)
+    energy = gradient[0].square().sum(0).numpy()
+    rows, columns = np.ogrid[:64, :64]
+    square = (energy * ((rows - 24) ** 2 + (columns - 48) ** 2)).sum() / energy.sum()
+    assert found.radius[1, 2] == pytest.approx(np.sqrt(square), rel=1e-10)
+
+
+def test_a_convolution_has_the_radius_of_its_taps():
+    """3x3 ones: four neighbours at 1, four at sqrt 2, itself at 0: 12 / 9; less at the border."""
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False).double()
+    nn.init.ones_(conv.weight)
+    model = nn.Sequential(conv)
+    image = torch.ones(1, 12, 16, dtype=torch.float64)
+    found = radius_map(model, image, "0", layout="channels_first")
+    assert found.radius[5, 5] == pytest.approx(np.sqrt(12 / 9))
+    assert found.radius[0, 0] == pytest.approx(np.sqrt(4 / 4))
+    assert found.radius[0, 5] == pytest.approx(np.sqrt(7 / 6))
+    probed = radius_map(model, image, "0", layout="channels_first", method="probe", num_probes=200)
+    assert abs(probed.radius - found.radius).max() < 0.35
+
+
+@pytest.fixture(scope="module")
+def small(randomize):
+    """Two strided layers with a GELU between: cheap, and not linear."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(6, 6, 3, padding=1)]
+    return randomize(nn.Sequential(*layers)).eval()
+
+
+def test_the_probes_error_bars_hold_what_they_promise(small):
+    """1.96 standard errors cover the exact radius in about 95 % of the units and seeds."""
+    image = IMAGE[:, :24, :32]
+    # Not the ReLU's sum, which leaves units without any positive channel no gradient.
+    chosen = {"layer": "2", "reduction": "random"}
+    exact = radius_map(small, image, **chosen, batch_size=48)
+    scores = []
+    for seed in range(8):
+        probed = radius_map(
+            small, image, **chosen, method="probe", num_probes=48, batch_size=144, probe_seed=seed
+        )
+        scores.append((probed.radius - exact.radius) / probed.standard_error)
+    scores = np.array(scores)
+    assert scores.shape == (8, 12, 16)
+    assert 0.92 < (abs(scores) < 1.96).mean() < 0.98
+    assert abs(scores.mean()) < 0.1
+    assert probed.standard_error.max() < 0.25 * exact.radius.max()
+
+
+def test_more_probes_smaller_errors(small):
+    few, many = (
+        radius_map(small, IMAGE, "2", reduction="l1", method="probe", num_probes=number)
+        for number in (16, 64)
+    )
+    assert 0.4 < many.standard_error.mean() / few.standard_error.mean() < 0.6
+
+
+@pytest.mark.slow
+def test_probes_of_a_segformer_agree_with_its_exact_radii(network):
+    exact = radius_map(network, IMAGE, "head", every=5, method="loop")
+    probed = radius_map(network, IMAGE, "head", every=5, method="probe", num_probes=32)
+    scores = (probed.radius - exact.radius) / probed.standard_error
+    assert (abs(scores) < 4).all()
+    assert abs(scores.mean()) < 1
+
+
+def test_the_network_and_the_random_state_are_left_alone():
+    model = segformer_b0(3).train()
+    image = torch.rand(3, 64, 64)
+    state = torch.get_rng_state()
+    for method in ("vjp", "loop", "probe"):
+        radius_map(model, image, "stage4", method=method, num_probes=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "guess"}, "give one of vjp, loop, probe"),
+        ({"every": 0}, "at least 1"),
+        ({"method": "probe", "num_probes": 1}, "at least 2"),
+        ({"layer": "stage9"}, "no layer 'stage9'"),
+        ({"image": torch.rand(2, 3, 64, 64)}, "give one picture"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(changes, message):
+    arguments = {"image": torch.rand(3, 64, 64), "layer": "stage4"} | changes
+    with pytest.raises(ValueError, match=message):
+        radius_map(segformer_b0(5), **arguments)
+
+
+def test_units_on_the_grid_are_the_units_of_their_pixels(network):
+    """The pixel that a radius is measured from belongs to that very unit."""
+    found = radius_map(network, IMAGE, "stage3", every=2, method="loop")
+    pixel = (int(found.rows[1]), int(found.columns[0]))
+    erf = effective_receptive_field(network, IMAGE[None], layers=["stage3"], units=[pixel])
+    x = IMAGE[None].clone().requires_grad_()
+    unit = network.feature_maps(x)["stage3"][0, :, 2, 0].relu().sum()
+    (gradient,) = torch.autograd.grad(unit, x)
+    np.testing.assert_allclose(erf["stage3"].mean, gradient[0].abs().sum(0), rtol=1e-9)

@@ -1,0 +1,155 @@
+"""Catching feature maps of any network."""
+
+import pytest
+import torch
+from torch import nn
+
+from segformer_pl.analysis.erf import effective_receptive_field
+from segformer_pl.analysis.erf.backbones import TimmStages
+from segformer_pl.analysis.erf.taps import Taps, channels_first
+from segformer_pl.models import segformer_b0
+
+
+def caught(model, images, layers, layout="auto"):
+    taps = Taps(model.eval(), layers, layout)
+    return taps(images, taps.state(torch.float32))
+
+
+def test_feature_maps_modules_and_the_output_in_the_order_asked_for():
+    model = segformer_b0(5)
+    images = torch.rand(1, 3, 64, 96)
+    layers = ["output", "stage2", "encoder.stages.0.blocks", "head.classifier", "stage1"]
+    maps = caught(model, images, layers)
+    assert list(maps) == layers
+    with torch.no_grad():
+        expected = model.feature_maps(images)
+        torch.testing.assert_close(maps["output"], model(images))
+    assert torch.equal(maps["output"], maps["head.classifier"])
+    assert torch.equal(maps["stage2"], expected["stage2"])
+    # Tokens before the norm, channels last, come out as (B, C, h, w).
+    normed = model.encoder.stages[0].norm(maps["encoder.stages.0.blocks"].permute(0, 2, 3, 1))
+    torch.testing.assert_close(normed.permute(0, 3, 1, 2), expected["stage1"])
+
+
+@pytest.mark.parametrize("layers", [["head"], ["head", "encoder.stages.0"], ["head", "output"]])
+def test_a_feature_map_wins_over_the_module_of_its_name(layers):
+    """The module ``head`` returns logits."""
+    model = segformer_b0(5).eval()
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(
+        caught(model, images, layers)["head"], model.feature_maps(images)["head"]
+    )
+    alone = effective_receptive_field(model, images, layers=layers)["head"]
+    together = effective_receptive_field(model, images)["head"]
+    assert alone.mean == pytest.approx(together.mean, rel=1e-3, abs=1e-4 * together.mean.max())
+
+
+def test_one_forward_pass_serves_all_layers():
+    model = segformer_b0(5)
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    for layers in (None, ["stage1", "encoder.stages.1"], ["output", "encoder.stages.1"]):
+        effective_receptive_field(model, torch.rand(1, 3, 64, 64), layers=layers)
+    assert len(calls) == 3
+
+
+def test_a_map_is_kept_as_it_was_when_the_next_module_works_in_place():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+    images = torch.randn(1, 3, 8, 8)
+    assert torch.equal(caught(model, images, ["0"])["0"], nn.Conv2d.forward(model[0], images))
+
+
+class VisionTransformer(nn.Module):
+    """Patches of 8 pixels as tokens behind one class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 8, stride=8)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, images):
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.new_zeros(len(tokens), 1, 16), tokens], 1)
+        return self.block(tokens)
+
+
+def test_tokens_with_a_class_token_become_a_grid():
+    model = VisionTransformer()
+    images = torch.randn(2, 3, 32, 48)
+    maps = caught(model, images, ["block"])
+    assert maps["block"].shape == (2, 16, 4, 6)
+    torch.testing.assert_close(maps["block"][:, :, 1, 2], model.eval()(images)[:, 1 + 6 + 2])
+    erf = effective_receptive_field(model, images, layers=["block"])
+    assert (erf["block"].mean > 0).all()
+
+
+def test_layouts():
+    size = (64, 96)
+    first, last = torch.rand(1, 32, 16, 24), torch.rand(1, 16, 24, 32)
+    assert channels_first(first, size, "auto", "x").shape == (1, 32, 16, 24)
+    assert channels_first(last, size, "auto", "x").shape == (1, 32, 16, 24)
+    assert channels_first(torch.rand(1, 9, 2, 4), size, "auto", "x").shape == (1, 9, 2, 4)
+    cube = torch.rand(1, 16, 16, 16)
+    with pytest.raises(ValueError, match="channels first or last; say which"):
+        channels_first(cube, (64, 64), "auto", "x")
+    as_said = channels_first(cube, (64, 64), "channels_last", "x")
+    assert torch.equal(as_said[0, :, 2, 3], cube[0, 2, 3])
+    for shape in ((1, 5, 40, 3), (4, 5), (1, 500, 8)):
+        with pytest.raises(ValueError, match="is no feature map of pictures of 64x96"):
+            channels_first(torch.rand(shape), size, "auto", "x")
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relu, self.unused, self.many = nn.ReLU(), nn.ReLU(), segformer_b0(2).encoder
+
+    def forward(self, images):
+        self.many(images)
+        return self.relu(self.relu(images))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (None, "Odd has no feature_maps, so name the modules.*relu, unused, many"),
+        (["relu"], "'relu' runs more than once"),
+        (["unused"], "'unused' did not run"),
+        (["many"], "'many' returns a list and not one tensor"),
+        (["rely"], "no layer 'rely'; close are relu"),
+        (["relu", "relu"], "each once"),
+    ],
+)
+def test_layers_that_cannot_be_caught(layers, message):
+    with pytest.raises(ValueError, match=message):
+        effective_receptive_field(Odd(), torch.rand(1, 3, 32, 32), layers=layers)
+
+
+def test_stages_of_timm_networks():
+    model = TimmStages("resnet18")
+    maps = model.eval().feature_maps(torch.rand(1, 3, 64, 64))
+    assert {name: tuple(m.shape[1:]) for name, m in maps.items()} == {
+        "stage1": (64, 16, 16),
+        "stage2": (128, 8, 8),
+        "stage3": (256, 4, 4),
+        "stage4": (512, 2, 2),
+    }
+    with pytest.raises(ValueError, match=r"no network 'resnet17x'"):
+        TimmStages("resnet17x")
+    with pytest.raises(ValueError, match=r"there is no file 'w\.pth'"):
+        TimmStages("resnet18", "w.pth")
+
+
+def test_timms_channels_last_stages():
+    model = TimmStages("swin_tiny_patch4_window7_224")
+    maps = model.eval().feature_maps(torch.rand(1, 3, 224, 224))
+    assert tuple(maps["stage2"].shape) == (1, 192, 28, 28)
+
+
+def test_timm_weights_from_a_file(tmp_path):
+    import timm
+
+    source = timm.create_model("resnet18")
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    model = TimmStages("resnet18", str(tmp_path / "w.pth"))
+    torch.testing.assert_close(model.network.layer1[0].conv1.weight, source.layer1[0].conv1.weight)

@@ -1,0 +1,145 @@
+"""The command erf as its user meets it."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segformer_pl.analysis.erf import load_erf
+from segformer_pl.cli import main
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of pictures in the layout of a data set, six of them for validation."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for number in range(6):
+            for kind, shape, ending in (
+                ("images", (64, 96, 3), "png"),
+                ("labels", (64, 96), "png"),
+            ):
+                file = folder / kind / split / f"{number}.{ending}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                high = 255 if kind == "images" else 6
+                Image.fromarray(rng.integers(0, high, shape, np.uint8)).save(file)
+    return folder
+
+
+@pytest.fixture
+def run(pictures, tmp_path, capsys):
+    """Function: run the command on these pictures; returns what it prints and its folder."""
+
+    def call(*arguments):
+        given = ["--data", "shapes", "--path", str(pictures), "--output", str(tmp_path / "out")]
+        main(["erf", *given, *arguments])
+        return capsys.readouterr().out, tmp_path / "out"
+
+    return call
+
+
+def test_random_weights(run):
+    text, folder = run("--model", "segformer_b0", "--num-images", "3")
+    assert {file.name for file in folder.iterdir()} == {
+        *("erf.png", "erf_profile.png", "erf_area.png", "erf.npz", "erf.json")
+    }
+    known = json.loads((folder / "erf.json").read_text())
+    assert known["num_images"] == 3
+    assert known["about"]["weights"] == "random weights"
+    assert known["about"]["data"] == "shapes"
+    assert list(known["numbers"]) == ["stage1", "stage2", "stage3", "stage4", "head"]
+    assert known["numbers"]["stage4"]["radius_50"][0] > known["numbers"]["stage1"]["radius_50"][0]
+    assert load_erf(folder / "erf")["head"].mean.shape == (64, 96)
+    assert "segformer_b0 (random weights), 3 pictures of 64x96 pixels" in text
+    assert "stage4, head reach beyond the picture" in text
+    assert np.asarray(Image.open(folder / "erf.png").convert("RGB")).std() > 10
+
+
+@pytest.mark.slow
+def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures):
+    main(
+        [
+            *("fit", "--model.network", "segformer_pl.models.segformer_b0"),
+            *("--data.dataset", "shapes", "--data.path", str(pictures), "--data.num_workers", "0"),
+            *("--trainer.max_steps", "1", "--trainer.accelerator", "cpu"),
+            *("--trainer.logger.init_args.save_dir", str(tmp_path / "runs")),
+            *("--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0"),
+        ]
+    )
+    (ckpt,) = (tmp_path / "runs").rglob("last.ckpt")
+    text, folder = run(
+        *("--ckpt", str(ckpt), "--against", "timm:resnet18", "--num-images", "2"),
+        *("--size", "128", "128", "--gradient", "relu", "--layers", "stage2", "stage4"),
+    )
+    assert (folder / "erf_difference.png").is_file()
+    first, second = load_erf(folder / "erf"), load_erf(folder / "against")
+    assert list(first.layers) == list(second.layers) == ["stage2", "stage4"]
+    assert first.recipe == second.recipe
+    assert first.recipe["image_size"] == [128, 128]
+    assert first.about["weights"] == "trained, step 1"
+    assert second.about["weights"] == "random weights"
+    assert "timm resnet18 (random weights)" in text
+
+
+def test_pictures_are_spread_over_the_split(run, monkeypatch):
+    """The first ones may all show one class or one street."""
+    names = []
+
+    def measure(network, batches, **settings):
+        for batch in batches:
+            names.extend(batch["id"])
+        raise ValueError("enough")
+
+    module = sys.modules["segformer_pl.commands.erf"]
+    monkeypatch.setattr(module, "effective_receptive_field", measure)
+    with pytest.raises(ValueError, match="enough"):
+        run("--model", "segformer_b0", "--num-images", "3")
+    assert [name.split("/")[-1].split(".")[0] for name in names] == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --ckpt, --weights and --model"),
+        (["--model", "segformer_b0", "--ckpt", "x"], "give one of --ckpt, --weights and --model"),
+        (["--ckpt", "nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
+        (["--model", "segformer_b0", "--against", "timm:resnet1"], "no network 'resnet1'"),
+        (["--model", "segformer_b0", "--num-images", "0"], "an integer of at least 1"),
+        (["--model", "segformer_b0", "--reduction", "mean"], "give one of relu, l1, sum, random"),
+        (["--model", "segformer_b0", "--size", "0", "64"], "at least 1 pixel"),
+        (["--model", "segformer_b0", "--num-images", "1", "--layers", "x"], "no layer 'x'"),
+    ],
+)
+def test_refusals_are_one_sentence(run, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        run(*arguments)
+    assert isinstance(exit_.value.code, str)
+    assert exit_.value.code.startswith("error: ")
+    assert message in exit_.value.code
+
+
+@pytest.mark.slow
+def test_pictures_of_several_sizes_need_one(run, pictures, tmp_path):
+    other = tmp_path / "mixed"
+    shutil.copytree(pictures, other)
+    for kind, shape in (("images", (32, 64, 3)), ("labels", (32, 64))):
+        Image.fromarray(np.zeros(shape, np.uint8)).save(other / kind / "validation" / "0.png")
+    with pytest.raises(SystemExit) as exit_:
+        run("--path", str(other), "--model", "segformer_b0")
+    assert "have different sizes" in exit_.value.code
+    run("--path", str(other), "--model", "segformer_b0", "--size", "64", "64", "--num-images", "2")
+
+
+@pytest.mark.slow
+def test_random_weights_are_the_same_each_time(run):
+    known = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        _, folder = run("--model", "segformer_b0", "--num-images", "1", "--layers", "stage1")
+        known.append(load_erf(folder / "erf").about["weights_hash"])
+    assert known[0] == known[1]

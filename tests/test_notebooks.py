@@ -1,0 +1,53 @@
+"""The notebooks run from top to bottom without a display, and are committed with light outputs."""
+
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+SMALL = {
+    "CKPT = CKPT if CKPT.is_file() else None": "CKPT = None",
+    "NUM_IMAGES = 16": "NUM_IMAGES = 2",
+    "UNITS_EVERY = 2": "UNITS_EVERY = 8",
+}
+
+
+def test_there_are_notebooks():
+    assert [file.name for file in NOTEBOOKS] == ["erf_analysis.ipynb"]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_outputs_are_light_and_say_nothing_of_the_machine(file):
+    nbformat = pytest.importorskip("nbformat")
+    text = file.read_text()
+    assert len(text) < 2**21
+    assert "/work/" not in text
+    assert "/home/" not in text
+    notebook = nbformat.reads(text, 4)
+    nbformat.validate(notebook)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
+    assert all(output.output_type != "error" for output in outputs)
+    assert all(output.get("name") != "stderr" for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_runs_from_top_to_bottom(file, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    # The kernel is a process of its own, which must take this very package.
+    monkeypatch.setenv("PYTHONPATH", str(file.parents[1]))
+    notebook = nbformat.read(file, 4)
+    (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for line, smaller in SMALL.items():
+        assert line in settings.source
+        settings.source = settings.source.replace(line, smaller)
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(file.parent)}}
+    ).execute()
+    text = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    assert "random weights; 2 pictures of shapes, 64x64 pixels" in text
+    assert "they are too small to answer" in " ".join(text.split())
