@@ -1,5 +1,5 @@
 """The command line: ``python -m segformer_pl fit|validate|test`` on LightningCLI, and
-the project's own commands (commands.py).
+the project's own commands (commands/).
 
 What a data set determines (number of classes, names, palette, ignored label) is linked from its
 catalogue entry, so an experiment file states it once, as ``data.dataset``.
@@ -143,11 +143,23 @@ class SegformerCLI(LightningCLI):
                 f"ckpt_path: {ckpt_path!r} holds a {there[network]}, but model.network is a "
                 f"{here[network]}; make them agree"
             )
-        for key in sorted(here.keys() & there.keys()):
-            if here[key] != there[key]:
+        is_fit = self.config.get("subcommand") == "fit"
+        grouped = [settings.get("layer_decay", 1) < 1 for settings in (here, there)]
+        if is_fit and grouped[0] != grouped[1]:
+            raise ValueError(
+                f"model.layer_decay is {here['layer_decay']} here and was "
+                f"{there.get('layer_decay', 1)} in {ckpt_path!r}: between 1 and less, the "
+                "optimiser's state does not fit; start a new run with --model.weights"
+            )
+        # Parts that may be left out, so that one of the two may not have the key at all.
+        parts = {k for k in here.keys() | there.keys() if k.startswith(("loss.", "inference."))}
+        for key in sorted((here.keys() & there.keys()) | parts):
+            if here.get(key) == there.get(key):
+                continue
+            if is_fit or key.startswith(("network.", "inference.", "image_")):
+                now, then = (of.get(key, "not given") for of in (here, there))
                 rank_zero_info(
-                    f"model.{key} is {here[key]} here and was {there[key]} in {ckpt_path}: "
-                    f"{here[key]} is used"
+                    f"model.{key} is {now} here and was {then} in {ckpt_path}: what is here is used"
                 )
 
 

@@ -179,14 +179,13 @@ class Inference:
         ]
         channels = len(images) * views[0].num_classes
         for _, rows in bands(1, *size, channels, images.device.type):
-            with torch.autocast(images.device.type, enabled=False):
-                if len(views) == 1:
-                    yield rows, views[0].logits(rows), False
-                    continue
-                total = views[0].logits(rows).softmax(3)
-                for view in views[1:]:
-                    total += view.logits(rows).softmax(3)
-                yield rows, total / len(views), True
+            if len(views) == 1:
+                yield rows, views[0].logits(rows), False
+                continue
+            total = views[0].logits(rows).softmax(3)
+            for view in views[1:]:
+                total += view.logits(rows).softmax(3)
+            yield rows, total / len(views), True
 
     def _view_size(self, size: Size, scale: float) -> Size:
         """Size of a view: fitted into the base size, as mmcv rounds it."""
@@ -244,8 +243,9 @@ class _View:
         # Output rows and columns that a window has a part in.
         self.rows = [_extent(axis.place) for axis in self.axes[0]]
         self.columns = [_extent(axis.place) for axis in self.axes[1]]
-        self._open(0)
-        self.num_classes = self.opened[0][0][1].shape[3]
+        first = next(index for index, extent in enumerate(self.rows) if extent.stop)
+        self._open(first)
+        self.num_classes = self.opened[first][0][1].shape[3]
 
     def logits(self, rows: slice) -> Tensor:
         """(B, R, width, num_classes) at the wanted size; bands must come from top to bottom."""
@@ -261,7 +261,8 @@ class _View:
                 self._open(index)
             for columns, maps, placing in self.opened[index]:
                 local = slice(inside.start - extent.start, inside.stop - extent.start)
-                part = placing.band(maps, local)
+                with torch.autocast(maps.device.type, enabled=False):
+                    part = placing.band(maps, local)
                 if inside == rows and columns == slice(0, self.size[1]) and total is None:
                     total = part
                     continue
@@ -278,6 +279,8 @@ class _View:
         row, extent = self.axes[0][index], self.rows[index]
         opened = []
         for column, columns in zip(self.axes[1], self.columns):
+            if columns.stop == 0:
+                continue
             window = self.images[:, :, row.begin : row.end, column.begin : column.end]
             missing = [
                 _multiple(side, self.pad_to) - side if self.pad_to else 0
@@ -312,8 +315,9 @@ def _multiple(side: int, divisor: int) -> int:
 
 
 def _extent(place: Tensor) -> slice:
-    used = place.any(dim=1).nonzero().ravel()
-    return slice(int(used[0]), int(used[-1]) + 1)
+    used = place.any(dim=1).nonzero().ravel().tolist()
+    # A window between the pixels that a much smaller output samples has none.
+    return slice(used[0], used[-1] + 1) if used else slice(0, 0)
 
 
 def _windows(length: int, window: int, stride: int, out: int, weighting: str) -> list[_Axis]:

@@ -75,8 +75,8 @@ class OhemCrossEntropy(nn.Module):
     """Cross-entropy of the hard pixels alone (online hard example mining, Shrivastava et al. 2016).
 
     A pixel is hard if the probability of its label is below ``threshold``. Where fewer than
-    ``min_kept`` times the number of pictures are, the hardest so many of the batch are taken. The
-    mean is over the pixels taken.
+    ``min_kept`` times the number of pictures are, the hardest so many of the batch are taken, and
+    those as hard as the last of them. The mean is over the pixels taken.
 
     Args:
         threshold: Probability of the label that is too good to train on.
@@ -139,13 +139,14 @@ class Dice(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         """See the module's docstring."""
         probabilities, targets = _labelled_pixels(logits, labels, ignore_index)
-        truth = F.one_hot(targets, probabilities.shape[1]).to(probabilities.dtype)
-        intersection = (probabilities * truth).sum(0)
-        sizes = probabilities.sum(0) + truth.sum(0)
-        present = truth.sum(0) > 0
+        found = probabilities.sum(0)
+        right = probabilities.gather(1, targets[:, None])[:, 0]
+        intersection = torch.zeros_like(found).index_add(0, targets, right)
+        labelled = torch.bincount(targets, minlength=len(found))
+        present = labelled > 0
         if not present.any():
-            return probabilities.sum()  # of no pixel: 0, with a gradient
-        return 1 - (2 * intersection[present] / sizes[present]).mean()
+            return found.sum()  # of no pixel: 0, with a gradient
+        return 1 - (2 * intersection / (found + labelled))[present].mean()
 
 
 class Lovasz(nn.Module):
@@ -157,10 +158,12 @@ class Lovasz(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         """See the module's docstring."""
         probabilities, targets = _labelled_pixels(logits, labels, ignore_index)
+        # Taken apart at once: a class picked out by its index would have a gradient of full size.
+        by_class = probabilities.T.contiguous().unbind(0)
         losses = []
         for train_id in targets.unique().tolist():
             truth = (targets == train_id).to(probabilities.dtype)
-            errors, order = (truth - probabilities[:, train_id]).abs().sort(descending=True)
+            errors, order = (truth - by_class[train_id]).abs().sort(descending=True)
             losses.append((errors * _jaccard_gradient(truth[order])).sum())
         return torch.stack(losses).mean() if losses else probabilities.sum()
 

@@ -252,7 +252,8 @@ def calibration_counts(
     Returns:
         (NUM_BINS, 3) float64: labelled pixels, sum of their confidence, pixels that are right.
     """
-    bins = (confidence * NUM_BINS).int().clamp_(max=NUM_BINS - 1)
+    # Of a network that diverged the confidence is nan, and so the sum of its bin shall be.
+    bins = (confidence * NUM_BINS).nan_to_num().int().clamp_(max=NUM_BINS - 1)
     bins.masked_fill_(truth == num_classes, NUM_BINS)
     right = torch.bincount((2 * bins + (truth == found)).ravel(), minlength=2 * NUM_BINS + 2)
     right = right.view(-1, 2)

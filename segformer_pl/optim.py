@@ -6,7 +6,6 @@ fine-tune transformers). A moving average of the weights is Lightning's callback
 ``lightning.pytorch.callbacks.EMAWeightAveraging``.
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
@@ -47,7 +46,7 @@ def parameter_groups(
         )
     parts = [("encoder", list(encoder.parameters()), lr)]
     if layer_decay < 1:
-        found = list(layers(encoder))
+        found = layers(encoder)
         parts = [
             (f"encoder_{number:02d}", parameters, lr * layer_decay ** (len(found) - 1 - number))
             for number, parameters in enumerate(found)
@@ -76,28 +75,29 @@ def parameter_groups(
     ]
 
 
-def layers(encoder: nn.Module) -> Iterator[list[nn.Parameter]]:
+def layers(encoder: nn.Module) -> list[list[nn.Parameter]]:
     """The encoder's parameters layer by layer, from the image upwards, each in one layer.
 
     Raises:
-        ValueError: it has no ``stages`` with ``blocks``.
+        ValueError: it has parameters outside ``stages`` with ``blocks``.
     """
-    waiting: list[nn.Parameter] = []
+    found: list[list[nn.Parameter]] = []
     for stage in getattr(encoder, "stages", []):
-        blocks = list(getattr(stage, "blocks", []))
-        in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
-        after = {id(parameter) for parameter in stage.norm.parameters()} if blocks else set()
-        others = [p for p in stage.parameters() if id(p) not in in_blocks | after]
-        waiting += others
-        for number, block in enumerate(blocks):
-            last = [p for p in stage.norm.parameters() if number == len(blocks) - 1]
-            yield [*waiting, *block.parameters(), *last]
-            waiting = []
-    if waiting or not hasattr(encoder, "stages"):
+        blocks, norm = list(getattr(stage, "blocks", [])), getattr(stage, "norm", nn.Identity())
+        inside = {id(p) for module in (*blocks, norm) for p in module.parameters()}
+        before = [p for p in stage.parameters() if id(p) not in inside]
+        for block in blocks:
+            found.append([*before, *block.parameters()])
+            before = []
+        if blocks:
+            found[-1] += norm.parameters()
+    missing = {id(p) for p in encoder.parameters()} - {id(p) for layer in found for p in layer}
+    if missing:
         raise ValueError(
-            f"layer_decay is for encoders of stages with blocks; {type(encoder).__name__} has "
-            "none: leave it at 1"
+            f"layer_decay is for encoders that are stages of blocks and nothing else, and "
+            f"{type(encoder).__name__} has {len(missing)} parameters elsewhere: leave it at 1"
         )
+    return found
 
 
 def poly_factor(

@@ -1,5 +1,6 @@
 """Semantic segmentation as a LightningModule: one shared step, loss, scores, optimiser."""
 
+import inspect
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -104,6 +105,17 @@ class SegmentationTask(pl.LightningModule):
                 "weights and encoder_weights are both given, and the first hold an encoder too; "
                 "give one of them"
             )
+        # Not jsonargparse's restricted types, whose values a checkpoint could not hold as data.
+        for name, value in {
+            "lr": lr,
+            "head_lr_mult": head_lr_mult,
+            "weight_decay": weight_decay,
+            "poly_power": poly_power,
+        }.items():
+            if value < 0:
+                raise ValueError(f"model.{name} is {value}; give a number of at least 0")
+        if loss is not None:
+            _check_loss(loss)
         # The command line adds the texts that describe these (see cli.py). Objects must not go
         # in: they would be pickled into checkpoints and spelled out in hparams.yaml.
         self.save_hyperparameters(ignore=["network", "loss", "inference"])
@@ -118,6 +130,7 @@ class SegmentationTask(pl.LightningModule):
         self._weights_are_set = weights is None and encoder_weights is None
         # The epsilons came with the weights, so no argument tells them: checkpoints must.
         self._norm_eps_is_from_weights = False
+        self.trained_steps = 0  # of the checkpoint that was loaded
         self.lr = lr
         self.head_lr_mult = head_lr_mult
         self.weight_decay = weight_decay
@@ -202,7 +215,7 @@ class SegmentationTask(pl.LightningModule):
         parts = ("loss", "scores", "boundary", "calibration")
         loss, scores, boundary, calibration = (getattr(self, f"{split}_{part}") for part in parts)
         values = scores.compute()
-        per_class = values.pop("iou")
+        per_class = values.pop("iou").reshape(-1)  # torchmetrics makes a scalar of one class
         values["loss"] = loss.compute() / values.pop("num_labelled")
         values["boundary_iou"], values["ece"] = boundary.compute(), calibration.compute()
         for metric in (loss, scores, boundary, calibration):
@@ -261,6 +274,7 @@ class SegmentationTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._weights_are_set = True
+        self.trained_steps = checkpoint.get("global_step", 0)
         if "norm_eps" in checkpoint:
             self.network.encoder.norm_eps = NormEps(*checkpoint["norm_eps"])
             self._norm_eps_is_from_weights = True
@@ -301,3 +315,17 @@ class SegmentationTask(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def _check_loss(loss: nn.Module) -> None:
+    """Raises:
+    ValueError: it cannot be called as the task does, as torch's own losses cannot.
+    """
+    try:
+        inspect.signature(loss.forward).bind(None, None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"model.loss: {type(loss).__name__} cannot be called as loss(logits, labels, "
+            "ignore_index) with logits at the network's stride; take one of segformer_pl.losses, "
+            "or wrap it"
+        ) from error

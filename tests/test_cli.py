@@ -84,7 +84,9 @@ def test_on_resume_the_command_line_wins_and_says_so(folder, tmp_path, caplog):
     resumed = [*options(folder, tmp_path, trainer__max_steps=4), "--model.lr=0.002"]
     with caplog.at_level(logging.INFO):
         cli = main(["fit", *resumed, f"--ckpt_path={checkpoint}"])
-    assert f"model.lr is 0.002 here and was 0.01 in {checkpoint}: 0.002 is used" in caplog.text
+    assert (
+        f"model.lr is 0.002 here and was 0.01 in {checkpoint}: what is here is used" in caplog.text
+    )
     assert caplog.text.count("is used") == 1
     assert cli.model.lr == 0.002
     assert cli.trainer.global_step == 4
@@ -118,7 +120,7 @@ def test_a_run_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
     assert list(tmp_path.rglob("*.ckpt")) == [last]
 
 
-def test_loss_and_inference_travel_in_the_checkpoint(capsys, folder, tmp_path):
+def test_loss_and_inference_travel_in_the_checkpoint(capsys, folder, tmp_path, caplog):
     parts = [
         "--model.loss=segformer_pl.losses.WeightedSum",
         "--model.loss.losses=[{class_path: segformer_pl.losses.CrossEntropy, init_args: "
@@ -133,6 +135,14 @@ def test_loss_and_inference_travel_in_the_checkpoint(capsys, folder, tmp_path):
     assert (task.inference.pad_to, task.inference.flip) == (32, True)
     assert [type(loss).__name__ for loss in task.loss.losses] == ["CrossEntropy", "Dice"]
     assert task.loss.losses[0].average == "valid"
+    # Another loss is told of on resume; layer-wise rates would need another optimiser state.
+    resumed = [*options(folder, tmp_path, trainer__max_steps=4), f"--ckpt_path={checkpoint}"]
+    with caplog.at_level(logging.INFO):
+        main(["fit", *resumed])
+    assert "model.loss.class_path is not given here and was segformer_pl.losses" in caplog.text
+    assert "model.inference.init_args.flip is not given here and was True" in caplog.text
+    error = fail(capsys, ["fit", *resumed, "--model.layer_decay=0.9"])
+    assert "the optimiser's state does not fit; start a new run with --model.weights" in error
     error = fail(capsys, ["fit", *options(folder, tmp_path), "--model.inference.scales=[]"])
     assert error.startswith("error: inference: scales is empty; give at least one, such as [1.0]")
 

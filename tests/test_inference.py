@@ -247,6 +247,24 @@ def test_half_precision_logits_are_read_in_single(network):
     assert half.dtype == torch.float32
 
 
+def test_every_window_runs_in_the_precision_asked_for(network):
+    """Windows are computed while bands are read; none of them leaves the trainer's autocast."""
+    seen = []
+    network.float().conv.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        inference = Inference(window=(16, 16), stride=(16, 16), scales=(1.0, 2.0))
+        found = inference.probabilities(network, pictures(48, 32).float(), (48, 32))
+    assert set(seen) == {torch.bfloat16}
+    assert found.dtype == torch.float32
+
+
+def test_windows_that_no_output_pixel_lies_in_are_left_out(network):
+    images = pictures(128, 128, 1)
+    labels = Inference(window=(16, 16), stride=(16, 16)).labels(network, images, (2, 2))
+    expected = resize(sliding(network, images, (16, 16), (16, 16), uniform), (2, 2)).argmax(1)
+    assert torch.equal(labels, expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

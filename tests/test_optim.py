@@ -157,8 +157,13 @@ def test_layer_decay_with_position_tables():
 
 def test_layer_decay_is_refused_where_there_are_no_layers():
     encoder = torch.nn.Conv2d(3, 4, 3)
-    with pytest.raises(ValueError, match="Conv2d has none: leave it at 1"):
+    with pytest.raises(ValueError, match="Conv2d has 2 parameters elsewhere: leave it at 1"):
         parameter_groups(encoder, encoder, 1.0, 0.01, 10.0, layer_decay=0.9)
+    # One that has some outside: they would be in no group, and never trained.
+    partly = segformer_b0(2).encoder
+    partly.register_module("last", torch.nn.LayerNorm(4))
+    with pytest.raises(ValueError, match="MixTransformer has 2 parameters elsewhere"):
+        layers(partly)
     for wrong in (0.0, 1.1):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
             parameter_groups(encoder, encoder, 1.0, 0.01, 10.0, layer_decay=wrong)

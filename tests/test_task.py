@@ -98,6 +98,38 @@ def test_the_training_loss_can_be_another_and_the_validation_loss_stays(tmp_path
     torch.testing.assert_close(values[0]["val/loss"], values[1]["val/loss"])
 
 
+def test_one_class_is_validated(tmp_path):
+    task = SegmentationTask(segformer_b0(1), ["thing"], [[0, 0, 0]])
+    data = samples(2)
+    for sample in data:
+        sample["label"] = torch.where(sample["label"] == 1, 0, 255)
+    trainer = make_trainer(tmp_path)
+    trainer.validate(task, DataLoader(data, batch_size=2), verbose=False)
+    assert trainer.callback_metrics["val/iou/thing"] == 1
+    assert trainer.callback_metrics["val/loss"] == 0
+
+
+def test_a_network_that_diverged_is_scored_as_nan(tmp_path):
+    task = make_task()
+    torch.nn.init.constant_(task.network.head.classifier.bias, torch.nan)
+    trainer = make_trainer(tmp_path)
+    trainer.validate(task, DataLoader(samples(2), batch_size=2), verbose=False)
+    for name in ("loss", "ece"):
+        assert trainer.callback_metrics[f"val/{name}"].isnan()
+    assert trainer.callback_metrics["val/miou"] < 0.5
+
+
+@pytest.mark.parametrize("name", ["lr", "head_lr_mult", "weight_decay", "poly_power"])
+def test_negative_settings_are_refused(name):
+    with pytest.raises(ValueError, match=f"model.{name} is -1.0; give a number of at least 0"):
+        make_task(**{name: -1.0})
+
+
+def test_a_loss_of_another_form_is_refused():
+    with pytest.raises(ValueError, match="CrossEntropyLoss cannot be called as loss"):
+        make_task(loss=nn.CrossEntropyLoss())
+
+
 def test_scores_are_taken_at_the_size_of_the_labels():
     """A label of another size than its picture is neither resized nor refused."""
     task = make_task().eval()

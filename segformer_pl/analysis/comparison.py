@@ -113,7 +113,7 @@ class Comparison:
         known = asdict(self) | {"confidence": 1 - ALPHA, "verdict": self.verdict}
         for entry, difference in zip(known["classes"], self.classes):
             entry["is_significant"] = difference.is_significant
-        return _without_nan(known)
+        return without_nan(known)
 
 
 def miou_interval(
@@ -217,7 +217,7 @@ def _matched(a: Evaluation, b: Evaluation) -> Evaluation:
         only = [sorted(set(x.class_names) - set(y.class_names)) for x, y in ((a, b), (b, a))]
         how = "in another order"
         if any(only):
-            how = f"only A has {only[0] or 'none more'}, only B {only[1] or 'none more'}"
+            how = f"only A has {_brief(only[0])}, only B {_brief(only[1])}"
         raise ValueError(
             f"A has {len(a.class_names)} classes and B {len(b.class_names)}, {how}; "
             "give two runs on the same data set"
@@ -375,10 +375,15 @@ def _class_differences(
     return tuple(sorted(differences, key=lambda d: np.nan_to_num(-d.difference.value, nan=np.inf)))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON knows no nan."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _brief(names: list[str], most: int = 5) -> str:
+    listed = ", ".join(map(repr, names[:most])) or "none more"
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -100,7 +100,7 @@ class EvaluationRecord(pl.Callback):
             return
         evaluation = Evaluation(
             split=split,
-            step=trainer.global_step,
+            step=trainer.global_step or pl_module.trained_steps,
             class_names=list(pl_module.class_names),
             ids=ids,
             counts=np.stack([counts for part in parts for counts in part["counts"]]),

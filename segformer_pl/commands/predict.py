@@ -120,6 +120,8 @@ def find_pictures(pattern: str, output: Path) -> dict[Path, Path]:
     Raises:
         ValueError: there is no such file or folder, or nothing matches.
     """
+    if not pattern:
+        raise ValueError("--input is empty; give a picture, a folder or a pattern")
     path = Path(pattern).expanduser()
     remedy = "give a picture, a folder of pictures, or a pattern in quotes like 'photos/**/*.jpg'"
     if path.is_file():

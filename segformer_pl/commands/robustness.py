@@ -14,6 +14,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from segformer_pl.analysis.comparison import without_nan
 from segformer_pl.analysis.robustness import (
     CLEAN,
     Robustness,
@@ -32,7 +33,7 @@ from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedPic
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
-from segformer_pl.metrics import as_classes, confusion_matrices, counts_of
+from segformer_pl.metrics import SegmentationScores, as_classes
 from segformer_pl.task import SegmentationTask
 
 Setting = tuple[str, str, int]  # group, corruption, severity
@@ -77,12 +78,14 @@ def robustness(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"--output: {str(options.output)!r} is a file; give a folder")
     task = load_task(options.ckpt).to(options.device)
     data = load_data(options.ckpt, path=options.data.path, num_workers=options.num_workers)
     result = _score_all(task, data, options.ckpt, options.num_images, options.output)
     for name, text in {
         PAGE: markdown(result),
-        NUMBERS: json.dumps(as_dict(result), indent=2) + "\n",
+        NUMBERS: json.dumps(without_nan(as_dict(result)), indent=2) + "\n",
     }.items():
         (options.output / name).write_text(text, encoding="utf-8")
     plot(result).savefig(options.output / FIGURE, dpi=130)
@@ -201,19 +204,15 @@ def _score(
 ) -> float:
     """mIoU as ``validate`` has it: the labels that ``predict`` gives, over all the batches."""
     num_classes = len(task.class_names)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=task.device)
+    scores = SegmentationScores(num_classes).to(task.device)
     with torch.inference_mode():
         for number, batch in enumerate(batches):
             batch = data.on_before_batch_transfer(batch, 0)  # says what was skipped
             batch = task.transfer_batch_to_device(batch, task.device, 0)
-            labels, predictions = as_classes(
-                task.predict_step(batch, number), batch["label"], num_classes, task.ignore_index
-            )
-            confusion += confusion_matrices(labels, predictions, num_classes).sum(0)
+            found = task.predict_step(batch, number)
+            scores.update(*as_classes(found, batch["label"], num_classes, task.ignore_index))
             progress.update(len(batch["id"]))
-    counts = counts_of(confusion[None])[0].double()
-    intersection, labelled, predicted = counts.unbind(1)
-    return (intersection / (labelled + predicted - intersection)).nanmean().item()
+    return scores.compute()["miou"].item()
 
 
 def _digest(file: Path) -> str:

@@ -125,8 +125,8 @@ class EfficientSelfAttention(nn.Module):
         if min(height, width) < self.sr_ratio:
             raise ValueError(
                 f"sr_ratio {self.sr_ratio} is larger than the {height}x{width} token grid that "
-                "it should reduce; use larger images, a smaller sr_ratio in this stage or "
-                "kv_border keep"
+                "it should reduce; use larger images (or windows and scales, where there are), a "
+                "smaller sr_ratio in this stage or kv_border keep"
             )
         return self.norm(to_tokens(self.sr(to_channels_first(tokens))))
 

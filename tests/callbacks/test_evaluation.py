@@ -75,6 +75,16 @@ def test_record_holds_what_was_logged(tmp_path, task, split, batch_size):
     )
 
 
+def test_a_pass_of_its_own_says_how_long_its_checkpoint_was_trained(tmp_path, task):
+    loader = DataLoader(samples(4), batch_size=2)
+    trainer = make_trainer(tmp_path, EvaluationRecord(), max_steps=3, limit_val_batches=0)
+    trainer.fit(task, DataLoader(samples(8), batch_size=2))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = make_trainer(tmp_path, EvaluationRecord())
+    again.validate(task, loader, ckpt_path=tmp_path / "run.ckpt", verbose=False, weights_only=False)
+    assert load_evaluation(tmp_path / "run" / "version_1").step == 3
+
+
 def test_skipped_pictures_are_left_out(tmp_path, task):
     def collate(pictures):
         batch = torch.utils.data.default_collate(pictures)

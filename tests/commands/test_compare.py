@@ -124,7 +124,7 @@ def test_absent_and_rare_classes_are_named(run, runs, tmp_path):
     [
         ({"num_pictures": 39}, "39 pictures in common, but 1 of A are missing in B"),
         ({"labelled": 99}, "labels of 40 of 40 pictures are not the same"),
-        ({"names": ["road", "wall", "sky"]}, "only A has ['traffic light'], only B ['sky']"),
+        ({"names": ["road", "wall", "sky"]}, "only A has 'traffic light', only B 'sky'"),
     ],
 )
 def test_runs_that_cannot_be_compared(runs, tmp_path, changes, message):
