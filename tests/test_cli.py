@@ -78,6 +78,7 @@ def test_fit_writes_a_run_that_can_be_read_again(folder, tmp_path):
     assert (run.parent / "version_1" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_on_resume_the_command_line_wins_and_says_so(folder, tmp_path, caplog):
     main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
     (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
@@ -108,6 +109,7 @@ def test_a_missing_path(capsys, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
     arguments = [*options(folder, tmp_path, trainer__max_steps=3), "--trainer.limit_val_batches=0"]
     main(["fit", *arguments, "--last_checkpoint.every_n_train_steps=2"])
@@ -120,6 +122,7 @@ def test_a_run_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
     assert list(tmp_path.rglob("*.ckpt")) == [last]
 
 
+@pytest.mark.slow
 def test_loss_and_inference_travel_in_the_checkpoint(capsys, folder, tmp_path, caplog):
     parts = [
         "--model.loss=segformer_pl.losses.WeightedSum",
@@ -176,6 +179,7 @@ def test_a_moving_average_of_the_weights_is_scored_and_saved(folder, tmp_path):
     assert main(["fit", *resumed, f"--ckpt_path={last}"]).trainer.global_step == 6
 
 
+@pytest.mark.slow
 def test_weights_to_start_from(capsys, folder, tmp_path):
     state = segformer_b0(2).state_dict()
     torch.save(state, tmp_path / "w.pth")
@@ -242,6 +246,7 @@ def test_other_value_errors_keep_their_traceback(folder, tmp_path, monkeypatch):
         main(["fit", *options(folder, tmp_path)])
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_missing_cut_short_or_of_another_network(capsys, folder, tmp_path):
     main(["fit", *options(folder, tmp_path)])
     capsys.readouterr()
@@ -307,6 +312,7 @@ def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentenc
     assert "\n" not in error
 
 
+@pytest.mark.slow
 def test_skipped_pictures_do_not_score(broken_copy, tmp_path):
     folder = broken_copy("image", None, broken="validation")
     arguments = [*options(folder, tmp_path), "--data.on_bad_sample=skip"]

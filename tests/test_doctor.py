@@ -83,6 +83,7 @@ def visit(tmp_path, healthy, write_shards):
     return run
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong_with_what_is_right(visit):
     examination = visit()
     assert examination.findings == []
@@ -298,6 +299,7 @@ def test_large_row_groups_are_named(visit, monkeypatch):
     assert re.match(r"row groups of 0 MB leave memory for \d+ at a time", finding.message)
 
 
+@pytest.mark.slow
 def test_loading_that_is_too_slow_is_named(visit, monkeypatch):
     monkeypatch.setattr("segformer_pl.doctor.cost._time_step", lambda *_: 1e-6)
     (finding,) = visit().findings
@@ -307,6 +309,7 @@ def test_loading_that_is_too_slow_is_named(visit, monkeypatch):
     assert "without loader processes" in finding.message
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     folder = tmp_path / "shapes"
     shapes.generate(folder, {"train": 60, "validation": 60})

@@ -236,6 +236,7 @@ def test_a_run_without_max_steps_is_refused(tmp_path):
         trainer.fit(make_task(), DataLoader(samples(), batch_size=2))
 
 
+@pytest.mark.slow
 def test_any_segmenter_can_be_trained(tmp_path):
     """The task knows the contract, not the model."""
 
@@ -263,6 +264,7 @@ def make_checkpoint_source(tmp_path):
     return tmp_path / "weights.pth", network.encoder.stages[3].norm.weight.detach().clone()
 
 
+@pytest.mark.slow
 def test_weights_are_read_when_fit_starts_and_never_with_a_checkpoint(tmp_path):
     file, expected = make_checkpoint_source(tmp_path)
     loader = DataLoader(samples(4), batch_size=2)

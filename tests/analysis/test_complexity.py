@@ -71,6 +71,7 @@ def macs_by_hand(network, images):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 101)])
+@pytest.mark.slow
 def test_executed_macs_are_those_of_the_layers(size):
     network = small().eval()
     cost = complexity(network, *size)
@@ -78,6 +79,7 @@ def test_executed_macs_are_those_of_the_layers(size):
     assert sum(part.macs for part in cost.parts) == cost.macs
 
 
+@pytest.mark.slow
 def test_parts():
     cost = complexity(small(sr_ratios=(4, 4, 2, 1)), 64, 96)
     assert [part.name for part in cost.parts] == ["stage1", "stage2", "stage3", "stage4", "head"]
@@ -114,6 +116,7 @@ def test_activation_memory_is_what_autograd_really_keeps():
     assert complexity(network, 64, 96).activation_bytes == kept
 
 
+@pytest.mark.slow
 def test_counting_leaves_the_network_as_it_was(randomize):
     network = randomize(small()).train()
     network.head.dropout.eval()

@@ -75,6 +75,7 @@ def test_record_holds_what_was_logged(tmp_path, task, split, batch_size):
     )
 
 
+@pytest.mark.slow
 def test_a_pass_of_its_own_says_how_long_its_checkpoint_was_trained(tmp_path, task):
     loader = DataLoader(samples(4), batch_size=2)
     trainer = make_trainer(tmp_path, EvaluationRecord(), max_steps=3, limit_val_batches=0)
@@ -112,6 +113,7 @@ def test_a_file_for_each_validation_of_a_training(tmp_path, task):
     assert load_evaluation(tmp_path / "run" / "version_0").step == 4
 
 
+@pytest.mark.slow
 def test_the_worst_pictures_are_shown_worst_first(tmp_path, task, monkeypatch):
     shown = []
 

@@ -52,6 +52,7 @@ def fit(logger, callbacks, tmp_path):
     return task
 
 
+@pytest.mark.slow
 def test_png_files_lie_beside_the_run_one_for_each_validation(tmp_path):
     logger = CSVLogger(tmp_path, name="run")
     fit(logger, [EffectiveReceptiveField(3), PredictionPanel(3)], tmp_path)

@@ -107,6 +107,7 @@ def test_resume_goes_on_with_the_next_sample(folder, tmp_path, whole, step):
     assert fit(folder, 32, file) == whole[2 * step :]
 
 
+@pytest.mark.slow
 def test_resume_twice_in_a_row_with_prefetching_workers(folder, tmp_path, whole):
     first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
     workers = {"num_workers": 2}

@@ -37,6 +37,7 @@ def tensors_of(path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_transformers_opens_its_folder_and_gives_our_logits(network, tmp_path):
     from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor
 
@@ -74,6 +75,7 @@ def test_transformers_opens_an_encoder_alone(randomize, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_smp_opens_its_folder_and_gives_our_logits(network, tmp_path):
     import segmentation_models_pytorch as smp
 
