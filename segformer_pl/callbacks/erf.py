@@ -1,6 +1,7 @@
 """Effective receptive fields while training."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,10 +18,12 @@ class EffectiveReceptiveField(pl.Callback):
     scores do?
 
     The pictures are the first of every rank's share of the first validation, the same ones from
-    then on, and the maps are averaged over all ranks. The figure goes to ``erf/`` in the run folder
+    then on, and the maps are averaged over all ranks; where their sizes differ, over the size that
+    most have. The figure goes to ``erf/`` in the run folder
     and to the loggers that take images; ``val/erf/<layer>/radius50`` and ``/radius95`` (pixels
     about the unit that hold half and 95 % of the field) and ``/area50`` (smallest share of the
-    picture's area that holds half of it) are logged as curves.
+    picture's area that holds half of it, freed of what it owes to the number of pictures) are
+    logged as curves.
 
     Args:
         num_images: How many pictures to average over, on all ranks together.
@@ -81,7 +84,7 @@ class EffectiveReceptiveField(pl.Callback):
             values = {
                 "radius50": field.radius(0.5),
                 "radius95": field.radius(0.95),
-                "area50": field.area_ratio(0.5),
+                "area50": field.interval(lambda erf: erf.area_ratio(0.5)).value,
             }
             pl_module.log_dict(
                 {f"val/erf/{name}/{key}": value for key, value in values.items()},
@@ -113,10 +116,21 @@ class EffectiveReceptiveField(pl.Callback):
         measured = [part for part in parts if part is not None]
         if not measured:
             return None
-        erf = merge(measured)
+        # Every rank counts the same parts and so leaves out the same ones.
+        sizes = Counter[tuple[int, int]]()
+        for part in measured:
+            sizes[tuple(part.recipe["image_size"])] += part.num_images
+        size, num_images = sizes.most_common(1)[0]
+        if len(sizes) > 1:
+            rank_zero_warn(
+                f"EffectiveReceptiveField: the ranks' first pictures have {len(sizes)} sizes, "
+                f"which cannot be averaged; the {num_images} of {size[0]}x{size[1]} pixels are "
+                "taken"
+            )
+        erf = merge([part for part in measured if tuple(part.recipe["image_size"]) == size])
         if erf.not_finite:
             rank_zero_warn(
-                "EffectiveReceptiveField: the gradient was not finite, left out: "
+                "EffectiveReceptiveField: value or gradient was not finite, left out: "
                 f"{', '.join(erf.not_finite)}"
             )
         return erf

@@ -1,18 +1,26 @@
 """``erf``: what each layer of a network really sees."""
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from segformer_pl import models
-from segformer_pl.analysis.erf import ERF, effective_receptive_field, weights_hash
+from segformer_pl import __version__, models
+from segformer_pl.analysis.erf import (
+    ERF,
+    NoFieldError,
+    effective_receptive_field,
+    weights_hash,
+)
 from segformer_pl.analysis.erf.backbones import TimmStages
 from segformer_pl.analysis.erf.plots import (
     plot_area_ratios,
@@ -20,24 +28,34 @@ from segformer_pl.analysis.erf.plots import (
     plot_erf,
     plot_radial_profiles,
 )
+from segformer_pl.analysis.erf.words import recipe_in_words
 from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data import StreamingSegmentationData
+from segformer_pl.data.labels import DataError
 from segformer_pl.models.checkpoints import load_network
 from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
 
-DPI = 150
+DPI = 300
 PICTURES_IN_A_BATCH = 8  # as read; the measurement takes them apart as it needs
 TIMM = "timm:"
 
 
 class Subject(NamedTuple):
-    """A network to measure; ``label`` names its row, ``weights`` says where they are from."""
+    """A network to measure; ``label`` names its row, ``weights`` says where they are from,
+    ``source`` how it was asked for, ``mean`` and ``std`` what its pictures are normalised with."""
 
     network: nn.Module
-    preprocess: Callable[[Tensor], Tensor]
     label: str
     weights: str
+    source: str
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Not ``task.normalize``, whose tensors would have to follow the network to its device."""
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
 
 
 def erf(arguments: list[str]) -> None:
@@ -52,8 +70,9 @@ def erf(arguments: list[str]) -> None:
         prog=f"{PROG} erf",
         description="Measure the effective receptive field of the unit in the middle of every "
         "layer (stage 1 to 4 and the head; the paper's Figure 3), averaged over validation "
-        "pictures. Writes erf.png, erf_profile.png, erf_area.png, erf.npz and erf.json; with "
-        "--against also erf_difference.png and the second network's against.npz and .json.",
+        "pictures. Writes erf, erf_profile and erf_area as .png and .pdf, the maps and numbers as "
+        "erf.npz and erf.json; with --against also erf_difference and the second network's "
+        "against.npz and .json.",
     )
     parser.add_argument("--ckpt", help="checkpoint of a run; brings its network and data")
     parser.add_argument(
@@ -103,8 +122,17 @@ def erf(arguments: list[str]) -> None:
         subjects.append(_against(options.against, segmenters, data))
     if options.reduction.isdigit():
         options.reduction = int(options.reduction)
-    results = [_measure(subject, data, options) for subject in subjects]
-    _write(Path(options.output), subjects, results)
+    folder = Path(options.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output: {options.output!r} cannot be a folder ({error.strerror}); name another"
+        ) from error
+    for subject in subjects:
+        _try(subject, data, options)
+    results = [_measure(subject, data, options, options.num_images) for subject in subjects]
+    _write(folder, subjects, results)
 
 
 def _data(options: Any) -> StreamingSegmentationData:
@@ -124,16 +152,15 @@ def _subject(kind: str, source: str, data: StreamingSegmentationData) -> Subject
         task = load_task(source)
         step = torch.load(source, weights_only=True, map_location="cpu").get("global_step")
         label = f"{type(task.network).__name__}, {Path(source).name}"
-        # Not task.normalize, whose tensors would have to follow the network to its device.
-        mean, std = (tuple(t.flatten().tolist()) for t in (task.image_mean, task.image_std))
-        return Subject(task.network, _normalize(mean, std), label, f"trained, step {step}")
+        mean, std = (t.flatten().tolist() for t in (task.image_mean, task.image_std))
+        return Subject(task.network, label, f"trained, step {step}", source, mean, std)
     if kind == "weights":
         network, _ = load_network(source)
         label = f"{type(network).__name__}, {Path(source).name}"
-        return Subject(network.eval(), _normalize(), label, "from a file")
+        return Subject(network.eval(), label, "from a file", source)
     torch.manual_seed(0)  # the same random weights each time
     network = getattr(models, source)(num_classes=data.entry.labels.num_classes)
-    return Subject(network.eval(), _normalize(), source, "random weights")
+    return Subject(network.eval(), source, "random weights", source)
 
 
 def _against(source: str, segmenters: list[str], data: StreamingSegmentationData) -> Subject:
@@ -145,17 +172,7 @@ def _against(source: str, segmenters: list[str], data: StreamingSegmentationData
     torch.manual_seed(0)
     network = TimmStages(name, weights or None).eval()
     known = {"": "random weights", "pretrained": "timm's weights"}.get(weights, "from a file")
-    return Subject(network, _normalize(network.mean, network.std), f"timm {name}", known)
-
-
-def _normalize(
-    mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
-) -> Callable[[Tensor], Tensor]:
-    def normalize(images: Tensor) -> Tensor:
-        shift, scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-        return (images - shift) / scale
-
-    return normalize
+    return Subject(network, f"timm {name}", known, source, network.mean, network.std)
 
 
 def _pictures(
@@ -165,7 +182,11 @@ def _pictures(
     class or place; the same ones each time."""
     if num_images < 1:
         raise ValueError("--num-images: give an integer of at least 1")
-    samples: Any = data.val_dataloader().dataset
+    try:
+        samples: Any = data.val_dataloader().dataset
+    except DataError as error:
+        # A run's arguments have longer names than this command's.
+        raise DataError(re.sub(r"(--)?data\.path", "--path", str(error))) from error
     num_rows = samples.order.num_rows
     count = min(num_images, num_rows)
     images: list[Tensor] = []
@@ -192,9 +213,17 @@ def _pictures(
         yield {"image": torch.cat(images), "id": names}
 
 
-def _measure(subject: Subject, data: StreamingSegmentationData, options: Any) -> ERF:
+def _try(subject: Subject, data: StreamingSegmentationData, options: Any) -> None:
+    """One picture, so that a layer that is not there is found before the others are measured."""
+    with suppress(NoFieldError):  # of this picture; others may have one
+        _measure(subject, data, options, min(options.num_images, 1))
+
+
+def _measure(
+    subject: Subject, data: StreamingSegmentationData, options: Any, num_images: int
+) -> ERF:
     network = subject.network.to(options.device)
-    pictures = _pictures(data, options.num_images, options.size)
+    pictures = _pictures(data, num_images, options.size)
     return effective_receptive_field(
         network,
         tqdm(pictures, desc=subject.label, unit="batch", leave=False),
@@ -206,9 +235,13 @@ def _measure(subject: Subject, data: StreamingSegmentationData, options: Any) ->
         about={
             "model": subject.label,
             "weights": subject.weights,
+            "source": subject.source,
             "weights_hash": weights_hash(network),
+            "mean": subject.mean,
+            "std": subject.std,
             "data": data.entry.name,
             "split": "validation",
+            "segformer_pl": __version__,
             "torch": torch.__version__,
             "device": options.device,
         },
@@ -224,24 +257,22 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
     height, width = first.recipe["image_size"]
     title = (
         f"mean of {first.num_images} validation pictures of {first.about['data']}, "
-        f"{height}x{width} pixels; unit in the middle, {first.recipe['reduction']}, "
-        f"{first.recipe['gradient']}"
+        f"{height}x{width} pixels; {recipe_in_words(first.recipe)}"
     )
     plots = {"erf": plot_erf, "erf_profile": plot_radial_profiles, "erf_area": plot_area_ratios}
     files = []
     for name, plot in plots.items():
-        files.append(folder / f"{name}.png")
-        plot(rows, title).savefig(files[-1], dpi=DPI)
+        files += _save(plot(rows, title), folder / name)
     if len(results) > 1:
-        files.append(folder / "erf_difference.png")
         labels = (subjects[0].label, subjects[1].label)
-        plot_difference(results[0], results[1], labels, title).savefig(files[-1], dpi=DPI)
+        figure = plot_difference(results[0], results[1], labels, title)
+        files += _save(figure, folder / "erf_difference")
     for name, result in zip(("erf", "against"), results):
         numbers = result.numbers()
         files += result.save(folder / name, numbers)
         sys.stdout.write(_table(result, numbers))
         for what, names in {
-            "gradient not finite, left out": result.not_finite,
+            "value or gradient not finite, left out": result.not_finite,
             "no such unit, left out": result.without_units,
         }.items():
             if names:
@@ -249,12 +280,21 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
     sys.stdout.write("written: " + ", ".join(str(file) for file in files) + "\n")
 
 
+def _save(figure: Figure, path: Path) -> list[Path]:
+    files = [path.with_suffix(suffix) for suffix in (".png", ".pdf")]
+    for file in files:
+        figure.savefig(file, dpi=DPI)
+    return files
+
+
 def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
     """Numbers with their 95 % intervals over pictures, as text."""
     about, size = result.about, result.recipe["image_size"]
     lines = [
-        f"{about['model']} ({about['weights']}), {result.num_images} pictures of "
-        f"{size[0]}x{size[1]} pixels, 95 % intervals",
+        f"{about['model']} ({about['weights']}), {result.num_images} "
+        f"{'picture' if result.num_images == 1 else 'pictures'} of "
+        f"{size[0]}x{size[1]} pixels, "
+        + ("95 % intervals" if result.num_images > 1 else "no intervals"),
         f"{'layer':<10}{'radius 50 %, px':>24}{'radius 95 %, px':>24}{'area 50 %, %':>26}"
         f"{'within 16 px, %':>24}",
     ]
@@ -266,7 +306,8 @@ def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
             (row["center_share_16"], 100),
         ]
         texts = [
-            f"{factor * value:.3g} [{factor * low:.3g}, {factor * high:.3g}]"
+            f"{factor * value:.3g}"
+            + (f" [{factor * low:.3g}, {factor * high:.3g}]" if result.num_images > 1 else "")
             for (value, low, high), factor in cells
         ]
         widths = (24, 24, 26, 24)
@@ -274,7 +315,8 @@ def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
     filling = [n for n, row in numbers.items() if 2 * row["radius_95"][0] > min(size)]
     if filling:
         lines.append(
-            f"the fields of {', '.join(filling)} reach beyond the picture, whose border cuts them "
-            "off: to compare them, measure on larger pictures (--size; RepLKNet takes 1024 1024)"
+            f"the discs with 95 % of the fields of {', '.join(filling)} are wider than the "
+            "picture, whose border cuts fields off: to compare them, measure on larger pictures "
+            "(--size; RepLKNet takes 1024 1024)"
         )
     return "\n".join(lines) + "\n"

@@ -62,9 +62,11 @@ def test_curves_are_those_of_the_network_on_the_first_pictures(tmp_path):
     for layer in LAYERS:
         series = columns[f"val/erf/{layer}/radius50"]
         assert list(series.step) == [2, 4]
-        assert series.last == erf[layer].radius(0.5)
-        assert columns[f"val/erf/{layer}/radius95"].last == erf[layer].radius(0.95)
-        assert columns[f"val/erf/{layer}/area50"].last == pytest.approx(erf[layer].area_ratio(0.5))
+        assert series.last == pytest.approx(erf[layer].radius(0.5))
+        radius95 = columns[f"val/erf/{layer}/radius95"].last
+        assert radius95 == pytest.approx(erf[layer].radius(0.95))
+        area50 = erf[layer].interval(lambda field: field.area_ratio(0.5)).value
+        assert columns[f"val/erf/{layer}/area50"].last == pytest.approx(area50)
     titles = [chart["title"] for chart in draw_charts(columns, "CrossEntropy")]
     assert "Effective receptive field" in titles
     svg = draw_charts(columns, "CrossEntropy")[titles.index("Effective receptive field")]["svg"]
@@ -119,6 +121,29 @@ def test_ranks_are_summed_up_and_one_without_a_picture_is_none(monkeypatch):
     for layer in LAYERS:
         np.testing.assert_allclose(found[layer].mean, whole[layer].mean, rtol=1e-5)
         np.testing.assert_allclose(found[layer].variance, whole[layer].variance, rtol=1e-3)
+
+
+def test_ranks_whose_first_pictures_differ_in_size_take_that_of_the_most(monkeypatch):
+    task = make_task()
+    callback = EffectiveReceptiveField(6)
+    trainer = SimpleNamespace(world_size=3, sanity_checking=False)
+    callback.on_validation_batch_end(trainer, task, None, batch([0]), 0)
+    large, small = torch.rand(1, 3, 64, 64), batch([2, 3])["image"]
+    others = [
+        effective_receptive_field(task.network, images, preprocess=task.normalize)
+        for images in (large, small)
+    ]
+
+    for rank in (0, 1):
+
+        def gather(parts, own, rank=rank):
+            parts[:] = [*others[:rank], own, *others[rank:]]
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        with pytest.warns(UserWarning, match="2 sizes.*the 3 of 32x48 pixels are taken"):
+            found = callback._measure(trainer, task)
+        assert found.num_images == 3
+        assert found.recipe["image_size"] == [32, 48]
 
 
 def test_a_picture_of_another_size_is_passed_over_aloud():

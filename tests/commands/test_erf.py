@@ -9,8 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from segformer_pl.analysis.erf import load_erf
+from segformer_pl import __version__
+from segformer_pl.analysis.erf import NoFieldError, load_erf
 from segformer_pl.cli import main
+from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
+
+FIGURES = ("png", "pdf")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,9 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def run(pictures, tmp_path, capsys):
+def run(pictures, tmp_path, capsys, monkeypatch):
     """Function: run the command on these pictures; returns what it prints and its folder."""
+    monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "DPI", 40)
 
     def call(*arguments):
         given = ["--data", "shapes", "--path", str(pictures), "--output", str(tmp_path / "out")]
@@ -46,7 +51,8 @@ def run(pictures, tmp_path, capsys):
 def test_random_weights(run):
     text, folder = run("--model", "segformer_b0", "--num-images", "3")
     assert {file.name for file in folder.iterdir()} == {
-        *("erf.png", "erf_profile.png", "erf_area.png", "erf.npz", "erf.json")
+        *(f"{name}.{kind}" for name in ("erf", "erf_profile", "erf_area") for kind in FIGURES),
+        *("erf.npz", "erf.json"),
     }
     known = json.loads((folder / "erf.json").read_text())
     assert known["num_images"] == 3
@@ -56,7 +62,14 @@ def test_random_weights(run):
     assert known["numbers"]["stage4"]["radius_50"][0] > known["numbers"]["stage1"]["radius_50"][0]
     assert load_erf(folder / "erf")["head"].mean.shape == (64, 96)
     assert "segformer_b0 (random weights), 3 pictures of 64x96 pixels" in text
-    assert "stage4, head reach beyond the picture" in text
+    assert "stage4, head are wider than the picture" in text
+    assert "95 % intervals" in text
+    numbers = [name.split("/")[-1].split(".")[0] for name in known["pictures"]]
+    assert numbers == ["0", "2", "4"]
+    assert known["about"]["source"] == "segformer_b0"
+    assert known["about"]["segformer_pl"] == __version__
+    assert known["about"]["mean"] == list(IMAGENET_MEAN)
+    assert known["about"]["std"] == list(IMAGENET_STD)
     assert np.asarray(Image.open(folder / "erf.png").convert("RGB")).std() > 10
 
 
@@ -76,7 +89,7 @@ def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures):
         *("--ckpt", str(ckpt), "--against", "timm:resnet18", "--num-images", "2"),
         *("--size", "128", "128", "--gradient", "relu", "--layers", "stage2", "stage4"),
     )
-    assert (folder / "erf_difference.png").is_file()
+    assert all((folder / f"erf_difference.{kind}").is_file() for kind in FIGURES)
     first, second = load_erf(folder / "erf"), load_erf(folder / "against")
     assert list(first.layers) == list(second.layers) == ["stage2", "stage4"]
     assert first.recipe == second.recipe
@@ -93,13 +106,14 @@ def test_pictures_are_spread_over_the_split(run, monkeypatch):
     def measure(network, batches, **settings):
         for batch in batches:
             names.extend(batch["id"])
-        raise ValueError("enough")
+        raise NoFieldError("enough")
 
     module = sys.modules["segformer_pl.commands.erf"]
     monkeypatch.setattr(module, "effective_receptive_field", measure)
     with pytest.raises(ValueError, match="enough"):
         run("--model", "segformer_b0", "--num-images", "3")
-    assert [name.split("/")[-1].split(".")[0] for name in names] == ["0", "2", "4"]
+    # The first one was tried before.
+    assert [name.split("/")[-1].split(".")[0] for name in names] == ["0", "0", "2", "4"]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +127,7 @@ def test_pictures_are_spread_over_the_split(run, monkeypatch):
         (["--model", "segformer_b0", "--reduction", "mean"], "give one of relu, l1, sum, random"),
         (["--model", "segformer_b0", "--size", "0", "64"], "at least 1 pixel"),
         (["--model", "segformer_b0", "--num-images", "1", "--layers", "x"], "no layer 'x'"),
+        (["--model", "segformer_b0", "--path", "nowhere"], "--path: there is no folder 'nowhere'"),
     ],
 )
 def test_refusals_are_one_sentence(run, arguments, message):
@@ -121,6 +136,65 @@ def test_refusals_are_one_sentence(run, arguments, message):
     assert isinstance(exit_.value.code, str)
     assert exit_.value.code.startswith("error: ")
     assert message in exit_.value.code
+
+
+def refusal_before_measuring(run, monkeypatch, *arguments):
+    """What the command says, no more than one picture of each network being measured."""
+    module = sys.modules["segformer_pl.commands.erf"]
+    measure = module._measure
+
+    def only_one(subject, data, options, num_images):
+        assert num_images == 1
+        return measure(subject, data, options, num_images)
+
+    monkeypatch.setattr(module, "_measure", only_one)
+    with pytest.raises(SystemExit) as exit_:
+        run("--model", "segformer_b0", "--num-images", "5", *arguments)
+    return exit_.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "head", "--against", "timm:resnet18"], "no layer 'head'"),
+        (
+            ["--against", "timm:maxvit_tiny_tf_224"],
+            "timm:maxvit_tiny_tf_224 takes no pictures of 64x96 pixels",
+        ),
+        (["--reduction", "sum"], "ends in a LayerNorm"),
+        (["--reduction", "40", "--layers", "stage4", "stage1"], "has channels 0 to 31"),
+    ],
+)
+def test_what_cannot_be_measured_is_found_on_one_picture(run, monkeypatch, arguments, message):
+    assert message in refusal_before_measuring(run, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize("inside", ["", "folder"])
+def test_a_file_in_the_place_of_the_folder_is_found_before_measuring(
+    run, monkeypatch, tmp_path, inside
+):
+    (tmp_path / "file").write_text("x")
+    output = str(tmp_path / "file" / inside)
+    module = sys.modules["segformer_pl.commands.erf"]
+    monkeypatch.setattr(module, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as exit_:
+        run("--model", "segformer_b0", "--output", output)
+    assert "--output: " in exit_.value.code
+    assert "cannot be a folder" in exit_.value.code
+
+
+def test_a_data_set_without_a_place_asks_for_this_commands_own_argument(tmp_path):
+    with pytest.raises(SystemExit) as exit_:
+        main(["erf", "--model", "segformer_b0", "--data", "camvid", "--output", str(tmp_path)])
+    assert "give --path with a folder" in exit_.value.code
+    assert "data.path" not in exit_.value.code
+
+
+@pytest.mark.slow
+def test_one_picture_has_no_intervals(run):
+    text, _ = run("--model", "segformer_b0", "--num-images", "1", "--layers", "stage1")
+    assert "1 picture of 64x96 pixels, no intervals" in text
+    assert "nan" not in text
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 ``units.py`` says which units and how their channels become one number, ``taps.py`` catches feature
 maps of any network, ``measure.py`` takes the gradients, ``moments.py`` averages them,
-``result.py`` and ``extent.py`` turn maps into numbers with uncertainty and into files,
-``full_image.py`` gives the radius of every unit of a picture, ``plots.py`` draws.
+``result.py``, ``extent.py`` and ``jackknife.py`` turn maps into numbers with uncertainty and into
+files, ``full_image.py`` gives the radius of every unit of a picture, ``plots.py`` draws.
 
 SegFormer's Figure 3 and 6 show ERFs of stage 1 to 4 and the head; their code was never published
 and the paper states neither unit nor reduction. Every result here carries its recipe.

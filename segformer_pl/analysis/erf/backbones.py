@@ -11,12 +11,31 @@ from segformer_pl.analysis.erf.taps import channels_first
 STAGES = {4: "stage1", 8: "stage2", 16: "stage3", 32: "stage4"}  # by stride
 
 
+ANY_SIZE = {"dynamic_img_size": True}
+FULL_BRANCHES = {"zero_init_last": False, "ls_init_value": 1.0}  # ResNet, ConvNeXt
+
+
+def _create(name: str, given: dict[str, Any]) -> Any:
+    """The network, for pictures of any size where it can take them."""
+    wishes: dict[str, Any] = ANY_SIZE | ({} if given["pretrained"] else FULL_BRANCHES)
+    while True:
+        try:
+            return timm.create_model(name, features_only=True, **given, **wishes)
+        except TypeError as error:
+            refused = [wish for wish in wishes if f"'{wish}'" in str(error)]
+            if not refused:
+                raise
+            del wishes[refused[0]]
+
+
 class TimmStages(nn.Module):
     """The feature maps of a timm network at strides 4, 8, 16 and 32, as ``stage1`` ... ``stage4``.
 
     Args:
         name: Such as ``resnet50``.
         weights: None for random ones, ``pretrained`` for timm's, fetched from the hub, or a file.
+            Random ones are those of training but for the residual branches, which ResNets of timm
+            begin at zero and ConvNeXts at a millionth: such a field is that of shortcuts alone.
 
     Attributes:
         mean, std: What its pictures, in 0 to 1, are normalised with.
@@ -39,10 +58,10 @@ class TimmStages(nn.Module):
             given["pretrained_cfg_overlay"] = {"file": weights}
             given["pretrained"] = True
         try:
-            network: Any = timm.create_model(name, features_only=True, **given)
+            network = _create(name, given)
         except (RuntimeError, AttributeError) as error:
             raise ValueError(f"timm:{name} gives no feature maps: {error}") from error
-        self.network = network
+        self.name, self.network = name, network
         strides = network.feature_info.reduction()
         # The deepest map at each stride.
         self.indices = {STAGES[stride]: i for i, stride in enumerate(strides) if stride in STAGES}
@@ -54,9 +73,19 @@ class TimmStages(nn.Module):
         self.std = tuple(config.get("std", (0.229, 0.224, 0.225)))
 
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> ``stage1`` ... ``stage4``, (B, C_i, H_i, W_i)."""
-        maps = self.network(images)
+        """(B, 3, H, W) -> ``stage1`` ... ``stage4``, (B, C_i, H_i, W_i).
+
+        Raises:
+            ValueError: the network takes no pictures of this size.
+        """
         size = (images.shape[2], images.shape[3])
+        try:
+            maps = self.network(images)
+        except AssertionError as error:
+            raise ValueError(
+                f"timm:{self.name} takes no pictures of {size[0]}x{size[1]} pixels ({error}); "
+                "resize them, on the command line with --size"
+            ) from error
         named = {}
         for name, index in self.indices.items():
             is_first = maps[index].shape[1] == self.channels[index]

@@ -1,9 +1,9 @@
 """How far a receptive field reaches: numbers from one map.
 
-A map is (H, W), not negative; ``center`` is the (row, column) of the pixel whose unit was measured,
-by default (H // 2, W // 2). Lengths are in pixels of the picture. Everything but the
-:func:`square_area_ratio` is the same for a map and a multiple of it. A map without any gradient
-gives nan.
+A map is (H, W), not negative; ``center`` is the (row, column) of the unit that was measured, which
+may lie between pixels, by default (H // 2, W // 2). Lengths are in pixels of the picture.
+Everything but the :func:`square_area_ratio` is the same for a map and a multiple of it. A map
+without any gradient gives nan.
 """
 
 import math
@@ -14,26 +14,33 @@ import numpy as np
 import numpy.typing as npt
 
 Map = npt.NDArray[np.floating]
-Center = tuple[int, int] | None
+Center = tuple[float, float] | None
 AreaDefinition = Literal["smallest", "square"]
 
 
 def smallest_area_ratio(erf: Map, share: float) -> float:
-    """Share of the picture that the strongest pixels with this share of the sum take up.
+    """Share of the picture that the strongest pixels with this share of the sum take up, the
+    weakest of them in part.
 
-    0.5 gives the smallest area that holds half of the gradient, wherever it lies.
+    0.5 gives the smallest area that holds half of the gradient, wherever it lies. Noise makes the
+    strongest pixels stronger: the area of a mean over few pictures is smaller than over many, and
+    two compare only over equally many (:meth:`LayerERF.interval` takes that off).
     """
     ordered = np.sort(erf, axis=None)[::-1]
     cumulative = np.cumsum(ordered, dtype=np.float64)
     if not cumulative[-1] > 0:
         return math.nan
-    return float(min(np.searchsorted(cumulative, share * cumulative[-1]) + 1, erf.size)) / erf.size
+    wanted = share * cumulative[-1]
+    whole = min(int(np.searchsorted(cumulative, wanted)), erf.size - 1)
+    before = cumulative[whole - 1] if whole else 0.0
+    part = (wanted - before) / (cumulative[whole] - before)
+    return float(min(whole + part, erf.size)) / erf.size
 
 
 def square_area_ratio(erf: Map, share: float, center: Center = None) -> float:
     """RepLKNet's high-contribution area ratio (Ding et al. 2022): the smallest square about the
-    unit, of side 3, 5, 7 ... pixels, with more than ``share`` of the sum of log10(1 + map), over
-    the picture's area.
+    unit, of side 3, 5, 7 ... pixels (2, 4, 6 ... where the unit lies between pixels), with more
+    than ``share`` of the sum of log10(1 + map), over the picture's area.
 
     The arithmetic is that of the paper's script on square maps. There, a square that reaches
     beyond the picture has no meaning: on wide maps the script finds nothing, on tall ones it counts
@@ -51,9 +58,9 @@ def square_area_ratio(erf: Map, share: float, center: Center = None) -> float:
     total = logs.sum()
     table = np.zeros((height + 1, width + 1))
     table[1:, 1:] = logs.cumsum(0).cumsum(1)
-    for reach in range(1, max(height, width) + 1):
-        top, bottom = max(row - reach, 0), min(row + reach + 1, height)
-        left, right = max(column - reach, 0), min(column + reach + 1, width)
+    for reach in range(1, max(height, width) + 1):  # from a unit in the picture, to its far side
+        top, bottom = max(math.ceil(row - reach), 0), min(math.floor(row + reach) + 1, height)
+        left, right = max(math.ceil(column - reach), 0), min(math.floor(column + reach) + 1, width)
         inside = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
         is_all = (bottom - top, right - left) == (height, width)
         if inside / total > share or is_all:
@@ -61,7 +68,7 @@ def square_area_ratio(erf: Map, share: float, center: Center = None) -> float:
     raise AssertionError("the last square is the picture")
 
 
-@lru_cache(maxsize=4)  # asked for again with every resample
+@lru_cache(maxsize=4)  # asked for again with every group left out
 def distances(shape: tuple[int, ...], center: Center = None) -> npt.NDArray[np.float64]:
     """(H, W), distance of every pixel from the unit's; not to be written to."""
     row, column = (shape[0] // 2, shape[1] // 2) if center is None else center
@@ -74,6 +81,23 @@ def distances(shape: tuple[int, ...], center: Center = None) -> npt.NDArray[np.f
 @lru_cache(maxsize=4)
 def _rings(shape: tuple[int, ...], center: Center) -> npt.NDArray[np.int64]:
     return np.rint(distances(shape, center)).astype(np.int64).ravel()
+
+
+class _Circles(NamedTuple):
+    """Pixels by their distance: squares of the distinct ones, in order, the number of each
+    pixel's, and how many pixels lie at each."""
+
+    squares: npt.NDArray[np.float64]
+    number: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+
+@lru_cache(maxsize=4)
+def _circles(shape: tuple[int, ...], center: Center) -> _Circles:
+    # Squares are whole numbers of quarters where the unit lies on a pixel or half way between two.
+    quarters = np.rint(4 * distances(shape, center) ** 2).astype(np.int64).ravel()
+    distinct, number, counts = np.unique(quarters, return_inverse=True, return_counts=True)
+    return _Circles(distinct / 4, number, counts)
 
 
 class RadialProfile(NamedTuple):
@@ -104,12 +128,24 @@ def radial_profile(erf: Map, center: Center = None) -> RadialProfile:
 
 
 def energy_radius(erf: Map, share: float, center: Center = None) -> float:
-    """Radius in pixels of the disc about the unit that holds this share of the sum."""
-    profile = radial_profile(erf, center)
-    if not profile.energy[-1] > 0:
+    """Radius in pixels of the disc about the unit that holds this share of the sum.
+
+    The pixels at one distance lie half within the disc of that radius; between two distances the
+    sum grows with the disc's area.
+    """
+    circles = _circles(erf.shape, center)
+    sums = np.bincount(circles.number, weights=erf.ravel().astype(np.float64))
+    if not sums.sum() > 0:
         return math.nan
-    index = min(int(np.searchsorted(profile.energy, share - 1e-12)), len(profile.radius) - 1)
-    return float(profile.radius[index])
+    sums = sums[: np.flatnonzero(sums)[-1] + 1]
+    energy = sums.cumsum() - sums / 2
+    wanted = share * sums.sum()
+    index = int(np.searchsorted(energy, wanted))
+    if index in (0, len(energy)):
+        return math.sqrt(circles.squares[min(index, len(energy) - 1)])
+    part = (wanted - energy[index - 1]) / (energy[index] - energy[index - 1])
+    inner, outer = circles.squares[index - 1 : index + 1]
+    return math.sqrt(inner + part * (outer - inner))
 
 
 def rms_radius(erf: Map, center: Center = None) -> float:
@@ -145,11 +181,10 @@ def gaussian_fit(erf: Map, center: Center = None) -> GaussianFit:
     variance = ((values - values.mean()) ** 2).sum()
     if not variance > 0:
         return GaussianFit(math.nan, math.nan, math.nan)
-    # Squared distances are integers: pixels at the same one share a Gaussian's value.
-    squares = np.rint(distances(erf.shape, center) ** 2).astype(np.int64).ravel()
-    distinct, inverse = np.unique(squares, return_inverse=True)
-    sums = np.bincount(inverse, weights=values.ravel())
-    counts = np.bincount(inverse)
+    # Pixels at one distance share a Gaussian's value.
+    circles = _circles(erf.shape, center)
+    distinct, counts = circles.squares, circles.counts
+    sums = np.bincount(circles.number, weights=values.ravel())
 
     def explained(log_sigma: float) -> tuple[float, float]:
         """Sum of squares that this Gaussian takes away, and its amplitude."""
@@ -193,7 +228,7 @@ class Anisotropy(NamedTuple):
     """Attributes:
     ratio: Longer over shorter axis of the ellipse of second moments, at least 1.
     angle: Of the longer axis in degrees, 0 for horizontal, 90 for vertical, 45 from bottom left
-        to top right; in [0, 180).
+        to top right; in [0, 180). nan where no axis is longer.
     """
 
     ratio: float
@@ -213,36 +248,78 @@ def anisotropy(erf: Map) -> Anisotropy:
     xy = (erf * (right_ * up)).sum() / total
     (small, large), axes = np.linalg.eigh([[xx, xy], [xy, yy]])
     angle = math.degrees(math.atan2(axes[1, 1], axes[0, 1])) % 180
+    if math.isclose(small, large, rel_tol=1e-9):
+        return Anisotropy(1.0, math.nan)
     ratio = math.sqrt(large / small) if small > 0 else math.inf
     return Anisotropy(float(ratio), 0.0 if math.isclose(angle, 180) else angle)
 
 
 def lattice_share(erf: Map, period: int = 32, center: Center = None) -> float:
-    """Share of the map's variance, further than one period from the unit, that repeats itself
-    every ``period`` pixels in both directions.
+    """Share of the map's fine structure, further than one period from the unit, that repeats
+    itself every ``period`` pixels in both directions, of what does not at a divisor of it.
 
     Keys and values of every stage of SegFormer lie on a lattice of 32 pixels (``sr_ratio`` x
-    stride), which shows in its receptive fields. 1 for a pure lattice, 0 for noise in
-    expectation (what phase means explain by chance is taken off); other periods show in part, by
-    the phases that they have in common; nan in a picture with
-    fewer than two periods a side.
+    stride), which shows in its receptive fields. Fine structure is the variance of the logarithm
+    about its mean over a window of one period, which takes off what is smooth: a Gaussian leaves
+    nothing. 1 for a lattice, also under a Gaussian; 0 for noise in expectation, as what phase means
+    explain by chance is taken off, and for shorter periods that divide this one, such as the
+    strides of the patches; other periods show in part, by the phases that they have in common. nan
+    in a picture with fewer than three periods a side, of which the window leaves two.
+
+    Raises:
+        ValueError: the period is less than 2.
     """
-    rows, columns = erf.shape[0] // period * period, erf.shape[1] // period * period
-    if min(rows, columns) < 2 * period:
+    if period < 2:
+        raise ValueError(f"lattice_share: period={period}: give one of at least 2 pixels")
+    if min(erf.shape) < 3 * period or not erf.max() > 0:
         return math.nan
-    values = erf[:rows, :columns].astype(np.float64)
-    far = (distances(erf.shape, center) > period)[:rows, :columns]
+    logs = np.log(np.maximum(erf.astype(np.float64), erf.max() * 1e-30))
+    fine = logs[period // 2 :, period // 2 :]
+    smooth = _windowed(_windowed(logs, period).T, period).T
+    fine = fine[: smooth.shape[0], : smooth.shape[1]] - smooth
+    far = (distances(erf.shape, center) > period)[period // 2 :, period // 2 :]
+    far = far[: smooth.shape[0], : smooth.shape[1]]
+    rows, columns = (side // period * period for side in fine.shape)
+    fine, far = fine[:rows, :columns], far[:rows, :columns]
 
     def folded(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return array.reshape(rows // period, period, columns // period, period).sum((0, 2))
 
     counts = folded(far.astype(np.float64))
-    mean = values[far].mean()
-    total = ((values[far] - mean) ** 2).sum()
-    if not total > 0 or counts.min() < 2:
+    if counts.min() < 2:
         return math.nan
-    deviations = folded(np.where(far, values - mean, 0.0))
-    between = (deviations**2 / counts).sum() / total
-    # The part that phase means of noise would explain by chance (as in epsilon squared).
-    chance = (period**2 - 1) / (far.sum() - 1)
-    return float((between - chance) / (1 - chance))
+    fine = fine - fine[far].mean()
+    total = rest = (fine[far] ** 2).sum()
+    means = folded(np.where(far, fine, 0.0)) / counts
+    freedom, left = period**2, int(far.sum()) - 1
+    for divisor in _prime_divisors(period):
+        # The part that repeats at a divisor of the period already.
+        part = period // divisor
+        shorter = means.reshape(divisor, part, divisor, part).mean((0, 2))
+        shorter = np.tile(shorter, (divisor, divisor))
+        means = means - shorter
+        rest -= (counts * shorter**2).sum()
+        left -= freedom // divisor**2
+        freedom -= freedom // divisor**2
+    if rest <= 1e-9 * max(total, 1e-9 * (logs**2).sum()):
+        return 0.0
+    between = (counts * means**2).sum() / rest
+    # What phase means of noise would explain by chance (as in epsilon squared).
+    chance = freedom / left
+    return float(np.clip((between - chance) / (1 - chance), 0, 1))
+
+
+def _windowed(array: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
+    """(n, m) -> (n - length, m): mean over windows about the rows from ``length // 2`` on, of so
+    many rows; an even window's two outermost count half, that it has a middle."""
+    sums = np.concatenate([np.zeros((1, array.shape[1])), array.cumsum(0)])
+    plain = sums[length:] - sums[:-length]
+    return (plain[:-1] + plain[1:]) / (2 * length) if length % 2 == 0 else plain[:-1] / length
+
+
+def _prime_divisors(number: int) -> list[int]:
+    return [
+        n
+        for n in range(2, number + 1)
+        if number % n == 0 and all(n % smaller for smaller in range(2, n))
+    ]

@@ -24,8 +24,21 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from segformer_pl.analysis.erf.taps import Layout, Taps, place_of, undisturbed
-from segformer_pl.analysis.erf.units import Reduction, check_reduction, reduce_channels
+from segformer_pl.analysis.erf.taps import (
+    Layout,
+    Taps,
+    norms_of_the_batch,
+    place_of,
+    undisturbed,
+)
+from segformer_pl.analysis.erf.units import (
+    Reduction,
+    check_reduction,
+    cuts_patches,
+    place_of_unit,
+    reduce_channels,
+    refuse_sum_after_norm,
+)
 
 Method = Literal["vjp", "loop", "probe"]
 
@@ -38,16 +51,17 @@ class RadiusMap:
         layer: Of the units.
         radius: (n, m), in pixels; nan where a unit has no gradient.
         standard_error: (n, m), of the estimate by random probes; zeros where it is exact.
-        rows, columns: (n,) and (m,), pixel coordinates that distances are measured from: the
-            middle of each unit's cell, rounded down as for the unit of a pixel.
+        rows, columns: (n,) and (m,), pixel coordinates that distances are measured from: each
+            unit's own place, :func:`~segformer_pl.analysis.erf.units.place_of_unit`; whole numbers
+            where units lie on pixels.
         size: (height, width) of the picture.
     """
 
     layer: str
     radius: npt.NDArray[np.float64]
     standard_error: npt.NDArray[np.float64]
-    rows: npt.NDArray[np.int64]
-    columns: npt.NDArray[np.int64]
+    rows: npt.NDArray[Any]
+    columns: npt.NDArray[Any]
     size: tuple[int, int]
 
 
@@ -97,6 +111,11 @@ def radius_map(
     picture = image[None] if image.dim() == 3 else image
     if picture.dim() != 4 or len(picture) != 1:
         raise ValueError(f"image: give one picture (C, H, W), not shape {tuple(image.shape)}")
+    if method == "probe" and (norms := norms_of_the_batch(model)):
+        raise ValueError(
+            f"{norms[0]!r} has no running statistics and normalises with those of the batch, so "
+            "that probes change each other; take method='vjp'"
+        )
     taps = Taps(model, [layer], layout)
     device, dtype = place_of(model, picture)
     # Fused attention has neither forward-mode nor batched gradients.
@@ -109,10 +128,12 @@ def radius_map(
             feature = taps(pictures, state)[layer].permute(0, 2, 3, 1)
             return reduce_channels(feature[:, ::every, ::every], reduction, layer, seed)
 
-        with torch.no_grad():
-            grid = tuple(taps(inputs, state)[layer].shape[2:])
-        size = (inputs.shape[2], inputs.shape[3])
-        rows, columns = (_centers(units, pixels, every) for units, pixels in zip(grid, size))
+        feature = taps(inputs.clone().requires_grad_(reduction == "sum"), state)[layer]
+        if reduction == "sum":
+            refuse_sum_after_norm(feature, layer)
+        grid, size = (feature.shape[2], feature.shape[3]), (inputs.shape[2], inputs.shape[3])
+        del feature
+        rows, columns = _places(grid, size, every, cuts_patches(model))
         if method == "probe":
             places = (rows, columns)
             draws = _probes(units_of, inputs, places, num_probes, batch_size, probe_seed, progress)
@@ -123,16 +144,20 @@ def radius_map(
     return RadiusMap(layer, radius, error, rows, columns, size)
 
 
-def _centers(units: int, pixels: int, every: int) -> npt.NDArray[np.int64]:
-    """The first pixel of each unit's cell: what a unit of SegFormer's encoder is centred on."""
-    return -(-np.arange(units)[::every] * pixels // units)
+def _places(
+    grid: tuple[int, int], size: tuple[int, int], every: int, in_patches: bool
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Rows and columns of every n-th unit; whole numbers where they lie on pixels."""
+    rows = [place_of_unit((i, 0), size, grid, in_patches)[0] for i in range(0, grid[0], every)]
+    columns = [place_of_unit((0, j), size, grid, in_patches)[1] for j in range(0, grid[1], every)]
+    return np.array(rows), np.array(columns)
 
 
 def _exact(
     units_of: Callable[[Tensor], Tensor],
     inputs: Tensor,
-    rows: npt.NDArray[np.int64],
-    columns: npt.NDArray[np.int64],
+    rows: npt.NDArray[Any],
+    columns: npt.NDArray[Any],
     method: Method,
     batch_size: int,
     progress: bool,
@@ -161,7 +186,7 @@ def _exact(
 
 
 def _moments(
-    energy: Tensor, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64], numbers: Tensor
+    energy: Tensor, rows: npt.NDArray[Any], columns: npt.NDArray[Any], numbers: Tensor
 ) -> Tensor:
     """Squared gradients (k, H, W) of k units -> (2, k): their sum, and that times distance^2."""
     height, width = energy.shape[1:]
@@ -178,7 +203,7 @@ def _moments(
 def _probes(
     units_of: Callable[[Tensor], Tensor],
     inputs: Tensor,
-    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+    places: tuple[npt.NDArray[Any], npt.NDArray[Any]],
     num_probes: int,
     batch_size: int,
     seed: int,

@@ -9,25 +9,35 @@ from torch import Tensor, nn
 
 from segformer_pl.analysis.erf.moments import Moments
 from segformer_pl.analysis.erf.result import ERF, LayerERF
-from segformer_pl.analysis.erf.taps import Layout, Taps, place_of, undisturbed
+from segformer_pl.analysis.erf.taps import (
+    Layout,
+    Taps,
+    norms_of_the_batch,
+    place_of,
+    undisturbed,
+)
 from segformer_pl.analysis.erf.units import (
     ClassPixels,
     Gradient,
     Grid,
     Pixels,
+    Place,
     Reduction,
     Units,
     check_reduction,
     class_mask,
+    cuts_patches,
     pixels_of,
+    place_of_unit,
     reduce_channels,
     refuse_sum_after_norm,
-    shift_to_center,
+    shift,
+    units_of,
 )
 
 
 class NoFieldError(ValueError):
-    """Not one picture gave a field."""
+    """Not one picture gave a field, or all of them one of zeros."""
 
 
 Batch = Tensor | Mapping[str, Any]
@@ -67,9 +77,11 @@ def effective_receptive_field(
         layers: Keys of the network's ``feature_maps``, dotted module names, or ``output``. By
             default all feature maps.
         units: ``"center"``; a list of (row, column) pixels, whose units are meant; a
-            :class:`Grid` of units; or :class:`ClassPixels`. With several units every map is
-            shifted until its unit lies in the middle, and what comes from outside the picture is
-            zero; a class is one gradient of the mean over its units, and nothing is shifted.
+            :class:`Grid` of units; or :class:`ClassPixels`. Distances count from the unit's own
+            place (``units.py``) and not from the pixel that chose it. With several units every map
+            is shifted from its unit's place to that of the unit in the middle, and what comes from
+            outside the picture is zero; a class is one gradient of the mean over its units, and
+            nothing is shifted.
         reduction: How a unit's channels become one number: ``"relu"`` (sum of the positive ones),
             ``"l1"``, ``"sum"`` (refused straight after a LayerNorm), ``"random"`` (a fixed
             Gaussian projection), or the number of a channel or class.
@@ -84,12 +96,18 @@ def effective_receptive_field(
         about: What the result should say of itself: model, weights, data.
 
     Raises:
-        ValueError: an argument or a layer that does not fit; :class:`NoFieldError`, no picture
-            could be measured. One sentence says which and why.
+        ValueError: an argument or a layer that does not fit, or a BatchNorm without running
+            statistics in passes of several pictures; :class:`NoFieldError`, no picture could be
+            measured, or a layer's field is zero everywhere. One sentence says which and why.
     """
     check_reduction(reduction, gradient)
     if (batch_size is not None and batch_size < 1) or (num_images is not None and num_images < 1):
         raise ValueError("batch_size and num_images: give integers of at least 1")
+    if batch_size != 1 and (norms := norms_of_the_batch(model)):
+        raise ValueError(
+            f"{norms[0]!r} has no running statistics and normalises with those of the batch, so "
+            "that pictures change each other's fields; give batch_size=1"
+        )
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     pixels = PIXELS_IN_A_PASS * (1 if on_cpu else 8)
     taps = Taps(model, layers, layout)
@@ -117,7 +135,10 @@ class _Pass:
         self.preprocess, self.seed = preprocess, seed
         self.moments: dict[str, Moments] = {}
         self.grids: dict[str, tuple[int, int]] = {}
+        self.places: dict[str, Place] = {}
+        self.in_patches = cuts_patches(model)
         self.size: tuple[int, int] | None = None
+        self.pictures: list[str] = []
         self.not_finite: list[str] = []
         self.without_units: list[str] = []
         self.state: dict[str, Tensor] | None = None
@@ -140,11 +161,13 @@ class _Pass:
                 inputs = self.preprocess(inputs)
             inputs = inputs.detach().to(dtype).requires_grad_()
             present = torch.ones(len(names), dtype=torch.bool, device=device)
+            # Gradients alone do not tell: those of linear layers are finite for a picture of NaN.
+            finite = inputs.isfinite().flatten(1).all(1)
             if isinstance(self.units, ClassPixels):
-                maps = self._class_maps(inputs, self._classes(inputs, labels), present)
+                maps = self._class_maps(inputs, self._classes(inputs, labels), present, finite)
             else:
-                maps = self._unit_maps(inputs, pixels_of(self.units, self.size))
-        self._add(names, maps, present.cpu())
+                maps = self._unit_maps(inputs, pixels_of(self.units, self.size), finite)
+        self._add(names, maps, present.cpu(), finite.cpu())
 
     def _classes(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
         """(B, h, w) train ids, those of the label or of the prediction."""
@@ -165,8 +188,11 @@ class _Pass:
             )
         return logits.argmax(1)
 
-    def _class_maps(self, inputs: Tensor, classes: Tensor, present: Tensor) -> dict[str, Tensor]:
-        """(B, H, W) of every layer. Clears ``present`` where a picture has no such unit."""
+    def _class_maps(
+        self, inputs: Tensor, classes: Tensor, present: Tensor, finite: Tensor
+    ) -> dict[str, Tensor]:
+        """(B, H, W) of every layer. Clears ``present`` where a picture has no such unit, and
+        ``finite`` where one has a value that is not."""
         assert isinstance(self.units, ClassPixels)
         assert self.state is not None
         maps = {}
@@ -177,23 +203,36 @@ class _Pass:
             present &= mask.any(2).any(1)
             values = self._reduce(feature.permute(0, 2, 3, 1), name)
             means = (values * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+            finite &= means.isfinite()
             maps[name] = self._backward(means.sum(), inputs)
         return maps
 
-    def _unit_maps(self, inputs: Tensor, pixels: Pixels) -> dict[str, Tensor]:
-        """(B, H, W) of every layer, the mean over the units of these pixels."""
+    def _unit_maps(self, inputs: Tensor, pixels: Pixels, finite: Tensor) -> dict[str, Tensor]:
+        """(B, H, W) of every layer, the mean over the units of these pixels. Clears ``finite``
+        where a unit has a value that is not."""
         assert self.state is not None
+        assert self.size is not None
         maps = {}
         for name, (vectors, grid) in self.taps.units(inputs, self.state, pixels).items():
             self._check(name, vectors)
             self.grids[name] = grid
+            finite &= vectors.isfinite().flatten(1).all(1)
             units = self._reduce(vectors.transpose(1, 2), name)
+            chosen = list(zip(*units_of(pixels, self.size, grid)))
+            # Several are moved onto the unit in the middle.
+            middle = chosen[0] if len(chosen) == 1 else (grid[0] // 2, grid[1] // 2)
+            row, column = self.places[name] = self._place(middle, grid)
             total = torch.zeros_like(inputs[:, 0])
-            for number, pixel in enumerate(pixels):
+            for number, unit in enumerate(chosen):
+                at_row, at_column = self._place(unit, grid)
                 one = self._backward(units[:, number].sum(), inputs)
-                total += one if len(pixels) == 1 else shift_to_center(one, pixel)
+                total += shift(one, round(row - at_row), round(column - at_column))
             maps[name] = total / len(pixels)
         return maps
+
+    def _place(self, unit: tuple[int, int], grid: tuple[int, int]) -> Place:
+        assert self.size is not None
+        return place_of_unit(unit, self.size, grid, self.in_patches)
 
     def _check(self, name: str, feature: Tensor) -> None:
         if not feature.requires_grad:
@@ -217,15 +256,17 @@ class _Pass:
             slope = slope.relu()
         return slope.sum(1)
 
-    def _add(self, names: list[str], maps: dict[str, Tensor], present: Tensor) -> None:
+    def _add(
+        self, names: list[str], maps: dict[str, Tensor], present: Tensor, finite: Tensor
+    ) -> None:
         maps = {layer: layer_maps.cpu() for layer, layer_maps in maps.items()}
-        finite = torch.ones(len(names), dtype=torch.bool)
         for layer_maps in maps.values():
             finite &= layer_maps.isfinite().flatten(1).all(1)
         # A picture counts in every layer or in none: layers are compared over the same pictures.
         self.without_units += [name for name, is_ in zip(names, present.tolist()) if not is_]
         broken = present & ~finite
         self.not_finite += [name for name, is_ in zip(names, broken.tolist()) if is_]
+        self.pictures += [n for n, is_ in zip(names, (present & finite).tolist()) if is_]
         for layer, layer_maps in maps.items():
             if layer not in self.moments:
                 self.moments[layer] = Moments.zeros(*layer_maps.shape[1:])
@@ -237,17 +278,21 @@ class _Pass:
         num_images = next(iter(self.moments.values())).count
         if num_images == 0:
             raise NoFieldError(
-                f"no picture could be measured: the gradient of {len(self.not_finite)} was not "
-                f"finite and {len(self.without_units)} had no unit of the class; look at the "
-                "weights and the pictures"
+                "no picture could be measured: the value or the gradient of "
+                f"{len(self.not_finite)} was not finite and {len(self.without_units)} had no unit "
+                "of the class; look at the weights and the pictures"
             )
-        pixel: tuple[int, int] | None = None
-        if not isinstance(self.units, ClassPixels):
-            pixels = pixels_of(self.units, self.size)
-            # Several units were shifted to the middle.
-            pixel = pixels[0] if len(pixels) == 1 else pixels_of("center", self.size)[0]
+        empty = [name for name, moments in self.moments.items() if not moments.mean.any()]
+        if empty:
+            raise NoFieldError(
+                f"the field of {', '.join(empty)} is zero everywhere, in every picture: with "
+                f"reduction={self.reduction!r} and gradient={self.gradient!r} no pixel moves the "
+                "unit; try reduction='l1' or 'random', or another unit"
+            )
         layers = {
-            name: LayerERF.from_moments(name, moments, pixel, self.grids[name], self.gradient)
+            name: LayerERF.from_moments(
+                name, moments, self.places.get(name), self.grids[name], self.gradient
+            )
             for name, moments in self.moments.items()
         }
         recipe = {
@@ -256,18 +301,22 @@ class _Pass:
             "gradient": self.gradient,
             "image_size": list(self.size),
         }
-        return ERF(layers, num_images, self.not_finite, self.without_units, recipe, about)
+        if self.reduction == "random":
+            recipe["seed"] = self.seed
+        return ERF(
+            layers, num_images, self.not_finite, self.without_units, recipe, about, self.pictures
+        )
 
 
 def describe_units(units: Literal["center"] | Pixels | Grid | ClassPixels) -> Any:
     """As plain data, for files and titles."""
-    if units == "center":
-        return "center"
+    if isinstance(units, str):
+        return units
     if isinstance(units, Grid):
         return f"grid of {units.rows}x{units.columns}"
     if isinstance(units, ClassPixels):
         return f"class {units.train_id} in the {units.source}"
-    return [list(pixel) for pixel in units]
+    return [[int(row), int(column)] for row, column in units]
 
 
 def _chunks(

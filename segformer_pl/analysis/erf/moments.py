@@ -1,7 +1,8 @@
 """Mean and variance of maps that come one after the other, in memory that does not grow.
 
 Beside the mean, the maps are averaged in a fixed number of groups, dealt out like cards: what is
-resampled for confidence intervals. With no more maps than groups every group is one map.
+left out, one after the other, for confidence intervals. With no more maps than groups every group
+is one map.
 """
 
 from dataclasses import dataclass, field

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +14,16 @@ import numpy.typing as npt
 from torch import nn
 
 from segformer_pl.analysis.erf import extent
+from segformer_pl.analysis.erf.jackknife import Estimate, jackknife
 from segformer_pl.analysis.erf.moments import NUM_GROUPS, Moments
+from segformer_pl.analysis.erf.units import Place
 
-FORMAT = 1
+FORMAT = 2
 SHARES = (0.2, 0.3, 0.5, 0.99)  # those of RepLKNet's table
 
 
 class Interval(NamedTuple):
-    """A value with the bounds of its confidence interval; nan where it cannot be given."""
+    """A value with the bounds of its confidence interval; nan with one picture."""
 
     value: float
     low: float
@@ -34,10 +38,10 @@ class LayerERF:
         name: Of the layer.
         mean: (H, W), float64, the map averaged over the pictures; not normalised.
         variance: (H, W), of a single picture's map; nan with one picture.
-        groups: (G, H, W), the mean over each group of pictures, for resampling.
+        groups: (G, H, W), the mean over each group of pictures, for intervals.
         group_counts: (G,), pictures in each group.
-        pixel: (row, column) of the pixel whose unit was measured, from which distances count; the
-            unit's own centre is up to a stride above and to the left of it. None for a class.
+        pixel: (row, column) of the measured unit's own place, from which distances count: see
+            :func:`~segformer_pl.analysis.erf.units.place_of_unit`. None for a class.
         grid: (h, w) units of the layer.
         gradient: ``abs``, ``relu`` or ``signed``.
     """
@@ -47,7 +51,7 @@ class LayerERF:
     variance: npt.NDArray[np.float64]
     groups: npt.NDArray[np.float32]
     group_counts: npt.NDArray[np.int64]
-    pixel: tuple[int, int] | None
+    pixel: Place | None
     grid: tuple[int, int]
     gradient: str
 
@@ -56,7 +60,7 @@ class LayerERF:
         cls,
         name: str,
         moments: Moments,
-        pixel: tuple[int, int] | None,
+        pixel: Place | None,
         grid: tuple[int, int],
         gradient: str,
     ) -> "LayerERF":
@@ -88,7 +92,9 @@ class LayerERF:
     # Numbers. Each checks what it needs: a signed map has no extent, a class no centre.
 
     def area_ratio(self, share: float, definition: extent.AreaDefinition = "smallest") -> float:
-        """Share of the picture's area that holds ``share`` of the field.
+        """Share of the picture's area that holds ``share`` of the mean map.
+
+        It depends on how many pictures were averaged; :meth:`interval` takes that off.
 
         Args:
             share: Such as 0.5.
@@ -100,8 +106,7 @@ class LayerERF:
             ValueError: the share is not between 0 and 1, the map is signed, or ``square`` is asked
                 of a class.
         """
-        if not 0 < share < 1:
-            raise ValueError(f"area_ratio of {share}: give a share between 0 and 1")
+        _check_share("area_ratio", share)
         if definition == "smallest":
             return extent.smallest_area_ratio(self._positive(), share)
         if definition == "square":
@@ -113,7 +118,12 @@ class LayerERF:
         return extent.radial_profile(self._positive(), self._center())
 
     def radius(self, share: float = 0.5) -> float:
-        """Radius in pixels of the disc about the unit that holds this share of the field."""
+        """Radius in pixels of the disc about the unit that holds this share of the field.
+
+        Raises:
+            ValueError: the share is not between 0 and 1.
+        """
+        _check_share("radius", share)
         return extent.energy_radius(self._positive(), share, self._center())
 
     def rms_radius(self) -> float:
@@ -138,57 +148,52 @@ class LayerERF:
 
     def center_share(self, radius: float = 16.0) -> float:
         """Share of the field within this many pixels of the unit."""
+        if not radius >= 0:
+            raise ValueError(f"center_share within {radius} pixels: give a radius of at least 0")
         near = extent.distances(self.mean.shape, self._center()) <= radius
         total = self._positive().sum()
         return float(self.mean[near].sum() / total) if total > 0 else float("nan")
 
-    def interval(
-        self,
-        number: Callable[["LayerERF"], float],
-        level: float = 0.95,
-        num_resamples: int = 200,
-        seed: int = 0,
-    ) -> Interval:
-        """A number of this field with its bootstrap interval over pictures.
+    def interval(self, number: Callable[["LayerERF"], float], level: float = 0.95) -> Interval:
+        """A number of this field with its confidence interval over pictures.
 
-        Pictures are resampled with replacement, one group at a time, and the number is taken of
-        their mean map; percentiles of it are the bounds. Up to 16 pictures every group is one
-        picture; with a handful of them the interval is too narrow, as bootstrap intervals are.
+        Both come from the jackknife: the number is taken again with one group of pictures after
+        the other left out. The value is freed of its bias of order 1/N, so it can differ a little
+        from the number of the mean map, and stands in the middle of the interval; with fewer than
+        about 16 pictures some bias is left in areas. Up to 16 pictures every group is one picture.
+        What is not covered: other random weights, other trainings.
 
         Args:
             number: Such as ``lambda erf: erf.radius(0.5)`` or ``LayerERF.rms_radius``.
             level: Of confidence.
-            num_resamples: How often.
-            seed: Of the resampling; torch's and numpy's own states are left alone.
+
+        Raises:
+            ValueError: the level is not between 0 and 1.
         """
-        return self.intervals({"": number}, level, num_resamples, seed)[""]
+        return self.intervals({"": number}, level)[""]
 
     def intervals(
-        self,
-        numbers: Mapping[str, Callable[["LayerERF"], float]],
-        level: float = 0.95,
-        num_resamples: int = 200,
-        seed: int = 0,
+        self, numbers: Mapping[str, Callable[["LayerERF"], float]], level: float = 0.95
     ) -> dict[str, Interval]:
-        """Several numbers with their intervals, from the same resamples: see :meth:`interval`."""
-        values: dict[str, list[float]] = {name: [] for name in numbers}
-        if len(self.groups) > 1:
-            rng = np.random.default_rng(seed)
-            for _ in range(num_resamples):
-                resampled = self._resampled(rng.integers(len(self.groups), size=len(self.groups)))
-                for name, number in numbers.items():
-                    values[name].append(number(resampled))
-        tail = (1 - level) / 2
-        found = {}
-        for name, number in numbers.items():
-            low, high = float("nan"), float("nan")
-            if np.isfinite(values[name]).any():
-                low, high = map(float, np.nanquantile(values[name], [tail, 1 - tail]))
-            found[name] = Interval(number(self), low, high)
-        return found
+        """Several numbers with their intervals: see :meth:`interval`."""
+        found = self.band(lambda erf: [number(erf) for number in numbers.values()], level)
+        return {
+            name: Interval(*(float(bound[index]) for bound in found))
+            for index, name in enumerate(numbers)
+        }
 
-    def _resampled(self, drawn: npt.NDArray[np.int64]) -> "LayerERF":
-        weights = np.bincount(drawn, minlength=len(self.groups)) * self.group_counts
+    def band(self, curve: Callable[["LayerERF"], Any], level: float = 0.95) -> Estimate:
+        """A curve (K,) of this field with its interval at every point: see :meth:`interval`."""
+        if not 0 < level < 1:
+            raise ValueError(f"level={level}: give a confidence between 0 and 1, such as 0.95")
+        groups = np.arange(len(self.groups))
+        left_out = groups if len(groups) > 1 else groups[:0]
+        without = [curve(self._weighted(groups != group)) for group in left_out]
+        return jackknife(curve(self), without, self.group_counts, level)
+
+    def _weighted(self, times: npt.NDArray[Any]) -> "LayerERF":
+        """With every group so many times over."""
+        weights = times * self.group_counts
         mean = np.tensordot((weights / weights.sum()).astype(np.float32), self.groups, axes=1)
         return LayerERF(
             self.name,
@@ -209,7 +214,7 @@ class LayerERF:
             )
         return self.mean
 
-    def _center(self) -> tuple[int, int]:
+    def _center(self) -> Place:
         if self.pixel is None:
             raise ValueError(
                 "the field of all units of a class has no centre to measure from; see "
@@ -229,6 +234,7 @@ class ERF:
         without_units: Names of those without a unit of the class that was asked for.
         recipe: Units, reduction, gradient, picture size: what must agree for a comparison.
         about: What was measured: model, weights, data.
+        pictures: Names of those averaged.
     """
 
     layers: dict[str, LayerERF]
@@ -237,12 +243,14 @@ class ERF:
     without_units: list[str] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
 
     def __getitem__(self, layer: str) -> LayerERF:
         return self.layers[layer]
 
-    def numbers(self, level: float = 0.95, num_resamples: int = 200) -> dict[str, dict[str, Any]]:
-        """Layer -> name of the number -> value, or ``[value, low, high]`` with its interval.
+    def numbers(self, level: float = 0.95) -> dict[str, dict[str, Any]]:
+        """Layer -> name of the number -> value of the mean map, or ``[value, low, high]`` from
+        :meth:`LayerERF.interval`, whose bounds are cut where no such number can be.
 
         ``area_square`` and ``area_smallest`` by share, ``radius`` by share and its root mean square
         in pixels, and the rest of :class:`LayerERF`.
@@ -266,8 +274,11 @@ class ERF:
                 for key, number in bounded.items()
                 if erf.pixel is not None or key.startswith("area")
             }
-            intervals = erf.intervals(possible, level, num_resamples)
-            row |= {key: list(interval) for key, interval in intervals.items()}
+            intervals = erf.intervals(possible, level)
+            for key, (value, low, high) in intervals.items():
+                most = np.inf if "radius" in key else 1.0
+                # Few pictures make the bounds wide, but no share leaves 0 to 1.
+                row[key] = [value, float(np.clip(low, 0, most)), float(np.clip(high, 0, most))]
             row["anisotropy"], row["anisotropy_angle"] = erf.anisotropy()
             if erf.pixel is not None:
                 for share in SHARES:
@@ -282,24 +293,21 @@ class ERF:
     def save(self, path: str | Path, numbers: Mapping[str, Any] | None = None) -> list[Path]:
         """Write ``path`` with the suffixes .npz (maps) and .json (everything else).
 
-        Group means are kept to three digits, enough to resample them.
-
         Args:
-            path: Without suffix.
+            path: With or without one of them.
             numbers: From :meth:`numbers`, computed if left out.
 
         Returns:
             The two files.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files = _files(path)
+        files[0].parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, npt.NDArray[Any]] = {}
         layers = []
         for index, erf in enumerate(self.layers.values()):
-            scale = float(np.abs(erf.groups).max()) or 1.0
             arrays[f"mean_{index}"] = erf.mean
             arrays[f"variance_{index}"] = erf.variance.astype(np.float32)
-            arrays[f"groups_{index}"] = (erf.groups / scale).astype(np.float16)
+            arrays[f"groups_{index}"] = erf.groups
             arrays[f"group_counts_{index}"] = erf.group_counts
             layers.append(
                 {
@@ -307,16 +315,16 @@ class ERF:
                     "pixel": None if erf.pixel is None else list(erf.pixel),
                     "grid": list(erf.grid),
                     "gradient": erf.gradient,
-                    "groups_scale": scale,
+                    "num_images": erf.num_images,
                 }
             )
-        files = [path.with_name(path.name + suffix) for suffix in (".npz", ".json")]
         np.savez_compressed(files[0], **arrays)  # type: ignore[arg-type]
         description = {
             "format": FORMAT,
             "about": self.about,
             "recipe": self.recipe,
             "num_images": self.num_images,
+            "pictures": self.pictures,
             "not_finite": self.not_finite,
             "without_units": self.without_units,
             "layers": layers,
@@ -330,10 +338,13 @@ def merge(parts: Sequence[ERF]) -> ERF:
     """One result of several over different pictures, as if measured in one go.
 
     Raises:
-        ValueError: there is none, or they were measured differently.
+        ValueError: there is none, they were measured differently, or of different layers.
     """
     if not parts or any(part.recipe != parts[0].recipe for part in parts):
         raise ValueError("merge: give results of one recipe (units, reduction, gradient, size)")
+    if any(part.layers.keys() != parts[0].layers.keys() for part in parts):
+        found = " and ".join(sorted({", ".join(part.layers) for part in parts}))
+        raise ValueError(f"merge: give results of the same layers, not of {found}")
     layers = {}
     for name, field_ in parts[0].layers.items():
         moments = field_.moments()
@@ -349,6 +360,7 @@ def merge(parts: Sequence[ERF]) -> ERF:
         [name for part in parts for name in part.without_units],
         parts[0].recipe,
         parts[0].about,
+        [name for part in parts for name in part.pictures],
     )
 
 
@@ -359,35 +371,57 @@ def load_erf(path: str | Path) -> ERF:
         path: As given to it, or one of the two files.
 
     Raises:
-        ValueError: one of the files is not there or no such file.
+        ValueError: one of the files is not there, no such file, or damaged.
     """
-    path = Path(path)
-    base = path.with_suffix("") if path.suffix in (".npz", ".json") else path
-    files = [base.with_name(base.name + suffix) for suffix in (".npz", ".json")]
+    files = _files(path)
     for file in files:
         if not file.is_file():
             raise ValueError(f"there is no file '{file}', and an ERF is read from .npz and .json")
     try:
         description = json.loads(files[1].read_text(encoding="utf-8"))
-        if description["format"] != FORMAT:
-            raise ValueError(f"'{files[1]}' has format {description['format']}, not {FORMAT}")
-        layers = {}
-        with np.load(files[0], allow_pickle=False) as arrays:
-            for index, layer in enumerate(description["layers"]):
-                layers[layer["name"]] = LayerERF(
-                    layer["name"],
-                    arrays[f"mean_{index}"],
-                    arrays[f"variance_{index}"].astype(np.float64),
-                    arrays[f"groups_{index}"].astype(np.float32) * layer["groups_scale"],
-                    arrays[f"group_counts_{index}"],
-                    None if layer["pixel"] is None else tuple(layer["pixel"]),
-                    tuple(layer["grid"]),
-                    layer["gradient"],
-                )
-    except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{base}' holds no ERF ({type(error).__name__}: {error})") from error
-    keys = ("num_images", "not_finite", "without_units", "recipe", "about")
-    return ERF(layers, **{key: description[key] for key in keys})
+        if (found := description["format"]) == FORMAT:
+            layers = {}
+            with np.load(files[0], allow_pickle=False) as arrays:
+                for index, layer in enumerate(description["layers"]):
+                    layers[layer["name"]] = LayerERF(
+                        layer["name"],
+                        arrays[f"mean_{index}"],
+                        arrays[f"variance_{index}"].astype(np.float64),
+                        arrays[f"groups_{index}"],
+                        arrays[f"group_counts_{index}"],
+                        None if layer["pixel"] is None else tuple(layer["pixel"]),
+                        tuple(layer["grid"]),
+                        layer["gradient"],
+                    )
+            keys = ("num_images", "not_finite", "without_units", "recipe", "about", "pictures")
+            return ERF(layers, **{key: description[key] for key in keys})
+    except _DAMAGE as error:
+        raise ValueError(
+            f"'{files[0]}' and '{files[1].name}' hold no ERF, or are damaged "
+            f"({type(error).__name__}); measure it again"
+        ) from error
+    raise ValueError(
+        f"'{files[1]}' has format {found}, not {FORMAT}, whose numbers count from other places; "
+        "measure it again"
+    )
+
+
+_DAMAGE = (
+    *(KeyError, TypeError, AttributeError, ValueError, OSError, EOFError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+
+def _files(path: str | Path) -> list[Path]:
+    """Maps and description."""
+    path = Path(path)
+    base = path.with_suffix("") if path.suffix in (".npz", ".json") else path
+    return [base.with_name(base.name + suffix) for suffix in (".npz", ".json")]
+
+
+def _check_share(what: str, share: float) -> None:
+    if not 0 < share < 1:
+        raise ValueError(f"{what} of {share}: give a share between 0 and 1")
 
 
 def weights_hash(model: nn.Module) -> str:

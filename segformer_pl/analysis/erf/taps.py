@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from segformer_pl.analysis.erf.units import Pixels, units_of
 
@@ -49,6 +50,16 @@ def place_of(model: nn.Module, fallback: Tensor) -> tuple[torch.device, torch.dt
     return tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def norms_of_the_batch(model: nn.Module) -> list[str]:
+    """Names of the BatchNorms that look at the batch in evaluation mode too, because they keep no
+    running statistics."""
+    return [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None
+    ]
+
+
 class Taps:
     """Runs a network and returns the named feature maps as (B, C, h, w).
 
@@ -70,8 +81,10 @@ class Taps:
     ) -> None:
         if layout not in get_args(Layout):
             raise ValueError(f"layout={layout!r}: give one of {', '.join(get_args(Layout))}")
-        if layers is not None and (isinstance(layers, str) or len(set(layers)) != len(layers)):
-            raise ValueError(f"layers={layers!r}: give a list of names, each once")
+        if layers is not None and (
+            isinstance(layers, str) or not layers or len(set(layers)) != len(layers)
+        ):
+            raise ValueError(f"layers={layers!r}: give a list of at least one name, each once")
         self.model = model
         self.layers = None if layers is None else list(layers)
         self.layout = layout
@@ -121,7 +134,9 @@ class Taps:
         return {
             name: maps[name]
             if name in maps
-            else channels_first(caught[name], size, self.layout, name)
+            else channels_first(
+                caught[name], size, self.layout, name, is_convolutional(self._module(name))
+            )
             for name in wanted or maps
         }
 
@@ -153,7 +168,7 @@ class Taps:
                 return {name: (vectors[name], found[name]) for name in self.layers or vectors}
             self.gives_units = False  # the rest are modules, or mistakes
         return {
-            name: (torch.stack([feature[:, :, r, c] for r, c in zip(rows, columns)], 2), grid)
+            name: (feature[:, :, rows, columns], grid)
             for name, feature in self(images, state).items()
             for grid in [(feature.shape[2], feature.shape[3])]
             for rows, columns in [units_of(pixels, size, grid)]
@@ -166,6 +181,9 @@ class Taps:
             f"model.{name}": t.detach().to(dtype) if t.is_floating_point() else t.detach()
             for name, t in tensors
         }
+
+    def _module(self, name: str) -> nn.Module:
+        return self.modules.get(name, self.model)
 
     def _no_such_layer(self, name: str, maps: dict[str, Tensor]) -> str:
         known = [*maps, *filter(None, self.modules)]
@@ -236,12 +254,30 @@ def _tensor_of(output: Any, name: str) -> Tensor:
     )
 
 
-def channels_first(tensor: Tensor, size: tuple[int, int], layout: Layout, name: str) -> Tensor:
+def is_convolutional(module: nn.Module) -> bool:
+    """Whether a module is, or is made of, 2-d convolutions, and not of layers that work on the
+    last axis: what it returns has its channels first."""
+    inner = list(module.modules())
+    on_last = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
+    two_d = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm)
+    return any(isinstance(one, two_d) for one in inner) and not any(
+        isinstance(one, on_last) for one in inner
+    )
+
+
+def channels_first(
+    tensor: Tensor,
+    size: tuple[int, int],
+    layout: Layout,
+    name: str,
+    of_convolutions: bool = False,
+) -> Tensor:
     """A view (B, C, h, w) of a layer's output.
 
     Four axes are channels first or last, three are tokens (B, N, C), row by row, those in front of
     the grid (class token, registers) left out. The grid is the one whose sides are those of the
-    picture over one stride.
+    picture over one stride. Where both axes of a map could be the channels, those of a layer
+    ``of_convolutions`` come first.
 
     Raises:
         ValueError: that fits in no way, or in two.
@@ -249,7 +285,9 @@ def channels_first(tensor: Tensor, size: tuple[int, int], layout: Layout, name: 
     if tensor.dim() == 4 and layout != "tokens":
         first = _is_grid(tensor.shape[2:], size)
         last = _is_grid(tensor.shape[1:3], size)
-        if layout == "channels_first" or (layout == "auto" and first and not last):
+        if layout == "channels_first" or (
+            layout == "auto" and first and (not last or of_convolutions)
+        ):
             return tensor
         if layout == "channels_last" or (layout == "auto" and last and not first):
             return tensor.permute(0, 3, 1, 2)
@@ -259,17 +297,38 @@ def channels_first(tensor: Tensor, size: tuple[int, int], layout: Layout, name: 
                 "or last; say which with layout='channels_first' or 'channels_last'"
             )
     elif tensor.dim() == 3 and layout in ("auto", "tokens"):
-        num_tokens = tensor.shape[1]
-        for stride in range(1, max(size) + 1):
-            grid = (-(-size[0] // stride), -(-size[1] // stride))
-            surplus = num_tokens - grid[0] * grid[1]
-            if 0 <= surplus <= MAX_PREFIX_TOKENS:
-                tokens = tensor[:, surplus:]
-                return tokens.transpose(1, 2).reshape(len(tensor), -1, *grid)
+        grids = _token_grids(tensor.shape[1], size)
+        if len(grids) > 1:
+            ways = " or ".join(
+                f"{h}x{w} behind {tensor.shape[1] - h * w} others" for h, w in sorted(grids)
+            )
+            raise ValueError(
+                f"layer {name!r}: its {tensor.shape[1]} tokens can be read as {ways}; give "
+                "pictures of another size"
+            )
+        for grid in grids:
+            tokens = tensor[:, tensor.shape[1] - grid[0] * grid[1] :]
+            return tokens.transpose(1, 2).reshape(len(tensor), -1, *grid)
     raise ValueError(
         f"layer {name!r}: its shape {tuple(tensor.shape)} is no feature map of pictures of "
         f"{size[0]}x{size[1]} pixels with layout={layout!r}; name another layer"
     )
+
+
+def _token_grids(num_tokens: int, size: tuple[int, int]) -> set[tuple[int, int]]:
+    """Grids (h, w) that so many tokens of a picture can be.
+
+    Patches behind other tokens divide the picture; padded ones stand alone. A grid of one unit is
+    taken only if there is no other.
+    """
+    grids = set()
+    for stride in range(1, max(size) + 1):
+        grid = (-(-size[0] // stride), -(-size[1] // stride))
+        surplus = num_tokens - grid[0] * grid[1]
+        divides = all(pixels % stride == 0 for pixels in size)
+        if surplus == 0 or (divides and 0 < surplus <= MAX_PREFIX_TOKENS):
+            grids.add(grid)
+    return grids - {(1, 1)} or grids
 
 
 def _is_grid(grid: Sequence[int], size: tuple[int, int]) -> bool:

@@ -93,15 +93,15 @@ def test_the_logarithm_depends_on_the_scale_and_the_smallest_area_does_not():
     """Sum-of-channels fields grow with the channels: squares of different layers are not alike."""
     field = gaussian((65, 65), 9.0)
     assert square_area_ratio(1e4 * field, 0.5) > 1.5 * square_area_ratio(field, 0.5)
-    assert smallest_area_ratio(1e4 * field, 0.5) == smallest_area_ratio(field, 0.5)
+    assert smallest_area_ratio(1e4 * field, 0.5) == pytest.approx(smallest_area_ratio(field, 0.5))
 
 
 def test_smallest_area():
     field = np.zeros((10, 10))
     field[0, :4] = 4.0, 3.0, 2.0, 1.0
-    assert smallest_area_ratio(field, 0.4) == 0.01
-    assert smallest_area_ratio(field, 0.41) == 0.02
-    assert smallest_area_ratio(3 * field, 0.999) == 0.04
+    assert smallest_area_ratio(field, 0.4) == pytest.approx(0.01)
+    assert smallest_area_ratio(field, 0.55) == pytest.approx(0.015)  # half of the second pixel
+    assert smallest_area_ratio(3 * field, 0.95) == pytest.approx(0.035)
     assert smallest_area_ratio(np.ones((10, 10)), 0.5) == pytest.approx(0.5)
 
 
@@ -112,7 +112,7 @@ def test_a_gaussian():
     assert fit.sigma == pytest.approx(8, rel=1e-4)
     assert fit.amplitude == pytest.approx(3, rel=1e-4)
     assert fit.r_squared == pytest.approx(1, abs=1e-6)
-    assert energy_radius(field, 0.5) == pytest.approx(8 * math.sqrt(2 * math.log(2)), abs=1)
+    assert energy_radius(field, 0.5) == pytest.approx(8 * math.sqrt(2 * math.log(2)), abs=0.05)
     assert rms_radius(field) == pytest.approx(8 * math.sqrt(2), rel=1e-3)
     assert smallest_area_ratio(field, 0.5) == pytest.approx(
         2 * math.pi * 64 * math.log(2) / 129**2, rel=0.02
@@ -120,6 +120,33 @@ def test_a_gaussian():
     assert gaussian_fit(np.ones((33, 33))).r_squared != gaussian_fit(np.ones((33, 33))).r_squared
     rng = np.random.default_rng(0)
     assert gaussian_fit(rng.random((65, 65))).r_squared < 0.1
+
+
+def test_radii_are_no_whole_pixels():
+    """Half of an even square of 64 pixels lies in a disc of 64 / sqrt(2 pi)."""
+    even = np.ones((64, 64))
+    assert energy_radius(even, 0.5, (31.5, 31.5)) == pytest.approx(25.53, abs=0.1)
+    steps = [energy_radius(even, share) for share in (0.5, 0.501, 0.502)]
+    assert steps[0] < steps[1] < steps[2] < steps[0] + 0.2
+    # Where there is nothing in between, nothing is made up.
+    ring = np.where(abs(np.hypot(*np.ogrid[-20:21, -20:21]) - 15) < 0.1, 1.0, 0.0)
+    assert energy_radius(ring, 0.3) == pytest.approx(15, abs=0.5)
+
+
+def test_a_unit_between_pixels():
+    """A patch of 4x4 ones about (9.5, 13.5), by hand: four pixels at 0.5, eight at 2.5, four at
+    4.5 squared."""
+    field = np.zeros((20, 24))
+    field[8:12, 12:16] = 1
+    center = (9.5, 13.5)
+    assert rms_radius(field, center) == pytest.approx(math.sqrt((4 * 0.5 + 8 * 2.5 + 4 * 4.5) / 16))
+    assert centroid_shift(field, center) == pytest.approx((0, 0))
+    assert energy_radius(field, 0.5, center) == pytest.approx(math.sqrt(2.5))
+    assert square_area_ratio(field, 0.2, center) == 4 / 480
+    assert square_area_ratio(field, 0.5, center) == 16 / 480
+    assert gaussian_fit(gaussian((40, 40), 3.0, (19.5, 20.5)), (19.5, 20.5)).sigma == pytest.approx(
+        3, rel=1e-4
+    )
 
 
 def test_radii_are_measured_from_the_unit():
@@ -140,6 +167,12 @@ def test_centroid():
     assert centroid_shift(np.ones((8, 8))) == pytest.approx((-0.5, -0.5))
 
 
+def test_what_is_the_same_in_all_directions_points_nowhere():
+    ratio, angle = anisotropy(np.ones((33, 33)))
+    assert ratio == pytest.approx(1)
+    assert math.isnan(angle)
+
+
 @pytest.mark.parametrize(
     ("sigma", "ratio", "angle"), [((4.0, 8.0), 2, 0), ((9.0, 3.0), 3, 90), (5.0, 1, None)]
 )
@@ -157,23 +190,41 @@ def test_the_angle_runs_counterclockwise_from_the_right():
     assert anisotropy(up_right[::-1]).angle == pytest.approx(135, abs=0.1)
 
 
-def test_lattice_share():
+def test_a_lattice_is_one_under_any_gaussian():
     rng = np.random.default_rng(0)
-    lattice = np.tile(rng.random((32, 32)), (6, 4))
-    assert lattice_share(lattice) == pytest.approx(1)
-    assert abs(lattice_share(rng.random((192, 128)))) < 0.05
-    mixed = lattice + rng.random((192, 128))
-    assert lattice_share(mixed) == pytest.approx(0.5, abs=0.05)
-    # A peak at the unit is not counted, and another period is not taken for this one.
+    lattice = np.tile(rng.random((32, 32)) + 0.1, (8, 8))
+    for envelope in (1.0, gaussian((256, 256), 60.0), gaussian((256, 256), 25.0)):
+        assert lattice_share(lattice * envelope) == pytest.approx(1, abs=1e-3)
+    # A peak at the unit is not counted.
     peaked = lattice.copy()
-    peaked[90:102, 60:70] += 1e3
-    assert lattice_share(peaked) == pytest.approx(1)
-    assert lattice_share(np.tile(rng.random((24, 24)), (8, 8))) < 0.2
-    assert math.isnan(lattice_share(rng.random((63, 64))))
+    peaked[124:132, 124:132] += 1e3
+    assert lattice_share(peaked) == pytest.approx(1, abs=1e-3)
+    noise = rng.normal(scale=0.5, size=(256, 256))
+    mixed = lattice_share(lattice * np.exp(noise))
+    shorter = np.log(lattice).reshape(16, 16, 16, 16).mean((0, 2))
+    own = (np.log(lattice) - np.tile(shorter, (16, 16))).var()
+    assert mixed == pytest.approx(own / (own + noise.var()), abs=0.02)
+
+
+def test_what_is_no_lattice_of_that_period_has_none():
+    rng = np.random.default_rng(1)
+    for period in (4, 8, 16):
+        shorter = np.tile(rng.random((period, period)) + 0.1, (256 // period,) * 2)
+        assert lattice_share(shorter) == 0
+        assert lattice_share(shorter * gaussian((256, 256), 60.0)) == 0
+        assert lattice_share(shorter, period) == pytest.approx(1, abs=1e-3)
+    for other in (24, 48):
+        assert lattice_share(np.tile(rng.random((other, other)) + 0.1, (6, 6))) < 0.02
+    assert lattice_share(rng.random((192, 128)) + 0.1) < 0.02
+    assert lattice_share(gaussian((256, 256), 60.0)) < 0.001
+    assert math.isnan(lattice_share(rng.random((95, 128))))
+    for period in (0, 1, -4):
+        with pytest.raises(ValueError, match="at least 2 pixels"):
+            lattice_share(rng.random((95, 128)), period)
 
 
 def test_a_map_without_gradient_has_no_numbers():
-    empty = np.zeros((64, 64))
+    empty = np.zeros((96, 96))
     numbers = [
         smallest_area_ratio(empty, 0.5),
         square_area_ratio(empty, 0.5),

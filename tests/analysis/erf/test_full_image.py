@@ -64,6 +64,7 @@ def small(randomize):
     return randomize(nn.Sequential(*layers)).eval()
 
 
+@pytest.mark.slow
 def test_the_probes_error_bars_hold_what_they_promise(small):
     """1.96 standard errors cover the exact radius in about 95 % of the units and seeds."""
     image = IMAGE[:, :24, :32]
@@ -83,6 +84,7 @@ def test_the_probes_error_bars_hold_what_they_promise(small):
     assert probed.standard_error.max() < 0.25 * exact.radius.max()
 
 
+@pytest.mark.slow
 def test_more_probes_smaller_errors(small):
     few, many = (
         radius_map(small, IMAGE, "2", reduction="l1", method="probe", num_probes=number)
@@ -100,6 +102,7 @@ def test_probes_of_a_segformer_agree_with_its_exact_radii(network):
     assert abs(scores.mean()) < 1
 
 
+@pytest.mark.slow
 def test_the_network_and_the_random_state_are_left_alone():
     model = segformer_b0(3).train()
     image = torch.rand(3, 64, 64)
@@ -119,12 +122,39 @@ def test_the_network_and_the_random_state_are_left_alone():
         ({"method": "probe", "num_probes": 1}, "at least 2"),
         ({"layer": "stage9"}, "no layer 'stage9'"),
         ({"image": torch.rand(2, 3, 64, 64)}, "give one picture"),
+        ({"reduction": "sum"}, "'stage4' ends in a LayerNorm"),
+        ({"reduction": "sum", "method": "probe"}, "'stage4' ends in a LayerNorm"),
     ],
 )
 def test_bad_arguments_get_one_sentence(changes, message):
     arguments = {"image": torch.rand(3, 64, 64), "layer": "stage4"} | changes
     with pytest.raises(ValueError, match=message):
         radius_map(segformer_b0(5), **arguments)
+
+
+def test_radii_count_from_the_units_own_places():
+    """3x3 windows of stride 32 on 7x5 units, whose cells of 230 / 8 pixels are no whole ones; and
+    patches, whose middles lie between pixels."""
+    conv = nn.Conv2d(1, 1, 3, stride=32, padding=1, bias=False)
+    patches = nn.Conv2d(1, 1, 4, stride=4, bias=False)
+    for layer in (conv, patches):
+        nn.init.ones_(layer.weight)
+    image = torch.ones(1, 230, 160)
+    found = radius_map(nn.Sequential(conv), image, "0")
+    assert [*found.rows] == [*range(0, 230, 32)]
+    assert found.radius[1:, 1:] == pytest.approx(np.sqrt(12 / 9))
+    found = radius_map(nn.Sequential(patches), image[:, :32, :40], "0")
+    assert [*found.rows[:2]] == [1.5, 5.5]
+    assert found.radius == pytest.approx(np.sqrt(2.5))
+    probed = radius_map(nn.Sequential(patches), image[:, :32, :40], "0", method="probe")
+    assert abs(probed.radius.mean() - np.sqrt(2.5)) < 0.1
+
+
+def test_probes_share_no_statistics_of_their_batch():
+    norm = nn.BatchNorm2d(2, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), norm)
+    with pytest.raises(ValueError, match=r"'1' has no running statistics.*method='vjp'"):
+        radius_map(model, torch.rand(1, 16, 16), "1", method="probe")
 
 
 def test_units_on_the_grid_are_the_units_of_their_pixels(network):

@@ -91,7 +91,7 @@ def test_a_dirac_network_sees_one_pixel():
     expected = np.zeros((9, 12))
     expected[4, 6] = 9.0  # 3 channels x |-3|
     np.testing.assert_allclose(erf["same"].mean, expected)
-    assert erf["same"].area_ratio(0.99) == 1 / 108
+    assert erf["same"].area_ratio(0.99) == pytest.approx(0.99 / 108)
     assert erf["same"].radius(0.99) == 0
 
 
@@ -119,6 +119,16 @@ def test_a_strided_layer_is_centred_on_its_pixel():
     assert {*rows} == {*columns} == {15, 16, 17}
 
 
+def test_a_segformers_stage_4_at_an_odd_grid(network):
+    """Its smaller twin at an even one has its unit in the middle of the picture."""
+    images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    erf = effective_receptive_field(network, images)
+    assert {name: field.pixel for name, field in erf.layers.items()} == {
+        **dict.fromkeys(("stage1", "stage2", "stage3", "head"), (48, 48)),
+        "stage4": (32, 32),
+    }
+
+
 def test_the_heads_half_pixel_shift():
     """Bilinear upsampling draws the head's middle unit from -2, -6 and -14 px of stage 2, 3, 4."""
     for stride, shift in ((8, -2), (16, -6), (32, -14)):
@@ -134,6 +144,7 @@ def test_the_heads_half_pixel_shift():
 # Gradients
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences(network):
     """A random projection is smooth in the picture; the signed map is its derivative."""
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
@@ -171,6 +182,7 @@ def test_every_layer_agrees_with_a_pass_of_its_own(network, reduction):
         np.testing.assert_allclose(erf[layer].variance, each.var(0), rtol=1e-6, atol=1e-20)
 
 
+@pytest.mark.slow
 def test_relu_of_the_gradient_is_not_abs_and_signed_is_their_balance(network):
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     maps = {
@@ -198,25 +210,10 @@ def test_one_channel_and_a_class_logit(network):
         effective_receptive_field(network, images, layers=["output"], reduction=5)
 
 
-def test_a_plain_sum_after_a_layernorm_is_refused_and_would_be_zero():
-    """The pitfall that leaves naive attempts with an empty picture."""
-    network = segformer_b0(5).eval()
-    images = torch.rand(1, 3, 64, 64)
-    with pytest.raises(ValueError, match=r"'stage1' ends in a LayerNorm.*no gradient"):
-        effective_receptive_field(network, images, reduction="sum")
-    x = images.clone().requires_grad_()
-    naive = network.feature_maps(x)["stage1"][:, :, 8, 8].sum()
-    (gradient,) = torch.autograd.grad(naive, x)
-    erf = effective_receptive_field(network, images, layers=["stage1"])
-    assert gradient.abs().max() < 1e-3 * erf["stage1"].mean.max()
-    before = ["encoder.stages.0.blocks", "head"]  # before the norm, and after a BatchNorm
-    erf = effective_receptive_field(network, images, layers=before, reduction="sum")
-    assert all(field.mean.max() > 1e-3 for field in erf.layers.values())
-
-
 # What attention over reduced keys and values does
 
 
+@pytest.mark.slow
 def test_every_stage_sees_the_whole_picture_on_a_lattice_of_32_pixels():
     """Structure, not a fault: the field is never zero, and its far part repeats every 32 px."""
     torch.manual_seed(0)
@@ -227,11 +224,11 @@ def test_every_stage_sees_the_whole_picture_on_a_lattice_of_32_pixels():
     stage1 = erf["stage1"]
     assert stage1.radius(0.5) < 8
     assert stage1.lattice_share(32) > 0.6
-    # Others show in part, by the phases that they have in common with it.
-    assert max(stage1.lattice_share(period) for period in (16, 24, 48)) < 0.5
-    assert abs(stage1.lattice_share(4)) < 0.01  # the patches' own stride does not
+    assert max(stage1.lattice_share(period) for period in (16, 24, 48)) < 0.3
+    assert erf["stage2"].lattice_share(32) > 0.6
 
 
+@pytest.mark.slow
 def test_fused_and_plain_attention_give_the_same_field(network):
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     fused = effective_receptive_field(network, images, layers=["stage4"])
@@ -272,6 +269,7 @@ def test_a_stream_is_read_no_further_than_needed():
     assert erf.num_images == 3
 
 
+@pytest.mark.slow
 def test_several_units_are_shifted_to_the_middle_and_averaged(network):
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     pixels = [(8, 40), (50, 20)]
@@ -279,6 +277,7 @@ def test_several_units_are_shifted_to_the_middle_and_averaged(network):
     expected = torch.zeros(64, 64, dtype=torch.float64)
     for row, column in pixels:
         one = reference(network, images[0], "stage2", (row, column))
+        row, column = row // 8 * 8, column // 8 * 8  # the units' own places
         for r in range(64):
             for c in range(64):
                 if 0 <= r + row - 32 < 64 and 0 <= c + column - 32 < 64:
@@ -301,6 +300,7 @@ def test_a_grid_of_units_of_a_stationary_network_is_the_unit_in_the_middle():
     )
 
 
+@pytest.mark.slow
 def test_all_pixels_of_a_class_in_the_label_and_in_the_prediction(network):
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     labels = torch.zeros(3, 64, 64, dtype=torch.int64)
@@ -349,52 +349,43 @@ def test_pictures_without_a_finite_gradient_are_counted_and_named(network):
         effective_receptive_field(network, images[3:])
 
 
-# The network is left alone
+@pytest.mark.parametrize("units", ["center", ClassPixels(0)])
+def test_a_picture_of_nan_does_not_count_where_gradients_are_finite(units):
+    """Those of linear layers and of |x| do not look at the picture."""
+    network = nn.Sequential(nn.Conv2d(3, 5, 9, padding=4))
+    images = torch.randn(3, 3, 16, 16)
+    images[1] = torch.nan
+    batch = {"image": images, "label": torch.zeros(3, 16, 16, dtype=torch.int64), "id": "abc"}
+    options = {"layers": ["0"], "layout": "channels_first", "units": units}
+    for reduction in ("relu", "l1", "sum"):
+        erf = effective_receptive_field(network, [batch], reduction=reduction, **options)
+        assert (erf.not_finite, erf.num_images, erf.pictures) == (["b"], 2, ["a", "c"])
+    with pytest.raises(NoFieldError, match="gradient of 3 was not finite"):
+        effective_receptive_field(network, [batch | {"image": images * torch.nan}], **options)
 
 
-def test_network_gradients_mode_and_randomness_are_left_alone():
-    network = segformer_b0(5).train()
-    network.encoder.eval()
-    network.encoder.stages[0].requires_grad_(False)
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    parameters = dict(network.named_parameters())
-    flags = {name: p.requires_grad for name, p in parameters.items()}
-    network.head.classifier.bias.grad = gradient = torch.ones(5)
-    random_state = torch.get_rng_state()
-    with torch.inference_mode():
-        effective_receptive_field(network, torch.full((1, 3, 64, 64), 0.5))
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert network.head.training
-    assert not network.encoder.training
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-    for name, parameter in network.named_parameters():
-        assert parameter is parameters[name]
-        assert parameter.requires_grad == flags[name]
-        assert parameter.grad is (gradient if name == "head.classifier.bias" else None)
-    assert not any(module._forward_hooks for module in network.modules())
+def test_values_that_overflow_inside_do_not_count():
+    """1 / 0 of a sound picture; the gradient of the positive part is zero there."""
+
+    class Inverse(nn.Module):
+        def forward(self, images):
+            return -1 / images.abs().detach() + images
+
+    images = torch.ones(2, 1, 8, 8)
+    images[0, 0, 4, 4] = 0
+    erf = effective_receptive_field(Features(x=Inverse()), images, reduction="sum")
+    assert erf.not_finite == ["picture 0"]
 
 
-def test_a_network_that_fails_gets_its_mode_and_hooks_back():
-    network = segformer_b0(5).train()
-    with pytest.raises(ValueError, match="sr_ratio 8 is larger"):
-        effective_receptive_field(network, torch.rand(1, 3, 16, 16), layers=["encoder.stages.0"])
-    assert network.training
-    assert not any(module._forward_hooks for module in network.modules())
+def test_a_field_of_zeros_is_said_in_words():
+    network = Features(same=Scale(1), dead=nn.Sequential(Scale(-1), nn.ReLU()))
+    images = torch.rand(2, 3, 8, 8) + 1
+    with pytest.raises(NoFieldError, match=r"the field of dead is zero everywhere.*'l1'"):
+        effective_receptive_field(network, images)
+    effective_receptive_field(network, images, layers=["same"])
 
 
-def test_half_precision_networks_and_autocast_are_measured_in_float32():
-    network = segformer_b0(5).eval()
-    images = torch.rand(1, 3, 64, 64)
-    expected = effective_receptive_field(network, images)
-    with torch.autocast("cpu", torch.bfloat16):
-        autocast = effective_receptive_field(network, images)
-    np.testing.assert_array_equal(autocast["head"].mean, expected["head"].mean)
-    half = effective_receptive_field(network.bfloat16(), images)
-    assert half["head"].mean.max() > 0
-    assert next(network.parameters()).dtype == torch.bfloat16
-    rounded = effective_receptive_field(network.float(), images)
-    np.testing.assert_allclose(half["head"].mean, rounded["head"].mean, rtol=1e-5)
+# BatchNorm
 
 
 def test_batchnorm_uses_its_running_statistics():
@@ -402,6 +393,18 @@ def test_batchnorm_uses_its_running_statistics():
     network = Features(norm=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).train()
     together = effective_receptive_field(network, torch.randn(6, 3, 8, 8), batch_size=6)
     assert (together["norm"].mean > 0).sum() == 1
+
+
+def test_a_batchnorm_without_running_statistics_takes_one_picture_at_a_time():
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    network = Features(norm=nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm))
+    images = torch.randn(3, 3, 8, 8)
+    for batch_size in (None, 2):
+        with pytest.raises(ValueError, match=r"'layers.norm.1' has no running.*batch_size=1"):
+            effective_receptive_field(network, images, batch_size=batch_size)
+    together = effective_receptive_field(network, images, batch_size=1)["norm"]
+    alone = [effective_receptive_field(network, x[None], batch_size=1)["norm"] for x in images]
+    np.testing.assert_allclose(together.mean, np.mean([a.mean for a in alone], 0), rtol=1e-6)
 
 
 # Words
@@ -414,10 +417,17 @@ def test_batchnorm_uses_its_running_statistics():
         ({"gradient": "squared"}, "give one of abs, relu, signed"),
         ({"units": "middle"}, "give 'center'"),
         ({"units": []}, "give 'center'"),
+        ({"units": (3, 4)}, r"give 'center', a list of \(row, column\) pixels"),
+        ({"units": 3}, "give 'center', a list"),
+        ({"units": np.array([3, 4])}, "give 'center', a list"),
+        ({"units": [(3.5, 4)]}, "give 'center', a list"),
+        ({"units": np.array([[3, 64]])}, r"pixel \(3, 64\) lies outside"),
         ({"units": [(3, 64)]}, r"pixel \(3, 64\) lies outside the picture of 64x64"),
         ({"units": Grid(0, 2)}, "picture of 64x64 pixels has no such grid"),
         ({"layers": ["stage5"]}, "no layer 'stage5'; close are stage4, stage3, stage2"),
-        ({"layers": "stage1"}, "give a list of names"),
+        ({"layers": "stage1"}, "give a list of at least one name"),
+        ({"layers": []}, "give a list of at least one name"),
+        ({"reduction": True}, "give one of relu, l1, sum, random"),
         ({"batch_size": 0}, "integers of at least 1"),
         ({"images": torch.rand(3, 64, 64)}, "give batches"),
         ({"images": []}, "no picture"),

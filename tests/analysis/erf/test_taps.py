@@ -1,5 +1,6 @@
-"""Catching feature maps of any network."""
+"""Catching feature maps of any network, and leaving it alone."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -99,6 +100,32 @@ def test_layouts():
             channels_first(torch.rand(shape), size, "auto", "x")
 
 
+def test_tokens_that_can_be_two_grids_are_refused():
+    """Nine tokens of 32x32 pixels: 3x3 of a padded stride, or 2x2 behind five registers."""
+    with pytest.raises(ValueError, match="2x2 behind 5 others or 3x3 behind 0 others"):
+        channels_first(torch.rand(1, 9, 8), (32, 32), "auto", "x")
+    for count, size, grid in (
+        (197, (224, 224), (14, 14)),
+        (261, (256, 256), (16, 16)),
+        (4, (64, 64), (2, 2)),
+        (35, (65, 100), (5, 7)),  # padded, of stride 15 or 16
+    ):
+        assert channels_first(torch.rand(1, count, 8), size, "auto", "x").shape[2:] == grid
+
+
+def test_maps_of_convolutions_have_their_channels_first():
+    """64 channels of 64x64 units, as in the first layer of a ResNet-18 on 256x256 pixels."""
+    layers = [nn.Conv2d(3, 64, 7, 4, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Linear(64, 64)]
+    model = nn.Sequential(nn.Sequential(*layers[:3]), *layers)
+    model[1] = nn.Identity()
+    model[4] = nn.Linear(64, 64)
+    images = torch.randn(1, 3, 256, 256)
+    caught_map = caught(model, images, ["0"])["0"]
+    torch.testing.assert_close(caught_map, model[0].eval()(images))
+    with pytest.raises(ValueError, match="channels first or last; say which"):
+        caught(model, images, ["4"])
+
+
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()
@@ -118,6 +145,7 @@ class Odd(nn.Module):
         (["many"], "'many' returns a list and not one tensor"),
         (["rely"], "no layer 'rely'; close are relu"),
         (["relu", "relu"], "each once"),
+        ([], "at least one name"),
     ],
 )
 def test_layers_that_cannot_be_caught(layers, message):
@@ -140,10 +168,29 @@ def test_stages_of_timm_networks():
         TimmStages("resnet18", "w.pth")
 
 
+@pytest.mark.slow
 def test_timms_channels_last_stages():
     model = TimmStages("swin_tiny_patch4_window7_224")
     maps = model.eval().feature_maps(torch.rand(1, 3, 224, 224))
     assert tuple(maps["stage2"].shape) == (1, 192, 28, 28)
+
+
+def test_random_residual_branches_do_not_begin_at_zero():
+    """timm's do, and leave a ResNet the field of its shortcuts: 6 pixels in place of 125."""
+    resnet = TimmStages("resnet18").network
+    assert resnet.layer4[1].bn2.weight.min() > 0
+    convnext = TimmStages("convnext_atto")
+    gammas = [p for name, p in convnext.named_parameters() if name.endswith("gamma")]
+    assert gammas
+    assert all(gamma.min() > 0.5 for gamma in gammas)
+
+
+@pytest.mark.slow
+def test_timms_vision_transformers_take_pictures_of_other_sizes():
+    maps = TimmStages("vit_tiny_patch16_224").eval().feature_maps(torch.rand(1, 3, 64, 96))
+    assert tuple(maps["stage3"].shape) == (1, 192, 4, 6)
+    with pytest.raises(ValueError, match=r"maxvit_tiny_tf_224 takes no pictures of 64x96.*--size"):
+        TimmStages("maxvit_tiny_tf_224").eval().feature_maps(torch.rand(1, 3, 64, 96))
 
 
 def test_timm_weights_from_a_file(tmp_path):
@@ -153,3 +200,48 @@ def test_timm_weights_from_a_file(tmp_path):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     model = TimmStages("resnet18", str(tmp_path / "w.pth"))
     torch.testing.assert_close(model.network.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+
+
+def test_network_gradients_mode_and_randomness_are_left_alone():
+    network = segformer_b0(5).train()
+    network.encoder.eval()
+    network.encoder.stages[0].requires_grad_(False)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    parameters = dict(network.named_parameters())
+    flags = {name: p.requires_grad for name, p in parameters.items()}
+    network.head.classifier.bias.grad = gradient = torch.ones(5)
+    random_state = torch.get_rng_state()
+    with torch.inference_mode():
+        effective_receptive_field(network, torch.full((1, 3, 64, 64), 0.5))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert network.head.training
+    assert not network.encoder.training
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    for name, parameter in network.named_parameters():
+        assert parameter is parameters[name]
+        assert parameter.requires_grad == flags[name]
+        assert parameter.grad is (gradient if name == "head.classifier.bias" else None)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_a_network_that_fails_gets_its_mode_and_hooks_back():
+    network = segformer_b0(5).train()
+    with pytest.raises(ValueError, match="sr_ratio 8 is larger"):
+        effective_receptive_field(network, torch.rand(1, 3, 16, 16), layers=["encoder.stages.0"])
+    assert network.training
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_half_precision_networks_and_autocast_are_measured_in_float32():
+    network = segformer_b0(5).eval()
+    images = torch.rand(1, 3, 64, 64)
+    expected = effective_receptive_field(network, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = effective_receptive_field(network, images)
+    np.testing.assert_array_equal(autocast["head"].mean, expected["head"].mean)
+    half = effective_receptive_field(network.bfloat16(), images)
+    assert half["head"].mean.max() > 0
+    assert next(network.parameters()).dtype == torch.bfloat16
+    rounded = effective_receptive_field(network.float(), images)
+    np.testing.assert_allclose(half["head"].mean, rounded["head"].mean, rtol=1e-5)
