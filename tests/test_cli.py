@@ -291,7 +291,7 @@ def broken_copy(folder, tmp_path, png, write_shards):
     return write
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("label", "sentence"),
     [

@@ -293,6 +293,7 @@ def test_a_planted_fault_is_named(fault, visit, healthy):
     assert examination.has_errors == any(line.startswith("error") for line in found)
 
 
+@pytest.mark.slow
 def test_large_row_groups_are_named(visit, monkeypatch):
     monkeypatch.setattr("segformer_pl.data.order.LANES_BYTES", 1 << 18)
     (finding,) = visit().findings

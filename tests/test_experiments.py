@@ -88,8 +88,7 @@ def test_states_question_command_hardware_and_expectation(file):
 
 @pytest.mark.parametrize(
     "file",
-    # Up to 171 classes: their legends take their time.
-    [pytest.param(file, marks=[pytest.mark.slow] * (file.stem != "demo")) for file in TRAINED],
+    TRAINED,
     ids=lambda file: file.stem,
 )
 def test_trains_one_tiny_step_and_is_validated(file, tiny_copy, tmp_path):

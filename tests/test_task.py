@@ -211,6 +211,7 @@ def test_learning_rates_follow_the_schedule_in_every_group(tmp_path):
     torch.testing.assert_close(torch.tensor(recorder.rates), expected)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_obeys_the_settings_asked_for_now(tmp_path):
     """The checkpoint brings back its own learning rates; those given now must win."""
     loader = DataLoader(samples(16), batch_size=2)

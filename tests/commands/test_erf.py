@@ -48,6 +48,7 @@ def run(pictures, tmp_path, capsys, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_random_weights(run):
     text, folder = run("--model", "segformer_b0", "--num-images", "3")
     assert {file.name for file in folder.iterdir()} == {
