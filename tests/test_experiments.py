@@ -86,11 +86,8 @@ def test_states_question_command_hardware_and_expectation(file):
     assert all(named.is_file() for named in configs(file))
 
 
-@pytest.mark.parametrize(
-    "file",
-    TRAINED,
-    ids=lambda file: file.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
 def test_trains_one_tiny_step_and_is_validated(file, tiny_copy, tmp_path):
     config = settings(configs(file))
     changes = {
