@@ -291,7 +291,7 @@ def broken_copy(folder, tmp_path, png, write_shards):
     return write
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
     ("label", "sentence"),
     [
@@ -303,6 +303,7 @@ def broken_copy(folder, tmp_path, png, write_shards):
     ],
     ids=["missing", "outside the spec"],
 )
+@pytest.mark.slow
 def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentence):
     folder = broken_copy("label", label)
     arguments = options(folder, tmp_path, data__num_workers=num_workers, trainer__max_steps=8)

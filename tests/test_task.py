@@ -79,6 +79,7 @@ def test_validation_loss_is_the_mean_over_labelled_pixels_whatever_the_batches(t
     torch.testing.assert_close(values[1], expected)
 
 
+@pytest.mark.slow
 def test_the_training_loss_can_be_another_and_the_validation_loss_stays(tmp_path):
     class Constant(nn.Module):
         def forward(self, logits, labels, ignore_index):
@@ -165,6 +166,7 @@ def test_inference_is_used_for_scores_and_predictions():
     assert network_sizes == [(64, 128)] * 4
 
 
+@pytest.mark.slow
 def test_layer_decay_and_the_other_schedule_reach_the_optimiser(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder])

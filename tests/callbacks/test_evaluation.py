@@ -100,6 +100,7 @@ def test_skipped_pictures_are_left_out(tmp_path, task):
     ]
 
 
+@pytest.mark.slow
 def test_a_file_for_each_validation_of_a_training(tmp_path, task):
     trainer = make_trainer(
         tmp_path, EvaluationRecord(2), max_steps=4, val_check_interval=2, num_sanity_val_steps=1
