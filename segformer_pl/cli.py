@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import capture_parser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from segformer_pl.callbacks import EvaluationRecord, LastCheckpoint, RunReport
 from segformer_pl.commands import COMMANDS
+from segformer_pl.commands.checkpoint import read_checkpoint
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.recipe import recipe
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
@@ -126,15 +126,7 @@ class SegformerCLI(LightningCLI):
         ckpt_path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if ckpt_path in (None, "best", "last", "hpc"):  # found by the trainer
             return
-        if not Path(ckpt_path).is_file():
-            raise ValueError(f"ckpt_path: there is no file {ckpt_path!r}; give a run's checkpoint")
-        try:
-            checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
-        except Exception as error:
-            raise ValueError(
-                f"ckpt_path: {ckpt_path!r} is no checkpoint, or is cut short "
-                f"({type(error).__name__}); give another"
-            ) from error
+        checkpoint = read_checkpoint(ckpt_path, "ckpt_path")
         here = dict(_leaves(self.model_settings()))
         there = dict(_leaves(checkpoint.get("hyper_parameters", {})))
         network = "network.class_path"

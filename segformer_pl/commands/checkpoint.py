@@ -38,16 +38,27 @@ def load_data(ckpt: str | Path, **changes: Any) -> StreamingSegmentationData:
     return StreamingSegmentationData(**settings)
 
 
-def _read(ckpt: str | Path) -> dict[str, Any]:
+def read_checkpoint(ckpt: str | Path, option: str) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU.
+
+    Raises:
+        ValueError: there is no such file, or it is no checkpoint; the sentence names the option
+            that it was given by.
+    """
     if not Path(ckpt).is_file():
-        raise ValueError(f"--ckpt: there is no file {str(ckpt)!r}; give a run's checkpoint")
+        raise ValueError(f"{option}: there is no file {str(ckpt)!r}; give a run's checkpoint")
     try:
-        checkpoint = torch.load(ckpt, weights_only=True, map_location="cpu")
+        checkpoint: dict[str, Any] = torch.load(ckpt, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ValueError(
-            f"--ckpt: {str(ckpt)!r} is no checkpoint, or is cut short ({type(error).__name__}); "
-            "give another"
+            f"{option}: {str(ckpt)!r} is no checkpoint, or is cut short "
+            f"({type(error).__name__}); give another"
         ) from error
+    return checkpoint
+
+
+def _read(ckpt: str | Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(ckpt, "--ckpt")
     described = checkpoint.keys() >= {"hyper_parameters", "datamodule_hyper_parameters"}
     if not described or "network" not in checkpoint["hyper_parameters"]:
         raise ValueError(

@@ -1,6 +1,5 @@
 """``erf``: what each layer of a network really sees."""
 
-import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from segformer_pl.analysis.erf.plots import (
 )
 from segformer_pl.analysis.erf.words import recipe_in_words
 from segformer_pl.commands.checkpoint import load_data, load_task
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.labels import DataError
 from segformer_pl.models.checkpoints import load_network
@@ -60,12 +59,7 @@ class Subject(NamedTuple):
 
 def erf(arguments: list[str]) -> None:
     """``erf``: figures, numbers and maps of effective receptive fields."""
-    segmenters = [
-        name
-        for name in models.__all__
-        if inspect.isfunction(build := getattr(models, name))
-        and "num_classes" in inspect.signature(build).parameters
-    ]
+    segmenters = segmenter_names()
     parser = SegformerArgumentParser(
         prog=f"{PROG} erf",
         description="Measure the effective receptive field of the unit in the middle of every "

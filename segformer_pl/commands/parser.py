@@ -1,13 +1,25 @@
 """The argument parser of every command."""
 
+import inspect
 import sys
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from segformer_pl import models
 from segformer_pl.data import DataError
 
 PROG = "python -m segformer_pl"
+
+
+def segmenter_names() -> list[str]:
+    """The networks that can be named on the command line: functions that take ``num_classes``."""
+    return [
+        name
+        for name in models.__all__
+        if inspect.isfunction(build := getattr(models, name))
+        and "num_classes" in inspect.signature(build).parameters
+    ]
 
 
 class SegformerArgumentParser(LightningArgumentParser):

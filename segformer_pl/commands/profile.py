@@ -1,6 +1,5 @@
 """``profile MODEL``: what a network costs."""
 
-import inspect
 import json
 import sys
 
@@ -8,17 +7,12 @@ import torch
 
 from segformer_pl import models
 from segformer_pl.analysis.complexity import as_dict, complexity, measure_latency, table
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 
 
 def profile(arguments: list[str]) -> None:
     """``profile MODEL``: parameters, multiply-adds, activation memory and latency of a network."""
-    segmenters = [
-        name
-        for name in models.__all__
-        if inspect.isfunction(build := getattr(models, name))
-        and "num_classes" in inspect.signature(build).parameters
-    ]
+    segmenters = segmenter_names()
     parser = SegformerArgumentParser(
         prog=f"{PROG} profile",
         description="Parameters, multiply-adds (executed, and by the paper's recipe), activation "
