@@ -20,6 +20,7 @@ from jsonargparse import capture_parser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import EvaluationRecord, LastCheckpoint, RunReport
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.checkpoint import read_checkpoint
@@ -213,6 +214,8 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
             commands[arguments[0]](arguments[1:])
             return None
         return SegformerCLI(args, run)
+    except WriteError as error:
+        sys.exit(f"error: {error}")
     except (DataError, ValueError) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         # jsonargparse tries an argument that may be None as both, and lists what each try said.

@@ -1,0 +1,126 @@
+"""Files appear whole or not at all, on real file systems that fill up, move and are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from segformer_pl.atomic import WriteError, atomic_write, atomic_write_text, remove_partial_files
+
+
+def test_writes_and_replaces_and_creates_parent_folders(tmp_path):
+    file = tmp_path / "new" / "folder" / "file.txt"
+    atomic_write_text(file, "première")
+    atomic_write_text(file, "deuxième")
+    assert file.read_text(encoding="utf-8") == "deuxième"
+    assert [path.name for path in file.parent.iterdir()] == ["file.txt"]
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        atomic_write_text(tmp_path / "file", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def fail():
+        with atomic_write(file) as stream:
+            stream.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    program = (
+        "import sys, time\n"
+        "from segformer_pl.atomic import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as stream:\n"
+        "    stream.write(b'x' * 100_000); stream.flush()\n"
+        "    print('half', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(file)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "half\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert file.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2  # the orphan
+    remove_partial_files(tmp_path)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_under_the_name_is_replaced_and_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    (tmp_path / "file").symlink_to(outside)
+    atomic_write_text(tmp_path / "file", "new")
+    assert outside.read_text() == "precious"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_a_full_disk_leaves_the_old_file_and_gives_one_sentence(tmp_path):
+    """A file-size limit stands in for the full disk: the same write fails part of the way."""
+    file = tmp_path / "file"
+    file.write_text("old")
+    program = (
+        "import resource, signal, sys\n"
+        "from segformer_pl.atomic import WriteError, atomic_write\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "try:\n"
+        "    with atomic_write(sys.argv[1]) as stream:\n"
+        "        stream.write(b'x' * 100_000)\n"
+        "except WriteError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (
+        f"cannot write {str(file)!r}: File too large; free space or give a folder that can be "
+        "written\n"
+    )
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_in_the_place_of_a_parent_gives_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteError, match=r"cannot write '.*below': File exists; free"):
+        atomic_write_text(tmp_path / "file" / "below", "x")
+
+
+def test_two_writers_of_one_file_leave_one_of_the_two_whole(tmp_path):
+    program = (
+        "import sys\n"
+        "from segformer_pl.atomic import atomic_write_text\n"
+        "for _ in range(200):\n"
+        "    atomic_write_text(sys.argv[1], sys.argv[2] * 10_000)\n"
+    )
+    file = tmp_path / "file"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, str(file), letter]) for letter in "ab"
+    ]
+    deadline = time.monotonic() + 60
+    while any(writer.poll() is None for writer in writers) and time.monotonic() < deadline:
+        if file.exists():
+            text = file.read_text()
+            assert text in ("a" * 10_000, "b" * 10_000)
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert list(tmp_path.iterdir()) == [file]
