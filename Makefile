@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint install clean
+.PHONY: demo test test-fast test-references lint install clean
 
 demo: install
 	@echo "==> training SegFormer-B0 on the embedded data set 'shapes' (about 4 minutes on two cores)"
@@ -11,11 +11,15 @@ demo: install
 
 test: install
 	@echo "==> running every test that a CPU can"
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not references"
 
 test-fast: install
 	@echo "==> running the quick tests"
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not references and not slow"
+
+test-references: $(VENV)/references
+	@echo "==> comparing with the reference code bases themselves"
+	$(BIN)/python -m pytest -m references tests/references
 
 lint: install
 	$(BIN)/ruff check .
@@ -30,6 +34,10 @@ $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
+	@touch $@
+
+$(VENV)/references: $(VENV)/installed requirements-references.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-references.txt
 	@touch $@
 
 clean:
