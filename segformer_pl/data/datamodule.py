@@ -96,8 +96,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
             ignore_index=self.entry.labels.ignore_index,
         )
         self.skipped: dict[str, str] = {}
-        self._consumed = 0
-        self._batches_before: int | None = None  # those behind _consumed, while a run is on
+        self._consumed = 0  # before the training that is going on
+        self._counter: pl.Trainer | None = None  # counts the steps of the training that is going on
         self._resumed: dict[str, Any] | None = None
         self._here: dict[str, Any] = {}  # what a checkpoint must agree with, once training began
 
@@ -170,38 +170,35 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    # Where the data stands. The trainer counts the batches that were trained on, so that those
-    # that loader processes have fetched ahead need no bookkeeping.
+    # Where the data stands. One counter says it: the trainer's optimiser steps.
+    #
+    #     first_step                                global_step
+    #     |---- step ----|---- step ----|---- step ----|-- batches of a step to come --
+    #     first_sample   + samples_per_step each       consumed
+    #
+    # Batches that loader processes have fetched ahead, or whose gradients wait for the rest of
+    # their step, are not consumed: no weight knows of them, so a resumed run trains on them again.
 
     @property
     def consumed(self) -> int:
-        """Training samples consumed so far, over all ranks: the whole state of the data."""
-        if self._batches_before is None:
+        """Samples in the optimiser steps so far, over all ranks: the whole state of the data."""
+        if self._counter is None:
             return self._consumed
-        num_batches = self._num_batches() - self._batches_before
-        return self._consumed + num_batches * self._samples_per_batch
+        num_steps = self._counter.global_step - self._here["first_step"]
+        return self._here["first_sample"] + num_steps * self._here["samples_per_step"]
 
     @property
-    def _samples_per_batch(self) -> int:
-        return self.batch_size * self._world_size
-
-    def _num_batches(self) -> int:
-        """Batches that this rank has trained on since the training began, resumed or not."""
-        return self._progress.total.processed if self.trainer else 0
-
-    @property
-    def _progress(self) -> Any:
-        assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress
+    def _samples_per_step(self) -> int:
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        return self.batch_size * self._world_size * accumulate
 
     def _describe(self, source: Source) -> dict[str, Any]:
-        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         return {
             "dataset": self.entry.name,
             "num_rows": sum(source.group_rows),
             "fingerprint": source.fingerprint,
             "seed": self.seed,
-            "samples_per_step": self._samples_per_batch * accumulate,
+            "samples_per_step": self._samples_per_step,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,51 +214,114 @@ class StreamingSegmentationData(pl.LightningDataModule):
         """Go on where the checkpoint stands, if this is its data.
 
         Raises:
-            DataError: it is not, or the checkpoint does not say.
+            DataError: it is not, the checkpoint does not say, or its position is not that of whole
+                steps.
         """
-        self._consumed = self.consumed
-        self._batches_before = self._num_batches()
-        self._here = self._describe(source)
+        self._check_steps()
+        step = self.trainer.global_step if self.trainer else 0
+        here = self._describe(source) | {"first_step": step, "first_sample": self.consumed}
         there, self._resumed = self._resumed, None
         if there:
-            self._check(there)
-            self._consumed = there["consumed"]
-            self._count_batches_anew()
-        elif self._batches_before and not self._consumed:
+            self._check(there, here, step)
+            if there["samples_per_step"] == here["samples_per_step"]:
+                here |= {key: there.get(key, 0) for key in ("first_step", "first_sample")}
+            else:
+                here["first_sample"] = there["consumed"]
+            self._count_batches_of_steps()
+        elif step and not here["first_sample"]:
             raise DataError(
                 "the checkpoint does not say how many samples were consumed, so training cannot go "
                 "on without repeating some; start a new run from it with --model.weights"
             )
+        self._here, self._counter = here, self.trainer
 
-    def _check(self, there: dict[str, Any]) -> None:
+    def _check_steps(self) -> None:
+        """All steps must be of as many samples, or their number would not tell the position."""
+        trainer = self.trainer
+        if trainer is None or getattr(trainer, "fast_dev_run", False):
+            return
+        if trainer.lightning_module and not trainer.lightning_module.automatic_optimization:
+            raise DataError(
+                f"{type(trainer.lightning_module).__name__} optimises by itself, so its steps do "
+                "not tell how many samples were consumed; use automatic optimisation"
+            )
+        limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
+        if isinstance(limit, int) and limit % accumulate:
+            raise DataError(
+                f"trainer.limit_train_batches is {limit}, which is no multiple of "
+                f"trainer.accumulate_grad_batches {accumulate}, so the last step before the limit "
+                "would be of fewer samples than the others; make it a multiple, or leave it out"
+            )
+
+    @staticmethod
+    def _check(there: dict[str, Any], here: dict[str, Any], step: int) -> None:
         for key, what in {
             "dataset": "data set",
             "num_rows": "number of training pictures",
             "fingerprint": "fingerprint of the shards (names, row groups and their sizes)",
             "seed": "seed of the training order",
         }.items():
-            if there[key] != self._here[key]:
+            if there.get(key) != here[key]:
                 raise DataError(
-                    f"the checkpoint was trained on other data: its {what} is {there[key]}, here "
-                    f"it is {self._here[key]}; resume with the data and the seed of the "
+                    f"the checkpoint was trained on other data: its {what} is {there.get(key)}, "
+                    f"here it is {here[key]}; resume with the data and the seed of the "
                     "interrupted run, or start a new one from its weights with --model.weights"
                 )
-        if there["samples_per_step"] != self._here["samples_per_step"]:
+        first_step, first_sample = there.get("first_step", 0), there.get("first_sample", 0)
+        consumed, size = there.get("consumed"), there.get("samples_per_step")
+        numbers = (first_step, first_sample, consumed, size)
+        if not (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and first_step <= step
+            and consumed == first_sample + (step - first_step) * size
+        ):
+            since = f" since sample {first_sample} at step {first_step}" if first_step else ""
+            raise DataError(
+                f"the checkpoint says that {consumed} samples were consumed at step {step}, which "
+                f"is not what whole steps of {size} samples{since} consume; training from it would "
+                "lose or repeat samples: resume from another checkpoint, or start a new run from "
+                "its weights with --model.weights"
+            )
+        if size != here["samples_per_step"]:
             rank_zero_warn(
-                f"the interrupted run trained on {there['samples_per_step']} samples a step, this "
-                f"one trains on {self._here['samples_per_step']} (devices x data.batch_size x "
-                f"accumulate_grad_batches); it goes on at sample {there['consumed']} exactly, but "
+                f"the interrupted run trained on {size} samples a step, this "
+                f"one trains on {here['samples_per_step']} (devices x data.batch_size x "
+                f"accumulate_grad_batches); it goes on at sample {consumed} exactly, but "
                 "its steps are no longer those of the interrupted run"
             )
 
-    def _count_batches_anew(self) -> None:
-        """The trainer accumulates by its count of batches, which were of another size."""
-        progress = self._progress
-        shift = self._consumed // self._samples_per_batch - progress.total.processed
-        progress.increment_by(max(shift, -progress.current.ready), progress.is_last_batch)
-        self._batches_before = self._num_batches()
+    def _count_batches_of_steps(self) -> None:
+        """Set the trainer's counts of batches to those of its steps.
+
+        The trainer makes a step whenever its count of batches is a multiple of
+        ``accumulate_grad_batches``. The count in a checkpoint may include batches of a step that
+        was never made, or be one of batches of another size.
+        """
+        assert self.trainer is not None
+        accumulate, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
+        loop = self.trainer.fit_loop.epoch_loop
+        progress, steps = loop.batch_progress, loop.automatic_optimization.optim_progress
+        total = steps.optimizer.step.total.completed * accumulate
+        current = steps.optimizer.step.current.completed * accumulate
+        if limit == current == progress.current.ready:
+            return  # the end of an epoch of limit_train_batches, which the trainer handles itself
+        # As if saved at the end of the step's last batch, which the trainer then completes.
+        for count, num in ((progress.total, total), (progress.current, current)):
+            count.ready = count.started = count.processed = num  # type: ignore[attr-defined]
+            count.completed = max(num - 1, 0)
+        progress.is_last_batch = False
+        loop._batches_that_stepped = max(self.trainer.global_step - 1, 0)
+        if not current:
+            self.trainer.fit_loop.restarting = False
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        in_training = self._here and self.trainer is not None and self.trainer.training
+        if in_training and self._samples_per_step != self._here["samples_per_step"]:
+            raise DataError(
+                f"the samples of a step changed from {self._here['samples_per_step']} to "
+                f"{self._samples_per_step} while training, so the number of steps no longer tells "
+                "which were consumed; keep accumulate_grad_batches and data.batch_size as they are"
+            )
         for name, why in batch.get("skipped", {}).items():
             if name not in self.skipped:
                 self.skipped[name] = why
@@ -269,5 +329,5 @@ class StreamingSegmentationData(pl.LightningDataModule):
         return batch
 
     def teardown(self, stage: str) -> None:
-        self._consumed, self._batches_before = self.consumed, None
+        self._consumed, self._counter = self.consumed, None
         self._resumed = None

@@ -68,8 +68,7 @@ def trainer(max_steps, callbacks=(), **arguments):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
-        **arguments,
+        **{"limit_val_batches": 0} | arguments,
     )
 
 
@@ -85,6 +84,189 @@ def fit(folder, max_steps, ckpt_path=None, save=None, module=None, data_argument
 def whole(folder):
     """32 steps, almost three epochs."""
     return fit(folder, 32)
+
+
+class Steps(pl.Callback):
+    """The samples that each optimiser step was made of, as the training saw them."""
+
+    def __init__(self):
+        self.begun, self.made = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.begun += batch["id"]
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.made.append(self.begun)
+        self.begun = []
+
+
+def steps(folder, max_steps, ckpt_path=None, callbacks=(), data_arguments=None, **trained):
+    """The samples of every step of a training, and the trainer and data it left."""
+    seen, module_data = Steps(), data(folder, **data_arguments or {})
+    runner = trainer(max_steps, [seen, *callbacks], **trained)
+    runner.fit(Recorder(), module_data, ckpt_path=ckpt_path)
+    return seen.made, runner, module_data
+
+
+def position(file):
+    checkpoint = torch.load(file, weights_only=True)
+    return checkpoint["global_step"], checkpoint["StreamingSegmentationData"]["consumed"]
+
+
+@pytest.mark.parametrize(("accumulate", "batches"), [(2, 1), (2, 3), (2, 4), (3, 5), (3, 7)])
+def test_a_checkpoint_is_of_whole_steps_wherever_it_is_saved(folder, tmp_path, accumulate, batches):
+    file = tmp_path / "state.ckpt"
+    whole, *_ = steps(folder, 8, accumulate_grad_batches=accumulate)
+    assert {len(made) for made in whole} == {2 * accumulate}
+    saving = [SaveAt(batches, file)]
+    steps(folder, 4, callbacks=saving, accumulate_grad_batches=accumulate)
+    step, consumed = position(file)
+    assert (step, consumed) == (batches // accumulate, batches // accumulate * 2 * accumulate)
+    resumed, runner, _ = steps(folder, 8, file, accumulate_grad_batches=accumulate)
+    assert resumed == whole[step:]
+    progress = runner.fit_loop.epoch_loop.batch_progress
+    assert progress.total.ready == progress.current.ready == 8 * accumulate
+    assert runner.fit_loop.epoch_loop._batches_that_stepped == 8
+
+
+def test_two_kills_in_the_middle_of_a_step_lose_nothing(folder, tmp_path):
+    whole, *_ = steps(folder, 6, accumulate_grad_batches=2)
+    file, trained = None, []
+    for kill, name in ((5, "first.ckpt"), (7, "second.ckpt")):
+        saving = [SaveAt(kill, tmp_path / name)]
+        made, *_ = steps(folder, 5, file, saving, accumulate_grad_batches=2)
+        file = tmp_path / name
+        trained += made[: position(file)[0] - len(trained)]
+    trained += steps(folder, 6, file, accumulate_grad_batches=2)[0]
+    assert trained == whole
+    assert position(file) == (3, 12)
+
+
+class SaveOnValidation(pl.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_end(self, trainer, module):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def test_a_validation_in_the_middle_of_a_step(folder, tmp_path):
+    # The best checkpoint of step 1 said 6 samples: the third batch of 2 had been begun.
+    evaluated = {
+        "accumulate_grad_batches": 2,
+        "limit_val_batches": 1,
+        "val_check_interval": 3,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+    }
+    whole, *_ = steps(folder, 6, callbacks=[SaveOnValidation(tmp_path)], **evaluated)
+    assert [position(tmp_path / f"{step}.ckpt") for step in (1, 3, 4)] == [(1, 4), (3, 12), (4, 16)]
+    assert steps(folder, 6, tmp_path / "1.ckpt", **evaluated)[0] == whole[1:]
+    assert steps(folder, 6, tmp_path / "4.ckpt", **evaluated)[0] == whole[4:]
+
+
+class Fail(pl.Callback):
+    """Raises in the middle of a batch; another callback saves then."""
+
+    def __init__(self, batch, file):
+        self.batch, self.file = batch, file
+
+    def on_after_backward(self, trainer, module):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batch:
+            raise KeyError("out of memory, say")
+
+    def on_exception(self, trainer, module, exception):
+        trainer.save_checkpoint(self.file)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_a_checkpoint_on_an_exception_is_of_whole_steps(folder, tmp_path, batch):
+    file = tmp_path / "state.ckpt"
+    whole, *_ = steps(folder, 6, accumulate_grad_batches=2)
+    with pytest.raises(KeyError):
+        steps(folder, 6, callbacks=[Fail(batch, file)], accumulate_grad_batches=2)
+    step, consumed = position(file)
+    assert (step, consumed) == ((batch - 1) // 2, (batch - 1) // 2 * 4)
+    assert steps(folder, 6, file, accumulate_grad_batches=2)[0] == whole[step:]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [((2, 2), (4, 1)), ((2, 3), (3, 2)), ((3, 2), (1, 6)), ((2, 1), (1, 3))],
+    ids=["fewer", "of another size", "many", "a smaller step"],
+)
+def test_resume_on_another_split_of_the_step(folder, tmp_path, first, then):
+    file = tmp_path / "state.ckpt"
+    flat = [name for made in steps(folder, 12, data_arguments={"batch_size": 6})[0] for name in made]
+    size, accumulate = first
+    saving = [SaveAt(3 * accumulate + accumulate - 1, file)]  # in the fourth step, if it can be
+    steps(folder, 4, None, saving, {"batch_size": size}, accumulate_grad_batches=accumulate)
+    step, consumed = position(file)
+    assert consumed == step * size * accumulate
+    size, accumulate = then
+    made, _, module_data = steps(
+        folder, 7, file, (), {"batch_size": size}, accumulate_grad_batches=accumulate
+    )
+    assert {len(one) for one in made} == {size * accumulate}
+    assert len(made) == 7 - step
+    trained = [name for one in made for name in one]
+    assert trained == flat[consumed : consumed + len(trained)]
+    assert module_data.consumed == consumed + len(trained)
+
+
+def test_training_again_after_an_error_goes_on_after_the_last_step(folder, tmp_path):
+    whole, *_ = steps(folder, 6, accumulate_grad_batches=2)
+    module_data, seen = data(folder), Steps()
+    failing = trainer(6, [Fail(7, tmp_path / "x.ckpt")], accumulate_grad_batches=2)
+    with pytest.raises(KeyError):
+        failing.fit(Recorder(), module_data)
+    assert module_data.consumed == 12
+    trainer(3, [seen], accumulate_grad_batches=2).fit(Recorder(), module_data)
+    assert seen.made == whole[3:]
+    assert module_data.consumed == 24
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"consumed": -2},
+        {"consumed": 10},
+        {"consumed": None},
+        {"samples_per_step": 3},
+        {"first_step": 4, "first_sample": 8},
+    ],
+    ids=str,
+)
+def test_a_position_that_is_not_of_whole_steps_is_refused(folder, tmp_path, damage):
+    file = tmp_path / "state.ckpt"
+    fit(folder, 3, save=(3, file))
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["StreamingSegmentationData"] |= damage
+    torch.save(checkpoint, file)
+    with pytest.raises(DataError, match=r"samples were consumed at step 3, which is not what whol"):
+        fit(folder, 5, file)
+
+
+def test_checkpoints_without_the_first_step_are_still_resumed(folder, tmp_path, whole):
+    file = tmp_path / "state.ckpt"
+    fit(folder, 3, save=(3, file))
+    checkpoint = torch.load(file, weights_only=True)
+    for key in ("first_step", "first_sample"):
+        del checkpoint["StreamingSegmentationData"][key]
+    torch.save(checkpoint, file)
+    assert fit(folder, 32, file) == whole[6:]
+
+
+def test_steps_that_cannot_be_counted_are_refused(folder):
+    with pytest.raises(DataError, match=r"limit_train_batches is 5, which is no multiple of .* 2,"):
+        fit(folder, 4, limit_train_batches=5, accumulate_grad_batches=2)
+    schedule = pl.callbacks.GradientAccumulationScheduler({0: 2})
+    with pytest.raises(DataError, match="samples of a step changed from 2 to 4 while training"):
+        steps(folder, 4, callbacks=[schedule])
+    manual = Recorder()
+    manual.automatic_optimization = False
+    with pytest.raises(DataError, match="Recorder optimises by itself, so its steps do not tell"):
+        fit(folder, 4, module=manual)
 
 
 def test_batches_follow_the_contract(folder):
