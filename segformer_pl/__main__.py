@@ -1,4 +1,8 @@
-from segformer_pl.cli import main
+import sys
 
 if __name__ == "__main__":
+    try:
+        from segformer_pl.cli import main
+    except KeyboardInterrupt:  # the imports take seconds
+        sys.exit(130)
     main()

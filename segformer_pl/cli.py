@@ -17,13 +17,23 @@ from typing import Any
 
 import yaml
 from jsonargparse import capture_parser
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from segformer_pl.atomic import WriteError
-from segformer_pl.callbacks import EvaluationRecord, LastCheckpoint, RunReport
+from segformer_pl.callbacks import (
+    AtomicCheckpointIO,
+    EvaluationRecord,
+    Interrupted,
+    LastCheckpoint,
+    RunReport,
+    StopOnSignal,
+)
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.checkpoint import read_checkpoint
+from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.recipe import recipe
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
@@ -52,6 +62,7 @@ class SegformerCLI(LightningCLI):
     """LightningCLI with the links from data set to task and the callbacks that are always on."""
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        self.arguments = sys.argv[1:] if args is None else args
         super().__init__(
             SegmentationTask,
             StreamingSegmentationData,
@@ -114,6 +125,13 @@ class SegformerCLI(LightningCLI):
         if config["trainer"]["enable_checkpointing"] is False:
             self._parser(self.config.get("subcommand")).callback_keys.remove("last_checkpoint")
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        StopOnSignal([*PROG.split(), *self.arguments]).attach(trainer)
+        return trainer
+
     def after_instantiate_classes(self) -> None:
         # With the texts of its parts a checkpoint can be loaded without this command line.
         settings = self.model_settings()
@@ -124,9 +142,15 @@ class SegformerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # Lightning's version lets the checkpoint's hyperparameters override the configuration
         # and the command line in silence. It offers no other hook to prevent that.
-        ckpt_path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
-        if ckpt_path in (None, "best", "last", "hpc"):  # found by the trainer
+        subcommand = self.config.get("subcommand")
+        ckpt_path = self.config.get(f"{subcommand}.ckpt_path")
+        if ckpt_path is None:
             return
+        if ckpt_path in NAMED:
+            # The trainer looks for them in this run's own, empty folder, and goes on without one.
+            ckpt_path = str(named_checkpoint(ckpt_path, self.config[subcommand]))
+            rank_zero_info(f"ckpt_path: {self.config[subcommand].ckpt_path} is {ckpt_path}")
+            self.config[subcommand].ckpt_path = ckpt_path
         checkpoint = read_checkpoint(ckpt_path, "ckpt_path")
         here = dict(_leaves(self.model_settings()))
         there = dict(_leaves(checkpoint.get("hyper_parameters", {})))
@@ -214,6 +238,16 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
             commands[arguments[0]](arguments[1:])
             return None
         return SegformerCLI(args, run)
+    except Interrupted as interrupted:
+        sys.stderr.write(f"{interrupted.message}\n" if interrupted.message else "")
+        sys.exit(interrupted.code)
+    except KeyboardInterrupt:
+        sys.stderr.write("Ctrl-C: stopped\n")
+        sys.exit(130)
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's own exit, with status 1
+            sys.exit(130)
+        raise
     except WriteError as error:
         sys.exit(f"error: {error}")
     except (DataError, ValueError) as error:

@@ -5,10 +5,12 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
@@ -131,6 +133,8 @@ class SegmentationTask(pl.LightningModule):
         # The epsilons came with the weights, so no argument tells them: checkpoints must.
         self._norm_eps_is_from_weights = False
         self.trained_steps = 0  # of the checkpoint that was loaded
+        # (global step, buffers) when the first of the batches was begun that the next step takes
+        self._before_step: tuple[int, dict[str, Tensor]] = (-1, {})
         self.lr = lr
         self.head_lr_mult = head_lr_mult
         self.weight_decay = weight_decay
@@ -261,6 +265,13 @@ class SegmentationTask(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         self._read_weights()
+        model = self.trainer.strategy.model
+        if isinstance(model, DistributedDataParallel):
+            # DDP would do this in the first forward pass, where a rank that has no image to score
+            # keeps the others waiting for ever.
+            for buffer in self.buffers():
+                dist.broadcast(buffer, 0)
+            model.require_forward_param_sync = False
 
     def on_test_start(self) -> None:
         self._read_weights()
@@ -268,7 +279,19 @@ class SegmentationTask(pl.LightningModule):
     def on_predict_start(self) -> None:
         self._read_weights()
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            several = self.trainer.accumulate_grad_batches > 1
+            buffers = {name: b.clone() for name, b in self.named_buffers()} if several else {}
+            self._before_step = (self.trainer.global_step, buffers)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        step, buffers = self._before_step
+        if step == checkpoint["global_step"]:
+            # Running statistics have seen batches of the next step, which a resumed run sees again.
+            # An average of weights keeps the weights themselves apart.
+            state = checkpoint.get("current_model_state", checkpoint["state_dict"])
+            state.update({name: buffer for name, buffer in buffers.items() if name in state})
         if self._norm_eps_is_from_weights:
             checkpoint["norm_eps"] = list(self.network.encoder.norm_eps)
 

@@ -1,15 +1,20 @@
 """What happens around training: pictures, receptive fields, the report of the run."""
 
+from segformer_pl.callbacks.checkpoint_io import AtomicCheckpointIO
 from segformer_pl.callbacks.erf import EffectiveReceptiveField
 from segformer_pl.callbacks.evaluation import EvaluationRecord
 from segformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from segformer_pl.callbacks.predictions import PredictionPanel
 from segformer_pl.callbacks.report import RunReport
+from segformer_pl.callbacks.signals import Interrupted, StopOnSignal
 
 __all__ = [
+    "AtomicCheckpointIO",
     "EffectiveReceptiveField",
     "EvaluationRecord",
+    "Interrupted",
     "LastCheckpoint",
     "PredictionPanel",
     "RunReport",
+    "StopOnSignal",
 ]

@@ -5,13 +5,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from segformer_pl.atomic import remove_partial_files
+from segformer_pl.callbacks.signals import StopOnSignal
 
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` of the latest steps, and of the end of the training.
 
-    Lightning's own default writes at the end of an epoch, and a stream has none.
+    Lightning's own default writes at the end of an epoch, and a stream has none. It is also written
+    when a signal ends the run, and before and after every validation: one that is interrupted costs
+    no step, is made again when the run is resumed, and what it found is not lost afterwards.
 
     Args:
         every_n_train_steps: Optimiser steps between two writings.
@@ -19,7 +26,7 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_train_steps: PositiveInt = 100, dirpath: Path | None = None) -> None:
-        self.num_steps = every_n_train_steps
+        self._validated_step: int | None = None
         super().__init__(
             dirpath=dirpath,
             filename="last",
@@ -27,7 +34,73 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self.dirpath is not None and trainer.global_step % self.num_steps:
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+    @property
+    def file(self) -> Path:
+        """Where the checkpoint is, once the trainer has set this callback up."""
+        assert self.dirpath is not None
+        return Path(self.dirpath) / "last.ckpt"
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.strategy.broadcast(trainer.ckpt_path) != trainer.ckpt_path:
+            raise ValueError(
+                f"ckpt_path: rank {trainer.global_rank} was given {trainer.ckpt_path!r} and rank 0 "
+                "another file; give all ranks one and the same"
+            )
+        if trainer.is_global_zero:
+            # This run is their only writer, so what lies there is left of one that was killed.
+            for callback in trainer.checkpoint_callbacks:
+                folder = getattr(callback, "dirpath", None)
+                if folder and _is_local_file_protocol(folder):
+                    remove_partial_files(folder)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        loop = trainer.fit_loop.epoch_loop
+        step = trainer.global_step
+        if not loop.restarting:
+            return
+        self._last_global_step_saved = step  # it is what was loaded
+        if self._validated_step == step:
+            return
+        assert trainer.fit_loop._data_fetcher is not None
+        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            # The validation that follows the step was interrupted; the trainer would leave it out.
+            trainer.validating = True
+            loop.val_loop.restarting = False
+            loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, StopOnSignal) and callback.stopping for callback in callbacks):
+            self._save_once(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save_once(trainer)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Before other checkpoints are saved, so that they know it too.
+        if not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+            self._validated_step = trainer.global_step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Once more: other callbacks have learnt from the validation, such as which step is best.
+        self._last_global_step_saved = -1
+        self._save_once(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save_once(trainer)
+
+    def _save_once(self, trainer: pl.Trainer) -> None:
+        # Of no step there is nothing to save, and not while a checkpoint is only scored.
+        fitting = trainer.state.fn == TrainerFn.FITTING and trainer.global_step
+        if fitting and not self._should_skip_saving_checkpoint(trainer):
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"validated_step": self._validated_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Not the paths: a resumed run has its own.
+        self._validated_step = state_dict.get("validated_step")

@@ -1,5 +1,8 @@
 """The LightningDataModule that streams a segmentation data set of the catalogue."""
 
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,6 +165,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
             sampler=RankSampler(samples.order, rank, self._world_size, batch_size, **start),
             num_workers=self.num_workers,
             collate_fn=collate,
+            worker_init_fn=_outlive_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
@@ -331,3 +335,23 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         self._consumed, self._counter = self.consumed, None
         self._resumed = None
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave signals to the process that trains; only it may end a loader process.
+
+    Ctrl-C, and signals of job schedulers, reach a whole group of processes. A loader that ended
+    would take the step away that the training is about to finish.
+    """
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # where it is missing, SIGTERM ends the loader
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

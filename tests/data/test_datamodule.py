@@ -197,7 +197,9 @@ def test_a_checkpoint_on_an_exception_is_of_whole_steps(folder, tmp_path, batch)
 )
 def test_resume_on_another_split_of_the_step(folder, tmp_path, first, then):
     file = tmp_path / "state.ckpt"
-    flat = [name for made in steps(folder, 12, data_arguments={"batch_size": 6})[0] for name in made]
+    flat = [
+        name for made in steps(folder, 12, data_arguments={"batch_size": 6})[0] for name in made
+    ]
     size, accumulate = first
     saving = [SaveAt(3 * accumulate + accumulate - 1, file)]  # in the fourth step, if it can be
     steps(folder, 4, None, saving, {"batch_size": size}, accumulate_grad_batches=accumulate)

@@ -1,0 +1,92 @@
+"""Which file ``--ckpt_path last``, ``best`` or ``hpc`` means."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from segformer_pl.commands.checkpoint import read_checkpoint
+
+NAMED = ("last", "best", "hpc")
+
+
+def named_checkpoint(name: str, config: Any) -> Path:
+    """The checkpoint of an earlier run with the same configuration.
+
+    ``last``: the newest ``last.ckpt`` below the logger's folder and name, or the one in
+    ``last_checkpoint.dirpath``. ``best``: the one that the best metric of that same run chose.
+    ``hpc``: the newest that a requeued SLURM job left in ``trainer.default_root_dir``.
+
+    Args:
+        name: One of the three.
+        config: The settings of the command, as parsed.
+
+    Raises:
+        ValueError: There is none; the sentence says where it was expected.
+    """
+    if name == "hpc":
+        return _hpc(Path(config.trainer.default_root_dir or "."))
+    last = _last(name, config)
+    return last if name == "last" else _best(last)
+
+
+def _last(name: str, config: Any) -> Path:
+    last_checkpoint = config.get("last_checkpoint")
+    if last_checkpoint is not None and last_checkpoint.dirpath is not None:
+        folder, pattern = Path(last_checkpoint.dirpath), "last.ckpt"
+    else:
+        folder, pattern = _run_folders(config.trainer), "*/checkpoints/last.ckpt"
+    files = [file for file in folder.glob(pattern) if file.is_file()]
+    if not files:
+        raise ValueError(
+            f"ckpt_path: {name!r} needs the last.ckpt of an earlier run, and there is no "
+            f"{str(folder / pattern)!r}; give the checkpoint's path, or leave ckpt_path out to "
+            "start anew"
+        )
+    return max(files, key=lambda file: file.stat().st_mtime_ns)
+
+
+def _run_folders(trainer: Any) -> Path:
+    """Where the first logger puts the folders of its runs."""
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    settings = loggers[0].get("init_args", {}) if hasattr(loggers[0], "get") else {}
+    folder = settings.get("save_dir") or settings.get("dir") or trainer.default_root_dir or "."
+    name = settings.get("project") or settings.get("name") or "lightning_logs"
+    return Path(folder) / str(name)
+
+
+def _best(last: Path) -> Path:
+    states = read_checkpoint(last, "ckpt_path").get("callbacks", {}).values()
+    best = {
+        state["monitor"]: Path(state["best_model_path"])
+        for state in states
+        if isinstance(state, dict) and state.get("monitor") and state.get("best_model_path")
+    }
+    if len(best) != 1:
+        found = f"those of {', '.join(sorted(best))}" if best else "none"
+        raise ValueError(
+            f"ckpt_path: 'best' needs one ModelCheckpoint with a monitor in the run of "
+            f"{str(last)!r}, which has {found}; give the checkpoint's path"
+        )
+    (file,) = best.values()
+    # Beside the other if the run's folder was moved, or was given relative to another place.
+    for candidate in (last.parent / file.name, file):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(
+        f"ckpt_path: the best checkpoint of the run is {str(file)!r}, which is not there; give "
+        "another"
+    )
+
+
+def _hpc(folder: Path) -> Path:
+    numbered = {
+        int(match[1]): file
+        for file in folder.glob("hpc_ckpt_*.ckpt")
+        if (match := re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", file.name))
+    }
+    if not numbered:
+        raise ValueError(
+            f"ckpt_path: there is no {str(folder / 'hpc_ckpt_*.ckpt')!r}; give the checkpoint's "
+            "path, or leave ckpt_path out to start anew"
+        )
+    return numbered[max(numbered)]
