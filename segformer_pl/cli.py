@@ -160,6 +160,7 @@ class SegformerCLI(LightningCLI):
                 f"ckpt_path: {ckpt_path!r} holds a {there[network]}, but model.network is a "
                 f"{here[network]}; make them agree"
             )
+        _check_network_arguments(ckpt_path, here, there)
         is_fit = self.config.get("subcommand") == "fit"
         grouped = [settings.get("layer_decay", 1) < 1 for settings in (here, there)]
         if is_fit and grouped[0] != grouped[1]:
@@ -169,15 +170,45 @@ class SegformerCLI(LightningCLI):
                 "optimiser's state does not fit; start a new run with --model.weights"
             )
         # Parts that may be left out, so that one of the two may not have the key at all.
-        parts = {k for k in here.keys() | there.keys() if k.startswith(("loss.", "inference."))}
+        optional = ("network.", "loss.", "inference.")
+        parts = {key for key in here.keys() | there.keys() if key.startswith(optional)}
         for key in sorted((here.keys() & there.keys()) | parts):
             if here.get(key) == there.get(key):
                 continue
-            if is_fit or key.startswith(("network.", "inference.", "image_")):
+            if is_fit or key.startswith(("network.", "inference.")):
                 now, then = (of.get(key, "not given") for of in (here, there))
                 rank_zero_info(
                     f"model.{key} is {now} here and was {then} in {ckpt_path}: what is here is used"
                 )
+
+
+# They change how a network is trained, not what it computes; the number of classes is compared
+# with the names of the classes.
+FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes")
+
+
+def _check_network_arguments(ckpt_path: str, here: dict[str, Any], there: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: the network was trained with other arguments, which its shapes may not tell.
+    """
+    for key in sorted(here.keys() & there.keys()):
+        if not key.startswith("network.init_args.") or key.endswith(FREE_ARGUMENTS):
+            continue
+        if here[key] != there[key]:
+            raise ValueError(
+                f"ckpt_path: model.{key.replace('.init_args', '')} is {here[key]} here and was "
+                f"{there[key]} in {ckpt_path!r}; make them agree, or give the weights to another "
+                "network with --model.weights"
+            )
+
+
+def _is_while_restoring(error: BaseException) -> bool:
+    """Whether Lightning was taking a checkpoint apart, whose parts it does not look at first."""
+    return any(
+        frame.filename.endswith("checkpoint_connector.py")
+        and frame.name.lstrip("_").startswith(("restore", "resume"))
+        for frame in traceback.extract_tb(error.__traceback__)
+    )
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -258,10 +289,25 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
         )
         ours = origin.is_relative_to(Path(__file__).parent)
         if isinstance(error, ValueError) and not ours and not tried:
+            if _is_while_restoring(error):
+                sys.exit(_cannot_be_restored(error))
             raise  # not a sentence of ours
         # A loader process passes its exception on as text, with the sentence on the last line.
         sentence = tried[1] if tried else str(error).splitlines()[-1]
         sys.exit(f"error: {sentence.removeprefix(f'{_qualified(DataError)}: ')}")
+    except Exception as error:
+        if not _is_while_restoring(error):
+            raise
+        sys.exit(_cannot_be_restored(error))
+
+
+def _cannot_be_restored(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return (
+        f"error: ckpt_path: the checkpoint cannot be gone on from ({reason[:200]}); give another, "
+        "or start a new run from its weights with --model.weights"
+    )
 
 
 def _qualified(cls: type) -> str:

@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
+from segformer_pl.divergence import DivergenceWatch, divergence
 from segformer_pl.inference import Inference
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.metrics import (
@@ -22,7 +24,26 @@ from segformer_pl.metrics import (
     SegmentationScores,
     as_classes,
 )
-from segformer_pl.models.checkpoints import load_weights
+from segformer_pl.models.checkpoints import (
+    LoadReport,
+    MatchClasses,
+    describe_non_finite,
+    load_weights,
+    non_finite,
+)
+from segformer_pl.models.checkpoints.facts import (
+    checked_eps,
+    checked_facts,
+    class_difference,
+    normalization_difference,
+)
+from segformer_pl.models.checkpoints.files import WeightsError
+from segformer_pl.models.checkpoints.training_state import (
+    check_content,
+    check_tensors,
+    check_training_state,
+    tensors_of,
+)
 from segformer_pl.models.mit import NormEps
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
 
@@ -58,8 +79,14 @@ class SegmentationTask(pl.LightningModule):
         weights: Weights of the whole network to start from: a file, a folder written by
             ``save_pretrained`` or a hub name ``owner/name@commit``, of any layout that
             :mod:`segformer_pl.models.checkpoints` knows. Read once, when the task first runs, and
-            never if a checkpoint is loaded.
+            never if a checkpoint is loaded. What they state about their classes and about the
+            normalisation of images has to agree with the run.
         encoder_weights: Likewise for the encoder alone; give one of the two.
+        match_classes: Which class of ``weights`` becomes which of ``class_names``. ``"exact"``:
+            they have the same names in the same order, or are of another number, and then the
+            classifier is drawn anew. ``"by_name"``: the classifier is reordered, and drawn anew
+            for classes that ``weights`` do not have. ``"by_index"``: class i is class i, whatever
+            they are called. A classifier that is drawn anew can be trained and not scored.
         loss: The training loss, of :mod:`segformer_pl.losses` or yours: called as ``loss(logits,
             labels, ignore_index)`` with logits at the network's stride. Default: the paper's,
             ``CrossEntropy()``.
@@ -89,6 +116,7 @@ class SegmentationTask(pl.LightningModule):
         ignore_index: int = 255,
         weights: str | None = None,
         encoder_weights: str | None = None,
+        match_classes: MatchClasses = "exact",
         loss: nn.Module | None = None,
         inference: Inference | None = None,
         lr: float = 6e-5,
@@ -106,6 +134,11 @@ class SegmentationTask(pl.LightningModule):
             raise ValueError(
                 "weights and encoder_weights are both given, and the first hold an encoder too; "
                 "give one of them"
+            )
+        if match_classes != "exact" and weights is None:
+            raise ValueError(
+                f"model.match_classes is {match_classes}, but there are no model.weights whose "
+                "classes could be matched; leave it out"
             )
         # Not jsonargparse's restricted types, whose values a checkpoint could not hold as data.
         for name, value in {
@@ -129,12 +162,17 @@ class SegmentationTask(pl.LightningModule):
         self.ignore_index = ignore_index
         self.weights = weights
         self.encoder_weights = encoder_weights
+        self.match_classes = match_classes
         self._weights_are_set = weights is None and encoder_weights is None
         # The epsilons came with the weights, so no argument tells them: checkpoints must.
         self._norm_eps_is_from_weights = False
         self.trained_steps = 0  # of the checkpoint that was loaded
         # (global step, buffers) when the first of the batches was begun that the next step takes
         self._before_step: tuple[int, dict[str, Tensor]] = (-1, {})
+        self._watch = DivergenceWatch()
+        self._last_loss: Tensor | None = None
+        self._last_lr: float | None = None
+        self._last_step = 0
         self.lr = lr
         self.head_lr_mult = head_lr_mult
         self.weight_decay = weight_decay
@@ -168,7 +206,21 @@ class SegmentationTask(pl.LightningModule):
             torch.manual_seed(batch["seed"][0])
         loss = self.loss(self(batch["image"]), batch["label"], self.ignore_index)
         self.log("train/loss", loss, prog_bar=True)
+        self._last_loss = loss.detach()
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._last_lr = max(group["lr"] for group in optimizer.param_groups)
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        step = self.trainer.global_step
+        if step == self._last_step or self._last_loss is None or self._last_lr is None:
+            return  # gradients are being accumulated
+        self._last_step = step
+        self._watch.observe(self.network, step, self._last_loss, self._last_lr)
+
+    def on_train_end(self) -> None:
+        self._watch.settle()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Score a batch.
@@ -242,14 +294,36 @@ class SegmentationTask(pl.LightningModule):
             known = data.reference_scores(split)
             self.log_dict({f"{split}/{name}": value for name, value in known.items()})
 
-    def _read_weights(self) -> None:
+    def read_weights(self, network: nn.Module) -> LoadReport:
+        """Set a network like this task's to the ``weights`` or ``encoder_weights``.
+
+        Raises:
+            WeightsError: they cannot be read, do not fit, or mean other classes or images.
+        """
+        source = self.encoder_weights if self.weights is None else self.weights
+        assert source is not None
+        return load_weights(
+            network,
+            source,
+            parts="encoder" if self.weights is None else "all",
+            class_names=self.class_names,
+            match_classes=self.match_classes,
+            normalization=self._normalization(),
+        )
+
+    def _normalization(self) -> tuple[list[float], list[float]]:
+        return self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
+
+    def _start_from_weights(self, is_training: bool) -> None:
         if self._weights_are_set:
             return
-        if self.weights is not None:
-            report = load_weights(self.network, self.weights)
-        else:
-            assert self.encoder_weights is not None
-            report = load_weights(self.network, self.encoder_weights, parts="encoder")
+        report = self.read_weights(self.network)
+        if report.reinitialized and not is_training:
+            reason = next(iter(report.reinitialized.values()))
+            raise ValueError(
+                f"model.weights: the classifier would be drawn anew ({reason}), and its scores "
+                "would mean nothing; train it with `fit` first"
+            )
         # Processes must begin alike, and each drew these for itself.
         drawn = dict(self.network.named_parameters())
         for name in report.reinitialized:
@@ -261,10 +335,12 @@ class SegmentationTask(pl.LightningModule):
     def on_fit_start(self) -> None:
         # Not earlier, in setup: there Lightning does not tell yet whether a checkpoint will be
         # loaded, as one is without being asked for when a cluster job is requeued.
-        self._read_weights()
+        self._start_from_weights(is_training=True)
+        self._last_step = self.trainer.global_step
 
     def on_validation_start(self) -> None:
-        self._read_weights()
+        self._watch.settle()
+        self._start_from_weights(is_training=False)
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
             # DDP would do this in the first forward pass, where a rank that has no image to score
@@ -274,10 +350,10 @@ class SegmentationTask(pl.LightningModule):
             model.require_forward_param_sync = False
 
     def on_test_start(self) -> None:
-        self._read_weights()
+        self._start_from_weights(is_training=False)
 
     def on_predict_start(self) -> None:
-        self._read_weights()
+        self._start_from_weights(is_training=False)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -286,6 +362,17 @@ class SegmentationTask(pl.LightningModule):
             self._before_step = (self.trainer.global_step, buffers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Whoever writes it, and before anything is written.
+        counts = non_finite(dict(tensors_of(checkpoint)))
+        # Buffers may differ between ranks, and all of them have to go on or none.
+        if not self.trainer.strategy.reduce_boolean_decision(not counts):
+            what = describe_non_finite(counts) if counts else "nan or infinity on another rank"
+            raise divergence(
+                f"what a checkpoint would hold has {what}",
+                self.trainer.global_step,
+                self._last_loss,
+                self._last_lr,
+            )
         step, buffers = self._before_step
         if step == checkpoint["global_step"]:
             # Running statistics have seen batches of the next step, which a resumed run sees again.
@@ -296,11 +383,37 @@ class SegmentationTask(pl.LightningModule):
             checkpoint["norm_eps"] = list(self.network.encoder.norm_eps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        name = "the checkpoint"
+        check_content(checkpoint, name)
+        self._check_facts(checkpoint.get("hyper_parameters", {}), name)
+        trainer = self._trainer  # None in load_from_checkpoint, which can be asked not to be strict
+        if trainer is not None and self.strict_loading:
+            check_tensors(checkpoint["state_dict"], self.state_dict(), name)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            check_training_state(checkpoint, self._parameter_groups(), name)
         self._weights_are_set = True
         self.trained_steps = checkpoint.get("global_step", 0)
-        if "norm_eps" in checkpoint:
-            self.network.encoder.norm_eps = NormEps(*checkpoint["norm_eps"])
+        if (eps := checked_eps(name, checkpoint.get("norm_eps"))) is not None:
+            self.network.encoder.norm_eps = NormEps(*eps)
             self._norm_eps_is_from_weights = True
+
+    def _check_facts(self, stated: dict[str, Any], name: str) -> None:
+        """What a checkpoint states about its classes and images is what this run has.
+
+        Raises:
+            WeightsError: it is not.
+        """
+        compared = ("class_names", "image_mean", "image_std")
+        facts = checked_facts(name, {key: stated[key] for key in compared if key in stated})
+        difference = class_difference(facts.get("class_names", self.class_names), self.class_names)
+        if difference is not None:
+            raise WeightsError(
+                f"{name} was trained on other classes: {difference}; take the data set that it was "
+                "trained on, or start from its weights with --model.weights and "
+                "--model.match_classes"
+            )
+        if difference := normalization_difference(facts, *self._normalization()):
+            raise WeightsError(f"{name}: {difference}")
 
     def on_train_start(self) -> None:
         # A resumed run gets the checkpoint's optimiser settings back together with its state. The

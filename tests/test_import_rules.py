@@ -12,7 +12,7 @@ import segformer_pl
 PACKAGE = Path(segformer_pl.__file__).parent
 
 LEAVES = {"models", "data", "optim", "losses", "metrics", "inference", "upsampling"}
-EVERYTHING = LEAVES | {"analysis", "task", "callbacks", "cli", "commands", "doctor"}
+EVERYTHING = LEAVES | {"analysis", "divergence", "task", "callbacks", "cli", "commands", "doctor"}
 # Below everything: it imports nothing of the package, and everyone who writes a file imports it.
 FOUNDATION = {"atomic"}
 MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
@@ -20,7 +20,8 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "losses": {"upsampling"},
     "inference": {"upsampling"},
     "analysis": {"models"},
-    "task": {"models", "losses", "metrics", "optim", "inference"},
+    "divergence": {"models"},
+    "task": {"models", "losses", "metrics", "optim", "inference", "divergence"},
     "callbacks": {"analysis"},
     "cli": EVERYTHING,
     "doctor": {"analysis", "data", "models", "task"},

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from segformer_pl.data.catalog import find_dataset
+from segformer_pl.data.label_mapping import compare_labels, describe_labels
 from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.sources import Source, Split, open_split
@@ -203,6 +204,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
             "fingerprint": source.fingerprint,
             "seed": self.seed,
             "samples_per_step": self._samples_per_step,
+            "labels": describe_labels(self.entry.labels),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,8 +213,25 @@ class StreamingSegmentationData(pl.LightningDataModule):
         return self._here | {"consumed": self.consumed} if self._here else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Compared when training starts: a checkpoint may be scored on other data.
+        # The rest is compared when training starts: a checkpoint may be scored on other data.
+        self.check_labels(state_dict)
         self._resumed = state_dict
+
+    def check_labels(self, state_dict: dict[str, Any]) -> None:
+        """Compare the label mapping that a checkpoint was trained with, if it is of this data set.
+
+        Raises:
+            DataError: a raw value meant another class then.
+        """
+        name, labels = self.entry.name, state_dict.get("labels")
+        if labels is None or state_dict.get("dataset") != name:
+            return
+        if difference := compare_labels(labels, describe_labels(self.entry.labels)):
+            raise DataError(
+                f"the checkpoint was trained with another meaning of the labels of data set "
+                f"{name!r}: {difference}; restore `labels` in its description, or, if these are "
+                "other labels to score on, give the description another `name`"
+            )
 
     def _take_position(self, source: Source) -> None:
         """Go on where the checkpoint stands, if this is its data.

@@ -1,28 +1,21 @@
 """Settings that cannot be meant, and weights that cannot be read."""
 
 import copy
-from collections.abc import Sequence
-from typing import Literal
 
 import lightning.pytorch as pl
 
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.doctor.findings import Examination
-from segformer_pl.models.checkpoints import load_weights
 from segformer_pl.task import SegmentationTask
 
 
 def examine_weights(found: Examination, task: SegmentationTask) -> None:
-    parts: Sequence[tuple[str | None, Literal["all", "encoder"]]] = (
-        (task.weights, "all"),
-        (task.encoder_weights, "encoder"),
-    )
-    for source, part in parts:
-        if source is not None:
-            try:
-                load_weights(copy.deepcopy(task.network), source, parts=part)
-            except ValueError as error:
-                found.error("weights", str(error))
+    if task.weights is None and task.encoder_weights is None:
+        return
+    try:
+        task.read_weights(copy.deepcopy(task.network))
+    except ValueError as error:
+        found.error("weights", str(error))
 
 
 def examine_recipe(

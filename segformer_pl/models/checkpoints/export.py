@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from segformer_pl.models.checkpoints.files import WeightsError
 from segformer_pl.models.checkpoints.layouts import (
     NATIVE,
     NVLABS,
@@ -25,7 +26,7 @@ from segformer_pl.models.checkpoints.networks import (
     encoder_arguments,
     spec_of,
 )
-from segformer_pl.models.checkpoints.sources import SUFFIXES, WeightsError
+from segformer_pl.models.checkpoints.sources import SUFFIXES
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 

@@ -1,16 +1,28 @@
 """Put weights of any layout into a network of ours, all of them or none."""
 
+import copy
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from segformer_pl.models import mit
+from segformer_pl.models.checkpoints.facts import (
+    MatchClasses,
+    normalization_difference,
+    rows_of_classifier,
+)
+from segformer_pl.models.checkpoints.files import (
+    WeightsError,
+    describe_non_finite,
+    non_finite,
+)
 from segformer_pl.models.checkpoints.layouts import (
     NATIVE,
     TRANSFORMERS_EPS,
@@ -19,7 +31,7 @@ from segformer_pl.models.checkpoints.layouts import (
     from_parts,
     to_parts,
 )
-from segformer_pl.models.checkpoints.sources import Source, Weights, WeightsError, read_weights
+from segformer_pl.models.checkpoints.sources import Source, Weights, read_weights
 from segformer_pl.models.mit import MixTransformer, NormEps
 from segformer_pl.models.segformer import SegFormer
 
@@ -45,6 +57,7 @@ class LoadReport:
         inflated: Our names that were adapted to other input channels -> by which rule.
         missing: Our names that the source does not have; empty if strict.
         unexpected: Names in the source that the model has no place for; empty if strict.
+        remarks: What the source states about itself and how it agrees with the run.
     """
 
     source: str
@@ -58,6 +71,7 @@ class LoadReport:
     inflated: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = "the encoder" if self.parts == "encoder" else "the model"
@@ -66,6 +80,7 @@ class LoadReport:
             f"LayerNorm epsilon {self.norm_eps.norm:g} in blocks and stages, "
             f"{self.norm_eps.conv_norm:g} after convolutions: {self.norm_eps_reason}"
         )
+        lines += self.remarks
         for title, reasons in (
             ("left out", self.dropped),
             ("drawn anew", self.reinitialized),
@@ -82,7 +97,14 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, source: Source | Weights, *, parts: Parts = "all", strict: bool = True
+    model: nn.Module,
+    source: Source | Weights,
+    *,
+    parts: Parts = "all",
+    strict: bool = True,
+    class_names: Sequence[str] | None = None,
+    match_classes: MatchClasses = "exact",
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> LoadReport:
     """Set a model's weights, and the LayerNorm epsilons they were trained with.
 
@@ -101,12 +123,25 @@ def load_weights(
         parts: ``"encoder"`` sets the encoder alone and drops the source's head.
         strict: Whether a tensor that is missing or left over is an error; otherwise it is named
             in the report. Another shape is always an error.
+        class_names: The model's classes, which the source's must be if it names them and has as
+            many. None: not compared.
+        match_classes: How the source's classes become these: see
+            :func:`~segformer_pl.models.checkpoints.facts.rows_of_classifier`. By name the
+            classifier's outputs are reordered, and those of classes that the source does not have
+            are drawn anew.
+        normalization: Mean and standard deviation that the model's images are normalised with,
+            which the source's must be if it states them. None: not compared.
 
     Raises:
-        WeightsError: the source cannot be read or does not fit the model.
+        WeightsError: the source cannot be read, does not fit the model, means other classes or
+            other images, or holds nan or infinity.
     """
-    if parts not in get_args(Parts):
-        raise WeightsError(f"parts={parts!r}: choose one of {', '.join(get_args(Parts))}")
+    for name, value, known in (
+        ("parts", parts, Parts),
+        ("match_classes", match_classes, MatchClasses),
+    ):
+        if value not in get_args(known):
+            raise WeightsError(f"{name}={value!r}: choose one of {', '.join(get_args(known))}")
     encoder = encoder_of(model)
     weights = source if isinstance(source, Weights) else read_weights(source)
     layout, kind, found, dropped, unknown = split(weights, parts)
@@ -125,14 +160,11 @@ def load_weights(
             if num_channels == 1
             else f"channel c from channel c mod 3, times 3/{num_channels}"
         )
-    reinitialized = {}
-    if all(name in found and name in wanted for name in CLASSIFIER):
-        theirs, ours = (_shape(tensors[CLASSIFIER[1]])[0] for tensors in (found, wanted))
-        if theirs != ours and _shape(found[CLASSIFIER[0]])[1:] == _shape(wanted[CLASSIFIER[0]])[1:]:
-            reason = f"{theirs} classes in the source, {ours} in the model"
-            reinitialized = dict.fromkeys(CLASSIFIER, reason)
-            for name in CLASSIFIER:
-                del found[name], wanted[name]
+    remarks = [*_compare_images(weights, normalization), *_compare_arguments(weights, encoder)]
+    reinitialized, new_classes, remark = _match_classifier(
+        weights, found, wanted, class_names, match_classes
+    )
+    remarks += remark
 
     missing = [name for name in wanted if name not in found]
     unexpected = [*unknown, *(name for name in found if name not in wanted)]
@@ -140,15 +172,10 @@ def load_weights(
         _check_complete(weights, parts, kind, found, missing, unexpected)
     fitting = {name: tensor for name, tensor in found.items() if name in wanted}
     _check_shapes(weights, fitting, wanted)
-    broken = [
-        name
-        for name, tensor in fitting.items()
-        if not tensor.is_meta and not torch.isfinite(tensor).all()
-    ]
-    if broken:
+    if broken := non_finite(fitting):
         raise WeightsError(
-            f"{weights.name} holds nan or infinity in {len(broken)} tensors (the first is "
-            f"{broken[0]}); it comes from a training that diverged: give an earlier checkpoint"
+            f"{weights.name} holds {describe_non_finite(broken)}; it comes from a training that "
+            "diverged, or is damaged: give an earlier checkpoint"
         )
 
     # From here on nothing can fail.
@@ -160,7 +187,13 @@ def load_weights(
         for name, tensor in state.items():
             own[name].copy_(tensor)
     if reinitialized:
-        cast(SegFormer, model).head.classifier.reset_parameters()
+        classifier = cast(SegFormer, model).head.classifier
+        fresh = copy.deepcopy(classifier)
+        fresh.reset_parameters()
+        rows = new_classes or slice(None)
+        with torch.no_grad():
+            for name, tensor in classifier.named_parameters():
+                tensor[rows] = fresh.get_parameter(name)[rows]
     eps, reason = _norm_eps(layout, weights)
     if eps is not None:
         encoder.norm_eps = eps
@@ -176,6 +209,7 @@ def load_weights(
         inflated=inflated,
         missing=tuple(missing),
         unexpected=tuple(unexpected),
+        remarks=tuple(remarks),
     )
 
 
@@ -241,6 +275,105 @@ def split(
         dropped |= dict.fromkeys([*heads, *other_head], "only the encoder was asked for")
     unknown = [name for name in unknown if name not in dropped]
     return layout, layout.encoder_prefixes[prefix], found, dropped, outside + unknown
+
+
+def _match_classifier(
+    weights: Weights,
+    found: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    class_names: Sequence[str] | None,
+    how: MatchClasses,
+) -> tuple[dict[str, str], list[int], list[str]]:
+    """Give the source's classifier the model's classes, or leave it out of both.
+
+    Returns:
+        Our names that are to be drawn anew -> why; the classes that are, none for all of them;
+        lines for the report.
+    """
+    if not all(name in found and name in wanted for name in CLASSIFIER):
+        return {}, [], []
+    (weight, bias), ours = (found[name] for name in CLASSIFIER), _shape(wanted[CLASSIFIER[1]])[0]
+    fits = _shape(weight)[1:] == _shape(wanted[CLASSIFIER[0]])[1:]
+    if not fits or bias.ndim != 1 or len(bias) != len(weight):
+        return {}, [], []  # left to the check of shapes
+    theirs = len(bias)
+    if theirs != ours and (class_names is None or how == "exact"):
+        for name in CLASSIFIER:
+            del found[name], wanted[name]
+        reason = f"{theirs} classes in the source, {ours} in the model"
+        return dict.fromkeys(CLASSIFIER, reason), [], []
+    if class_names is None:
+        return {}, [], []
+    if len(class_names) != ours:
+        raise WeightsError(
+            f"the model has {ours} classes, but there are {len(class_names)} class names; give one "
+            "for each"
+        )
+    rows, remark = rows_of_classifier(
+        weights.name, weights.task.get("class_names"), theirs, class_names, how
+    )
+    index = torch.tensor([row or 0 for row in rows])
+    found |= {name: found[name][index] for name in CLASSIFIER}
+    new = [number for number, row in enumerate(rows) if row is None]
+    if not new:
+        return {}, [], [remark]
+    names = [class_names[number] for number in new]
+    reason = f"the rows of {len(new)} classes that the source does not have: {_listed(names, 12)}"
+    return dict.fromkeys(CLASSIFIER, reason), new, [remark]
+
+
+def _compare_images(
+    weights: Weights, normalization: tuple[Sequence[float], Sequence[float]] | None
+) -> list[str]:
+    if normalization is None:
+        return []
+    stated = [weights.task[key] for key in ("image_mean", "image_std") if key in weights.task]
+    if not stated:
+        return ["the source does not say how its images were normalised"]
+    if any(len(values) != len(normalization[0]) for values in stated):
+        return [
+            f"normalisation not compared: for {len(stated[0])} channels in the source, for "
+            f"{len(normalization[0])} here"
+        ]
+    if difference := normalization_difference(weights.task, *normalization):
+        raise WeightsError(f"{weights.name}: {difference}")
+    return ["normalisation: as in the source"]
+
+
+def _compare_arguments(weights: Weights, encoder: MixTransformer) -> list[str]:
+    """What no shape tells: another number of heads makes nonsense of the weights; strides and
+    padded keys can be changed on purpose, so that a line says so."""
+    stages: Any = list(encoder.stages)
+    ours = {
+        "num_heads": tuple(stage.blocks[0].attn.num_heads for stage in stages),
+        "strides": tuple(stage.patch_embed.proj.stride[0] for stage in stages),
+        "kv_border": stages[0].blocks[0].attn.kv_border,
+    }
+    theirs = _stated_arguments(weights)
+    differing = [key for key in ours if key in theirs and theirs[key] != ours[key]]
+    if "num_heads" in differing:
+        raise WeightsError(
+            f"{weights.name} was trained with num_heads {theirs['num_heads']}, and the model has "
+            f"{ours['num_heads']}; build the model that the weights are for"
+        )
+    return [f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing]
+
+
+def _stated_arguments(weights: Weights) -> dict[str, Any]:
+    """Encoder arguments that the source states, those left at their defaults included."""
+    spec = weights.task.get("network", {})
+    arguments = spec.get("init_args", {})
+    if isinstance(arguments.get("encoder"), Mapping):
+        spec = arguments["encoder"]
+        arguments = spec.get("init_args", {})
+    if str(spec.get("class_path")).startswith("segformer_pl.models."):
+        defaults = inspect.signature(MixTransformer).parameters
+        known = ("num_heads", "strides", "kv_border")
+        stated = {key: arguments.get(key, defaults[key].default) for key in known}
+    else:
+        names = {"num_attention_heads": "num_heads", "strides": "strides"}
+        stated = {ours: weights.config[key] for key, ours in names.items() if key in weights.config}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
 
 
 def _norm_eps(layout: Layout, weights: Weights) -> tuple[NormEps | None, str]:

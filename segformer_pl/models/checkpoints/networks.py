@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segformer_pl import models
+from segformer_pl.models.checkpoints.files import WeightsError
 from segformer_pl.models.checkpoints.loading import (
     CLASSIFIER,
     STEM,
@@ -23,7 +24,7 @@ from segformer_pl.models.checkpoints.loading import (
     split,
     variants,
 )
-from segformer_pl.models.checkpoints.sources import Source, Weights, WeightsError, read_weights
+from segformer_pl.models.checkpoints.sources import Source, Weights, read_weights
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 

@@ -2,21 +2,32 @@
 
 A file (``.pth``, ``.bin``, ``.safetensors``, a Lightning ``.ckpt``), a folder written by
 transformers' or segmentation_models_pytorch's ``save_pretrained``, a name on the Hugging Face hub,
-or a state dict in memory. Nothing here knows any tensor's name. Files are data: a pickle that would
-run code is refused.
+or a state dict in memory. Nothing here knows any tensor's name.
 """
 
 import json
 import os
-import pickle
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from segformer_pl.models.checkpoints.facts import (
+    checked_eps,
+    checked_facts,
+    names_from_id2label,
+    normalization_from_preprocessor,
+)
+from segformer_pl.models.checkpoints.files import (
+    WeightsError,
+    check_regular,
+    damaged,
+    load_file,
+)
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -25,10 +36,6 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be read, or do not fit; the message says which, where and what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Weights:
         preprocessor: ``preprocessor_config.json`` of a folder.
         task: Hyperparameters of the :class:`~segformer_pl.task.SegmentationTask` that they were
             trained in: ``network`` (class path and arguments), ``class_names``, ``palette``,
-            ``image_mean``, ``image_std``; each only if the source states it.
+            ``image_mean`` and ``image_std`` (for images in 0 to 1); each only if the source states
+            it.
         norm_eps: Epsilons of block and convolution norms, if the source states them.
     """
 
@@ -67,11 +75,15 @@ def read_weights(source: Source) -> Weights:
             f"weights cannot come from a {type(source).__name__}; give a file, a folder, a hub "
             "name or a state dict"
         )
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_folder(path, str(source))
-    if path.is_file():
-        return _read_file(path)
+    path = Path(os.path.expanduser(source))
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError):
+        check_regular(path)  # says why not
+    else:
+        return _read_folder(path, str(source)) if is_folder else _read_file(path)
     if isinstance(source, str) and path.suffix not in SUFFIXES:
         hub_name = _HUB_NAME.fullmatch(source)
         if hub_name is not None:
@@ -86,45 +98,29 @@ def read_weights(source: Source) -> Weights:
 def _read_file(path: Path) -> Weights:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            raise _damaged(path, error) from error
-        raise WeightsError(
-            f"'{path}' holds code ({code[1]}), which reading it would run, so it is refused; have "
-            "whoever made it save tensors only: torch.save(model.state_dict(), FILE)"
-        ) from error
-    except Exception as error:  # of many types, depending on where the file breaks off
-        raise _damaged(path, error) from error
-    return _from_content(f"'{path}'", content)
-
-
-def _damaged(path: Path, error: Exception) -> WeightsError:
-    return WeightsError(
-        f"'{path}' is no file of tensors, or is cut short ({type(error).__name__}); compare its "
-        f"size ({path.stat().st_size:,} bytes) with the original and fetch it again"
-    )
+    return _from_content(f"'{path}'", load_file(path))
 
 
 def _read_safetensors(path: Path) -> Weights:
     from safetensors import SafetensorError, safe_open
 
+    size = check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, size, error) from error
     if "segformer_pl" not in metadata:
         return Weights(f"'{path}'", tensors)
     try:
         known = json.loads(metadata["segformer_pl"])
-        task, norm_eps = dict(known["task"]), tuple(known["norm_eps"])
+        task, norm_eps = known["task"], known["norm_eps"]
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
-    return Weights(f"'{path}'", tensors, task=task, norm_eps=norm_eps)
+        raise damaged(path, size, error) from error
+    name = f"'{path}'"
+    facts, eps = checked_facts(name, task), checked_eps(name, norm_eps)
+    return Weights(name, tensors, task=facts, norm_eps=eps)
 
 
 def _from_content(name: str, content: Any) -> Weights:
@@ -142,13 +138,23 @@ def _from_content(name: str, content: Any) -> Weights:
             f"{name} holds a {type(content).__name__} with no state dict in it; give one that "
             "holds named tensors, alone or as its 'state_dict'"
         )
-    task = dict(beside.get("hyper_parameters", {}))
-    meta = beside.get("meta")  # of mmcv: what the classes are
-    if isinstance(meta, Mapping):
-        names = {"class_names": meta.get("CLASSES"), "palette": meta.get("PALETTE")}
-        task |= {key: list(value) for key, value in names.items() if value}
-    stated = beside.get("norm_eps")
-    return Weights(name, tensors, task=task, norm_eps=tuple(stated) if stated else None)
+    task = checked_facts(name, beside.get("hyper_parameters") or {}) | _facts_of_mmcv(beside, name)
+    return Weights(name, tensors, task=task, norm_eps=checked_eps(name, beside.get("norm_eps")))
+
+
+def _facts_of_mmcv(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What mmcv (``meta.CLASSES``) and mmengine (``meta.dataset_meta.classes``) say of classes."""
+    meta = content.get("meta")
+    if not isinstance(meta, Mapping):
+        return {}
+    newer = meta.get("dataset_meta")
+    if isinstance(newer, Mapping):
+        names, palette = newer.get("classes"), newer.get("palette")
+    else:
+        names, palette = meta.get("CLASSES"), meta.get("PALETTE")
+    facts = {"class_names": names, "palette": palette}
+    facts = {key: list(v) if isinstance(v, tuple) else v for key, v in facts.items() if v}
+    return checked_facts(name, facts)
 
 
 def _read_folder(folder: Path, name: str) -> Weights:
@@ -160,12 +166,10 @@ def _read_folder(folder: Path, name: str) -> Weights:
         )
     config = _read_json(folder / "config.json")
     preprocessor = _read_json(folder / "preprocessor_config.json")
-    task: dict[str, Any] = {
-        key: preprocessor[key] for key in ("image_mean", "image_std") if key in preprocessor
-    }
-    if "id2label" in config:
-        names = {int(index): label for index, label in config["id2label"].items()}
-        task["class_names"] = [names[index] for index in sorted(names)]
+    task = normalization_from_preprocessor(preprocessor, f"{name!r}, preprocessor_config.json")
+    names = config.get("id2label") and names_from_id2label(config["id2label"], repr(name))
+    if names:
+        task["class_names"] = names
     return replace(
         _read_file(file), name=repr(name), config=config, preprocessor=preprocessor, task=task
     )

@@ -1,0 +1,286 @@
+"""What weights mean: the facts that their source states, compared with those of a run.
+
+Tensors fit by their shapes alone, and then class 3 of the source is taken for class 3 of the data
+set, and images for images of the same normalisation. Sources state both: a run's checkpoint and a
+native file in the task's hyperparameters, transformers in ``id2label`` and
+``preprocessor_config.json``, mmsegmentation in ``meta``.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from segformer_pl.models.checkpoints.files import WeightsError
+
+MatchClasses = Literal["exact", "by_name", "by_index"]
+
+SHOWN_CLASSES = 12  # of those that differ, in a message
+NORMALIZATION_TOLERANCE = 1e-4  # code bases write 58.395 / 255 and 0.229
+
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls classes without names
+
+
+def checked_facts(name: str, stated: Any) -> dict[str, Any]:
+    """The facts of a task's hyperparameters, each of the form that it has to have.
+
+    Raises:
+        WeightsError: one has another form.
+    """
+    if not isinstance(stated, Mapping):
+        raise WeightsError(f"{name} describes its task by a {type(stated).__name__}, not by names")
+    facts = dict(stated)
+    for key, (is_right, form) in {
+        "network": (_is_network, "a class path with arguments"),
+        "class_names": (_is_list_of(str), "a list of texts"),
+        "image_mean": (_is_list_of(int, float), "a list of numbers"),
+        "image_std": (_is_list_of(int, float), "a list of numbers"),
+    }.items():
+        if facts.get(key) is None:
+            facts.pop(key, None)
+        elif not is_right(facts[key]):
+            raise WeightsError(f"{name} states {key} as {_brief(facts[key])}; it has to be {form}")
+    return facts
+
+
+def checked_eps(name: str, stated: Any) -> tuple[float, float] | None:
+    """LayerNorm epsilons of blocks and after convolutions, if they are stated.
+
+    Raises:
+        WeightsError: they are not two positive numbers.
+    """
+    if stated is None:
+        return None
+    is_pair = _is_list_of(int, float)(stated) and len(stated) == 2
+    if not is_pair or not all(0 < eps < 1 for eps in stated):
+        raise WeightsError(
+            f"{name} states norm_eps as {_brief(stated)}; it has to be two numbers between 0 and 1"
+        )
+    return stated[0], stated[1]
+
+
+def _is_network(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("class_path"), str)
+        and isinstance(value.get("init_args", {}), Mapping)
+        and all(isinstance(key, str) for key in value.get("init_args", {}))
+    )
+
+
+def _is_list_of(*kinds: type) -> Any:
+    return lambda value: (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(isinstance(item, kinds) and not isinstance(item, bool) for item in value)
+    )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def names_from_id2label(id2label: Any, name: str) -> list[str] | None:
+    """Class names by id, or None if they are the placeholders LABEL_0, LABEL_1, ...
+
+    Raises:
+        WeightsError: the ids are not 0, 1, 2, ...
+    """
+    try:
+        by_id = {int(index): str(label) for index, label in id2label.items()}
+    except (AttributeError, ValueError, TypeError) as error:
+        raise WeightsError(
+            f"{name}: id2label is {_brief(id2label)}; it has to name the classes 0, 1, 2, ..."
+        ) from error
+    ids = sorted(by_id)
+    if ids != list(range(len(id2label))):
+        raise WeightsError(
+            f"{name}: id2label has the ids {_numbers_in_short(ids)}, not 0 to "
+            f"{len(id2label) - 1}; correct config.json"
+        )
+    names = [by_id[index] for index in ids]
+    return None if all(map(_PLACEHOLDER.fullmatch, names)) else names
+
+
+def _numbers_in_short(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:SHOWN_CLASSES]))
+    return shown if len(numbers) <= SHOWN_CLASSES else f"{shown}, ..."
+
+
+def normalization_from_preprocessor(preprocessor: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """``image_mean`` and ``image_std`` for images in 0 to 1, as transformers' processor computes.
+
+    Raises:
+        WeightsError: a value has another form.
+    """
+    stated = checked_facts(
+        name, {key: preprocessor.get(key) for key in ("image_mean", "image_std")}
+    )
+    mean, std = stated.get("image_mean"), stated.get("image_std")
+    if preprocessor.get("do_normalize", True) is False:
+        channels = len(mean or std or (0, 0, 0))
+        mean, std = [0.0] * channels, [1.0] * channels
+    if mean is None or std is None:
+        return stated
+    factor = preprocessor.get("rescale_factor", 1 / 255)
+    if preprocessor.get("do_rescale", True) is False:
+        factor = 1.0
+    if not isinstance(factor, int | float) or not factor > 0:
+        raise WeightsError(f"{name} states rescale_factor as {_brief(factor)}; correct it")
+    # The processor sees values of 0 to 255, multiplies, subtracts and divides.
+    scale = 1.0 if math.isclose(factor * 255, 1) else factor * 255
+    return {
+        "image_mean": [value / scale for value in mean],
+        "image_std": [value / scale for value in std],
+    }
+
+
+def match_names(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
+    """Index in ``theirs`` of each of ``ours``, None for those that are not there.
+
+    Case, and whether words are joined by spaces, underscores or hyphens, make no difference
+    (``traffic light``, ``Traffic_Light``) unless a list has classes that differ in nothing else.
+    """
+    theirs, ours = _comparable(theirs, ours)
+    index = {name: number for number, name in enumerate(theirs)}
+    return [index.get(name) for name in ours]
+
+
+def _comparable(theirs: Sequence[str], ours: Sequence[str]) -> tuple[list[str], list[str]]:
+    simple = [[" ".join(re.split(r"[\s_-]+", n.strip().casefold())) for n in ns]
+              for ns in (theirs, ours)]  # fmt: skip
+    if any(len(set(s)) < len(set(ns)) for s, ns in zip(simple, (theirs, ours))):
+        return list(theirs), list(ours)
+    return simple[0], simple[1]
+
+
+def class_difference(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """Which classes differ, index by index, as part of a sentence; None if none do."""
+    if len(theirs) != len(ours):
+        return (
+            f"it has {len(theirs)} classes ({_names_in_short(theirs)}), the data set {len(ours)} "
+            f"({_names_in_short(ours)})"
+        )
+    simple = _comparable(theirs, ours)
+    pairs = [
+        f"{index}: {theirs[index]!r} there, {ours[index]!r} here"
+        for index, (their, our) in enumerate(zip(*simple))
+        if their != our
+    ]
+    if not pairs:
+        return None
+    rest = len(pairs) - SHOWN_CLASSES
+    shown = "; ".join(pairs[:SHOWN_CLASSES]) + (f"; and {rest} more" if rest > 0 else "")
+    order = " (the same names in another order)" if sorted(simple[0]) == sorted(simple[1]) else ""
+    return f"of its {len(theirs)} classes {len(pairs)} differ from the data set's{order}: {shown}"
+
+
+def _names_in_short(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:SHOWN_CLASSES]))
+    return shown if len(names) <= SHOWN_CLASSES else f"{shown}, ..."
+
+
+def rows_of_classifier(
+    name: str,
+    theirs: Sequence[str] | None,
+    num_theirs: int,
+    ours: Sequence[str],
+    how: MatchClasses,
+) -> tuple[list[int | None], str]:
+    """Which output of a source's classifier belongs to each class of a data set.
+
+    Args:
+        name: The source, for messages.
+        theirs: Its class names, if it states them.
+        num_theirs: Outputs of its classifier.
+        ours: Class names of the data set.
+        how: ``"exact"``: the names are the same in the same order; ``"by_name"``: each class
+            takes the output of the class of its name; ``"by_index"``: class i takes output i,
+            whatever the names.
+
+    Returns:
+        Index of the output, or None for a class that is not in the source; and a line for the
+        report.
+
+    Raises:
+        WeightsError: the classes do not match in this way.
+    """
+    same = list(range(len(ours)))
+    if how == "by_index":
+        if num_theirs != len(ours):
+            raise WeightsError(
+                f"model.match_classes by_index: {name} has {num_theirs} classes and the data set "
+                f"{len(ours)}; by index there have to be as many"
+            )
+        return list(same), "classes taken in their order, as match_classes by_index asks for"
+    if theirs is not None and len(theirs) != num_theirs:
+        raise WeightsError(
+            f"{name} names {len(theirs)} classes and its classifier has {num_theirs}, so its names "
+            "cannot be compared with the data set's; correct them, or give --model.match_classes "
+            "by_index if its classes are the data set's in the same order"
+        )
+    if how == "by_name":
+        if theirs is None:
+            raise WeightsError(
+                f"model.match_classes by_name: {name} does not name its classes; if they are the "
+                "data set's in the same order, leave it out"
+            )
+        if len(set(theirs)) < len(theirs):
+            twice = next(n for i, n in enumerate(theirs) if n in theirs[:i])
+            raise WeightsError(
+                f"model.match_classes by_name: {name} has two classes named {twice!r}; correct its "
+                "names, or give by_index if its classes are the data set's in the same order"
+            )
+        rows = match_names(theirs, ours)
+        num_found = len(ours) - rows.count(None)
+        return rows, f"classes matched by name: {num_found} of {len(ours)} are in the source"
+    if theirs is None:
+        return list(same), (
+            "the source does not name its classes; they are taken for the data set's, in the same "
+            "order"
+        )
+    difference = class_difference(theirs, ours)
+    if difference is None:
+        return list(same), "classes: those of the data set, in the same order"
+    if None not in match_names(theirs, ours):
+        remedy = "give --model.match_classes by_name, which reorders the classifier"
+    else:
+        remedy = (
+            "for training, give --model.encoder_weights to take the encoder alone, or "
+            "--model.match_classes by_name to keep the classes of equal names and initialise the "
+            "others; give --model.match_classes by_index if only the spelling differs"
+        )
+    raise WeightsError(f"{name} was trained on other classes: {difference}; {remedy}")
+
+
+def normalization_difference(
+    stated: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]
+) -> str | None:
+    """How the images of a source are normalised in another way than a run's, with the arguments
+    that would agree; None if they are not, or the source does not say."""
+    here = {"image_mean": list(mean), "image_std": list(std)}
+    there = {key: list(stated[key]) for key in here if key in stated}
+    if all(_are_close(values, here[key]) for key, values in there.items()):
+        return None
+    agreeing = " ".join(
+        f"--model.{key}=[{','.join(f'{value:.6g}' for value in values)}]"
+        for key, values in there.items()
+    )
+    described = [
+        ", ".join(f"{key} {_rounded(values)}" for key, values in of.items()) for of in (there, here)
+    ]
+    return (
+        f"images were normalised with {described[0]} there and are with {described[1]} here; give "
+        f"{agreeing}"
+    )
+
+
+def _are_close(theirs: Sequence[float], ours: Sequence[float]) -> bool:
+    return len(theirs) == len(ours) and all(
+        math.isclose(a, b, rel_tol=0, abs_tol=NORMALIZATION_TOLERANCE) for a, b in zip(theirs, ours)
+    )
+
+
+def _rounded(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.4g}" for value in values) + "]"

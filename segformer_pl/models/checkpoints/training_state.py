@@ -1,0 +1,220 @@
+"""Check what a run's checkpoint holds before any of it is used.
+
+Lightning takes a checkpoint's parts one after the other and trusts each: a part that is missing is
+a ``KeyError`` half-way, a wrong counter goes unnoticed. Nothing here needs Lightning: a checkpoint
+is plain data.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from segformer_pl.models.checkpoints.files import WeightsError, describe_non_finite, non_finite
+
+# Lightning's EMA and its like keep the weights that were trained beside their average.
+STATE_DICTS = ("state_dict", "current_model_state")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each of its parameter's shape
+
+REMEDY = "give another checkpoint, or start a new run from its weights with --model.weights"
+
+
+def check_content(content: Any, name: str) -> dict[str, Any]:
+    """A checkpoint as Lightning writes it: named parts, each of its kind.
+
+    Raises:
+        WeightsError: it is something else.
+    """
+    if not isinstance(content, dict):
+        raise WeightsError(
+            f"{name} holds a {type(content).__name__} and is no checkpoint of a run; give one"
+        )
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(
+            f"{name} holds bare weights and is no checkpoint of a run; start from them with "
+            "--model.weights"
+        )
+    missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in content]
+    if missing:
+        raise WeightsError(
+            f"{name} has no {missing[0]!r} and is no checkpoint of a run; give one, or load its "
+            "weights with --model.weights"
+        )
+    kinds: dict[str, tuple[type, str]] = {
+        "pytorch-lightning_version": (str, "a version"),
+        "state_dict": (dict, "tensors by name"),
+        "current_model_state": (dict, "tensors by name"),
+        "hyper_parameters": (dict, "settings by name"),
+        "datamodule_hyper_parameters": (dict, "settings by name"),
+        "StreamingSegmentationData": (dict, "the position in the data"),
+        "loops": (dict, "the trainer's counters"),
+        "callbacks": (dict, "states by name"),
+        "optimizer_states": (list, "a list of states"),
+        "lr_schedulers": (list, "a list of states"),
+        "global_step": (int, "the number of steps"),
+        "epoch": (int, "a number"),
+    }
+    for key, (kind, what) in kinds.items():
+        value = content.get(key)
+        if key in content and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise WeightsError(_wrong(name, key, value, what))
+        if isinstance(value, int) and value < 0:
+            raise WeightsError(_wrong(name, key, value, "at least 0"))
+    version = content["pytorch-lightning_version"]
+    if not re.match(r"\d+\.\d+", version):
+        raise WeightsError(_wrong(name, "pytorch-lightning_version", version, "a version"))
+    for key in STATE_DICTS:
+        for tensor_name, tensor in content.get(key, {}).items():
+            if not isinstance(tensor_name, str) or not isinstance(tensor, Tensor):
+                raise WeightsError(_wrong(name, f"{key}, {tensor_name}", tensor, "a tensor"))
+        if counts := non_finite(content.get(key, {})):
+            raise WeightsError(
+                f"{name} holds {describe_non_finite(counts)}; it comes from a training that "
+                "diverged, or is damaged: give an earlier checkpoint"
+            )
+    return content
+
+
+def _wrong(name: str, key: str, value: Any, what: str) -> str:
+    shown = repr(value) if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+    return f"{name} holds {shown[:60]} as {key}, which has to be {what}; {REMEDY}"
+
+
+def check_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor], name: str) -> None:
+    """The tensors of the model, no more and no less, each of its shape.
+
+    Raises:
+        WeightsError: one is missing, left over or of another shape.
+    """
+    missing = [key for key in here if key not in there]
+    unexpected = [key for key in there if key not in here]
+    reshaped = [key for key in here if key in there and there[key].shape != here[key].shape]
+    problems = [f"lacks {_some(missing)}"] if missing else []
+    problems += [f"has {_some(unexpected)}, which the model has not"] if unexpected else []
+    if reshaped:
+        key = reshaped[0]
+        sizes = (tuple(tensors[key].shape) for tensors in (there, here))
+        problems.append(
+            f"has {_some(reshaped)} of other shapes than the model ({{}}, not {{}})".format(*sizes)
+        )
+    if problems:
+        raise WeightsError(
+            f"{name} {', '.join(problems)}; make model.network the network that was trained"
+        )
+
+
+def _some(keys: list[str]) -> str:
+    rest = f" and {len(keys) - 1} other tensors" if len(keys) > 1 else ""
+    return f"{keys[0]}{rest}"
+
+
+def check_training_state(
+    checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], name: str
+) -> None:
+    """What a training goes on from: optimiser, schedule and counters, in agreement.
+
+    Args:
+        checkpoint: Its content, of which :func:`check_content` has seen the kinds.
+        groups: The optimiser's parameter groups here.
+        name: The checkpoint, for messages.
+
+    Raises:
+        WeightsError: a part is missing, does not fit, or counts other steps than the rest.
+    """
+    for key in ("optimizer_states", "lr_schedulers", "loops"):
+        if key not in checkpoint:
+            raise WeightsError(f"{name} has no {key!r}, so training cannot go on from it; {REMEDY}")
+    step = _check_counters(checkpoint, name)
+    try:
+        (optimizer,) = checkpoint["optimizer_states"]
+        (schedule,) = checkpoint["lr_schedulers"]
+        theirs = [list(group["params"]) for group in optimizer["param_groups"]]
+        state, last_epoch = dict(optimizer["state"]), schedule["last_epoch"]
+        if any(not isinstance(values, Mapping) for values in state.values()):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"{name} does not hold the state of one optimiser and one schedule; {REMEDY}"
+        ) from error
+    sizes = [[len(params) for params in of] for of in (theirs, [g["params"] for g in groups])]
+    if sizes[0] != sizes[1]:
+        raise WeightsError(
+            f"{name} has an optimiser of {sizes[0]} parameters in its groups, and this run one of "
+            f"{sizes[1]}; {REMEDY}"
+        )
+    if last_epoch != step:
+        raise WeightsError(
+            f"{name} was written after {step} steps, but its schedule stands at {last_epoch}; "
+            f"{REMEDY}"
+        )
+    _check_moments(state, theirs, groups, name)
+
+
+def _check_counters(checkpoint: Mapping[str, Any], name: str) -> int:
+    """The number of optimiser steps, which the trainer counts in its loops."""
+    for path, value in _leaves(checkpoint["loops"], "loops"):
+        if isinstance(value, int) and value < 0:
+            raise WeightsError(_wrong(name, path, value, "at least 0"))
+    try:
+        progress = checkpoint["loops"]["fit_loop"][
+            "epoch_loop.automatic_optimization.optim_progress"
+        ]
+        step = progress["optimizer"]["step"]["total"]["completed"]
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"{name} does not hold the counters of a training; {REMEDY}") from error
+    stated = checkpoint.get("global_step")
+    if not isinstance(step, int) or stated != step:
+        raise WeightsError(
+            f"{name} says that it was written after {stated} steps, but its trainer counted "
+            f"{step}; {REMEDY}"
+        )
+    return step
+
+
+def _check_moments(
+    state: Mapping[Any, Mapping[str, Any]],
+    theirs: list[list[Any]],
+    groups: Sequence[Mapping[str, Any]],
+    name: str,
+) -> None:
+    flat: dict[str, Tensor] = {}
+    for ids, group in zip(theirs, groups):
+        for key, parameter in zip(ids, group["params"]):
+            for moment in MOMENTS if state else ():
+                tensor = state.get(key, {}).get(moment)
+                if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+                    found = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing"
+                    raise WeightsError(
+                        f"{name} has {found} as the optimiser's {moment} of parameter {key}, whose "
+                        f"shape is {tuple(parameter.shape)}; {REMEDY}"
+                    )
+                flat[f"{moment} of parameter {key}"] = tensor
+            step = state.get(key, {}).get("step")
+            if state and not (isinstance(step, Tensor) and step.numel() == 1 and step.item() >= 0):
+                raise WeightsError(_wrong(name, f"the step of parameter {key}", step, "a number"))
+    if counts := non_finite(flat):
+        raise WeightsError(
+            f"{name}, optimiser: {describe_non_finite(counts)}; it comes from a training that "
+            "diverged: give an earlier checkpoint"
+        )
+
+
+def tensors_of(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the weights and of the optimisers, by a name for messages."""
+    for part in (*STATE_DICTS, "optimizer_states"):
+        for path, value in _leaves(checkpoint.get(part, {}), ""):
+            if isinstance(value, Tensor):
+                yield path if part == "state_dict" else f"{part}.{path}", value
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        items: Any = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    else:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
