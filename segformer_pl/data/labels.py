@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 Color: TypeAlias = tuple[int, int, int]
 TrainIds: TypeAlias = npt.NDArray[np.integer[Any]]
+Coding: TypeAlias = Literal["values", "colors"]
 
 RAW_VALUES = range(-(1 << 16), 1 << 16)  # those that a spec can give a meaning
 OKABE_ITO: tuple[Color, ...] = (
@@ -51,7 +52,7 @@ class LabelSpec:
     ignored: frozenset[int] | frozenset[Color] = frozenset()
     raw_to_train: Mapping[int, int] | None = field(default=None, hash=False)
     ignore_index: int = 255
-    coding: Literal["values", "colors"] = "values"
+    coding: Coding = "values"
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.colors):
@@ -176,7 +177,7 @@ class LabelSpec:
             red, green, blue = (raw[..., channel].astype(np.int32) for channel in range(3))
             return red << 16 | green << 8 | blue
         if plain and self.coding == "values":
-            return raw.view(np.uint8) if raw.dtype == bool else raw
+            return raw.astype(np.uint8) if raw.dtype == bool else raw
         if plain:
             advice = (
                 "the spec reads colours, labels.coding: colors; set labels.coding: values, or "
