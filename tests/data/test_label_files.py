@@ -160,7 +160,7 @@ def test_values_of_8_bits_come_back_from_what_pillow_writes(format):
 def test_a_gif_whose_palette_was_renumbered_has_colors_but_no_values():
     values = np.array([[0, 255, 7]], np.uint8)
     encoded = written(values, "GIF")  # indices 0, 2 and 1
-    with pytest.raises(DataError, match="^here: the label image is a GIF, whose writers renumber"):
+    with pytest.raises(DataError, match=r"^here: the label image is a GIF, whose writers renumber"):
         decode_label(encoded, "here")
     stored = decode_label(encoded, "here", "colors").values
     np.testing.assert_array_equal(stored, values[..., None].repeat(3, 2))
