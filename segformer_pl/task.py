@@ -272,7 +272,13 @@ class SegmentationTask(pl.LightningModule):
         loss, scores, boundary, calibration = (getattr(self, f"{split}_{part}") for part in parts)
         values = scores.compute()
         per_class = values.pop("iou").reshape(-1)  # torchmetrics makes a scalar of one class
-        values["loss"] = loss.compute() / values.pop("num_labelled")
+        num_labelled = values.pop("num_labelled")
+        if not num_labelled and not self.trainer.sanity_checking:
+            raise ValueError(
+                f"not one pixel of the {split} images carries a label, so there is nothing to "
+                "score; check labels.ignored of the data set and the label files"
+            )
+        values["loss"] = loss.compute() / num_labelled
         values["boundary_iou"], values["ece"] = boundary.compute(), calibration.compute()
         for metric in (loss, scores, boundary, calibration):
             metric.reset()

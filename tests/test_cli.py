@@ -314,6 +314,19 @@ def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentenc
 
 
 @pytest.mark.slow
+def test_labels_that_are_all_ignored(capsys, folder, tmp_path, row, write_shards):
+    size = (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
+    for split in ("train", "validation"):
+        write_shards(tmp_path / "all", split, [[row(f"u{i}", 255, size) for i in range(4)]])
+    arguments = options(tmp_path / "all", tmp_path, trainer__limit_val_batches=0)
+    error = fail(capsys, ["fit", *arguments])
+    assert error.startswith("error: data set 'shapes': none of the first 4 training samples has a")
+    error = fail(capsys, ["validate", *options(tmp_path / "all", tmp_path)])
+    assert error.startswith("error: not one pixel of the val images carries a label, so there is")
+    assert "\n" not in error
+
+
+@pytest.mark.slow
 def test_skipped_pictures_do_not_score(broken_copy, tmp_path):
     folder = broken_copy("image", None, broken="validation")
     arguments = [*options(folder, tmp_path), "--data.on_bad_sample=skip"]

@@ -150,6 +150,29 @@ def same_ids(rows):
         row["id"] = "picture"
 
 
+def turned(row):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    array = np.array(Image.open(BytesIO(row["image"]["bytes"])))
+    return encode(array, format="PNG", exif=exif)
+
+
+def recolored(rows):
+    """Palettes that list the colours as they come, as some annotation tools write them."""
+    rng = np.random.default_rng(0)
+    for row in rows["train"]:
+        label = Image.open(BytesIO(row["label"]["bytes"]))
+        label.putpalette(rng.permutation(256 * 3).astype(np.uint8).tobytes())
+        buffer = BytesIO()
+        label.save(buffer, format="PNG")
+        row["label"] = {"bytes": buffer.getvalue(), "path": None}
+
+
+def pages(row):
+    label = np.array(Image.open(BytesIO(row["label"]["bytes"])))
+    return encode(label, format="TIFF", save_all=True, append_images=[Image.fromarray(label)])
+
+
 def cut(folder):
     shard = next(folder.glob("train*"))
     shard.write_bytes(shard.read_bytes()[:-50])
@@ -218,6 +241,26 @@ FAULTS = {
     "mostly unlabelled": (
         {"rows": relabel(lambda a: np.where(np.arange(64) < 40, 255, a))},
         r"warning labels \d+% of the train pixels carry no label",
+    ),
+    "one class in a small split": (
+        {"rows": lambda rows: (rows.update(train=rows["train"][:5]), relabel(np.zeros_like)(rows))},
+        "error classes 2 of 3 classes are in none of the 5 train pictures",
+    ),
+    "an image that alone is turned": (
+        {"rows": one("image", turned)},
+        "warning orientation 1 of 60 train samples, .*'train20': the image has the EXIF orientatio",
+    ),
+    "palettes that differ": (
+        {"rows": recolored},
+        r"warning palette \d+ of 60 train samples, .*: index \d of the label's palette is the col",
+    ),
+    "a label of several pages": (
+        {"rows": one("label", pages)},
+        "error samples 1 of 60 train .*'train20'.*the label file holds 2 frames or pages",
+    ),
+    "a black picture among others": (
+        {"rows": one("image", lambda row: encode(np.zeros((48, 64, 3), np.uint8), format="PNG"))},
+        "warning pictures 1 of 60 train .*of one single colour, the first is 'train20'",
     ),
     "black pictures": ({"rows": constant}, "error pictures 60 of 60 .*of one single colour"),
     "validation pictures in train": (

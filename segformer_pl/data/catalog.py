@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from segformer_pl.data import shapes
-from segformer_pl.data.labels import DataError, LabelSpec, distinct_colors
+from segformer_pl.data.labels import DataError, LabelSpec, distinct_colors, is_line
 
 FOLDER = Path(__file__).parent / "datasets"
 
@@ -169,6 +169,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _is_line(value: Any) -> bool:
+    return _is_text(value) and is_line(value)
+
+
 def _is_color(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -192,21 +196,22 @@ def _by_split(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
 Keys = dict[str, tuple[Callable[[Any], bool], str]]  # key -> (is it right?, what it has to be)
 
 TEXT = (_is_text, "a text")
+LINE = (_is_line, "a text of one line")
 ENTRY_KEYS: Keys = {
-    "image_column": TEXT,
-    "label_column": TEXT,
+    "image_column": LINE,
+    "label_column": LINE,
     "labels": (lambda value: isinstance(value, dict), "a mapping with the names of the classes"),
-    "id_column": TEXT,
-    "name": TEXT,
-    "title": TEXT,
+    "id_column": LINE,
+    "name": LINE,
+    "title": LINE,
     "source": TEXT,
     "hub": (lambda value: _is_text(value) and value.count("/") == 1, "owner/name"),
-    "config": TEXT,
+    "config": LINE,
     "revision": (
         lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{40}", value) is not None,
         "a commit of 40 hexadecimal digits",
     ),
-    "splits": (_by_split(_is_text), "a mapping of train, validation and test to texts"),
+    "splits": (_by_split(_is_line), "a mapping of train, validation and test to texts"),
     "size": (
         lambda value: _list_of(_is_int)(value) and len(value) == 2 and min(value) > 0,
         "[height, width] in pixels",

@@ -21,6 +21,7 @@ from segformer_pl.data.streaming import OnBadSample, RankSampler, Samples, colla
 from segformer_pl.data.transforms import TrainTransforms, to_tensors
 
 Batch = dict[str, Any]
+UNLABELLED_SAMPLES = 256  # on each device, after which a training without labels ends
 SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # in log keys, in file names
 
 
@@ -28,8 +29,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
     """Streams a data set of the catalogue as batches of images, labels and ids.
 
     Batches: ``{"image": (B, 3, H, W) float32 RGB in 0 to 1, "label": (B, H, W) int64 train ids,
-    "id": list of B str, "seed": list of B int, "skipped": {id: why}}``; seeds are random numbers
-    that belong to the samples (streaming.py).
+    "id": list of B str, "seed": list of B int, "skipped": {id: why}, "notices": {kind:
+    sentence}}``; seeds are random numbers that belong to the samples (streaming.py).
 
     Training batches come without end: give the trainer ``max_steps``. Which samples a step takes,
     and how they are augmented, depends on ``seed`` and on the number of samples consumed before,
@@ -100,6 +101,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
             ignore_index=self.entry.labels.ignore_index,
         )
         self.skipped: dict[str, str] = {}
+        self._notices: set[str] = set()  # kinds that were told
+        self._unlabelled: int | None = None  # training samples before the first labelled pixel
         self._consumed = 0  # before the training that is going on
         self._counter: pl.Trainer | None = None  # counts the steps of the training that is going on
         self._resumed: dict[str, Any] | None = None
@@ -139,6 +142,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.open("train")
         self._take_position(source)
+        self._unlabelled = 0
         order = EpochShuffle(source.group_rows, source.group_bytes, self.seed)
         samples = Samples(self.entry, source, order, self.train_transforms, self.on_bad_sample)
         return self._loader(samples, self.batch_size, start=lambda: self.consumed)
@@ -349,9 +353,33 @@ class StreamingSegmentationData(pl.LightningDataModule):
             if name not in self.skipped:
                 self.skipped[name] = why
                 rank_zero_warn(f"skipped, {len(self.skipped)} so far: {why}")
+        for kind, sentence in batch.get("notices", {}).items():
+            if kind not in self._notices:
+                self._notices.add(kind)
+                rank_zero_warn(f"{sentence} (told once; `doctor` counts such samples)")
+        if self._unlabelled is not None and self.trainer is not None and self.trainer.training:
+            self._expect_labels(batch)
         return batch
 
+    def _expect_labels(self, batch: Batch) -> None:
+        """Refuse to train on nothing. The batch is not on its device yet, so nothing waits."""
+        if bool((batch["label"] != self.entry.labels.ignore_index).any()):
+            self._unlabelled = None  # from now on there is nothing to look for
+        elif self._unlabelled is not None:
+            self._unlabelled += len(batch["id"])
+            if self._unlabelled >= UNLABELLED_SAMPLES:
+                self._refuse_to_train_on_nothing()
+
+    def _refuse_to_train_on_nothing(self) -> None:
+        raise DataError(
+            f"data set {self.entry.name!r}: none of the first {self._unlabelled} training samples "
+            "has a labelled pixel, so nothing was learnt from them; check labels.ignored and the "
+            "label files"
+        )
+
     def teardown(self, stage: str) -> None:
+        if stage == "fit" and self._unlabelled:  # the training was shorter than the limit
+            self._refuse_to_train_on_nothing()
         self._consumed, self._counter = self.consumed, None
         self._resumed = None
 

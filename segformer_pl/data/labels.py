@@ -1,5 +1,6 @@
 """What the values in a label image mean: raw value -> train id -> name -> colour."""
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 Color: TypeAlias = tuple[int, int, int]
 TrainIds: TypeAlias = npt.NDArray[np.integer[Any]]
+Coding: TypeAlias = Literal["values", "colors"]
 
 RAW_VALUES = range(-(1 << 16), 1 << 16)  # those that a spec can give a meaning
 OKABE_ITO: tuple[Color, ...] = (
@@ -51,7 +53,7 @@ class LabelSpec:
     ignored: frozenset[int] | frozenset[Color] = frozenset()
     raw_to_train: Mapping[int, int] | None = field(default=None, hash=False)
     ignore_index: int = 255
-    coding: Literal["values", "colors"] = "values"
+    coding: Coding = "values"
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.colors):
@@ -59,6 +61,18 @@ class LabelSpec:
                 f"{len(self.names)} class names but {len(self.colors)} colours; give one colour "
                 "for each class"
             )
+        if self.num_classes < 2:
+            raise ValueError(
+                f"there is one class, {', '.join(map(repr, self.names))}, and nothing to tell it "
+                "from: the loss would be 0 and mIoU 100 % whatever the network answers; name the "
+                "other classes too, such as background"
+            )
+        for name in self.names:
+            if not is_line(name):
+                raise ValueError(
+                    f"class name {name!r} holds a line break or control character; write names as "
+                    "one line of text"
+                )
         if (twice := _repeated(self.names)) is not None:
             raise ValueError(f"two classes are named {twice!r}; give every class its own name")
         for raw, train_id in (self.raw_to_train or {}).items():
@@ -67,6 +81,12 @@ class LabelSpec:
                     f"raw value {raw} maps to train id {train_id}, which has no name; train ids "
                     f"are 0 to {self.num_classes - 1}"
                 )
+        if self.raw_to_train and len(set(self.raw_to_train.values())) == 1:
+            only = self.names[next(iter(self.raw_to_train.values()))]
+            raise ValueError(
+                f"raw_to_train maps every raw value to class {only!r}, so that there is nothing to "
+                "tell apart; map the values of the other classes to theirs"
+            )
         if self.ignore_index < self.num_classes:
             taken = self.ignore_index >= 0
             why = (
@@ -176,7 +196,7 @@ class LabelSpec:
             red, green, blue = (raw[..., channel].astype(np.int32) for channel in range(3))
             return red << 16 | green << 8 | blue
         if plain and self.coding == "values":
-            return raw.view(np.uint8) if raw.dtype == bool else raw
+            return raw.astype(np.uint8) if raw.dtype == bool else raw
         if plain:
             advice = (
                 "the spec reads colours, labels.coding: colors; set labels.coding: values, or "
@@ -210,8 +230,9 @@ class LabelSpec:
         scattered = unknown.mean() < 0.5 and square.sum() < 0.1 * unknown.sum()
         if len(values) > 3 and (scattered or (colored and self._is_near(value))):
             cause = (
-                f"so many {kinds} come from a lossy format (JPEG) or from resizing with "
-                "interpolation; store labels losslessly and resize them by nearest neighbour"
+                f"so many {kinds} look like those of a lossy format (JPEG) or of resizing with "
+                "interpolation: store labels losslessly and resize them by nearest neighbour; "
+                f"otherwise the spec lacks these {kinds}"
             )
         else:
             cause = self._color_cause(value) if colored else self._value_cause(value, codes)
@@ -228,7 +249,10 @@ class LabelSpec:
     def _color_cause(self, value: int) -> str:
         color = _color(value)
         if _number(color[::-1]) in self._train_ids:
-            return f"{color[::-1]} is: the channels are stored as BGR; store them as RGB"
+            return (
+                f"{color[::-1]} is: if the channels are stored as BGR, store them as RGB; "
+                "otherwise add the colour and its class to the data set's spec"
+            )
         if color in ((0, 0, 0), (255, 255, 255)):
             return "it usually marks unlabelled pixels: add it to labels.ignored"
         return "correct the label image, or add the colour to the data set's spec"
@@ -237,14 +261,18 @@ class LabelSpec:
         last = self.num_classes - 1
         plain = [self._train_ids.get(train_id) == train_id for train_id in range(last + 1)]
         shifted = [self._train_ids.get(train_id + 1) == train_id for train_id in range(last + 1)]
-        if value == last + 1 and codes.max() == value and all(plain):
-            least = "0 for unlabelled" if (codes == 0).any() else "no 0"
+        if value == last + 1 and all(plain):
+            zero = "0 marks unlabelled pixels" if (codes == 0).any() else "there is no 0 here"
             return (
-                f"the labels look shifted by one ({least}, {value} for the last class): set "
-                "labels.offset: 1; if it marks unlabelled pixels, add it to labels.ignored"
+                f"it is one above the last of the {last + 1} classes: if a class is missing, add "
+                f"its name to labels.names; if labels count from 1 ({zero}), set labels.offset: 1; "
+                "if it marks unlabelled pixels, add it to labels.ignored"
             )
         if value == 255 and last == 1 and np.isin(codes, (0, 255)).all():
-            return "the masks hold 0 and 255: set labels.raw_to_train: {0: 0, 255: 1}"
+            return (
+                f"if 255 stands for {self.names[1]!r}, set labels.raw_to_train: {{0: 0, 255: 1}}; "
+                "if it marks unlabelled pixels, add it to labels.ignored"
+            )
         if value in (-1, 255, 65535) and all(shifted):
             return (
                 "it usually marks unlabelled pixels, of labels that count from 0: leave "
@@ -299,6 +327,11 @@ def _oklab(rgb: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
             [-0.0040720468, 0.4505937099, -0.8086757660],
         ]
     )
+
+
+def is_line(text: str) -> bool:
+    """Whether a text is one line, without control characters and halves of characters."""
+    return not any(unicodedata.category(char) in ("Cc", "Zl", "Zp", "Cs") for char in text)
 
 
 def _number(color: Color) -> int:

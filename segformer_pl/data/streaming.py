@@ -15,7 +15,13 @@ import torch
 from torch.utils.data import DistributedSampler, default_collate
 
 from segformer_pl.data.catalog import DatasetEntry
-from segformer_pl.data.decoding import EncodedImage, cell_bytes, decode_label
+from segformer_pl.data.decoding import (
+    EncodedImage,
+    PaletteColors,
+    cell_bytes,
+    check_orientation,
+    decode_label,
+)
 from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, Location, StoredOrder
 from segformer_pl.data.sources import Row, Source
@@ -57,14 +63,17 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         self.transforms = transforms
         self.on_bad_sample = on_bad_sample
         self._open: dict[int, tuple[int, Sequence[Row]]] = {}
+        self._palettes = PaletteColors()  # of the samples that this process reads
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The sample at a position.
 
         Returns:
             ``{"image": (3, H, W) float32 RGB in 0 to 1, "label": (H, W) int64 train ids, "id":
-            str, "seed": int, "skipped": {id: why}}``. The seed is the sample's own: it belongs to
-            the position alone, for whatever else is to be drawn for it.
+            str, "seed": int, "skipped": {id: why}, "notices": {kind: sentence}}``. The seed is the
+            sample's own: it belongs to the position alone, for whatever else is to be drawn for
+            it. A notice is about a sample that was used, though it may not mean what it is taken
+            for; kinds are "orientation", "frames" and "palette".
 
         Raises:
             DataError: the row cannot be used: without picture or label, undecodable, or with a
@@ -74,11 +83,12 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         location = order.locate(position)
         seeds = np.random.SeedSequence([order.seed, location.epoch, position])
         rng = np.random.default_rng(seeds)
+        notices: dict[str, str] = {}
         for _ in range(SUBSTITUTES):
             row = self._row(location)
             name = self._name(row, location)
             try:
-                image, label = self._load(row, name, rng)
+                image, label, notices = self._load(row, name, rng)
                 break
             except DataError as error:
                 if self.on_bad_sample == "raise":
@@ -95,7 +105,14 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
                 f"{SUBSTITUTES} samples in a row cannot be used, the last because of: {last}"
             )
         seed = int(seeds.generate_state(1)[0])
-        return {"image": image, "label": label, "id": name, "seed": seed, "skipped": skipped}
+        return {
+            "image": image,
+            "label": label,
+            "id": name,
+            "seed": seed,
+            "skipped": skipped,
+            "notices": notices,
+        }
 
     def _row(self, location: Location) -> Row:
         group = location.group
@@ -113,21 +130,29 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _load(
         self, row: Row, name: str, rng: np.random.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode, map labels to train ids, transform."""
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
+        """Decode, map labels to train ids, transform; and what there is to notice."""
         entry = self.entry
         where = f"data set {entry.name!r}, sample {name!r}"
         in_image = f"{where}, column {entry.image_column!r}"
         in_label = f"{where}, column {entry.label_column!r}"
         image = EncodedImage(cell_bytes(row[entry.image_column], in_image), in_image)
-        label = decode_label(cell_bytes(row[entry.label_column], in_label), in_label)
-        if label.shape[:2] != image.size:
-            (height, width), (image_height, image_width) = label.shape[:2], image.size
+        encoded_label = cell_bytes(row[entry.label_column], in_label)
+        label = decode_label(encoded_label, in_label, entry.labels.coding)
+        notices = {
+            "orientation": check_orientation(image, label, where),
+            "frames": image.frames_notice(),
+            "palette": self._palettes.compare(label, where),
+        }
+        if label.values.shape[:2] != image.size:
+            (height, width), (image_height, image_width) = label.values.shape[:2], image.size
             raise DataError(
                 f"{where}: the label is {height}x{width} but the image is "
                 f"{image_height}x{image_width} (height x width); store them at one size"
             )
-        return self.transforms(image, entry.labels.to_train_ids(label, where), rng)
+        train_ids = entry.labels.to_train_ids(label.values, where)
+        told = {kind: sentence for kind, sentence in notices.items() if sentence}
+        return *self.transforms(image, train_ids, rng), told
 
 
 class RankSampler(DistributedSampler[int]):
@@ -196,7 +221,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``{"image": (B, 3, H, W), "label": (B, H, W), "id": list of B str, "seed": list of B int,
-        "skipped": {id: why}}``, see :meth:`Samples.__getitem__`.
+        "skipped": {id: why}, "notices": {kind: sentence}}``, see :meth:`Samples.__getitem__`.
 
     Raises:
         DataError: the sizes differ.
@@ -216,4 +241,5 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "id": [sample["id"] for sample in kept],
         "seed": [sample["seed"] for sample in kept],
         "skipped": {name: why for sample in samples for name, why in sample["skipped"].items()},
+        "notices": {kind: told for sample in kept for kind, told in sample["notices"].items()},
     }

@@ -79,6 +79,7 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
         return None
     look = Look(source, _spread(source))
     failed: list[str] = []
+    noticed: dict[str, list[str]] = {}  # by kind
     names: Counter[str] = Counter()
     flat: list[str] = []
     unlabelled: list[str] = []
@@ -87,6 +88,8 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
             failed.append(why)
             continue
         look.sound.append(position)
+        for kind, sentence in sample["notices"].items():
+            noticed.setdefault(kind, []).append(sentence)
         name, label = sample["id"], sample["label"].numpy()
         names[name] += 1
         look.sizes[label.shape] += 1
@@ -109,8 +112,13 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
     if not look.sound:
         return None
     _report_split(found, data, split, look)
+    for kind, sentences in noticed.items():
+        found.warning(
+            kind, f"{len(sentences)} of {total} {split} samples, the first of them: {sentences[0]}"
+        )
     if flat:
-        found.error(
+        level = found.error if len(flat) == len(look.sound) else found.warning
+        level(
             "pictures",
             f"{len(flat)} of {total} {split} pictures are of one single colour, the first is "
             f"{flat[0]!r}; check how they were written",
@@ -183,7 +191,8 @@ def _examine_labels(
             "values",
         )
     missing = [name for index, name in enumerate(labels.names) if not look.pixels[index]]
-    if missing and len(look.sound) >= NUM_SAMPLES / 4 and len(missing) < labels.num_classes:
+    num_needed = min(NUM_SAMPLES // 4, sum(look.source.group_rows))
+    if missing and len(look.sound) >= num_needed:
         level = found.error if len(missing) == labels.num_classes - 1 else found.warning
         level(
             "classes",

@@ -1,13 +1,15 @@
 """The DataModule in a trainer: its batches, and where it goes on after a checkpoint."""
 
 import warnings
+from io import BytesIO
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from segformer_pl.data import DataError, StreamingSegmentationData
+from segformer_pl.data import DataError, StreamingSegmentationData, datamodule
 
 
 class Recorder(pl.LightningModule):
@@ -415,6 +417,44 @@ def test_bad_samples_are_reported_once_each(folder, row, write_shards):
     assert list(module_data.skipped) == ["s3"]
     assert "s3" not in {name for name, *_ in module.seen}
     assert len(module.seen) == 20
+
+
+def unlabelled(folder, row, write_shards, labelled=()):
+    """A folder of 40 training images, of which only those have labelled pixels."""
+    rows = [row(f"u{i:02d}", 1 if i in labelled else 255, (12, 10)) for i in range(40)]
+    return write_shards(folder, "train", [rows])
+
+
+@pytest.mark.parametrize("num_steps", [3, 200])
+def test_training_on_labels_that_are_all_ignored_fails(tmp_path, row, write_shards, num_steps):
+    folder = unlabelled(tmp_path / "set", row, write_shards)
+    expected = min(2 * num_steps, datamodule.UNLABELLED_SAMPLES)
+    sentence = rf"none of the first {expected} training samples has a labelled pixel, so nothing"
+    with pytest.raises(DataError, match=sentence):
+        fit(folder, num_steps)
+
+
+def test_a_few_images_without_labels_are_no_reason_to_stop(
+    tmp_path, row, write_shards, monkeypatch
+):
+    monkeypatch.setattr(datamodule, "UNLABELLED_SAMPLES", 41)  # more than an epoch
+    folder = unlabelled(tmp_path / "set", row, write_shards, [17])
+    assert len(fit(folder, 30)) == 60
+
+
+def test_what_is_noticed_is_told_once(tmp_path, row, write_shards):
+    rows = [row(f"s{i}", size=(12, 10)) for i in range(6)]
+    image = Image.new("RGB", (10, 12))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    buffer = BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    for number in (2, 4):
+        rows[number]["image"] = {"bytes": buffer.getvalue(), "path": None}
+    folder = write_shards(tmp_path / "set", "train", [rows])
+    with pytest.warns(UserWarning, match=r"'s\d': the image has the EXIF orientation 3") as caught:
+        fit(folder, 6)
+    assert len([one for one in caught if "EXIF" in str(one.message)]) == 1
 
 
 def test_camvid_without_a_path_says_what_to_give():

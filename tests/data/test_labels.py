@@ -36,11 +36,11 @@ def test_values_map_to_train_ids_and_ignored_values_to_ignore_index():
 
 
 def test_an_explicit_mapping_replaces_the_identity():
-    spec = LabelSpec(names=("a",), colors=((0, 0, 0),), raw_to_train={500: 0})
-    raw = np.array([[500]], np.uint16)
-    np.testing.assert_array_equal(spec.to_train_ids(raw, "x"), [[0]])
+    labels = spec(2, raw_to_train={500: 0, 7: 1})
+    raw = np.array([[500, 7]], np.uint16)
+    np.testing.assert_array_equal(labels.to_train_ids(raw, "x"), [[0, 1]])
     with pytest.raises(DataError, match="label value 0 in 1 pixels"):
-        spec.to_train_ids(np.zeros((1, 1), np.uint8), "x")
+        labels.to_train_ids(np.zeros((1, 1), np.uint8), "x")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64])
@@ -61,7 +61,7 @@ def test_16_bit_values_reach_to_65535():
 
 
 def test_a_negative_raw_value_is_not_taken_for_one_from_the_end():
-    labels = spec(1, ignored=frozenset({-1}))
+    labels = spec(2, ignored=frozenset({-1}))
     np.testing.assert_array_equal(labels.to_train_ids(np.array([[-1, 0]]), "x"), [[255, 0]])
     with pytest.raises(DataError, match="label value 65535 in 1 pixels"):
         labels.to_train_ids(np.array([[65535]], np.uint16), "x")
@@ -131,11 +131,29 @@ def blocks(values):
     [
         (spec(3), [0, 1, 255], r"usually marks unlabelled.* add it to labels\.ignored"),
         (spec(3), [0, 1, 65535], r"usually marks unlabelled.* add it to labels\.ignored"),
-        (spec(3), [0, 1, 2, 3], r"shifted by one \(0 for unlabelled.* set labels\.offset: 1"),
-        (spec(3), [1, 2, 3], r"shifted by one \(no 0.* set labels\.offset: 1"),
+        # one above the last name: a class is missing, or they are shifted; nothing tells which
+        *(
+            (
+                spec(3),
+                [*values, 3],
+                r"it is one above the last of the 3 classes: if a class is missing, add its name "
+                rf"to labels\.names; if labels count from 1 \({zero}\), set labels\.offset: 1; if "
+                r"it marks unlabelled pixels, add it to labels\.ignored",
+            )
+            for values, zero in (
+                ([0, 1, 2], "0 marks unlabelled pixels"),
+                ([1, 2], "there is no 0 here"),
+            )
+        ),
+        (spec(3), [0, 3, 9], r"3 in 256 .*one above the last of the 3 classes"),
         (offset_spec(3), [0, 1, 2, 255], r"count from 0: leave labels\.offset out"),
         (offset_spec(3, frozenset()), [0, 1], r"0 in 256.*unlabelled.*add it to labels\.ignored"),
-        (spec(2), [0, 255], r"set labels\.raw_to_train: \{0: 0, 255: 1\}"),
+        (
+            spec(2),
+            [0, 255],
+            r"if 255 stands for 'class 1', set labels\.raw_to_train: \{0: 0, 255: 1\}; if it "
+            r"marks unlabelled pixels, add it to labels\.ignored",
+        ),
         (spec(3), [0, 1, 40, 50, 60, 70], r"correct the label image, or add the value"),
     ],
 )
@@ -147,7 +165,7 @@ def test_an_unknown_value_comes_with_its_likely_cause(labels, values, cause):
 @pytest.mark.parametrize(
     ("color", "cause"),
     [
-        ((142, 0, 0), r"\(0, 0, 142\) is: the channels are stored as BGR; store them as RGB"),
+        ((142, 0, 0), r"\(0, 0, 142\) is: if .* BGR, store them as RGB; otherwise add the colour"),
         ((255, 255, 255), r"usually marks unlabelled pixels: add it to labels\.ignored"),
         ((5, 6, 7), "correct the label image, or add the colour"),
     ],
@@ -176,7 +194,9 @@ def test_lossy_storage_and_interpolation_are_told_from_a_wrong_spec():
     resized = np.array(Image.fromarray(values).resize((200, 200), Image.Resampling.BILINEAR))
     colors = np.array(STREET.colors, np.uint8)[discs()]
     for labels, raw in [(apart, jpeg(values)), (apart, resized), (STREET, jpeg(colors))]:
-        with pytest.raises(DataError, match=r"lossy format \(JPEG\) or from resizing"):
+        with pytest.raises(
+            DataError, match=r"lossy format \(JPEG\) or of resizing .*; otherwise the"
+        ):
             labels.to_train_ids(raw, "x")
 
 
@@ -198,23 +218,39 @@ def test_label_images_of_another_kind_are_refused(labels, raw, advice):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"names": ("a", "b"), "colors": ((0, 0, 0),)}, "2 class names but 1 colours"),
-        ({"names": ("a", "a"), "colors": ((0, 0, 0), (1, 1, 1))}, "two classes are named 'a'"),
+        ({"colors": ((0, 0, 0),)}, "2 class names but 1 colours"),
+        ({"names": ("a", "a")}, "two classes are named 'a'"),
         ({"raw_to_train": {5: 40}}, "raw value 5 maps to train id 40, which has no name"),
-        ({"raw_to_train": {5: 0}, "ignored": frozenset({5})}, "raw value 5 is ignored and has"),
-        ({"raw_to_train": {1 << 16: 0}}, "raw value 65536 is not among"),
+        ({"raw_to_train": {4: 1, 5: 0}, "ignored": frozenset({5})}, "raw value 5 is ignored and"),
+        ({"raw_to_train": {1 << 16: 0, 1: 1}}, "raw value 65536 is not among"),
         ({"ignore_index": 0}, "ignore_index 0 is the train id of class 'a'"),
-        ({"ignore_index": -1}, "ignore_index -1 is negative; choose one of at least 1"),
-        ({"coding": "colors", "raw_to_train": {0: 0}}, "leave raw_to_train and offset out"),
+        ({"ignore_index": -1}, "ignore_index -1 is negative; choose one of at least 2"),
+        ({"coding": "colors", "raw_to_train": {0: 0, 1: 1}}, "leave raw_to_train and offset out"),
         (
             {"coding": "colors", "ignored": frozenset({(0, 0, 0)})},
             r"colour \(0, 0, 0\) has two meanings",
         ),
+        # any answer would be right
+        ({"names": ("a",), "colors": ((0, 0, 0),)}, "there is one class, 'a', and nothing to tell"),
+        ({"raw_to_train": {4: 1, 5: 1}}, "raw_to_train maps every raw value to class 'b', so that"),
+        # what is drawn and written line by line
+        *(
+            ({"names": ("a", name)}, "class name .* holds a line break or control character; write")
+            for name in ("two\nlines", "tab\t", "\x1b[31mred", "\u2028", "\ud800")
+        ),
     ],
 )
 def test_a_contradictory_spec_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LabelSpec(**{"names": ("a",), "colors": ((0, 0, 0),)} | arguments)
+    with pytest.raises(ValueError, match=message) as raised:
+        LabelSpec(**{"names": ("a", "b"), "colors": ((0, 0, 0), (1, 1, 1))} | arguments)
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name", ["$x^2_{", "<b>", "道路 1", "نیم\u200cفاصله", "a\u00a0b", "%s {0} \\"]
+)
+def test_any_other_text_is_a_name(name):
+    assert LabelSpec(("a", name), ((0, 0, 0), (1, 1, 1))).names[1] == name
 
 
 def test_two_classes_may_share_a_color_where_colors_only_draw():
