@@ -2,6 +2,7 @@
 
 from segformer_pl.callbacks.erf import EffectiveReceptiveField
 from segformer_pl.callbacks.evaluation import EvaluationRecord
+from segformer_pl.callbacks.history import RunHistory
 from segformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from segformer_pl.callbacks.predictions import PredictionPanel
 from segformer_pl.callbacks.report import RunReport
@@ -11,5 +12,6 @@ __all__ = [
     "EvaluationRecord",
     "LastCheckpoint",
     "PredictionPanel",
+    "RunHistory",
     "RunReport",
 ]
