@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from segformer_pl.analysis.charts import printable
 from segformer_pl.analysis.run_history import resumed_config_name
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import EvaluationRecord, LastCheckpoint, RunHistory, RunReport
@@ -165,6 +166,20 @@ class SegformerCLI(LightningCLI):
         self.history.findings = [finding.message for finding in found.findings]
         for sentence in self.history.findings:
             rank_zero_info(f"warning: {sentence}")
+
+    def validate(self, verbose: bool = True, **arguments: Any) -> None:
+        """Lightning's command, with a table in which names of classes are no markup."""
+        self._print_metrics(self.trainer.validate(verbose=False, **arguments), verbose)
+
+    def test(self, verbose: bool = True, **arguments: Any) -> None:
+        """As :meth:`validate`."""
+        self._print_metrics(self.trainer.test(verbose=False, **arguments), verbose)
+
+    def _print_metrics(self, results: Sequence[Mapping[str, float]], verbose: bool) -> None:
+        if verbose and self.trainer.is_global_zero:
+            rows = [(printable(name, 60), value) for part in results for name, value in part.items()]
+            width = max((len(name) for name, _ in rows), default=0)
+            sys.stdout.writelines(f"{name:<{width}}  {value:.6g}\n" for name, value in rows)
 
     def after_instantiate_classes(self) -> None:
         # With the texts of its parts a checkpoint can be loaded without this command line.
