@@ -90,3 +90,21 @@ def _write_error(file: Path, error: OSError) -> WriteError:
         f"cannot write {str(file)!r}: {error.strerror or error}; free space or give a folder that "
         "can be written"
     )
+
+
+def make_writable_folder(folder: str | Path) -> None:
+    """Make a folder and write a file to it, so that hours of work do not end in an error.
+
+    Raises:
+        WriteError: The folder cannot be made, is a file, or cannot be written to.
+    """
+    probe = Path(folder) / f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        probe.unlink()
+    except OSError as error:
+        raise WriteError(
+            f"cannot write to the folder {str(folder)!r}: {error.strerror or error}; give a folder "
+            "that can be written"
+        ) from error

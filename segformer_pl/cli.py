@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,40 @@ from typing import Any
 import yaml
 from jsonargparse import capture_parser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from segformer_pl.analysis.charts import printable
+from segformer_pl.analysis.run_history import resumed_config_name
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import (
     AtomicCheckpointIO,
     EvaluationRecord,
     Interrupted,
     LastCheckpoint,
+    RunHistory,
     RunReport,
     StopOnSignal,
 )
+from segformer_pl.callbacks.history import RunConfig, keep_history
+from segformer_pl.callbacks.progress import StepProgressBar
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.checkpoint import read_checkpoint
 from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.recipe import recipe
+from segformer_pl.commands.run_folder import (
+    DEFAULT_LOGGER,
+    find_continuation,
+    place_below_root,
+    refuse_used_folder,
+)
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.doctor import examine
+from segformer_pl.doctor import examine, examine_settings
 from segformer_pl.task import SegmentationTask
 
 
@@ -63,6 +76,9 @@ class SegformerCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         self.arguments = sys.argv[1:] if args is None else args
+        self.history = RunHistory()
+        self.continued_run: Path | None = None  # the folder of the run that goes on
+        self.checkpoint_step = 0
         super().__init__(
             SegmentationTask,
             StreamingSegmentationData,
@@ -75,18 +91,14 @@ class SegformerCLI(LightningCLI):
             # The task has its own optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            # A run folder can be written twice: without a logger it is the working folder.
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfig,
             trainer_defaults={
                 # A stream has no epochs: training is counted in steps, and so is validation.
                 "max_epochs": -1,
                 "check_val_every_n_epoch": None,
-                "logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": "runs", "name": "unnamed"},
-                },
-                # The report is made from what the other leaves.
-                "callbacks": [EvaluationRecord(), RunReport()],
+                "logger": DEFAULT_LOGGER,
+                # The report is made from what the others leave.
+                "callbacks": [self.history, EvaluationRecord(), RunReport()],
             },
             args=args,
             run=run,
@@ -114,23 +126,75 @@ class SegformerCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
 
+    def plain_config(self, **options: Any) -> dict[str, Any]:
+        """All arguments as plain data, linked ones included."""
+        dumped = self.parser.dump(self.config, skip_link_targets=False, format="yaml", **options)
+        config = yaml.safe_load(dumped)
+        return config.get(self.config.get("subcommand"), config)
+
     def model_settings(self) -> dict[str, Any]:
         """The task's arguments as plain data, linked ones included."""
-        dumped = self.parser.dump(self.config, skip_link_targets=False, format="yaml")
-        config = yaml.safe_load(dumped)
-        return config.get(self.config.get("subcommand"), config)["model"]
+        return self.plain_config()["model"]
 
     def before_instantiate_classes(self) -> None:
         config = self.config.get(self.config.get("subcommand"), self.config)
         if config["trainer"]["enable_checkpointing"] is False:
             self._parser(self.config.get("subcommand")).callback_keys.remove("last_checkpoint")
+        _refuse_epochs(config["trainer"])
+        place_below_root(config["trainer"])
+        self._find_run_folder(config.get("ckpt_path"))
+
+    def _find_run_folder(self, ckpt_path: str | None) -> None:
+        """A run that goes on does so in its own folder; no other run is kept in a used one."""
+        command = self.config.get("subcommand")
+        logger = self.plain_config(skip_none=False)["trainer"]["logger"]
+        if command == "fit" and ckpt_path and Path(ckpt_path).is_file():
+            self.continued_run, sentence = find_continuation(
+                ckpt_path, self.checkpoint_step, logger
+            )
+            rank_zero_info(sentence)
+        if command is not None and self.continued_run is None:
+            refuse_used_folder(logger)
+        if self.continued_run is not None:
+            # The configuration that the run began with stays.
+            self.save_config_kwargs["config_filename"] = resumed_config_name(self.checkpoint_step)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
+        given = self._get(self.config_init, "trainer")
+        callbacks = given["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if given["enable_progress_bar"] is not False and not has_bar:
+            callbacks = [*callbacks, StepProgressBar()]
+        logger = keep_history(given["logger"], self.continued_run)
+        trainer = super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         StopOnSignal([*PROG.split(), *self.arguments]).attach(trainer)
         return trainer
+
+    def before_fit(self) -> None:
+        # Without max_steps the task refuses to train; a trial run is not meant to be a good one.
+        if self.trainer.max_steps < 1 or self.config["fit"]["trainer"]["fast_dev_run"]:
+            return
+        found = examine_settings(self.model, self.datamodule, self.trainer)
+        self.history.findings = [finding.message for finding in found.findings]
+        for sentence in self.history.findings:
+            rank_zero_info(f"warning: {sentence}")
+
+    def validate(self, verbose: bool = True, **arguments: Any) -> None:
+        """Lightning's command, with a table in which names of classes are no markup."""
+        self._print_metrics(self.trainer.validate(verbose=False, **arguments), verbose)
+
+    def test(self, verbose: bool = True, **arguments: Any) -> None:
+        """As :meth:`validate`."""
+        self._print_metrics(self.trainer.test(verbose=False, **arguments), verbose)
+
+    def _print_metrics(self, results: Sequence[Mapping[str, float]], verbose: bool) -> None:
+        if verbose and self.trainer.is_global_zero:
+            rows = [(printable(name, 60), value) for part in results for name, value in part.items()]
+            width = max((len(name) for name, _ in rows), default=0)
+            sys.stdout.writelines(f"{name:<{width}}  {value:.6g}\n" for name, value in rows)
 
     def after_instantiate_classes(self) -> None:
         # With the texts of its parts a checkpoint can be loaded without this command line.
@@ -152,6 +216,7 @@ class SegformerCLI(LightningCLI):
             rank_zero_info(f"ckpt_path: {self.config[subcommand].ckpt_path} is {ckpt_path}")
             self.config[subcommand].ckpt_path = ckpt_path
         checkpoint = read_checkpoint(ckpt_path, "ckpt_path")
+        self.checkpoint_step = checkpoint.get("global_step", 0)
         here = dict(_leaves(self.model_settings()))
         there = dict(_leaves(checkpoint.get("hyper_parameters", {})))
         network = "network.class_path"
@@ -219,6 +284,24 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.rstrip("."), list(tree) if isinstance(tree, tuple) else tree
 
 
+def _refuse_epochs(trainer: Any) -> None:
+    """Raise ValueError for settings that count epochs, which a stream does not have."""
+    if isinstance(trainer["limit_train_batches"], int):  # its batches are then called an epoch
+        return
+    unset = {
+        "max_epochs": (None, -1),
+        "min_epochs": (None,),
+        "check_val_every_n_epoch": (None,),
+        "reload_dataloaders_every_n_epochs": (0,),
+    }
+    for name, values in unset.items():
+        if trainer[name] not in values:
+            raise ValueError(
+                f"trainer.{name} is {trainer[name]}, but training reads a stream, which has no "
+                "epochs; give --trainer.max_steps, and --trainer.val_check_interval in batches"
+            )
+
+
 class DoctorCLI(SegformerCLI):
     """What a run would be made of, built but not run."""
 
@@ -279,7 +362,7 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
         if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's own exit, with status 1
             sys.exit(130)
         raise
-    except WriteError as error:
+    except (WriteError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except (DataError, ValueError) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

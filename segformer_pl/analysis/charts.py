@@ -28,24 +28,63 @@ CHART_SIZE = (5.6, 4.1)  # inches, at 72 px an inch in the SVG
 CROSS_ENTROPY = "CrossEntropy"
 MAX_SMOOTHED_POINTS = 300
 MAX_VECTOR_POINTS = 5000
+MAX_NAMED_RESUMPTIONS = 5
 ERF_RADIUS = re.compile(r"val/erf/(.+)/radius50")
 
 
-def draw_charts(columns: dict[str, Series], loss_name: str) -> list[dict[str, Any]]:
+def draw_charts(
+    columns: dict[str, Series], loss_name: str, resumed_at: Sequence[int] = ()
+) -> list[dict[str, Any]]:
     """``title`` and inline ``svg`` of every chart that the logged columns allow.
 
     Args:
         columns: From ``metrics.csv``.
         loss_name: Of the training loss; that of validation is cross-entropy whatever it is.
+        resumed_at: Steps at which the run was resumed; each is marked by a dotted line.
     """
-    charts = []
+    figures = {}
     if "train/loss" in columns or "val/loss" in columns:
-        charts.append({"title": "Loss", "svg": svg(_loss_figure(columns, loss_name))})
+        figures["Loss"] = _loss_figure(columns, loss_name)
     if "val/miou" in columns:
-        charts.append({"title": "Mean intersection over union", "svg": svg(_miou_figure(columns))})
+        figures["Mean intersection over union"] = _miou_figure(columns)
     if any(ERF_RADIUS.fullmatch(name) for name in columns):
-        charts.append({"title": "Effective receptive field", "svg": svg(_erf_figure(columns))})
-    return charts
+        figures["Effective receptive field"] = _erf_figure(columns)
+    for figure in figures.values():
+        _mark_resumptions(figure, resumed_at)
+    return [{"title": title, "svg": svg(figure)} for title, figure in figures.items()]
+
+
+def _mark_resumptions(figure: Figure, resumed_at: Sequence[int]) -> None:
+    for axes in figure.axes:
+        for step in resumed_at:
+            axes.axvline(step, color=INK, linestyle=":", linewidth=1, zorder=1)
+    if resumed_at:
+        steps = ", ".join(f"{step:,}" for step in resumed_at[:MAX_NAMED_RESUMPTIONS])
+        more = ", ..." if len(resumed_at) > MAX_NAMED_RESUMPTIONS else ""
+        figure.axes[-1].set_xlabel(f"training step; dotted: resumed at {steps}{more}")
+
+
+def _marker(series: Series) -> dict[str, Any]:
+    """A line of one point is invisible without a marker."""
+    return {"marker": "o", "markersize": 5} if np.isfinite(series.value).sum() == 1 else {}
+
+
+def printable(text: str, max_length: int = 200) -> str:
+    """Text that is not ours, such as an id or a class name, for one line of a figure.
+
+    What does not print (line breaks, control characters, those that turn the direction of writing,
+    halves of surrogate pairs) becomes an escape, ``\\n``; a long text loses its middle. For
+    matplotlib, which takes what stands between two ``$`` for mathematics, pass ``parse_math=False``
+    along with it.
+    """
+    if len(text) > max_length:
+        half = (max_length - 1) // 2
+        text = f"{text[:half]}\u2026{text[-half:]}"
+    return "".join(
+        # The zero-width (non-)joiner belongs to the spelling of several languages.
+        letter if letter.isprintable() or letter in "\u200c\u200d" else ascii(letter)[1:-1]
+        for letter in text
+    )
 
 
 def svg(figure: Figure) -> Markup:
@@ -78,7 +117,7 @@ def _style_over_steps(axes: Axes) -> None:
 
 def legend(axes: Axes, num_columns: int = 3) -> None:
     """Above the axes, where it hides nothing."""
-    axes.legend(
+    drawn = axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
         borderaxespad=0.2,
@@ -89,6 +128,8 @@ def legend(axes: Axes, num_columns: int = 3) -> None:
         handlelength=1.6,
         columnspacing=1.4,
     )
+    for text in drawn.get_texts():
+        text.set_parse_math(False)
 
 
 def _loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
@@ -117,8 +158,16 @@ def _loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
             linewidth=0.9,
             label="train" if is_same else f"train: {loss_name}",
             rasterized=len(train.step) > MAX_VECTOR_POINTS,
+            **_marker(train),
         )
-        axes.plot(smooth.step, smooth.value, color=BLUE, linewidth=1.8, label="train, median")
+        axes.plot(
+            smooth.step,
+            smooth.value,
+            color=BLUE,
+            linewidth=1.8,
+            label="train, median",
+            **_marker(smooth),
+        )
         drawn += [train.value]
     if (validation := columns.get("val/loss")) is not None:
         axes.plot(
@@ -167,7 +216,7 @@ def _learning_rates(columns: dict[str, Series]) -> list[tuple[str, Series]]:
         if name.startswith("lr-") and not name.endswith(("-momentum", "-weight_decay")):
             group = name.removeprefix("lr-").rpartition("/")[2]
             names, _ = shared.setdefault(series.value.tobytes(), ([], series))
-            names.append(group)
+            names.append(printable(group, 40))
     return [(", ".join(names), series) for names, series in shared.values()]
 
 
@@ -176,7 +225,8 @@ def _draw_learning_rates(axes: Axes, rates: Sequence[tuple[str, Series]]) -> Non
     styles = [(PURPLE, "-"), (GREEN, "--"), (ORANGE, "-."), (INK, ":")]
     for number, (label, series) in enumerate(rates):
         color, line = styles[number % len(styles)]
-        axes.plot(series.step, series.value, color=color, linestyle=line, label=label)
+        marker = _marker(series)
+        axes.plot(series.step, series.value, color=color, linestyle=line, label=label, **marker)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
@@ -213,7 +263,7 @@ def _miou_figure(columns: dict[str, Series]) -> Figure:
         ceiling = 100 * series.last
         axes.axhline(ceiling, color=INK, linestyle="--", linewidth=1.2, zorder=1)
         axes.annotate(
-            f"{name.removeprefix('val/').replace('_', ' ')} {ceiling:.1f} %",
+            f"{printable(name.removeprefix('val/'), 40).replace('_', ' ')} {ceiling:.1f} %",
             # At the left, where the curve is still far below.
             xy=(0.015, ceiling),
             xycoords=("axes fraction", "data"),
@@ -244,7 +294,12 @@ def _erf_figure(columns: dict[str, Series]) -> Figure:
     for number, (layer, series) in enumerate(found):
         color, marker = styles[number % len(styles)]
         axes.plot(
-            series.step, series.value, color=color, marker=marker, markersize=4.5, label=layer
+            series.step,
+            series.value,
+            color=color,
+            marker=marker,
+            markersize=4.5,
+            label=printable(layer, 40),
         )
     axes.set_xlim(0, 1.04 * num_steps_trained(columns))
     axes.set_ylim(bottom=0)

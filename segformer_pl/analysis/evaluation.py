@@ -1,6 +1,5 @@
 """What one pass over a validation or test set leaves behind, picture by picture, as one file."""
 
-import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,8 @@ from zlib import error as ZlibError
 
 import numpy as np
 import numpy.typing as npt
+
+from segformer_pl.atomic import atomic_write
 
 EVALUATION_FOLDER = "evaluation"
 INTERSECTION, LABELLED, PREDICTED = range(3)
@@ -111,17 +112,18 @@ class Evaluation:
         return mean_present(iou_of(self.counts))
 
     def save(self, file: Path) -> None:
-        """Write a compressed npz file; the folder is made, and the file appears whole or not."""
-        file.parent.mkdir(parents=True, exist_ok=True)
+        """Write a compressed npz file; the folder is made, and the file appears whole or not.
+
+        Raises:
+            WriteError: The file cannot be written.
+        """
         arrays: dict[str, Any] = {
             field.name: np.asarray(getattr(self, field.name)) for field in fields(self)
         }
         for name in ("class_names", "ids"):
             arrays[name] = arrays[name].astype(np.str_)  # an empty list would be of floats
-        part = file.with_name(f"{file.name}.part")
-        with part.open("wb") as stream:
+        with atomic_write(file) as stream:
             np.savez_compressed(stream, **arrays)
-        os.replace(part, file)
 
 
 def load_evaluation(path: Path) -> Evaluation:

@@ -17,6 +17,7 @@ from segformer_pl.analysis.charts import (
     SKY,
     VERMILLION,
     legend,
+    printable,
     style,
     svg,
 )
@@ -40,7 +41,7 @@ def draw_confusion(evaluation: Evaluation) -> Markup:
     :data:`MAX_MATRIX_CLASSES` could not be read.
     """
     percent = 100 * confusion_shares(evaluation.confusion)
-    names = [_shortened(name) for name in evaluation.class_names]
+    names = [printable(name, MAX_NAME_LENGTH) for name in evaluation.class_names]
     size = NARROW_SIZE if len(names) <= MAX_NARROW_CLASSES else WIDE_SIZE
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
@@ -67,10 +68,6 @@ def confusion_shares(confusion: npt.NDArray[np.int64]) -> Floats:
     """(C, C) pixels -> (C, C) fractions of each label's pixels; nan where there are none."""
     with np.errstate(invalid="ignore"):
         return np.divide(confusion, confusion.sum(axis=1, keepdims=True), dtype=np.float64)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "\u2026"
 
 
 def _print_values(axes: Axes, percent: Floats, colors: Floats) -> None:

@@ -14,9 +14,11 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from segformer_pl.analysis.charts import INK
+from segformer_pl.analysis.charts import INK, printable
 
 LISTED_CLASSES = 31  # in the legend of a panel
+MAX_NAME_LENGTH = 40  # letters of a class name in a legend
+MAX_TITLE_LENGTH = 40  # letters of a title above a panel
 UNLABELLED_COLOR = (255, 255, 255)
 OPACITY = 0.5  # of the class colours over the picture
 MIN_LONG_SIDE = 512  # pixels; smaller pictures are enlarged, so that outlines and text fit
@@ -91,7 +93,8 @@ def _legend_entries(
     for train_id in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
         percent = 100 * counts[train_id] / train_ids.size
         share = f"{percent:.1f} %" if percent >= 0.05 else "< 0.1 %"
-        entries.append(_Entry(f"{class_names[train_id]}  {share}", tuple(palette[train_id])))
+        name = printable(class_names[train_id], MAX_NAME_LENGTH)
+        entries.append(_Entry(f"{name}  {share}", tuple(palette[train_id])))
     return entries
 
 
@@ -148,7 +151,11 @@ def plot_predictions(
         palette: RGB 0-255 by train id.
     """
     handles = [
-        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="0.5", label=name)
+        Patch(
+            facecolor=(r / 255, g / 255, b / 255),
+            edgecolor="0.5",
+            label=printable(name, MAX_NAME_LENGTH),
+        )
         for name, (r, g, b) in _panel_legend(shown, class_names, palette)
     ]
     num_columns = 2 if len(shown) > 1 else 1
@@ -170,16 +177,21 @@ def plot_predictions(
         axis.set_axis_off()
     for number, (name, image, label, prediction) in enumerate(shown):
         row, column = divmod(number, num_columns)
-        pictures: dict[str, npt.NDArray[Any]] = {
-            name: image.permute(1, 2, 0).clamp(0, 1).numpy(),
-            "label": colorize(label.numpy(), palette),
-            "prediction": colorize(prediction.numpy(), palette),
-        }
-        for offset, (title, picture) in enumerate(pictures.items()):
+        # Not by title: an image can be called "label".
+        pictures: list[tuple[str, npt.NDArray[Any]]] = [
+            (printable(name, MAX_TITLE_LENGTH), image.permute(1, 2, 0).clamp(0, 1).numpy()),
+            ("label", colorize(label.numpy(), palette)),
+            ("prediction", colorize(prediction.numpy(), palette)),
+        ]
+        for offset, (title, picture) in enumerate(pictures):
             axis = axes[row, 3 * column + offset]
             axis.imshow(picture, interpolation="nearest")
-            axis.set_title(title, fontsize=7, pad=2)
-    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=8)
+            axis.set_title(title, fontsize=7, pad=2, parse_math=False)
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=8
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 

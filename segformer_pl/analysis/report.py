@@ -1,6 +1,7 @@
 """The report of one run: a single HTML file, made from nothing but the files of the run folder."""
 
 import base64
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -11,13 +12,20 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 
 from segformer_pl.analysis.charts import CROSS_ENTROPY, draw_charts
 from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, load_evaluation
 from segformer_pl.analysis.evaluation_details import Details, describe
 from segformer_pl.analysis.recipe import departures, remarks, scope
+from segformer_pl.analysis.run_history import (
+    CONFIG_FILE,
+    read_config,
+    read_configs,
+    read_findings,
+    read_resumptions,
+)
 from segformer_pl.analysis.run_metrics import Series, num_steps_trained, read_metrics
+from segformer_pl.atomic import atomic_write_text
 
 REPORT_FILE = "report.html"
 DASH = "\u2013"
@@ -82,9 +90,10 @@ class Scores:
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run folder; works for finished, running and broken-off runs.
 
-    Reads ``metrics.csv`` (from Lightning's CSVLogger) and, where they exist, ``config.yaml``,
-    ``hparams.yaml``, the ``evaluation/*.npz`` of the last pass over each split, and the last and
-    first of ``predictions/step_*.png``, ``worst/step_*.png`` and ``erf/step_*.png``.
+    Reads ``metrics.csv`` (from Lightning's CSVLogger) and, where they exist, ``config.yaml`` and
+    those of resumptions, ``findings.json``, ``hparams.yaml``, the ``evaluation/*.npz`` of the last
+    pass over each split, and the last and first of ``predictions/step_*.png``,
+    ``worst/step_*.png`` and ``erf/step_*.png``.
     An evaluation that is damaged is left out, and the report says so.
 
     Returns:
@@ -93,9 +102,12 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         FileNotFoundError: there is no such folder, or it holds no ``metrics.csv``.
         ValueError: a cell of ``metrics.csv`` is not a number.
+        WriteError: The report cannot be written.
     """
     columns = read_metrics(run_dir)
-    config = _read_yaml(run_dir / "config.yaml")
+    resumptions = read_resumptions(run_dir)
+    # Of the last part: what the network that is there was trained with in the end.
+    config = list(read_configs(run_dir).values())[-1]
     scores = _all_scores(columns, run_dir)
     details, unreadable = _all_details(run_dir, scores)
     path = run_dir.resolve()
@@ -109,8 +121,9 @@ def write_report(run_dir: Path) -> Path:
     )
     environment.filters["percent"] = _percent
     environment.filters["share"] = _share
+    environment.filters["setting"] = lambda value: json.dumps(value, default=str)
     environment.filters["decimal"] = lambda value: DASH if math.isnan(value) else f"{value:.3f}"
-    config_file = run_dir / "config.yaml"
+    config_file = run_dir / CONFIG_FILE
     html = environment.get_template("report.html.j2").render(
         run_name=f"{path.parent.name}/{path.name}",
         facts=_facts(config),
@@ -123,7 +136,13 @@ def write_report(run_dir: Path) -> Path:
         first_bad_step=_first_bad_step(columns.get("train/loss")),
         train_loss=_recent_train_loss(columns.get("train/loss")),
         loss_name=_loss_name(config),
-        charts=draw_charts(columns, _loss_name(config)) if steps_trained else [],
+        findings=read_findings(run_dir),
+        resumptions=resumptions,
+        charts=(
+            draw_charts(columns, _loss_name(config), [part.step for part in resumptions])
+            if steps_trained
+            else []
+        ),
         figures=[
             figure
             for figure in (
@@ -140,7 +159,8 @@ def write_report(run_dir: Path) -> Path:
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
     report = run_dir / REPORT_FILE
-    report.write_text(html, encoding="utf-8")
+    # Text of others can hold what UTF-8 cannot: half of a surrogate pair.
+    atomic_write_text(report, html.encode(errors="replace").decode())
     return report
 
 
@@ -177,7 +197,7 @@ def _all_scores(columns: dict[str, Series], run_dir: Path) -> list[Scores]:
 
 def _class_colors(run_dir: Path) -> tuple[list[str], dict[str, str]]:
     """Names by train id, and CSS colours by name."""
-    hparams = _read_yaml(run_dir / "hparams.yaml")
+    hparams = read_config(run_dir / "hparams.yaml")
     names, palette = hparams.get("class_names") or [], hparams.get("palette") or []
     colors = {
         name: "#{:02x}{:02x}{:02x}".format(*rgb) for name, rgb in zip(names, palette, strict=False)
@@ -270,16 +290,6 @@ def _share(value: float) -> str:
     if math.isnan(value):
         return DASH
     return "<\u00a00.01\u00a0%" if 0 < value < 5e-5 else f"{100 * value:.2f}\u00a0%"
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError:  # holds Python objects
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _max_steps(config: dict[str, Any]) -> int | None:

@@ -5,7 +5,7 @@ severity).
 """
 
 import csv
-import os
+import io
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from segformer_pl.analysis.charts import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION
+from segformer_pl.atomic import atomic_write_text
 
 CLEAN = "clean"
 NOTES = (
@@ -79,13 +80,16 @@ def read_scores(file: Path) -> list[Score]:
 
 
 def write_scores(file: Path, scores: list[Score]) -> None:
-    """Write them all; an interruption leaves either the old file or the new one."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(Score)])
-        writer.writeheader()
-        writer.writerows(asdict(score) for score in scores)
-    os.replace(partial, file)
+    """Write them all; an interruption leaves either the old file or the new one.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(Score)])
+    writer.writeheader()
+    writer.writerows(asdict(score) for score in scores)
+    atomic_write_text(file, text.getvalue())
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,7 @@ def _draw_bars(axes: Axes, robustness: Robustness) -> None:
     axes.set_xlim(-0.7, position - 1.1)
     axes.set_xticks(ticks, labels, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_ylabel("mIoU, mean over severities (%)")
-    axes.legend(
+    drawn = axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
         ncols=len(robustness.groups) + 1,
@@ -274,6 +278,7 @@ def _draw_bars(axes: Axes, robustness: Robustness) -> None:
         title_fontsize=9,
         alignment="left",
     )
+    drawn.get_title().set_parse_math(False)  # the name of the data set is no mathematics
 
 
 def _style(axes: Axes) -> None:

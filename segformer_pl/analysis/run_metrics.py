@@ -1,8 +1,10 @@
 """The numbers that a run logged, read back from its folder."""
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,50 @@ class Series:
     @property
     def last(self) -> float:
         return float(self.value[-1])
+
+
+class Row(NamedTuple):
+    """A row of metrics.csv: its line in the file, training steps done, and its cells as text."""
+
+    line: int
+    num_steps: int
+    cells: list[str]
+
+
+class Table(NamedTuple):
+    """The header and the complete rows of metrics.csv."""
+
+    header: list[str]
+    rows: list[Row]
+
+
+def read_table(file: Path) -> Table:
+    """The complete rows of ``metrics.csv``; rows without a step are left out.
+
+    A line that was cut short when the machine went down is left out too: its last cell can be
+    missing digits.
+
+    Raises:
+        ValueError: a step is not a number.
+    """
+    text = file.read_bytes().decode("utf-8", errors="replace")
+    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    header = next(reader, [])
+    rows: list[Row] = []
+    if "step" not in header:
+        return Table(header, rows)
+    for cells in reader:
+        step = cells[header.index("step")] if len(cells) == len(header) else ""
+        if step:
+            try:
+                rows.append(Row(reader.line_num, int(float(step)) + 1, cells))
+            except ValueError:
+                raise _not_numbers(file, Row(reader.line_num, 0, cells)) from None
+    return Table(header, rows)
+
+
+def _not_numbers(file: Path, row: Row) -> ValueError:
+    return ValueError(f"{file}, line {row.line}: expected numbers, got {row.cells}")
 
 
 def read_metrics(run_dir: Path) -> dict[str, Series]:
@@ -46,24 +92,18 @@ def read_metrics(run_dir: Path) -> dict[str, Series]:
             f"no {METRICS_FILE} in {run_dir}, and the report is made from it: give the folder of "
             "one run, logged with Lightning's CSVLogger as the first logger"
         )
-    # A run that was resumed into its own folder logs some steps twice: the later row is right.
-    cells: dict[str, dict[int, float]] = {}
-    with file.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        for row in reader:
-            if None in row.values() or not row.get("step"):
-                continue  # cut short when the machine went down
-            try:
-                step = int(float(row["step"])) + 1
-                for name, cell in row.items():
-                    if cell and name not in ("step", "epoch"):
-                        cells.setdefault(name, {})[step] = float(cell)
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"{file}, line {reader.line_num}: expected numbers, got {list(row.values())}"
-                ) from None
+    # Of two rows of one step the later is right: the step was trained again.
+    values: dict[str, dict[int, float]] = {}
+    table = read_table(file)
+    for row in table.rows:
+        for name, cell in zip(table.header, row.cells, strict=True):
+            if cell and name not in ("step", "epoch"):
+                try:
+                    values.setdefault(name, {})[row.num_steps] = float(cell)
+                except ValueError:
+                    raise _not_numbers(file, row) from None
     columns = {}
-    for name, by_step in cells.items():
+    for name, by_step in values.items():
         steps = sorted(by_step)
         columns[name] = Series(np.array(steps), np.array([by_step[step] for step in steps]))
     return columns

@@ -3,6 +3,7 @@
 from segformer_pl.callbacks.checkpoint_io import AtomicCheckpointIO
 from segformer_pl.callbacks.erf import EffectiveReceptiveField
 from segformer_pl.callbacks.evaluation import EvaluationRecord
+from segformer_pl.callbacks.history import RunHistory
 from segformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from segformer_pl.callbacks.predictions import PredictionPanel
 from segformer_pl.callbacks.report import RunReport
@@ -15,6 +16,7 @@ __all__ = [
     "Interrupted",
     "LastCheckpoint",
     "PredictionPanel",
+    "RunHistory",
     "RunReport",
     "StopOnSignal",
 ]

@@ -93,7 +93,7 @@ class EffectiveReceptiveField(pl.Callback):
         if trainer.is_global_zero:
             height, width = erf.recipe["image_size"]
             title = f"mean of {erf.num_images} validation pictures of {height}x{width}, step {step}"
-            publish(trainer, plot_erf(erf, title), "erf")
+            publish(trainer, lambda: plot_erf(erf, title), "erf")
 
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> ERF | None:
         """Of all ranks together; None if nowhere was a picture."""
@@ -108,6 +108,12 @@ class EffectiveReceptiveField(pl.Callback):
                 )
             except NoFieldError as error:  # a run that diverged has worse to tell
                 rank_zero_warn(f"EffectiveReceptiveField: {error}")
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                # Another rank may have measured, and waits for this one below.
+                rank_zero_warn(
+                    f"EffectiveReceptiveField: not measured, out of memory ({error}); the run goes "
+                    "on; lower batch_size, or num_images"
+                )
         parts: list[ERF | None] = [own]
         if trainer.world_size > 1:
             # Whole objects: a rank may have no picture, and then it knows no shapes either.

@@ -7,12 +7,15 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
+from segformer_pl.analysis.charts import printable
 from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, Evaluation
 from segformer_pl.analysis.overlays import plot_predictions
-from segformer_pl.callbacks.figures import publish, run_folder
+from segformer_pl.atomic import WriteError
+from segformer_pl.callbacks.figures import leaves_files, publish, run_folder
 
 SHOWN_SIDE = 512  # pixels; larger pictures are shown smaller
 
@@ -96,7 +99,7 @@ class EvaluationRecord(pl.Callback):
         self._forget()
         parts = _gather(mine)
         ids = [name for part in parts for name in part["ids"]]
-        if not trainer.is_global_zero or not ids:
+        if not trainer.is_global_zero or not ids or not leaves_files(trainer):
             return
         evaluation = Evaluation(
             split=split,
@@ -109,16 +112,23 @@ class EvaluationRecord(pl.Callback):
             calibration=np.sum([part["calibration"] for part in parts], axis=0),
         )
         folder = run_folder(trainer) / EVALUATION_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        evaluation.save(folder / f"{split}_step_{trainer.global_step:07d}.npz")
+        try:
+            evaluation.save(folder / f"{split}_step_{trainer.global_step:07d}.npz")
+        except WriteError as error:
+            if not trainer.training:  # it is what the command was started for
+                raise
+            rank_zero_warn(f"{error}. This evaluation is lost; the run goes on.")
         worst = sorted((entry for part in parts for entry in part["worst"]), reverse=True)
         if worst and split == "val":
             shown = [
-                (f"{name}: {loss:.2f} nats", *pictures)
+                (f"{printable(name, 26)}: {loss:.2f} nats", *pictures)
                 for loss, _, (name, *pictures) in worst[: self.num_worst]
             ]
-            figure = plot_predictions(shown, pl_module.class_names, pl_module.palette)
-            publish(trainer, figure, "worst")
+            publish(
+                trainer,
+                lambda: plot_predictions(shown, pl_module.class_names, pl_module.palette),
+                "worst",
+            )
 
 
 def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:

@@ -43,5 +43,8 @@ class PredictionPanel(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         shown, self.shown = self.shown, []
         if shown:
-            figure = plot_predictions(shown, pl_module.class_names, pl_module.palette)
-            publish(trainer, figure, "predictions")
+            publish(
+                trainer,
+                lambda: plot_predictions(shown, pl_module.class_names, pl_module.palette),
+                "predictions",
+            )

@@ -39,6 +39,8 @@ class RunReport(pl.Callback):
                 f"no report: nothing was logged to {self.run_dir / METRICS_FILE}; train for at "
                 "least trainer.log_every_n_steps steps, with a CSVLogger as the first logger"
             )
+        except Exception as error:  # the run itself came to its end
+            rank_zero_warn(f"The report could not be written: {error}")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

@@ -28,6 +28,7 @@ from segformer_pl.analysis.erf.plots import (
     plot_radial_profiles,
 )
 from segformer_pl.analysis.erf.words import recipe_in_words
+from segformer_pl.atomic import atomic_write, make_writable_folder
 from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 from segformer_pl.data import StreamingSegmentationData
@@ -117,12 +118,7 @@ def erf(arguments: list[str]) -> None:
     if options.reduction.isdigit():
         options.reduction = int(options.reduction)
     folder = Path(options.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--output: {options.output!r} cannot be a folder ({error.strerror}); name another"
-        ) from error
+    make_writable_folder(folder)
     for subject in subjects:
         _try(subject, data, options)
     results = [_measure(subject, data, options, options.num_images) for subject in subjects]
@@ -243,7 +239,6 @@ def _measure(
 
 
 def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     rows = {
         f"{subject.label} ({subject.weights})": result for subject, result in zip(subjects, results)
     }
@@ -277,7 +272,8 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
 def _save(figure: Figure, path: Path) -> list[Path]:
     files = [path.with_suffix(suffix) for suffix in (".png", ".pdf")]
     for file in files:
-        figure.savefig(file, dpi=DPI)
+        with atomic_write(file) as stream:
+            figure.savefig(stream, format=file.suffix[1:], dpi=DPI)
     return files
 
 

@@ -26,6 +26,7 @@ from segformer_pl.analysis.robustness import (
     summarize,
     write_scores,
 )
+from segformer_pl.atomic import atomic_write, atomic_write_text, make_writable_folder
 from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data import StreamingSegmentationData
@@ -78,8 +79,7 @@ def robustness(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output: {str(options.output)!r} is a file; give a folder")
+    make_writable_folder(options.output)
     task = load_task(options.ckpt).to(options.device)
     data = load_data(options.ckpt, path=options.data.path, num_workers=options.num_workers)
     result = _score_all(task, data, options.ckpt, options.num_images, options.output)
@@ -87,8 +87,9 @@ def robustness(arguments: list[str]) -> None:
         PAGE: markdown(result),
         NUMBERS: json.dumps(without_nan(as_dict(result)), indent=2) + "\n",
     }.items():
-        (options.output / name).write_text(text, encoding="utf-8")
-    plot(result).savefig(options.output / FIGURE, dpi=130)
+        atomic_write_text(options.output / name, text)
+    with atomic_write(options.output / FIGURE) as stream:
+        plot(result).savefig(stream, format="png", dpi=130)
     means = ", ".join(f"{group} {100 * mean:.1f}" for group, mean in result.groups.items())
     sys.stdout.write(
         f"mIoU in percent: clean {100 * result.clean:.1f}, corrupted {100 * result.mean:.1f} "
@@ -119,7 +120,6 @@ def _score_all(
         "fingerprint": source.fingerprint,
         "checkpoint": _digest(Path(ckpt)),
     }
-    output.mkdir(parents=True, exist_ok=True)
     file = output / SCORES
     scores = {(s.group, s.corruption, s.severity): s for s in read_scores(file)}
     for score in scores.values():

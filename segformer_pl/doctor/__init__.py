@@ -14,7 +14,7 @@ from segformer_pl.doctor.recipe import examine_recipe, examine_weights
 from segformer_pl.doctor.splits import compare_splits, examine_split
 from segformer_pl.task import SegmentationTask
 
-__all__ = ["Examination", "Finding", "examine"]
+__all__ = ["Examination", "Finding", "examine", "examine_settings"]
 
 
 def examine(
@@ -38,4 +38,13 @@ def examine(
     if train:
         examine_plan(found, data, trainer, train)
         examine_cost(found, task, data, trainer, train)
+    return found
+
+
+def examine_settings(
+    task: SegmentationTask, data: StreamingSegmentationData, trainer: pl.Trainer
+) -> Examination:
+    """The part of :func:`examine` that reads no data and takes no time: what ``fit`` says first."""
+    found = Examination()
+    examine_recipe(found, task, data, trainer)
     return found

@@ -45,6 +45,20 @@ def examine_recipe(
             f"validation comes every {check} batches, but training ends after {batches}; lower "
             "--trainer.val_check_interval",
         )
+    if validates and isinstance(check, float):
+        found.warning(
+            "recipe",
+            "validation never runs while training: trainer.val_check_interval is not set, and a "
+            "stream has no epochs; give --trainer.val_check_interval N, in batches, or "
+            "--trainer.limit_val_batches 0",
+        )
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if 0 < max_steps < every:
+        found.warning(
+            "recipe",
+            f"the training loss is logged every {every} steps, but training "
+            f"ends after {max_steps}: it is never logged; lower --trainer.log_every_n_steps",
+        )
     head_lr = task.lr * task.head_lr_mult
     if task.lr <= 0 or head_lr > 0.1:
         found.warning(

@@ -391,7 +391,7 @@ def plot_radius_map(
         grid[0].imshow(np.clip(image, 0, 1), extent=extent)
         grid[0].set_title("picture", fontsize=FONT + 1)
     drawn = grid[-1].imshow(found.radius, cmap="viridis", extent=extent, interpolation="nearest")
-    grid[-1].set_title(f"units of {found.layer}", fontsize=FONT + 1)
+    grid[-1].set_title(f"units of {found.layer}", fontsize=FONT + 1, parse_math=False)
     for axes in grid:
         axes.set_xlabel("column (pixels)", fontsize=FONT)
         axes.tick_params(labelsize=FONT)
@@ -400,5 +400,6 @@ def plot_radius_map(
     bar = figure.colorbar(drawn, ax=grid[-1])
     bar.set_label("radius of the field (pixels)", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)
-    figure.suptitle(head, fontsize=FONT + 1.5)
+    plain: dict[str, Any] = {"parse_math": False}
+    figure.suptitle(head, fontsize=FONT + 1.5, **plain)
     return figure

@@ -17,6 +17,7 @@ from segformer_pl.analysis.erf import extent
 from segformer_pl.analysis.erf.jackknife import Estimate, jackknife
 from segformer_pl.analysis.erf.moments import NUM_GROUPS, Moments
 from segformer_pl.analysis.erf.units import Place
+from segformer_pl.atomic import atomic_write, atomic_write_text
 
 FORMAT = 2
 SHARES = (0.2, 0.3, 0.5, 0.99)  # those of RepLKNet's table
@@ -301,7 +302,6 @@ class ERF:
             The two files.
         """
         files = _files(path)
-        files[0].parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, npt.NDArray[Any]] = {}
         layers = []
         for index, erf in enumerate(self.layers.values()):
@@ -318,7 +318,8 @@ class ERF:
                     "num_images": erf.num_images,
                 }
             )
-        np.savez_compressed(files[0], **arrays)  # type: ignore[arg-type]
+        with atomic_write(files[0]) as stream:
+            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
         description = {
             "format": FORMAT,
             "about": self.about,
@@ -330,7 +331,7 @@ class ERF:
             "layers": layers,
             "numbers": self.numbers() if numbers is None else numbers,
         }
-        files[1].write_text(json.dumps(_plain(description), indent=2) + "\n", encoding="utf-8")
+        atomic_write_text(files[1], json.dumps(_plain(description), indent=2) + "\n")
         return files
 
 

@@ -20,7 +20,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
-from segformer_pl.analysis.charts import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
+from segformer_pl.analysis.charts import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    printable,
+)
 
 WIDTH, NARROW = 7.0, 3.4  # of a two-column page's text and of one column, in inches
 FONT = 7.0  # points
@@ -92,7 +102,7 @@ class _Layout(NamedTuple):
 def wrap(text: str, inches: float, size: float = FONT) -> str:
     """The text in lines that fit into this width."""
     num_letters = max(int(inches * 72 / (0.53 * size)), 4)
-    lines = [textwrap.wrap(line, num_letters) for line in text.split("\n")]
+    lines = [textwrap.wrap(printable(line, 400), num_letters) for line in text.split("\n")]
     return "\n".join(part for parts in lines for part in parts)
 
 
@@ -171,11 +181,13 @@ def make_sheet(title: str, blocks: Sequence[Block], shape: tuple[int, ...], note
         axes.tick_params(labelsize=FONT, length=2, pad=2)
         return axes
 
-    figure.suptitle(page.title, fontsize=FONT + 1.5, y=1 - 0.08 / height, va="top")
-    for x, y, text, style in page.texts:
-        figure.text(
-            x / width, 1 - y / height, text, **{"fontsize": FONT, "linespacing": 1.15, **style}
-        )
+    # Names of networks, files and layers are no mathematics, whatever they hold.
+    plain: dict[str, Any] = {"parse_math": False}
+    style = {"fontsize": FONT + 1.5, "va": "top", **plain}
+    figure.suptitle(page.title, y=1 - 0.08 / height, **style)
+    for x, y, text, own in page.texts:
+        style = {"fontsize": FONT, "linespacing": 1.15, **plain, **own}
+        figure.text(x / width, 1 - y / height, text, **style)
     sheet = Sheet(
         figure,
         [[axes_of(box) for box in row] for row in page.panels],
@@ -243,7 +255,13 @@ def make_curves(
     longest = max(len(text) for text in layers.values())
     columns = min(len(layers), max(int(6.6 / (0.5 + 0.055 * longest)), 1))
     legends = [
-        ([Line2D([], [], color=colors[name], label=text) for name, text in layers.items()], columns)
+        (
+            [
+                Line2D([], [], color=colors[name], label=printable(text))
+                for name, text in layers.items()
+            ],
+            columns,
+        )
     ]
     named = [(wrap(name, 6.0), line) for name, line in lines.items() if name]
     if named:
@@ -259,7 +277,8 @@ def make_curves(
     above = 0.2 + 1.3 * LINE * (title.count("\n") + 1) + LINE * num_lines
     height = above + 2.5 + below
     figure = Figure(figsize=(WIDTH, height))
-    figure.suptitle(title, fontsize=FONT + 1.5, y=1 - 0.08 / height, va="top")
+    style: dict[str, Any] = {"fontsize": FONT + 1.5, "va": "top", "parse_math": False}
+    figure.suptitle(title, y=1 - 0.08 / height, **style)
     left, right = (
         figure.add_axes((start / WIDTH, below / height, 2.8 / WIDTH, 2.5 / height))
         for start in (0.55, 4.05)
@@ -272,7 +291,7 @@ def make_curves(
         axes.tick_params(labelsize=FONT)
     top = 0.06 + sum(heights)
     for (handles, count), tall in zip(legends, heights):
-        figure.legend(
+        drawn = figure.legend(
             handles=handles,
             loc="upper center",
             bbox_to_anchor=(0.5, top / height),
@@ -283,5 +302,7 @@ def make_curves(
             borderaxespad=0,
             handlelength=2.4,
         )
+        for text in drawn.get_texts():
+            text.set_parse_math(False)
         top -= tall
     return Curves(figure, left, right, colors, lines)

@@ -1,0 +1,138 @@
+"""A run that was resumed, once or more often, is one run with one folder and one history.
+
+After resumptions at steps 400 and 900 its folder holds:
+
+    config.yaml                                 of the start
+    config_resumed_at_step_0000400.yaml         of each resumption
+    config_resumed_at_step_0000900.yaml
+    metrics.csv                                 the rows of all parts, one after the other
+    evaluation/ predictions/ worst/ erf/        the files of all parts, named by their steps
+
+What was left behind after the step that a resumption starts from (a run is killed some steps after
+its last checkpoint) was left by weights that no longer exist. :func:`rewind` removes it.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from segformer_pl.analysis.evaluation import EVALUATION_FOLDER
+from segformer_pl.analysis.run_metrics import METRICS_FILE, read_table
+from segformer_pl.atomic import atomic_write_text
+
+CONFIG_FILE = "config.yaml"
+FINDINGS_FILE = "findings.json"
+CHECKPOINT_FOLDER = "checkpoints"
+FIGURE_FOLDERS = ("predictions", "worst", "erf")
+# Each folder has files of one kind.
+NUMBERED = re.compile(r"(?:step|(?:val|test)_step|config_resumed_at_step)_(\d+)\.(?:png|npz|yaml)")
+# Of where a part is stored and what it starts from, not of how it trains.
+NOT_COMPARED = ("ckpt_path", "trainer.logger.", "trainer.default_root_dir")
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A resumption, and the settings that it changed.
+
+    Attributes:
+        step: Training steps done before it.
+        changes: By setting: its value before, and from here on.
+    """
+
+    step: int
+    changes: dict[str, tuple[Any, Any]]
+
+
+def resumed_config_name(step: int) -> str:
+    """Name of the configuration file of a resumption, in the folder of the run."""
+    return f"config_resumed_at_step_{step:07d}.yaml"
+
+
+def run_dir_of(checkpoint: str | Path) -> Path | None:
+    """The run folder whose ``checkpoints`` folder holds this file; None if there is none."""
+    folder = Path(checkpoint).absolute().parent
+    is_in_run = folder.name == CHECKPOINT_FOLDER and (folder.parent / CONFIG_FILE).is_file()
+    return folder.parent if is_in_run else None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A saved configuration; empty if there is none, or none that is plain data."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_configs(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """The configurations of a run, by the step that each holds from, the first one from step 0."""
+    resumed = {step: read_config(file) for step, file in sorted(_numbered(run_dir))}
+    # A run can be resumed before its first step; what came before then trained nothing.
+    return {0: read_config(run_dir / CONFIG_FILE)} | resumed
+
+
+def read_resumptions(run_dir: Path) -> list[Resumption]:
+    """The resumptions of a run in the order of their steps, each compared with the part before."""
+    parts = pairwise(read_configs(run_dir).items())
+    return [Resumption(step, _changes(old, new)) for (_, old), (step, new) in parts]
+
+
+def read_findings(run_dir: Path) -> list[str]:
+    """What was said of the run's settings when it started, in sentences; empty if nothing was."""
+    try:
+        content = json.loads((run_dir / FINDINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(sentence) for sentence in content] if isinstance(content, list) else []
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Remove what a run left behind after this step, of which training goes on.
+
+    Raises:
+        WriteError: A file cannot be written or removed.
+    """
+    metrics = run_dir / METRICS_FILE
+    if metrics.is_file():
+        table = read_table(metrics)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(table.header)
+        writer.writerows(row.cells for row in table.rows if row.num_steps <= step)
+        atomic_write_text(metrics, text.getvalue())
+    for folder in (run_dir, run_dir / EVALUATION_FOLDER, *(run_dir / n for n in FIGURE_FOLDERS)):
+        for number, file in list(_numbered(folder)):
+            # The configuration of a resumption at this very step is that of the one at hand.
+            if number > step:
+                file.unlink(missing_ok=True)
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if match := NUMBERED.fullmatch(file.name):
+            yield int(match[1]), file
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not f"{key}.".startswith(NOT_COMPARED)
+    }
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix.rstrip("."), tree

@@ -1,0 +1,39 @@
+"""The progress bar of a training that is counted in steps."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class StepProgressBar(TQDMProgressBar):
+    """Shows the optimiser steps done, of ``max_steps``, also in a resumed run.
+
+    Lightning's own counts the batches of all parts of a run up to the steps that are left, so that
+    a run that was resumed ends at "40/9".
+    """
+
+    @property
+    def total_train_batches(self) -> int | float:
+        return self.trainer.max_steps if self.trainer.max_steps > 0 else super().total_train_batches
+
+    @property
+    def train_description(self) -> str:
+        return "step"
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer, *_)
+        bar = self.train_progress_bar
+        bar.set_description(self.train_description, refresh=False)
+        bar.initial = bar.n = trainer.global_step  # what came before took no time of this process
+        bar.refresh()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)

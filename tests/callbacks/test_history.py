@@ -1,0 +1,227 @@
+"""One run, one history: a run that was killed and resumed leaves what it would have left whole."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+
+from segformer_pl.analysis.run_history import read_resumptions, rewind
+from segformer_pl.analysis.run_metrics import read_metrics
+from segformer_pl.callbacks.history import RunLogger, keep_history
+from segformer_pl.cli import main
+from segformer_pl.data import shapes
+
+
+class KillAt(pl.Callback):
+    """Ends the process without a chance to tidy up, once a step is done."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.generate(folder, {"train": 8, "validation": 2})
+    return folder
+
+
+def options(data, runs, **changes):
+    settings = {
+        "model.network": "segformer_pl.models.segformer_b0",
+        "model.warmup_steps": 2,
+        "data.path": data,
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 8,
+        "trainer.val_check_interval": 2,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.log_every_n_steps": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+        "trainer.logger.save_dir": runs,
+        "last_checkpoint.every_n_train_steps": 3,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    return [
+        *arguments,
+        "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",
+        "--trainer.callbacks+=segformer_pl.callbacks.PredictionPanel",
+    ]
+
+
+def killed_run(data, runs, step):
+    """A run whose process is killed after a step; its folder."""
+    kill = {"class_path": "test_history.KillAt", "init_args": {"step": step}}
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "segformer_pl", "fit", *options(data, runs)),
+            f"--trainer.callbacks+={json.dumps(kill)}",
+        ],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    return runs / "unnamed" / "version_0"
+
+
+def rows(run_dir):
+    """All rows of metrics.csv as numbers, without the epoch, which a stream does not have."""
+    with (run_dir / "metrics.csv").open(newline="") as stream:
+        return [
+            {key: float(cell) for key, cell in row.items() if cell and key != "epoch"}
+            for row in csv.DictReader(stream)
+        ]
+
+
+def files(run_dir):
+    kept = (file for file in run_dir.rglob("*") if file.suffix in (".png", ".npz"))
+    return sorted(str(file.relative_to(run_dir)) for file in kept)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, tmp_path, caplog):
+    main(["fit", *options(data, tmp_path / "whole")])
+    whole = tmp_path / "whole" / "unnamed" / "version_0"
+    run_dir = killed_run(data, tmp_path / "killed", step=5)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    # What was logged up to the checkpoint was on the disk, although nothing was flushed.
+    assert read_metrics(run_dir)["train/loss"].step.tolist()[:3] == [1, 2, 3]
+    assert (run_dir / "predictions" / "step_0000004.png").is_file()
+
+    resumed = options(data, tmp_path / "killed", trainer__val_check_interval=3)
+    with caplog.at_level("INFO"):
+        main(["fit", *resumed, f"--ckpt_path={last}"])
+    assert f"the run in {run_dir} goes on from step 3" in caplog.text
+    assert [child.name for child in run_dir.parent.iterdir()] == ["version_0"]
+    # Step 4 is validated no more, and what it left is gone.
+    assert files(run_dir) == [
+        f"{folder}/{prefix}step_{step:07d}.{suffix}"
+        for folder, prefix, suffix in (
+            ("evaluation", "val_", "npz"),
+            ("predictions", "", "png"),
+            ("worst", "", "png"),
+        )
+        for step in (2, 6)
+    ]
+    assert read_metrics(run_dir)["val/miou"].step.tolist() == [2, 6]
+    of_training = [[row for row in rows(run) if "val/miou" not in row] for run in (run_dir, whole)]
+    assert of_training[0] == [pytest.approx(row, rel=1e-6) for row in of_training[1]]
+    first = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert first["ckpt_path"] is None
+    (resumption,) = read_resumptions(run_dir)
+    assert resumption.step == 3
+    assert resumption.changes == {
+        "trainer.callbacks": (first["trainer"]["callbacks"], first["trainer"]["callbacks"][:2]),
+        "trainer.val_check_interval": (2, 3),
+    }
+    page = (run_dir / "report.html").read_text()
+    assert "dotted: resumed at 3" in page
+    assert "trainer.val_check_interval" in page
+
+
+@pytest.mark.slow
+def test_another_place_and_a_branch_are_runs_of_their_own(data, tmp_path, caplog):
+    arguments = options(data, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=4)
+    main(["fit", *arguments])
+    run_dir = tmp_path / "unnamed" / "version_0"
+    before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+    last = run_dir / "checkpoints" / "last.ckpt"
+    moved = tmp_path / "moved.ckpt"
+    moved.write_bytes(last.read_bytes())
+    earlier = last.with_name("best.ckpt")
+    torch.save(torch.load(last, weights_only=True) | {"global_step": 2}, earlier)
+    before[earlier] = earlier.read_bytes()
+    arguments = options(data, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=5)
+    for ckpt_path, changes, sentence in (
+        (moved, [], "does not lie in the folder of a run"),
+        (last, ["--trainer.logger.name=other"], "trainer.logger names another place"),
+        (earlier, [], "is of step 2, and its run has gone on to step 4"),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            cli = main(["fit", *arguments, f"--ckpt_path={ckpt_path}", *changes])
+        assert sentence in caplog.text
+        assert "a folder and a history of its own" in caplog.text
+        assert Path(cli.trainer.log_dir) != run_dir
+        assert min(read_metrics(Path(cli.trainer.log_dir))["train/loss"].step) > 1
+    after = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_a_used_folder_is_not_written_to_by_another_run(data, tmp_path):
+    run_dir = tmp_path / "unnamed" / "version_0"
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
+    for command in ("fit", "validate"):
+        with pytest.raises(SystemExit, match="holds the history of a run already"):
+            main([command, *options(data, tmp_path, trainer__logger__version=0)])
+
+
+def test_a_logger_goes_on_with_the_file_that_is_there(tmp_path):
+    logger = RunLogger(tmp_path, name="demo", version=0)
+    logger.log_metrics({"b": 1.0}, step=0)
+    logger.save()
+    logger.log_metrics({"b": 2.0}, step=1)
+    logger.save()
+    again = keep_history(CSVLogger(tmp_path, name="demo"), tmp_path / "demo" / "version_0")
+    again.log_metrics({"b": 3.0}, step=2)
+    again.save()
+    again.log_metrics({"a": 4.0}, step=3)  # another column
+    again.save()
+    columns = read_metrics(tmp_path / "demo" / "version_0")
+    assert columns["b"].value.tolist() == [1, 2, 3]
+    assert columns["a"].step.tolist() == [4]
+
+
+def test_values_wait_for_room_on_the_disk(tmp_path):
+    logger = RunLogger(tmp_path, name="demo", version=0)
+    logger.log_metrics({"b": 1.0}, step=0)
+    logger.save()
+    file = tmp_path / "demo" / "version_0" / "metrics.csv"
+    whole = file.read_bytes()
+    logger.log_metrics({"b": 2.0}, step=1)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 2, hard))  # as a disk that is full
+    try:
+        with pytest.warns(UserWarning, match="File too large"):
+            logger.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == whole
+    logger.save()
+    assert read_metrics(file.parent)["b"].value.tolist() == [1, 2]
+
+
+def test_rewinding_keeps_what_comes_up_to_a_step(tmp_path):
+    (tmp_path / "metrics.csv").write_text('step,"a,\nb"\r\n0,1\r\n1,2\r\n2,3\r\n1,9\r\n2,0.12')
+    kept = ["evaluation/val_step_0000002.npz", "worst/notes.png", "config.yaml"]
+    removed = ["evaluation/test_step_0000003.npz", "worst/step_0000003.png"]
+    removed.append("config_resumed_at_step_0000003.yaml")
+    for name in kept + removed:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert read_metrics(tmp_path)["a,\nb"].value.tolist() == [1, 9, 3]  # 0.12 was cut short
+    rewind(tmp_path, 2)
+    assert read_metrics(tmp_path)["a,\nb"].value.tolist() == [1, 9]
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {"metrics.csv", *kept}
