@@ -1,4 +1,5 @@
-"""Whole and sliding-window inference against mmsegmentation's EncoderDecoder, around one network."""
+"""Whole and sliding-window inference around one network, against mmsegmentation's
+EncoderDecoder."""
 
 import pytest
 import torch
