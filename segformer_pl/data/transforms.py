@@ -180,9 +180,19 @@ def _nearest(
 ) -> TrainIds:
     if (height, width) == label.shape:
         return label[top : top + rows, left : left + columns]
-    down = np.arange(top, top + rows) * label.shape[0] // height
-    right = np.arange(left, left + columns) * label.shape[1] // width
+    down = _nearest_indices(label.shape[0], height)[top : top + rows]
+    right = _nearest_indices(label.shape[1], width)[left : left + columns]
     return label[down].take(right, axis=1)
+
+
+def _nearest_indices(old: int, new: int) -> npt.NDArray[np.int64]:
+    """(new,) which of ``old`` pixels each takes its value from, as ``cv2.INTER_NEAREST`` has it.
+
+    OpenCV multiplies by the rounded inverse of the rounded factor. Where ``i * old / new`` is a
+    whole number it can so come to the pixel before: in one or two rows of every 25th size.
+    """
+    indices = (np.arange(new) * (1 / (new / old))).astype(np.int64)
+    return np.minimum(indices, old - 1)
 
 
 def distort(pixels: Pixels, rng: np.random.Generator) -> Pixels:

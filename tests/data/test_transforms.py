@@ -58,9 +58,7 @@ def bilinear(pixels, height, width):
 
 
 def nearest(label, height, width):
-    rows = np.floor(np.arange(height) * label.shape[0] / height + 1e-9).astype(int)
-    columns = np.floor(np.arange(width) * label.shape[1] / width + 1e-9).astype(int)
-    return label[rows][:, columns]
+    return cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
 def plain_order(pixels, label, crop_size, scale_range, base_size, seed, ratio=0.75):
@@ -145,6 +143,15 @@ def test_a_planted_fault_is_noticed(fault, monkeypatch):
         except AssertionError:
             noticed += 1
     assert noticed
+
+
+@pytest.mark.parametrize("old", [1, 90, 121, 683])
+def test_nearest_labels_are_those_of_opencv(old):
+    """Also at sizes such as 90 to 50, where OpenCV's rounding takes the pixel before."""
+    label = np.arange(old, dtype=np.uint16)[None].repeat(2, 0)
+    for new in range(1, 2 * old + 2):
+        found = transforms._nearest(label, 2, new, 0, 0, 2, new)
+        assert np.array_equal(found, nearest(label, 2, new)), new
 
 
 def test_the_limit_for_one_class_is_strict():

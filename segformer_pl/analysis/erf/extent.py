@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Map = npt.NDArray[np.floating]
 Center = tuple[float, float] | None
-AreaDefinition = Literal["smallest", "square"]
+AreaDefinition = Literal["smallest", "square", "replknet"]
 
 
 def smallest_area_ratio(erf: Map, share: float) -> float:
@@ -38,13 +38,18 @@ def smallest_area_ratio(erf: Map, share: float) -> float:
 
 
 def square_area_ratio(erf: Map, share: float, center: Center = None) -> float:
-    """RepLKNet's high-contribution area ratio (Ding et al. 2022): the smallest square about the
-    unit, of side 3, 5, 7 ... pixels (2, 4, 6 ... where the unit lies between pixels), with more
-    than ``share`` of the sum of log10(1 + map), over the picture's area.
+    """RepLKNet's high-contribution area ratio (Ding et al. 2022): the smallest square about
+    ``center``, of side 3, 5, 7 ... pixels (2, 4, 6 ... where it lies between pixels), with more
+    than ``share`` of the sum of log10(1 + map), over the image's area.
 
-    The arithmetic is that of the paper's script on square maps. There, a square that reaches
-    beyond the picture has no meaning: on wide maps the script finds nothing, on tall ones it counts
-    the wrong columns. Here the square is cut at the picture's border and goes on growing.
+    RepLKNet's published script takes the square about pixel (H // 2, W // 2), whatever unit it
+    measured: with the default ``center`` this is its ratio on square maps. About the unit's own
+    place it is another number wherever that is another pixel: with an odd number of units (unit 2
+    of 5 lies on pixel 64 of 160), and in networks that cut patches (:mod:`.units`).
+
+    In the script, a square that reaches beyond the image has no meaning: on wide maps it finds
+    nothing, on tall ones it counts the wrong columns, and shares that only the whole map holds it
+    does not reach. Here the square is cut at the image's border and goes on growing.
 
     Depends on the scale of the map (normalisation of the picture, channels of the layer), because
     of the logarithm: compare only what was measured alike.

@@ -69,6 +69,8 @@ def effective_receptive_field(
 
     SegFormer's Figure 3 states neither unit nor reduction. The defaults are those of RepLKNet's
     published script but for ``gradient``, which is ``"relu"`` there and drops what is negative.
+    The script's unit is (h // 2, w // 2) of the map. ``"center"`` is the unit that pixel
+    (H // 2, W // 2) belongs to: another one where the image has an odd and the map an even side.
 
     Args:
         model: Any network that maps (B, C, H, W) to something.

@@ -309,7 +309,8 @@ def plot_radial_profiles(fields: ERF | Mapping[str, ERF], title: str = "") -> Fi
 
 
 def plot_area_ratios(fields: ERF | Mapping[str, ERF], title: str = "") -> Figure:
-    """Area against the share of the field that it holds, by both published definitions.
+    """Area against the share of the field that it holds: the smallest area, and the smallest
+    square about the unit, which is RepLKNet's but for its centre (:meth:`LayerERF.area_ratio`).
 
     Averaging over more pictures fills areas in: compare at equal numbers of pictures.
     """
@@ -326,7 +327,7 @@ def plot_area_ratios(fields: ERF | Mapping[str, ERF], title: str = "") -> Figure
         "smallest area: the strongest pixels, wherever; grows with\n"
         "the number of pictures: compare at equal numbers",
         "smallest square about the unit, on log10(1 + gradient)\n"
-        "(RepLKNet); depends on the gradient's scale",
+        "(after RepLKNet); depends on the gradient's scale",
     )
     page = _curves(rows, _headed("Area of the receptive field", title), draw, heads)
     left, right = page.left, page.right

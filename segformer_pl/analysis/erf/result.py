@@ -16,7 +16,7 @@ from torch import nn
 from segformer_pl.analysis.erf import extent
 from segformer_pl.analysis.erf.jackknife import Estimate, jackknife
 from segformer_pl.analysis.erf.moments import NUM_GROUPS, Moments
-from segformer_pl.analysis.erf.units import Place
+from segformer_pl.analysis.erf.units import Place, unit_at
 from segformer_pl.atomic import atomic_write, atomic_write_text
 
 FORMAT = 2
@@ -100,19 +100,29 @@ class LayerERF:
         Args:
             share: Such as 0.5.
             definition: ``smallest``, the strongest pixels, free of scale
-                (:func:`extent.smallest_area_ratio`); ``square``, RepLKNet's
-                (:func:`extent.square_area_ratio`).
+                (:func:`extent.smallest_area_ratio`); ``square``, RepLKNet's square about the
+                unit's own place (:func:`extent.square_area_ratio`); ``replknet``, the number of
+                RepLKNet's published script, whose square is about the image's middle pixel and
+                whose map is measured with ``gradient="relu"`` (and ``reduction="relu"``, the
+                default). The last two agree where the unit lies on that pixel.
 
         Raises:
-            ValueError: the share is not between 0 and 1, the map is signed, or ``square`` is asked
-                of a class.
+            ValueError: the share is not between 0 and 1, the map is signed, ``square`` or
+                ``replknet`` is asked of a class, or ``replknet`` of what the script does not
+                measure: another gradient, another unit, a map that is not square.
         """
         _check_share("area_ratio", share)
         if definition == "smallest":
             return extent.smallest_area_ratio(self._positive(), share)
         if definition == "square":
             return extent.square_area_ratio(self._positive(), share, self._center())
-        raise ValueError(f"definition={definition!r}: give 'smallest' or 'square'")
+        if definition == "replknet":
+            if (reason := self._not_replknets()) is not None:
+                raise ValueError(
+                    f"definition='replknet': {reason}; measure it so, or take 'square'"
+                )
+            return extent.square_area_ratio(self._positive(), share)
+        raise ValueError(f"definition={definition!r}: give 'smallest', 'square' or 'replknet'")
 
     def radial_profile(self) -> extent.RadialProfile:
         """See :func:`extent.radial_profile`."""
@@ -207,6 +217,19 @@ class LayerERF:
             self.gradient,
         )
 
+    def _not_replknets(self) -> str | None:
+        """Why this field is not one that RepLKNet's script measures, or None if it is."""
+        if self.gradient != "relu":
+            return f"the published script takes gradient='relu', and this is {self.gradient!r}"
+        size = self.mean.shape
+        if size[0] != size[1]:
+            return f"the published script is for square maps, and this one has {size[0]}x{size[1]}"
+        unit = unit_at(self._center(), (size[0], size[1]), self.grid)
+        middle = (self.grid[0] // 2, self.grid[1] // 2)
+        if unit != middle:
+            return f"the published script measures unit {middle}, and this is unit {unit}"
+        return None
+
     def _positive(self) -> npt.NDArray[np.float64]:
         if self.gradient == "signed":
             raise ValueError(
@@ -253,8 +276,9 @@ class ERF:
         """Layer -> name of the number -> value of the mean map, or ``[value, low, high]`` from
         :meth:`LayerERF.interval`, whose bounds are cut where no such number can be.
 
-        ``area_square`` and ``area_smallest`` by share, ``radius`` by share and its root mean square
-        in pixels, and the rest of :class:`LayerERF`.
+        ``area_square`` and ``area_smallest`` by share, ``area_replknet`` by share where the
+        measurement is that of RepLKNet's script (see :meth:`LayerERF.area_ratio`), ``radius`` by
+        share and its root mean square in pixels, and the rest of :class:`LayerERF`.
         """
         bounded: dict[str, Callable[[LayerERF], float]] = {
             "area_smallest_50": lambda erf: erf.area_ratio(0.5),
@@ -284,6 +308,11 @@ class ERF:
             if erf.pixel is not None:
                 for share in SHARES:
                     row[f"area_square_{round(100 * share)}"] = erf.area_ratio(share, "square")
+                settings = (self.recipe.get("units"), self.recipe.get("reduction"))
+                if settings == ("center", "relu") and erf._not_replknets() is None:
+                    for share in SHARES:
+                        ratio = erf.area_ratio(share, "replknet")
+                        row[f"area_replknet_{round(100 * share)}"] = ratio
                 fit = erf.gaussian_fit()
                 row["gaussian_sigma"], row["gaussian_r_squared"] = fit.sigma, fit.r_squared
                 row["centroid_shift"] = list(erf.centroid_shift())

@@ -130,6 +130,15 @@ def place_of_unit(
     return places[0], places[1]
 
 
+def unit_at(place: Place, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Row and column of the unit whose own centre this is: the inverse of :func:`place_of_unit`."""
+    row, column = (
+        int(at // (_stride(pixels, units) or pixels / units))
+        for at, pixels, units in zip(place, size, grid)
+    )
+    return row, column
+
+
 def _stride(pixels: int, units: int) -> int | None:
     """Whole stride of a layer with so many units. Where it does not divide the picture, the power
     of two that gives so many, rounded up (padding) or down (no padding), and None if none does."""

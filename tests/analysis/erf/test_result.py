@@ -135,7 +135,7 @@ def test_numbers_that_make_no_sense_are_refused():
         field_of(abs(maps)).center_share(-1)
     with pytest.raises(ValueError, match="a confidence between 0 and 1"):
         field_of(abs(maps)).interval(LayerERF.rms_radius, level=95)
-    with pytest.raises(ValueError, match="give 'smallest' or 'square'"):
+    with pytest.raises(ValueError, match="give 'smallest', 'square' or 'replknet'"):
         field_of(abs(maps)).area_ratio(0.5, "round")
     with pytest.raises(ValueError, match="one recipe"):
         merge([ERF({}, 1, recipe={"a": 1}), ERF({}, 1, recipe={"a": 2})])

@@ -1,0 +1,61 @@
+"""A checkpoint as mmengine's Runner writes it after real steps: today refused, in one sentence."""
+
+import pytest
+import torch
+
+from segformer_pl.models.checkpoints import WeightsError, load_weights, read_weights
+from segformer_pl.models.mit import mit_b0
+
+
+@pytest.fixture(scope="module")
+def runner_checkpoint(mmseg, tmp_path_factory):
+    """The trained encoder and the file of two steps."""
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+    from mmseg.models.backbones import MixVisionTransformer
+
+    class Model(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.backbone = MixVisionTransformer(
+                embed_dims=32, num_layers=[2, 2, 2, 2], num_heads=[1, 2, 5, 8]
+            )
+
+        def forward(self, inputs, mode="tensor"):
+            return {"loss": sum(stage.square().mean() for stage in self.backbone(inputs))}
+
+    folder = tmp_path_factory.mktemp("runner")
+    loader = torch.utils.data.DataLoader([{"inputs": torch.randn(3, 64, 64)}] * 2)
+    runner = Runner(
+        Model(),
+        work_dir=str(folder),
+        train_dataloader=loader,
+        train_cfg={"type": "IterBasedTrainLoop", "max_iters": 2},
+        optim_wrapper={"optimizer": {"type": "AdamW", "lr": 1e-3}},
+        default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 2, "by_epoch": False}},
+        log_level="ERROR",
+    )
+    runner.train()
+    return runner.model.backbone, folder / "iter_2.pth"
+
+
+def test_it_is_refused_in_one_sentence(runner_checkpoint):
+    _, file = runner_checkpoint
+    with pytest.raises(WeightsError, match=r"holds code \(mmengine\.\S+HistoryBuffer\)") as error:
+        read_weights(file)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith("torch.save(model.state_dict(), FILE)")
+
+
+@torch.no_grad()
+def test_its_tensors_alone_are_read(runner_checkpoint, tmp_path):
+    """What the sentence advises gives the trained network."""
+    backbone, file = runner_checkpoint
+    content = torch.load(file, weights_only=False)
+    assert {"meta", "state_dict", "message_hub", "optimizer"} <= content.keys()
+    torch.save(content["state_dict"], tmp_path / "tensors.pth")
+    encoder = mit_b0().eval()
+    load_weights(encoder, tmp_path / "tensors.pth")
+    images = torch.randn(1, 3, 65, 97)
+    for ours, theirs in zip(encoder(images), backbone.eval()(images), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

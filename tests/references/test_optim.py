@@ -1,0 +1,156 @@
+"""Learning rates and parameter groups against mmengine's schedulers and optimiser constructor."""
+
+import pytest
+import torch
+from torch import nn
+
+from segformer_pl.models import segformer_b0
+from segformer_pl.models.checkpoints.layouts import detect, to_parts
+from segformer_pl.optim import parameter_groups, poly_factor
+
+LR, WEIGHT_DECAY = 6e-5, 0.01
+# Of NVlabs' and mmsegmentation's SegFormer configurations.
+PARAMWISE = {
+    "custom_keys": {
+        "pos_block": {"decay_mult": 0.0},
+        "norm": {"decay_mult": 0.0},
+        "head": {"lr_mult": 10.0},
+    }
+}
+
+
+def rates_of(make_schedulers, num_steps):
+    """The rate of every step under mmengine's schedulers, stepped one after the other."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
+    schedulers = make_schedulers(optimizer)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(("max_steps", "warmup_steps"), [(1600, 15), (3000, 1500), (200, 2)])
+def test_schedule_of_mmsegmentation_1(mmseg, max_steps, warmup_steps):
+    from mmengine.optim import LinearLR, PolyLR
+
+    def schedulers(optimizer):
+        warm_up = {"start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": warmup_steps}
+        decay = {"eta_min": 0.0, "power": 1.0, "begin": warmup_steps, "end": max_steps}
+        return [LinearLR(optimizer, **warm_up), PolyLR(optimizer, **decay, by_epoch=False)]
+
+    expected = rates_of(schedulers, max_steps)
+    ours = [
+        LR * poly_factor(step, max_steps, warmup_steps, schedule="mmseg1")
+        for step in range(max_steps)
+    ]
+    assert ours == pytest.approx(expected, rel=1e-10, abs=1e-18)
+    papers = [LR * poly_factor(step, max_steps, warmup_steps) for step in range(max_steps)]
+    assert papers != pytest.approx(expected, rel=1e-4, abs=1e-18)
+    shifted = [*ours[1:], 0.0]
+    assert shifted != pytest.approx(expected, rel=1e-4, abs=1e-18)
+
+
+@pytest.mark.parametrize(("max_steps", "warmup_steps"), [(1600, 15), (3000, 1500)])
+def test_schedule_of_the_paper(mmseg, max_steps, warmup_steps):
+    """mmcv 1's product of a decay from step 0 and a warm-up, as mmengine multiplies schedulers
+    that overlap: both run to the step after their last, which is where mmcv 1 counts to."""
+    from mmengine.optim import LinearLR, PolyLR
+
+    def schedulers(optimizer):
+        warm_up = {"start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": warmup_steps + 1}
+        decay = {"eta_min": 0.0, "power": 1.0, "begin": 0, "end": max_steps + 1}
+        return [PolyLR(optimizer, **decay, by_epoch=False), LinearLR(optimizer, **warm_up)]
+
+    expected = rates_of(schedulers, max_steps)
+    ours = [LR * poly_factor(step, max_steps, warmup_steps) for step in range(max_steps)]
+    assert ours == pytest.approx(expected, rel=1e-9)
+    later = [LR * poly_factor(step, max_steps, warmup_steps + 1) for step in range(max_steps)]
+    assert later != pytest.approx(expected, rel=1e-4)
+
+
+def their_settings(model):
+    """Name -> (rate, decay), by mmengine's constructor with the paper's ``custom_keys``."""
+    from mmengine.optim import build_optim_wrapper
+
+    wrapper = build_optim_wrapper(
+        model,
+        {
+            "type": "OptimWrapper",
+            "optimizer": {"type": "AdamW", "lr": LR, "weight_decay": WEIGHT_DECAY},
+            "paramwise_cfg": PARAMWISE,
+        },
+    )
+    settings = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in wrapper.param_groups
+        for parameter in group["params"]
+    }
+    return {name: settings[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def our_settings(network, head_lr_mult=10.0):
+    groups = parameter_groups(
+        network, network.encoder, lr=LR, weight_decay=WEIGHT_DECAY, head_lr_mult=head_lr_mult
+    )
+    settings = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
+    return {name: settings[id(parameter)] for name, parameter in network.named_parameters()}
+
+
+def differing(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return [name for name in ours if ours[name] != pytest.approx(theirs[name], rel=1e-12)]
+
+
+def test_groups_of_our_network(mmseg):
+    """Their rule goes by names, ours by modules; on our names, which hold the same words, both
+    give every parameter the same rate and decay."""
+    network = segformer_b0(19)
+    theirs = their_settings(network)
+    assert differing(our_settings(network), theirs) == []
+    heads = differing(our_settings(network, head_lr_mult=1.0), theirs)
+    assert heads == [name for name in theirs if name.startswith("head.")]
+
+
+def by_part(settings, parameters):
+    """(rates, decays) by the converter's common names: tensors filled with them travel through it
+    in the places of the weights."""
+    layout, prefix, _ = detect(parameters)
+    return [
+        to_parts(
+            layout,
+            prefix,
+            {
+                name: torch.full(parameter.shape, settings[name][which], dtype=torch.float64)
+                for name, parameter in parameters.items()
+            },
+        )[0]
+        for which in (0, 1)
+    ]
+
+
+def test_groups_of_their_network(mmseg):
+    """mmsegmentation 1's names lack the word "norm" in the stages' last norms, so that it decays
+    them; everything else in the encoder is as in ours."""
+    from mmseg.models.backbones import MixVisionTransformer
+
+    holder = nn.Module()
+    holder.backbone = MixVisionTransformer(
+        embed_dims=32, num_layers=[2, 2, 2, 2], num_heads=[1, 2, 5, 8]
+    )
+    their_rates, their_decays = by_part(their_settings(holder), dict(holder.named_parameters()))
+    network = segformer_b0(19)
+    rates, decays = by_part(our_settings(network), dict(network.named_parameters()))
+    encoder = {name for name in rates if name.startswith("encoder.")}
+    assert their_rates.keys() == encoder
+    assert all(torch.equal(rates[name], their_rates[name]) for name in encoder)
+    different = {name for name in encoder if not torch.equal(decays[name], their_decays[name])}
+    assert different == {
+        f"encoder.stages.{stage}.norm.{kind}" for stage in range(4) for kind in ("weight", "bias")
+    }
