@@ -192,8 +192,9 @@ class SegformerCLI(LightningCLI):
 
     def _print_metrics(self, results: Sequence[Mapping[str, float]], verbose: bool) -> None:
         if verbose and self.trainer.is_global_zero:
-            items = [item for part in results for item in part.items()]
-            rows = [(printable(name, 60), value) for name, value in items]
+            rows = [
+                (printable(name, 60), value) for part in results for name, value in part.items()
+            ]
             width = max((len(name) for name, _ in rows), default=0)
             sys.stdout.writelines(f"{name:<{width}}  {value:.6g}\n" for name, value in rows)
 

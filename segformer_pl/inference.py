@@ -18,9 +18,10 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from segformer_pl.upsampling import SeparableMap, bands, bilinear_matrix
+from segformer_pl.upsampling import SeparableMap, bands, bilinear_matrix, bilinear_taps
 
 Network = Callable[[Tensor], Tensor]
+Preprocess = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 
 
@@ -109,48 +110,94 @@ class Inference:
         self.flip = flip
 
     @torch.no_grad()
-    def labels(self, network: Network, images: Tensor, size: Size) -> Tensor:
+    def labels(
+        self,
+        network: Network,
+        images: Tensor,
+        size: Size,
+        preprocess: Preprocess | None = None,
+        dtype: torch.dtype = torch.int64,
+    ) -> Tensor:
         """The most likely class of every pixel.
 
         Args:
             network: ``images -> logits`` at any stride, in evaluation mode.
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), as the network or ``preprocess`` takes them.
             size: Height and width of the result in pixels.
+            preprocess: Function of what the network is given: the image, or one window after the
+                other, so that a large image of 8 bits needs no second one of floating point.
+                Images that are resized to another size pass through it before that, whole.
+            dtype: Of the result.
 
         Returns:
-            (B, height, width) int64 train ids.
+            (B, height, width) train ids.
         """
-        labels = images.new_empty(len(images), *size, dtype=torch.int64)
-        for rows, band, _ in self._bands(network, images, size):
+        labels = images.new_empty(len(images), *size, dtype=dtype)
+        for rows, band, _ in self._bands(network, images, size, preprocess):
             labels[:, rows] = _most_likely(band)
         return labels
 
     @torch.no_grad()
-    def probabilities(self, network: Network, images: Tensor, size: Size) -> Tensor:
+    def probabilities(
+        self,
+        network: Network,
+        images: Tensor,
+        size: Size,
+        preprocess: Preprocess | None = None,
+    ) -> Tensor:
         """Probabilities of all classes, (B, num_classes, height, width); full size, so large.
 
         Arguments are those of :meth:`labels`.
         """
-        parts = [
-            band if normalised else band.softmax(3)
-            for _, band, normalised in self._bands(network, images, size)
-        ]
-        return torch.cat(parts, dim=1).permute(0, 3, 1, 2)
+        found: Tensor | None = None
+        for rows, band in self.probability_bands(network, images, size, preprocess):
+            if found is None:
+                found = band.new_empty(len(band), *size, band.shape[3])
+            found[:, rows] = band
+        assert found is not None
+        return found.permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def pixels(self, network: Network, images: Tensor, labels: Tensor, ignore_index: int) -> Pixels:
+    def probability_bands(
+        self,
+        network: Network,
+        images: Tensor,
+        size: Size,
+        preprocess: Preprocess | None = None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Probabilities of all classes in bands of rows, from top to bottom.
+
+        Arguments are those of :meth:`labels`.
+
+        Yields:
+            The rows, and their probabilities (B, R, width, num_classes).
+        """
+        for rows, band, normalised in self._bands(network, images, size, preprocess):
+            yield rows, band if normalised else band.softmax(3)
+
+    @torch.no_grad()
+    def pixels(
+        self,
+        network: Network,
+        images: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        preprocess: Preprocess | None = None,
+    ) -> Pixels:
         """Predictions, confidence and losses at the size of the labels.
 
         Args:
             network: See :meth:`labels`.
-            images: (B, C, H, W), normalised.
+            images: Likewise.
             labels: (B, H', W') int64 train ids; their size need not be that of the images.
             ignore_index: The label that does not count.
+            preprocess: See :meth:`labels`.
         """
         ignored = labels == ignore_index
         targets = labels.masked_fill(ignored, 0)
         found: Pixels | None = None
-        for rows, band, normalised in self._bands(network, images, (*labels.shape[1:],)):
+        size: Any = tuple(labels.shape[1:])
+        for rows, band, normalised in self._bands(network, images, size, preprocess):
             if found is None:
                 confidence, losses = (band.new_empty(labels.shape) for _ in range(2))
                 found = Pixels(torch.empty_like(labels), confidence, losses)
@@ -169,14 +216,17 @@ class Inference:
         return found
 
     def _bands(
-        self, network: Network, images: Tensor, size: Size
+        self, network: Network, images: Tensor, size: Size, preprocess: Preprocess | None
     ) -> Iterator[tuple[slice, Tensor, bool]]:
         """Bands of rows (B, R, width, num_classes): logits (False), or probabilities (True)."""
-        views = [
-            _View(self, network, images, scale, flipped, size)
-            for scale in self.scales
-            for flipped in ((False, True) if self.flip else (False,))
-        ]
+        views = []
+        for scale in self.scales:
+            # Both views of a scale share one image.
+            scaled, windows = self._scaled(network, images, scale, preprocess)
+            views += [
+                _View(self, windows, scaled, flipped, size)
+                for flipped in ((False, True) if self.flip else (False,))
+            ]
         channels = len(images) * views[0].num_classes
         for _, rows in bands(1, *size, channels, images.device.type):
             if len(views) == 1:
@@ -186,6 +236,23 @@ class Inference:
             for view in views[1:]:
                 total += view.logits(rows).softmax(3)
             yield rows, total / len(views), True
+
+    def _scaled(
+        self, network: Network, images: Tensor, scale: float, preprocess: Preprocess | None
+    ) -> tuple[Tensor, "_Windows"]:
+        """The images at the size of a view, and the network of what is cut out of them."""
+        stored: Any = tuple(images.shape[2:])
+        sizes = [self._view_size(stored, scale)]
+        if self.resize_to is not None:
+            height, width = (_multiple(side, self.resize_to) for side in sizes[0])
+            sizes.append((height, width))
+        if preprocess is None or all(size == stored for size in sizes):
+            process = preprocess
+        else:  # resizing 8 bits would round
+            images, process = preprocess(images), None
+        for size in sizes:
+            images = _resize(images, size)
+        return images, _Windows(network, process, self.pad_to)
 
     def _view_size(self, size: Size, scale: float) -> Size:
         """Size of a view: fitted into the base size, as mmcv rounds it."""
@@ -201,12 +268,34 @@ class _Axis(NamedTuple):
 
     Attributes:
         begin, end: The window in the view, in pixels.
-        place: (output size, end - begin), what of it goes where.
+        out: Where in the output it has a part; empty if nowhere.
+        place: (length of ``out``, end - begin), what of it goes where.
     """
 
     begin: int
     end: int
+    out: slice
     place: Tensor
+
+
+class _Windows(NamedTuple):
+    """A network that is given windows as they are cut out."""
+
+    network: Network
+    preprocess: Preprocess | None
+    pad_to: int | None
+
+    def __call__(self, window: Tensor) -> Tensor:
+        if self.preprocess is not None:
+            window = self.preprocess(window)
+        missing = self.missing(window)
+        return self.network(F.pad(window, (0, missing[1], 0, missing[0])))
+
+    def missing(self, window: Tensor) -> list[int]:
+        """Rows and columns of padding."""
+        return [
+            _multiple(side, self.pad_to) - side if self.pad_to else 0 for side in window.shape[2:]
+        ]
 
 
 class _View:
@@ -215,21 +304,14 @@ class _View:
     def __init__(
         self,
         settings: Inference,
-        network: Network,
+        network: _Windows,
         images: Tensor,
-        scale: float,
         flipped: bool,
         size: Size,
     ) -> None:
-        stored: Any = tuple(images.shape[2:])
-        view_size = settings._view_size(stored, scale)
-        views = _resize(images, view_size)
-        if settings.resize_to is not None:
-            height, width = (_multiple(side, settings.resize_to) for side in view_size)
-            views = _resize(views, (height, width))
-        self.images = views.flip(3) if flipped else views
+        self.images = images
+        self.flipped = flipped
         self.network = network
-        self.pad_to = settings.pad_to
         height, width = self.images.shape[2:]
         window, stride = settings.window or (height, width), settings.stride or (height, width)
         self.axes = [
@@ -237,20 +319,25 @@ class _View:
             for numbers in zip((height, width), window, stride, size)
         ]
         if flipped:
-            self.axes[1] = [axis._replace(place=axis.place.flip(0)) for axis in self.axes[1]]
+            self.axes[1] = [
+                axis._replace(
+                    out=slice(size[1] - axis.out.stop, size[1] - axis.out.start)
+                    if axis.out.stop
+                    else axis.out,
+                    place=axis.place.flip(0),
+                )
+                for axis in self.axes[1]
+            ]
         self.size = size
         self.opened: dict[int, list[tuple[slice, Tensor, SeparableMap]]] = {}
-        # Output rows and columns that a window has a part in.
-        self.rows = [_extent(axis.place) for axis in self.axes[0]]
-        self.columns = [_extent(axis.place) for axis in self.axes[1]]
-        first = next(index for index, extent in enumerate(self.rows) if extent.stop)
+        first = next(index for index, row in enumerate(self.axes[0]) if row.out.stop)
         self._open(first)
         self.num_classes = self.opened[first][0][1].shape[3]
 
     def logits(self, rows: slice) -> Tensor:
         """(B, R, width, num_classes) at the wanted size; bands must come from top to bottom."""
         total: Tensor | None = None
-        for index, extent in enumerate(self.rows):
+        for index, extent in enumerate(row.out for row in self.axes[0]):
             if extent.stop <= rows.start:
                 self.opened.pop(index, None)
                 continue
@@ -276,26 +363,28 @@ class _View:
 
     def _open(self, index: int) -> None:
         """Run the network on a row of windows."""
-        row, extent = self.axes[0][index], self.rows[index]
+        row, width = self.axes[0][index], self.images.shape[3]
         opened = []
-        for column, columns in zip(self.axes[1], self.columns):
-            if columns.stop == 0:
+        for column in self.axes[1]:
+            if column.out.stop == 0:
                 continue
-            window = self.images[:, :, row.begin : row.end, column.begin : column.end]
-            missing = [
-                _multiple(side, self.pad_to) - side if self.pad_to else 0
-                for side in window.shape[2:]
-            ]
-            logits = self.network(F.pad(window, (0, missing[1], 0, missing[0])))
+            begin, end = column.begin, column.end
+            if self.flipped:  # counted from the right
+                begin, end = width - end, width - begin
+            window = self.images[:, :, row.begin : row.end, begin:end]
+            if self.flipped:
+                window = window.flip(3)
+            missing = self.network.missing(window)
+            logits = self.network(window)
             precise = logits.float() if logits.dtype.itemsize < 4 else logits
             maps = precise.permute(0, 2, 3, 1).contiguous()
             rows, across = (
-                axis.place[out] @ bilinear_matrix(cells, side + more)[:side]
-                for axis, out, cells, side, more in zip(
-                    (row, column), (extent, columns), maps.shape[1:3], window.shape[2:], missing
+                axis.place @ bilinear_matrix(cells, side + more)[:side]
+                for axis, cells, side, more in zip(
+                    (row, column), maps.shape[1:3], window.shape[2:], missing
                 )
             )
-            opened.append((columns, maps, SeparableMap(rows, across, like=maps)))
+            opened.append((column.out, maps, SeparableMap(rows, across, like=maps)))
         self.opened[index] = opened
 
 
@@ -314,12 +403,6 @@ def _multiple(side: int, divisor: int) -> int:
     return math.ceil(side / divisor) * divisor
 
 
-def _extent(place: Tensor) -> slice:
-    used = place.any(dim=1).nonzero().ravel().tolist()
-    # A window between the pixels that a much smaller output samples has none.
-    return slice(used[0], used[-1] + 1) if used else slice(0, 0)
-
-
 def _windows(length: int, window: int, stride: int, out: int, weighting: str) -> list[_Axis]:
     """The windows along one axis of the view, and where each goes in the output.
 
@@ -336,12 +419,21 @@ def _windows(length: int, window: int, stride: int, out: int, weighting: str) ->
     total = torch.zeros(length, dtype=torch.float64)
     for begin in begins:
         total[begin : begin + window] += weights
-    resize = bilinear_matrix(length, out)
-    return [
-        _Axis(
-            begin,
-            begin + window,
-            resize[:, begin : begin + window] * (weights / total[begin : begin + window]),
+    first, second, share = bilinear_taps(length, out)
+    axes = []
+    for begin in begins:
+        end = begin + window
+        # The matrix of the whole axis would grow with the square of the image's side.
+        used = _within(first, begin, end) & (share != 1) | _within(second, begin, end) & (
+            share != 0
         )
-        for begin in begins
-    ]
+        rows = used.nonzero().ravel()
+        # A window between the pixels that a much smaller output samples has none.
+        extent = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 0)
+        place = bilinear_matrix(length, out, extent, slice(begin, end))
+        axes.append(_Axis(begin, end, extent, place * (weights / total[begin:end])))
+    return axes
+
+
+def _within(values: Tensor, begin: int, end: int) -> Tensor:
+    return (values >= begin) & (values < end)

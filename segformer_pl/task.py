@@ -240,7 +240,7 @@ class SegmentationTask(pl.LightningModule):
         """(B, H, W) int64 train ids at the size of the images."""
         images = batch["image"]
         size = (images.shape[2], images.shape[3])
-        return self.inference.labels(self.network, self.normalize(images), size)
+        return self.inference.labels(self.network, images, size, self.normalize)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
@@ -249,8 +249,10 @@ class SegmentationTask(pl.LightningModule):
         self._log_scores("test")
 
     def _score(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
-        images, labels = self.normalize(batch["image"]), batch["label"]
-        found = self.inference.pixels(self.network, images, labels, self.ignore_index)
+        images, labels = batch["image"], batch["label"]
+        found = self.inference.pixels(
+            self.network, images, labels, self.ignore_index, self.normalize
+        )
         classes = as_classes(found.labels, labels, len(self.class_names), self.ignore_index)
         scores = getattr(self, f"{split}_scores")
         scores.update(*classes)

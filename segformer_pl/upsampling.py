@@ -20,21 +20,36 @@ BAND_ELEMENTS = {"cpu": 1_300_000, "cuda": 1 << 25}
 BLOCK = 64  # output columns that are computed together, from the few input columns below them
 
 
-def bilinear_matrix(size_in: int, size_out: int) -> Tensor:
-    """One axis of ``F.interpolate(mode="bilinear", align_corners=False)``.
+def bilinear_taps(size_in: int, size_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two input positions that each output position is made of, and the second one's share.
 
-    Returns:
-        (size_out, size_in) float64; every row sums to 1.
+    Of one axis of ``F.interpolate(mode="bilinear", align_corners=False)``; three times (size_out,).
     """
     position = (torch.arange(size_out, dtype=torch.float64) + 0.5) * (size_in / size_out) - 0.5
     position = position.clamp(min=0)
     first = position.floor().long().clamp(max=size_in - 1)
     second = (first + 1).clamp(max=size_in - 1)
-    share = position - first
-    matrix = torch.zeros(size_out, size_in, dtype=torch.float64)
-    out = torch.arange(size_out)
-    matrix[out, first] += 1 - share
-    matrix[out, second] += share
+    return first, second, position - first
+
+
+def bilinear_matrix(
+    size_in: int, size_out: int, rows: slice = slice(None), columns: slice = slice(None)
+) -> Tensor:
+    """One axis of ``F.interpolate(mode="bilinear", align_corners=False)``.
+
+    Args:
+        size_in, size_out: Lengths of the axis.
+        rows, columns: The part of the matrix that is wanted; by default all of it.
+
+    Returns:
+        (size_out, size_in) float64, or the part; every whole row sums to 1.
+    """
+    first, second, share = (taps[rows] for taps in bilinear_taps(size_in, size_out))
+    begin, end, _ = columns.indices(size_in)
+    matrix = torch.zeros(len(share), end - begin, dtype=torch.float64)
+    for column, weight in ((first, 1 - share), (second, share)):
+        out = ((column >= begin) & (column < end)).nonzero().ravel()
+        matrix[out, column[out] - begin] += weight[out]
     return matrix
 
 

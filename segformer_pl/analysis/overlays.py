@@ -1,9 +1,11 @@
 """What a network says about a picture, for the eye: class maps in colour, overlays, panels."""
 
-from collections.abc import Sequence
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import matplotlib
@@ -24,6 +26,7 @@ OPACITY = 0.5  # of the class colours over the picture
 MIN_LONG_SIDE = 512  # pixels; smaller pictures are enlarged, so that outlines and text fit
 TEXT_SIZE = 1 / 44  # height of the legend's text over the longer side
 OUTLINE_WIDTH = 1 / 1600  # likewise
+BAND_PIXELS = 1 << 20  # of an overlay that are drawn at a time
 DARK = 90  # of 255; ground below that has white outlines
 
 Pixels = npt.NDArray[np.uint8]
@@ -54,8 +57,7 @@ def draw_overlay(
 
     The legend names the classes that occur, the largest first, with their share of the pixels.
     Text and outlines grow with the picture. One of less than :data:`MIN_LONG_SIDE` pixels is
-    enlarged by a whole factor, pixels staying squares. Memory is a few bytes per pixel, whatever
-    the number of classes.
+    enlarged by a whole factor, pixels staying squares.
 
     Args:
         picture: (H, W, 3) RGB.
@@ -63,21 +65,95 @@ def draw_overlay(
         class_names: By train id.
         palette: RGB 0-255 by train id.
     """
-    enlarge = -(-MIN_LONG_SIDE // max(train_ids.shape))
-    entries = _legend_entries(train_ids, class_names, palette)
-    if enlarge > 1:
-        picture = picture.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-        train_ids = train_ids.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-    blended = np.asarray(
-        cv2.addWeighted(picture, 1 - OPACITY, colorize(train_ids, palette), OPACITY, 0), np.uint8
-    )
-    long_side = max(train_ids.shape)
-    _outline(blended, train_ids, max(1, round(OUTLINE_WIDTH * long_side)))
-    legend = _draw_legend(entries, blended.shape[1], round(TEXT_SIZE * long_side))
-    overlay = Image.new("RGB", (legend.width, blended.shape[0] + legend.height), "white")
-    overlay.paste(Image.fromarray(blended))
-    overlay.paste(legend, (0, blended.shape[0]))
-    return overlay
+    return Image.fromarray(np.concatenate([*_Overlay(picture, train_ids, class_names, palette)]))
+
+
+def write_overlay(
+    stream: BinaryIO,
+    picture: Pixels,
+    train_ids: TrainIds,
+    class_names: Sequence[str],
+    palette: Palette,
+) -> None:
+    """Write what :func:`draw_overlay` draws as a PNG, without ever holding it whole.
+
+    Args:
+        stream: Open for writing in binary mode.
+        picture, train_ids, class_names, palette: See :func:`draw_overlay`.
+    """
+    overlay = _Overlay(picture, train_ids, class_names, palette)
+    write_png(stream, overlay, overlay.height, overlay.width)
+
+
+class _Overlay:
+    """An overlay in bands of rows, from top to bottom, the legend last: (R, width, 3) each."""
+
+    def __init__(
+        self, picture: Pixels, train_ids: TrainIds, class_names: Sequence[str], palette: Palette
+    ) -> None:
+        enlarge = -(-MIN_LONG_SIDE // max(train_ids.shape))
+        entries = _legend_entries(train_ids, class_names, palette)
+        if enlarge > 1:
+            picture = picture.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+            train_ids = train_ids.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+        long_side = max(train_ids.shape)
+        self.picture, self.train_ids, self.palette = picture, train_ids, palette
+        self.outline_width = max(1, round(OUTLINE_WIDTH * long_side))
+        self.legend = _draw_legend(entries, train_ids.shape[1], round(TEXT_SIZE * long_side))
+        self.width = self.legend.width
+        self.height = train_ids.shape[0] + self.legend.height
+
+    def __iter__(self) -> Iterator[Pixels]:
+        height, width = self.train_ids.shape
+        # The farthest pixel that one of the outlines depends on.
+        margin = _around(self.outline_width) // 2 + self.outline_width + 1
+        num_rows = max(BAND_PIXELS // width, 2 * margin)
+        for top in range(0, height, num_rows):
+            rows = slice(top, min(top + num_rows, height))
+            wide = slice(max(rows.start - margin, 0), min(rows.stop + margin, height))
+            ids = self.train_ids[wide]
+            blended = np.asarray(
+                cv2.addWeighted(
+                    self.picture[wide], 1 - OPACITY, colorize(ids, self.palette), OPACITY, 0
+                ),
+                np.uint8,
+            )
+            _outline(blended, ids, self.outline_width)
+            band = np.full((rows.stop - rows.start, self.width, 3), 255, np.uint8)
+            band[:, :width] = blended[rows.start - wide.start : rows.stop - wide.start]
+            yield band
+        yield np.asarray(self.legend)
+
+
+def write_png(stream: BinaryIO, bands: Iterable[Pixels], height: int, width: int) -> None:
+    """Write RGB of 8 bits as a PNG (ISO 15948), band by band.
+
+    Args:
+        stream: Open for writing in binary mode.
+        bands: (R, width, 3) each, ``height`` rows in all.
+        height, width: Of the image in pixels.
+    """
+
+    def write_chunk(kind: bytes, content: bytes) -> None:
+        checksum = zlib.crc32(content, zlib.crc32(kind))
+        stream.write(struct.pack(">I", len(content)) + kind + content)
+        stream.write(struct.pack(">I", checksum))
+
+    stream.write(b"\x89PNG\r\n\x1a\n")
+    # 8 bits a channel, RGB, and the only method there is of compression, filter and interlace.
+    write_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    # Photographs get hardly smaller for three times the work.
+    compressor = zlib.compressobj(1)
+    for band in bands:
+        # Each row begins with its filter: 1, every pixel minus the one on its left.
+        rows = np.ones((len(band), 1 + 3 * width), np.uint8)
+        flat = band.reshape(len(band), -1)
+        rows[:, 1:4] = flat[:, :3]
+        np.subtract(flat[:, 3:], flat[:, :-3], out=rows[:, 4:])
+        if content := compressor.compress(rows.tobytes()):
+            write_chunk(b"IDAT", content)
+    write_chunk(b"IDAT", compressor.flush())
+    write_chunk(b"IEND", b"")
 
 
 class _Entry(NamedTuple):
@@ -88,7 +164,14 @@ class _Entry(NamedTuple):
 def _legend_entries(
     train_ids: TrainIds, class_names: Sequence[str], palette: Palette
 ) -> list[_Entry]:
-    counts = np.bincount(train_ids.ravel(), minlength=len(class_names))
+    num_rows = max(BAND_PIXELS // train_ids.shape[1], 1)  # bincount works on 64 bits
+    counts = np.sum(
+        [
+            np.bincount(train_ids[top : top + num_rows].ravel(), minlength=len(class_names))
+            for top in range(0, len(train_ids), num_rows)
+        ],
+        axis=0,
+    )
     entries = []
     for train_id in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
         percent = 100 * counts[train_id] / train_ids.size
@@ -105,9 +188,14 @@ def _outline(blended: Pixels, train_ids: TrainIds, width: int) -> None:
     edges[:-1] |= train_ids[:-1] != train_ids[1:]
     borders = cv2.dilate(edges, np.ones((width, width), np.uint8)) > 0
     # Of a neighbourhood: pixel by pixel, texture would tear the lines to pieces.
-    around = 16 * width + 1
+    around = _around(width)
     brightness = cv2.blur(cv2.cvtColor(blended, cv2.COLOR_RGB2GRAY), (around, around))
     blended[borders] = np.where(brightness[borders] < DARK, 255, 0)[:, None]
+
+
+def _around(width: int) -> int:
+    """Side of the square, in pixels, whose brightness decides on the colour of an outline."""
+    return 16 * width + 1
 
 
 @cache

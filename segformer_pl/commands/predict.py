@@ -4,11 +4,9 @@ import glob
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
 from inspect import signature
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +15,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from segformer_pl.analysis.overlays import Palette, Pixels, draw_overlay
+from segformer_pl.analysis.overlays import Palette, Pixels, write_overlay
+from segformer_pl.atomic import atomic_write, make_writable_folder
 from segformer_pl.commands.checkpoint import load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data import DataError
@@ -81,6 +80,7 @@ def predict(arguments: list[str]) -> None:
         inference = _inference(task.inference, changes.as_dict() if changes else {})
     except ValueError as error:
         parser.error(str(error))
+    make_writable_folder(options.output)
     writer = PredictionFiles(options.output, task.class_names, task.palette)
     num_written = num_skipped = 0
     progress = tqdm(pictures.items(), "predicting", unit="picture")
@@ -206,16 +206,21 @@ def _segment(
     """Train ids (H, W) and, if asked for, probabilities (num_classes, H, W)."""
     height, width = pixels.shape[:2]
     probabilities = None
+    is_small = len(task.class_names) <= 256
+    dtype = torch.uint8 if is_small else torch.uint16
     try:
         with torch.inference_mode():
-            images = torch.from_numpy(pixels).to(task.device).permute(2, 0, 1)[None] / 255
-            images = task.normalize(images)
-            if with_probabilities:
-                maps = inference.probabilities(task.network, images, (height, width))
-                labels = maps.argmax(dim=1)
-                probabilities = maps[0].half().cpu().numpy()
+            # Of 8 bits until the network sees them, window by window.
+            images = torch.from_numpy(pixels).to(task.device).permute(2, 0, 1)[None]
+            given = (task.network, images, (height, width), lambda part: task.normalize(part / 255))
+            if not with_probabilities:
+                labels = inference.labels(*given, dtype=dtype)[0].cpu().numpy()
             else:
-                labels = inference.labels(task.network, images, (height, width))
+                labels = np.empty((height, width), np.uint8 if is_small else np.uint16)
+                probabilities = np.empty((len(task.class_names), height, width), np.float16)
+                for rows, band in inference.probability_bands(*given):
+                    labels[rows] = band[0].argmax(dim=2).cpu().numpy()
+                    probabilities[:, rows] = band[0].permute(2, 0, 1).half().cpu().numpy()
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"{where}: {height}x{width} pixels need more memory than the device has; give "
@@ -223,8 +228,7 @@ def _segment(
         ) from error
     except ValueError as error:  # such as: smaller than the network can take
         raise DataError(f"{where}: {error}") from error
-    dtype = np.uint8 if len(task.class_names) <= 256 else np.uint16
-    return labels[0].cpu().numpy().astype(dtype), probabilities
+    return labels, probabilities
 
 
 class PredictionFiles:
@@ -259,41 +263,20 @@ class PredictionFiles:
             probabilities: (num_classes, H, W).
 
         Raises:
-            ValueError: a file cannot be written, in one sentence.
+            WriteError: a file cannot be written, in one sentence.
         """
-        overlay = draw_overlay(pixels, labels, self.class_names, self.palette)
-        # Photographs get hardly smaller for three times the work.
-        self._put(
-            OVERLAYS, name, ".png", lambda file: overlay.save(file, format="PNG", compress_level=1)
-        )
+        with atomic_write(self._file(OVERLAYS, name, ".png")) as stream:
+            write_overlay(stream, pixels, labels, self.class_names, self.palette)
         if probabilities is not None:
-            self._put(
-                PROBABILITIES,
-                name,
-                ".npz",
-                lambda file: np.savez_compressed(
-                    file, probabilities=probabilities, class_names=self.class_names
-                ),
-            )
+            with atomic_write(self._file(PROBABILITIES, name, ".npz")) as stream:
+                np.savez_compressed(
+                    stream, probabilities=probabilities, class_names=self.class_names
+                )
         mask = Image.fromarray(labels)
         if labels.dtype == np.uint8:
             mask.putpalette(np.asarray(self.palette, np.uint8).tobytes())
-        self._put(MASKS, name, ".png", lambda file: mask.save(file, format="PNG"))
+        with atomic_write(self._file(MASKS, name, ".png")) as stream:
+            mask.save(stream, format="PNG")
 
-    def _put(self, kind: str, name: Path, suffix: str, save: Callable[[BinaryIO], object]) -> None:
-        file = self.folder / kind / f"{name}{suffix}"
-        # Not a hidden name: what a killed process leaves should be seen.
-        partial = file.with_name(f"{file.name}.part")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:
-                save(stream)
-            partial.replace(file)
-        except OSError as error:
-            raise ValueError(
-                f"--output: '{file}' cannot be written ({error.strerror or error}); make room or "
-                "give another folder"
-            ) from error
-        finally:
-            with suppress(OSError):  # in most cases it is gone
-                partial.unlink()
+    def _file(self, kind: str, name: Path, suffix: str) -> Path:
+        return self.folder / kind / f"{name}{suffix}"

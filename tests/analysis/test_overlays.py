@@ -1,11 +1,19 @@
 """Pictures of predictions show the right colours, borders and names, at every size."""
 
+from io import BytesIO
+
+import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
-from segformer_pl.analysis.overlays import colorize, draw_overlay, plot_predictions
+from segformer_pl.analysis.overlays import (
+    colorize,
+    draw_overlay,
+    plot_predictions,
+    write_overlay,
+)
 
 NAMES = ["background", "object", "thing"]
 PALETTE = [[10, 20, 30], [200, 100, 0], [0, 200, 255]]
@@ -64,6 +72,25 @@ def test_borders_stand_out_from_their_ground(ground, line):
     drawn = (overlay[:64] == line).all(axis=2)
     assert drawn.sum() == 64 * 2  # 3200 pixels: 2 wide
     assert drawn[:, 1598:1602].sum() == drawn.sum()
+
+
+@pytest.mark.parametrize("size", [(700, 900), (2100, 530)])
+def test_bands_and_the_file_hold_what_the_whole_overlay_does(size, monkeypatch):
+    generator = np.random.default_rng(0)
+    picture = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+    blocks = generator.integers(0, len(NAMES), (-(-size[0] // 50), -(-size[1] // 50)))
+    ids = blocks.repeat(50, 0).repeat(50, 1)[: size[0], : size[1]].astype(np.uint8)
+    monkeypatch.setattr("segformer_pl.analysis.overlays.BAND_PIXELS", 1 << 30)
+    whole = np.asarray(draw_overlay(picture, ids, NAMES, PALETTE))
+    monkeypatch.setattr("segformer_pl.analysis.overlays.BAND_PIXELS", 50 * size[1])
+    assert np.array_equal(np.asarray(draw_overlay(picture, ids, NAMES, PALETTE)), whole)
+    file = BytesIO()
+    write_overlay(file, picture, ids, NAMES, PALETTE)
+    with Image.open(file) as image:  # Pillow checks the sums
+        assert (image.format, image.mode) == ("PNG", "RGB")
+        assert np.array_equal(np.asarray(image), whole)
+    encoded = np.frombuffer(file.getvalue(), np.uint8)
+    assert np.array_equal(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB), whole)
 
 
 def test_a_single_class_has_no_border(written):

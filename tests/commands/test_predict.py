@@ -1,6 +1,7 @@
 """predict as its user meets it: pictures of every kind in, whole files out, the rest in words."""
 
 import os
+import resource
 from importlib import import_module
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from segformer_pl.atomic import WriteError
 from segformer_pl.cli import main
 from segformer_pl.commands.checkpoint import load_task
-from segformer_pl.commands.predict import PredictionFiles, _inference, find_pictures, predict
+from segformer_pl.commands.predict import _inference, find_pictures, predict
 from segformer_pl.data import shapes
 from segformer_pl.inference import Inference
 
@@ -202,9 +204,12 @@ def test_inference_of_the_run_and_changes(run, pictures, tmp_path, monkeypatch):
     Image.fromarray(photograph()).save(pictures / "a.png")
     used = []
     labels = Inference.labels
-    monkeypatch.setattr(
-        Inference, "labels", lambda self, *rest: used.append(self) or labels(self, *rest)
-    )
+
+    def watched(self, *arguments, **options):
+        used.append(self)
+        return labels(self, *arguments, **options)
+
+    monkeypatch.setattr(Inference, "labels", watched)
     assert run(pictures)[0] == 0
     assert run(pictures, "--inference.flip=true", "--inference.scales=[0.75,1]")[0] == 0
     assert [plan.flip for plan in used] == [False, True]
@@ -288,7 +293,7 @@ def test_ctrl_c_leaves_whole_files(run, pictures, tmp_path, monkeypatch):
 
     def interrupted(self, file, **options):
         calls.append(file)
-        if len(calls) == 4:  # the second mask
+        if len(calls) == 2:  # overlays are written otherwise
             file.write(b"half a")
             raise KeyboardInterrupt
         save(self, file, **options)
@@ -302,21 +307,36 @@ def test_ctrl_c_leaves_whole_files(run, pictures, tmp_path, monkeypatch):
     assert after == before
 
 
-def test_a_full_disk_ends_in_words(tmp_path, monkeypatch):
-    def full(self, file, **options):
-        file.write(b"half a")
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_ends_in_words(run, pictures, tmp_path):
+    Image.fromarray(photograph()).save(pictures / "a.png")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a disk with as much room
+    try:
+        with pytest.raises(WriteError, match=r"cannot write '.*/a.png': File too large; free"):
+            run(pictures)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert written(tmp_path / "out") == []
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    writer = PredictionFiles(tmp_path, ["a"], [[1, 2, 3]])
-    pixels = np.zeros((40, 40, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"/a.png' cannot be written \(No space left on device\);"):
-        writer.write(Path("a"), pixels, pixels[..., 0], None)
-    assert written(tmp_path) == []
-    (tmp_path / "file").touch()
-    writer.folder = tmp_path / "file"
-    with pytest.raises(ValueError, match=r"^--output: '.*/a.png' cannot be written \(Not a dir"):
-        writer.write(Path("a"), pixels, pixels[..., 0], None)
+
+def test_an_output_that_cannot_be_written_is_said_before_any_work(run, pictures, tmp_path):
+    Image.fromarray(photograph()).save(pictures / "a.png")
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(WriteError, match=r"cannot write to the folder '.*/out': File exists; give"):
+        run(pictures)
+
+
+def test_links_that_were_planted_are_not_followed(run, pictures, tmp_path):
+    Image.fromarray(photograph()).save(pictures / "a.png")
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "out" / "masks").mkdir(parents=True)
+    for name in ("a.png.part", "a.png.partial", "a.png"):
+        (tmp_path / "out" / "masks" / name).symlink_to(precious)
+    assert run(pictures)[0] == 0
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "out" / "masks" / "a.png").is_symlink()
+    assert mask(tmp_path / "out", "a").shape == (48, 64)
 
 
 def test_more_than_256_classes_are_16_bit_grey(run, pictures, tmp_path, monkeypatch):
@@ -330,7 +350,8 @@ def test_more_than_256_classes_are_16_bit_grey(run, pictures, tmp_path, monkeypa
         return task
 
     monkeypatch.setattr(MODULE, "load_task", load)
-    monkeypatch.setattr(Inference, "labels", lambda *arguments: torch.from_numpy(train_ids)[None])
+    found = torch.from_numpy(train_ids)[None]
+    monkeypatch.setattr(Inference, "labels", lambda *arguments, dtype: found.to(dtype))
     assert run(pictures)[0] == 0
     assert Image.open(tmp_path / "out/masks/a.png").mode == "I;16"
     assert np.array_equal(mask(tmp_path / "out", "a"), train_ids)
