@@ -250,3 +250,85 @@ def test_a_calibrated_prediction_has_no_error():
     error.reset()
     error.update(*classes, confidence.sqrt())  # overconfident
     assert error.compute() > 0.1
+
+
+# Against libraries
+
+
+def noisy_maps(num_classes=6):
+    """(4, 30, 40) predictions, labels, and the confidence of the predictions; a fifth is ignored,
+    one class is only predicted, one only labelled and one nowhere."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 30, 40)
+    labels = torch.randint(num_classes - 2, shape, generator=generator)
+    predictions = torch.randint(num_classes - 1, shape, generator=generator)
+    confidence = torch.rand(shape, generator=generator, dtype=torch.float64)
+    # Too sure above one half, not sure enough below it.
+    is_right = torch.rand(shape, generator=generator) < torch.where(confidence < 0.5, 0.7, 0.4)
+    predictions = torch.where(is_right, labels, predictions)
+    predictions[predictions == num_classes - 3] = 0
+    labels[torch.rand(shape, generator=generator) < 0.2] = IGNORED
+    return predictions, labels, confidence
+
+
+@pytest.mark.slow
+def test_scores_of_scikit_learn():
+    from sklearn import metrics
+
+    predictions, labels, _ = noisy_maps()
+    counted = labels != IGNORED
+    truth, found = labels[counted].numpy(), predictions[counted].numpy()
+    scores = SegmentationScores(6)
+    for prediction, label in zip(predictions, labels):
+        scores.update(*as_classes(prediction[None], label[None], 6, IGNORED))
+    assert np.array_equal(scores.counts, metrics.confusion_matrix(truth, found, labels=range(6)))
+    result = scores.compute()
+    present = sorted({*truth, *found})
+    assert present == [0, 1, 2, 3, 4]
+    iou = metrics.jaccard_score(truth, found, labels=present, average=None)
+    np.testing.assert_allclose(result["iou"][present], iou, rtol=1e-14)
+    assert result["iou"][5].isnan()
+    assert result["miou"].item() == pytest.approx(
+        metrics.jaccard_score(truth, found, labels=present, average="macro"), rel=1e-14
+    )
+    assert result["fwiou"].item() == pytest.approx(
+        metrics.jaccard_score(truth, found, average="weighted"), rel=1e-14
+    )
+    recall = metrics.recall_score(truth, found, labels=sorted({*truth}), average="macro")
+    assert result["macc"].item() == pytest.approx(recall, rel=1e-14)
+    assert result["aacc"].item() == pytest.approx(metrics.accuracy_score(truth, found), rel=1e-14)
+    # Another mean: with the class that is nowhere as 0.
+    wrong = metrics.jaccard_score(truth, found, labels=range(6), average="macro", zero_division=0)
+    assert result["miou"].item() != pytest.approx(wrong, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_bins_of_scikit_learns_calibration_curve():
+    from sklearn.calibration import calibration_curve
+
+    predictions, labels, confidence = noisy_maps()
+    counted = labels != IGNORED
+    right = (predictions == labels)[counted].numpy()
+    shares, means = calibration_curve(right, confidence[counted].numpy(), n_bins=NUM_BINS)
+    counts = calibration_counts(*as_classes(predictions, labels, 6, IGNORED), confidence, 6)
+    np.testing.assert_allclose(counts[:, 1] / counts[:, 0], means, rtol=1e-12)
+    np.testing.assert_allclose(counts[:, 2] / counts[:, 0], shares, rtol=1e-12)
+
+
+def test_calibration_error_of_torchmetrics():
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    predictions, labels, confidence = noisy_maps()
+    counted = labels != IGNORED
+    error = CalibrationError(6)
+    for prediction, label, sure_of in zip(predictions, labels, confidence):
+        error.update(*as_classes(prediction[None], label[None], 6, IGNORED), sure_of[None])
+    right = (predictions == labels)[counted].int()
+
+    def theirs(num_bins):
+        # Of one probability and whether it came true, whatever the number of classes was.
+        return binary_calibration_error(confidence[counted], right, n_bins=num_bins).item()
+
+    # It sums in float32.
+    assert error.compute().item() == pytest.approx(theirs(15), rel=1e-5)
+    assert error.compute().item() != pytest.approx(theirs(10), rel=1e-3)

@@ -8,7 +8,7 @@ repeatable: the same input gives the same numbers.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The outcome in one sentence. A is better or B is if test and interval both say so."""
+        """The outcome in one sentence: which of the two networks scores higher on images like
+        these, if test and interval both say so. It is silent about how they were trained."""
         numbers = (
             f"{points(self.difference.value)} points of mIoU, 95 % interval "
             f"{points(self.difference.low)} to {points(self.difference.high)}, "
@@ -101,12 +102,13 @@ class Comparison:
         )
         excludes_zero = self.difference.low > 0 or self.difference.high < 0
         if self.is_identical:
-            return "A and B are the same: every count of every picture agrees"
+            return "A and B are the same: every count of every image agrees"
         if self.p_value < ALPHA and excludes_zero:
-            return f"{'B' if self.difference.value > 0 else 'A'} is better: B - A = {numbers}"
+            higher, lower = "BA" if self.difference.value > 0 else "AB"
+            return f"{higher} scores higher than {lower} on images like these: B - A = {numbers}"
         if self.p_value < ALPHA or excludes_zero:
             return f"borderline, test and interval disagree: B - A = {numbers}"
-        return f"no difference can be told from the choice of pictures: B - A = {numbers}"
+        return f"no difference can be told from the choice of images: B - A = {numbers}"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain data, nan as None."""
@@ -169,7 +171,7 @@ def compare_evaluations(
         ValueError: classes, pictures or labels differ, nothing is labelled, or there are fewer
             than two blocks; one sentence says which.
     """
-    b = _matched(a, b)
+    b = matched(a, b)
     num_classes = len(a.class_names)
     overlaps_a, overlaps_b = _overlaps(a), _overlaps(b)
     blocks_a, blocks_b = _blocks(overlaps_a, block_size), _blocks(overlaps_b, block_size)
@@ -211,60 +213,62 @@ def points(difference: float) -> str:
     return f"{round(100 * difference, 2) + 0.0:+.2f}"
 
 
-def _matched(a: Evaluation, b: Evaluation) -> Evaluation:
-    """``b`` in the order of ``a``, once nothing speaks against the comparison."""
+def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -> Evaluation:
+    """``b`` in the order of ``a``, once nothing speaks against a comparison.
+
+    Args:
+        a, b: Two evaluations.
+        names: What messages call them.
+
+    Raises:
+        ValueError: classes, their order, images or labels differ, or nothing is labelled; one
+            sentence says which.
+    """
     if a.class_names != b.class_names:
         only = [sorted(set(x.class_names) - set(y.class_names)) for x, y in ((a, b), (b, a))]
         how = "in another order"
         if any(only):
-            how = f"only A has {_brief(only[0])}, only B {_brief(only[1])}"
+            how = f"only {names[0]} has {_brief(only[0])}, only {names[1]} {_brief(only[1])}"
         raise ValueError(
-            f"A has {len(a.class_names)} classes and B {len(b.class_names)}, {how}; "
-            "give two runs on the same data set"
+            f"{names[0]} has {len(a.class_names)} classes and {names[1]} {len(b.class_names)}, "
+            f"{how}; give runs on the same data set"
         )
-    for name, evaluation in (("A", a), ("B", b)):
+    for name, evaluation in zip(names, (a, b)):
         if len(set(evaluation.ids)) < len(evaluation.ids):
             twice = next(i for i in evaluation.ids if evaluation.ids.count(i) > 1)
             raise ValueError(
-                f"{name} holds picture '{twice}' more than once, and pictures are matched by their "
-                "ids; give every picture an id of its own and validate again"
+                f"{name} holds image '{twice}' more than once, and images are matched by their "
+                "ids; give every image an id of its own and validate again"
             )
-    row_of = {picture: row for row, picture in enumerate(b.ids)}
-    missing = [picture for picture in a.ids if picture not in row_of]
+    row_of = {image: row for row, image in enumerate(b.ids)}
+    missing = [image for image in a.ids if image not in row_of]
     common = len(a.ids) - len(missing)
     if missing or common < len(b.ids):
         in_a = set(a.ids)
-        more = [picture for picture in b.ids if picture not in in_a]
+        more = [image for image in b.ids if image not in in_a]
         absent = [
-            f"{len(pictures)} of {holder} are missing in {other}, such as '{pictures[0]}'"
-            for holder, other, pictures in (("A", "B", missing), ("B", "A", more))
-            if pictures
+            f"{len(images)} of {holder} are missing in {other}, such as '{images[0]}'"
+            for holder, other, images in ((*names, missing), (*names[::-1], more))
+            if images
         ]
         raise ValueError(
-            f"A and B hold {common} pictures in common, but {', and '.join(absent)}; "
-            "validate both on the same pictures"
+            f"{names[0]} and {names[1]} hold {common} images in common, but "
+            f"{', and '.join(absent)}; validate both on the same images"
         )
-    rows = [row_of[picture] for picture in a.ids]
-    matched = Evaluation(
-        split=b.split,
-        step=b.step,
-        class_names=b.class_names,
-        ids=a.ids,
-        counts=b.counts[rows],
-        loss=b.loss[rows],
-        confusion=b.confusion,
-        calibration=b.calibration,
-    )
-    labelled_a, labelled_b = a.counts[..., LABELLED], matched.counts[..., LABELLED]
+    rows = [row_of[image] for image in a.ids]
+    ordered = replace(b, ids=a.ids, counts=b.counts[rows], loss=b.loss[rows])
+    labelled_a, labelled_b = a.counts[..., LABELLED], ordered.counts[..., LABELLED]
     if (differs := (labelled_a != labelled_b).any(axis=1)).any():
         raise ValueError(
-            f"the labels of {differs.sum()} of {len(a.ids)} pictures are not the same in A and B, "
-            f"such as those of '{a.ids[int(differs.argmax())]}'; validate both on the same labels, "
-            "at the same size"
+            f"the labels of {differs.sum()} of {len(a.ids)} images are not the same in {names[0]} "
+            f"and {names[1]}, such as those of '{a.ids[int(differs.argmax())]}'; validate both "
+            "with the same labels and label mapping, at the same size"
         )
     if not labelled_a.any():
-        raise ValueError("A and B hold no labelled pixel; there is nothing to compare")
-    return matched
+        raise ValueError(
+            f"{names[0]} and {names[1]} hold no labelled pixel; there is nothing to compare"
+        )
+    return ordered
 
 
 def _overlaps(evaluation: Evaluation) -> Floats:

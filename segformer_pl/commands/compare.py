@@ -1,11 +1,12 @@
-"""``compare RUN_A RUN_B``: is the difference between two runs real?"""
+"""``compare RUN RUN [RUN ...]``: is the difference between runs real?"""
 
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
@@ -15,72 +16,217 @@ from segformer_pl.analysis.comparison import (
     compare_evaluations,
     points,
 )
+from segformer_pl.analysis.configuration import (
+    Configuration,
+    differences,
+    training_configuration,
+)
 from segformer_pl.analysis.evaluation import Evaluation, load_evaluation
+from segformer_pl.analysis.run_groups import Group, group_runs
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 
 FEW_BLOCKS = 20
 # In simulations of 100 pictures the 95 % interval of a class's IoU covers it in 91 % of the sets
 # if 10 pictures hold the class, 85 % if 5 do, 80 % if 3 do.
 FEW_PICTURES = 10
-SEEDS = (
-    "Not covered is the spread between training seeds: this says whether these two trained "
-    "networks differ on pictures like these, not whether one way of training is better, which "
-    "takes several seeds of each."
+SHOWN_SETTINGS = 5
+ONE_RUN_EACH = (
+    "With one run of each, what follows speaks of the choice of images and not of training seeds: "
+    "it says whether these two trained networks differ on images like these, not whether one way "
+    "of training is better. Give several seeds of each to see their spread."
 )
 
 
 def compare(arguments: list[str]) -> None:
-    """``compare RUN_A RUN_B``: is the difference between two runs real?"""
+    """``compare RUN RUN [RUN ...]``: is the difference between runs real?"""
     parser = SegformerArgumentParser(
         prog=f"{PROG} compare",
-        description="Is the difference in mIoU between two runs more than the choice of pictures "
-        "explains? Paired bootstrap for the intervals, paired permutation test for p, for mIoU "
-        "and each class, from the counts that a validation leaves in its run folder. Both runs "
-        f"must have been validated on the same pictures. {SEEDS}",
+        description="Two runs: do the two trained networks differ in mIoU by more than the choice "
+        "of images explains? Paired bootstrap for the intervals, paired permutation test for p, "
+        "for mIoU and each class. More runs: mIoU of each, grouped by configuration, with the mean "
+        "and the standard deviation over training seeds. All from the counts that a validation "
+        "leaves in its run folder; all runs must have been validated on the same images. One run "
+        "of each configuration says nothing of the spread between training seeds.",
     )
-    for name in ("run_a", "run_b"):
-        parser.add_argument(
-            name,
-            type=Path,
-            help="run folder, whose last evaluation is taken, or an .npz file of its evaluation "
-            "folder",
-        )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="run",
+        help="two or more run folders, whose last evaluation is taken, or .npz files of their "
+        "evaluation folders; runs whose config.yaml differs in seed and paths alone are one "
+        "configuration",
+    )
     parser.add_argument(
         "--block-size",
         type=PositiveInt,
         default=1,
-        help="contiguous pictures, in stored order, that are drawn together. Neighbouring pictures "
+        help="contiguous images, in stored order, that are drawn together. Neighbouring images "
         "of a video resemble each other, and taken for independent they make intervals too narrow "
-        "and p too small: give the number of pictures over which they do",
+        "and p too small: give the number of images over which they do",
     )
     parser.add_argument("--json", action="store_true", help="print JSON (fractions), not a table")
     options = parser.parse_args(arguments)
-    runs = [options.run_a, options.run_b]
-    a, b = (load_evaluation(run) for run in runs)
-    comparison = compare_evaluations(a, b, options.block_size)
-    if options.json:
-        described = [
-            {"path": str(run), "split": e.split, "step": e.step} for run, e in zip(runs, (a, b))
-        ]
-        known = {"a": described[0], "b": described[1]} | comparison.as_dict()
-        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+    runs: list[Path] = options.runs
+    if len(runs) < 2:
+        raise ValueError(f"there is nothing to compare '{runs[0]}' with; give two or more runs")
+    evaluations = [load_evaluation(run) for run in runs]
+    configurations = [training_configuration(run) for run in runs]
+    if len(runs) == 2:
+        known, text = _two(runs, evaluations, configurations, options.block_size)
     else:
-        lines = [*_header(runs, [a, b]), "", f"{comparison.verdict}.", "", *_scores(comparison), ""]
-        lines += [*_classes(comparison.classes), ""]
-        lines += [fill(remark, 100) for remark in _remarks(comparison)]
-        sys.stdout.write("\n".join(lines) + "\n")
+        groups = group_runs(runs, evaluations, configurations, options.block_size)
+        known = {
+            "num_images": len(evaluations[0].ids),
+            "block_size": options.block_size,
+            "groups": [group.as_dict() for group in groups],
+            "differences": dict(_differences(groups)),
+        }
+        text = _grouped(groups, len(evaluations[0].ids), options.block_size)
+    sys.stdout.write((json.dumps(known, indent=2) if options.json else "\n".join(text)) + "\n")
 
 
-def _header(runs: list[Path], evaluations: list[Evaluation]) -> Iterator[str]:
-    for letter, run, evaluation in zip("AB", runs, evaluations):
-        yield f"{letter}  {run}: {evaluation.split}, step {evaluation.step:,}"
+def _two(
+    runs: Sequence[Path],
+    evaluations: Sequence[Evaluation],
+    configurations: Sequence[Configuration | None],
+    block_size: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """The paired test of two trained networks, as plain data and as text."""
+    comparison = compare_evaluations(evaluations[0], evaluations[1], block_size)
+    caveat = _caveat(configurations)
+    described = [
+        {"path": str(run), "split": e.split, "step": e.step, "seed": c.seed if c else None}
+        for run, e, c in zip(runs, evaluations, configurations)
+    ]
+    known = {"a": described[0], "b": described[1], "caveat": caveat} | comparison.as_dict()
+    lines = [*_header(runs, evaluations, configurations), "", fill(caveat, 100), ""]
+    lines += [fill(f"{comparison.verdict}.", 100), "", *_scores(comparison), ""]
+    lines += [*_classes(comparison.classes), ""]
+    return known, [*lines, *(fill(remark, 100) for remark in _remarks(comparison))]
+
+
+def _caveat(configurations: Sequence[Configuration | None]) -> str:
+    """What the comparison of two runs cannot say."""
+    a, b = configurations
+    if a is None or b is None:
+        whose = " and ".join(n for n, c in zip("AB", configurations) if c is None)
+        return (
+            f"What {whose} was trained with is not known: there is no config.yaml of a training. "
+            f"{ONE_RUN_EACH}"
+        )
+    if different := differences([a, b]):
+        return f"A and B differ in {_settings(different)}. {ONE_RUN_EACH}"
+    if a.seed != b.seed or a.seed is None:
+        return (
+            f"A and B are two seeds of one configuration ({_seed(a)}, {_seed(b)}): their "
+            "difference is what another seed makes of it, and neither is a better way of training."
+        )
+    return (
+        f"A and B have one configuration and one seed ({a.seed}): what they differ in is not in "
+        "their config.yaml, such as the step that was scored, and no configurations are compared."
+    )
+
+
+def _settings(different: dict[str, list[Any]]) -> str:
+    """Such as ``model.lr (0.003, 0.006)``, the first few."""
+    listed = [
+        f"{key} ({', '.join(map(_plain, values))})"
+        for key, values in list(different.items())[:SHOWN_SETTINGS]
+    ]
+    more = len(different) - len(listed)
+    return ", ".join(listed) + (f" and {more} more settings" if more else "")
+
+
+def _plain(value: Any) -> str:
+    """As YAML has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
+
+
+def _seed(configuration: Configuration) -> str:
+    return "no seed" if configuration.seed is None else f"seed {configuration.seed}"
+
+
+def _header(
+    runs: Sequence[Path],
+    evaluations: Sequence[Evaluation],
+    configurations: Sequence[Configuration | None],
+) -> Iterator[str]:
+    for letter, run, evaluation, known in zip("AB", runs, evaluations, configurations):
+        seed = "" if known is None else f", {_seed(known)}"
+        yield f"{letter}  {run}: {evaluation.split}, step {evaluation.step:,}{seed}"
+
+
+def _grouped(groups: Sequence[Group], num_images: int, block_size: int) -> list[str]:
+    """The runs by configuration, what separates the configurations, and what is not said."""
+    num_runs = sum(len(group.runs) for group in groups)
+    blocks = "" if block_size == 1 else f" in blocks of {block_size}"
+    of = f"{len(groups)} configurations" if len(groups) > 1 else "one configuration"
+    lines = [f"{num_runs} runs of {of}, scored on {num_images:,} images{blocks}", ""]
+    single = [group.name for group in groups if len(group.runs) == 1]
+    caveat = (
+        "Nothing is tested here: so few seeds show how far runs of one configuration lie apart, "
+        "and not which configuration is better."
+    )
+    if single:
+        caveat = (
+            f"There is one run of {', '.join(single)}, so that nothing is known of the spread "
+            f"between its seeds. {caveat}"
+        )
+    lines += [fill(caveat, 100), ""]
+    for group in groups:
+        stated = ", ".join(f"{k} {_plain(v)}" for k, v in list(group.settings.items()))
+        lines += [fill(f"{group.name}  {stated}".rstrip(), 100, subsequent_indent="   ")]
+        lines.append(f"   {'seed':>8}{'mIoU':>10}   {'95 % over images':<20}{'step':>9}   run")
+        for run in group.runs:
+            interval = f"{100 * run.miou.low:.2f} to {100 * run.miou.high:.2f} %"
+            seed = "none" if run.seed is None else run.seed
+            lines.append(
+                f"   {seed:>8}{100 * run.miou.value:>8.2f} %   {interval:<20}{run.step:>9,}   "
+                f"{run.path}"
+            )
+        if len(group.runs) > 1:
+            lines.append(
+                f"   {'mean':>8}{100 * group.mean:>8.2f} %   standard deviation "
+                f"{100 * group.standard_deviation:.2f} points over {len(group.runs)} seeds"
+            )
+        lines.append("")
+    for (pair, difference), other in zip(_differences(groups), groups[1:]):
+        lines.append(
+            fill(
+                f"{pair} of the means: {points(difference)} points of mIoU. "
+                f"{_order(groups[0], other)}",
+                100,
+            )
+        )
+    remark = (
+        "The standard deviation is that between the seeds given. The intervals are over images, "
+        "for each trained network by itself; they do not hold the spread between seeds."
+    )
+    return [*lines, *([""] if len(groups) > 1 else []), fill(remark, 100)]
+
+
+def _differences(groups: Sequence[Group]) -> Iterator[tuple[str, float]]:
+    """Of the means, each group's to the first."""
+    for group in groups[1:]:
+        yield f"{group.name} - {groups[0].name}", group.mean - groups[0].mean
+
+
+def _order(a: Group, b: Group) -> str:
+    """Whether the runs of two groups lie apart."""
+    if len(a.runs) == 1 or len(b.runs) == 1:
+        return ""
+    low, high = sorted((a, b), key=lambda group: group.mean)
+    if max(run.miou.value for run in low.runs) < min(run.miou.value for run in high.runs):
+        return f"Every run of {high.name} scores higher than every run of {low.name}."
+    return "Their runs overlap."
 
 
 def _scores(comparison: Comparison) -> Iterator[str]:
     blocks = ""
     if comparison.block_size > 1:
         blocks = f" in {comparison.num_blocks} blocks of {comparison.block_size}"
-    yield f"{'':<4}{'mIoU':>8}   95 % interval, {comparison.num_pictures:,} pictures{blocks}"
+    yield f"{'':<4}{'mIoU':>8}   95 % interval, {comparison.num_pictures:,} images{blocks}"
     for letter, miou in (("A", comparison.miou_a), ("B", comparison.miou_b)):
         yield (
             f"{letter:<4}{100 * miou.value:>6.2f} %   {100 * miou.low:.2f} to "
@@ -93,7 +239,7 @@ def _classes(classes: tuple[ClassDifference, ...]) -> Iterator[str]:
     width = max(len("class"), *(len(c.name) for c in listed))
     yield (
         f"{'class':<{width}}{'A':>8}{'B':>8}{'B - A':>9}   {'95 % interval':<17}{'p':>9}"
-        f"{'pictures':>12}"
+        f"{'images':>12}"
     )
     for c in listed:
         interval = f"{points(c.difference.low):>6} to {points(c.difference.high):>6}"
@@ -105,7 +251,7 @@ def _classes(classes: tuple[ClassDifference, ...]) -> Iterator[str]:
     yield (
         "IoU in %, differences in points. p is corrected for the number of classes (Holm), * marks"
     )
-    yield "p < 0.05; each interval is for its class alone. pictures: that have labels of the class."
+    yield "p < 0.05; each interval is for its class alone. images: that have labels of the class."
 
 
 def _remarks(comparison: Comparison) -> Iterator[str]:
@@ -123,18 +269,17 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
     if rare:
         yield (
             f"{len(rare)} of {len(comparison.classes)} classes have labels in fewer than "
-            f"{FEW_PICTURES} pictures; their intervals are rough and mostly too narrow."
+            f"{FEW_PICTURES} images; their intervals are rough and mostly too narrow."
         )
-    unit = "pictures" if comparison.block_size == 1 else "blocks"
+    unit = "images" if comparison.block_size == 1 else "blocks"
     if comparison.num_blocks < FEW_BLOCKS:
         yield (
             f"There are only {comparison.num_blocks} {unit}, so that every interval and p is rough."
         )
     if comparison.block_size == 1:
         yield (
-            "Pictures are taken for independent of each other. If neighbours resemble each other, "
+            "Images are taken for independent of each other. If neighbours resemble each other, "
             "as in a video, give --block-size; otherwise intervals are too narrow and p too small."
         )
     else:
-        yield "Blocks of neighbouring pictures are taken for independent of each other."
-    yield SEEDS
+        yield "Blocks of neighbouring images are taken for independent of each other."

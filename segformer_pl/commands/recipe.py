@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from segformer_pl.analysis.configuration import read_config
 from segformer_pl.analysis.recipe import departures, remarks, scope
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 
@@ -38,7 +37,7 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
     sources = parser.parse_args(arguments).sources
     files = [_config_of(Path(source)) for source in sources]
     # A run's own file is complete. The command line would fill in what it did not know then.
-    config = _read(files[0]) if sources != files and len(files) == 1 else resolve(files)
+    config = read_config(Path(files[0])) if sources != files and len(files) == 1 else resolve(files)
     sys.stdout.write(table(config) + "\n")
 
 
@@ -66,14 +65,3 @@ def _config_of(source: Path) -> str:
             "runs/demo/version_0, or YAML files"
         )
     return str(source / "config.yaml")
-
-
-def _read(file: str) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file!r} cannot be read as YAML ({reason}); give another run") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file!r} does not hold the settings of a run; give another run")
-    return config

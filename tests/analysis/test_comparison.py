@@ -100,8 +100,11 @@ def test_p_value_has_the_observed_among_the_swaps():
     assert result.p_value == pytest.approx(0.01)
     assert result.classes[0].p_value == pytest.approx(0.01)
     assert result.difference.value == pytest.approx(60 / 140 - 40 / 160)
-    assert result.verdict.startswith("B is better: B - A = +17.86 points of mIoU")
-    assert compare_evaluations(b, a).verdict.startswith("A is better: B - A = -17.86 points")
+    assert result.verdict.startswith(
+        "B scores higher than A on images like these: B - A = +17.86 points of mIoU"
+    )
+    reverse = compare_evaluations(b, a).verdict
+    assert reverse.startswith("A scores higher than B on images like these: B - A = -17.86 points")
 
 
 def test_interval_covers_the_true_miou():
@@ -146,7 +149,7 @@ def test_pairing_finds_what_intervals_of_two_sets_do_not():
     for _ in range(40):
         a, b = draw(generator, 60, num_runs=2, gain=0.1)
         result = compare_evaluations(a, b, num_resamples=400)
-        found += result.verdict.startswith("B is better")
+        found += result.verdict.startswith("B scores higher")
         # As if they had been scored on two sets: half widths add up in squares.
         widths = [run.high - run.low for run in (result.miou_a, result.miou_b)]
         found_unpaired += result.difference.value > np.hypot(*widths) / 2
@@ -179,7 +182,7 @@ def test_same_input_same_numbers_whatever_the_order():
     assert compare_evaluations(a, shuffled) == compare_evaluations(a, b)
     # Planted fault: rows matched by position.
     by_position = dataclasses.replace(shuffled, ids=a.ids)
-    with pytest.raises(ValueError, match="labels of 30 of 30 pictures are not the same"):
+    with pytest.raises(ValueError, match="labels of 30 of 30 images are not the same"):
         compare_evaluations(a, by_position)
 
 
@@ -283,10 +286,10 @@ def test_verdict_where_test_and_interval_disagree():
         for p_value, low in product((0.01, 0.3), (0.001, -0.001))
     }
     assert said == {
-        (0.01, 0.001): "B is better",
+        (0.01, 0.001): "B scores higher than A on images like these",
         (0.01, -0.001): "borderline, test and interval disagree",
         (0.3, 0.001): "borderline, test and interval disagree",
-        (0.3, -0.001): "no difference can be told from the choice of pictures",
+        (0.3, -0.001): "no difference can be told from the choice of images",
     }
 
 
@@ -302,13 +305,13 @@ def test_refusals():
     relabelled[2, 0, 1] += 1
     blank = evaluation(np.zeros((6, 3, 3)))
     for other, block_size, message in [
-        (changed(b, ids=ids), 1, "4 pictures in common, but 2 of A are missing in B, such as "
+        (changed(b, ids=ids), 1, "4 images in common, but 2 of A are missing in B, such as "
          "'picture 4', and 2 of B are missing in A, such as 'picture 7'"),
-        (fewer, 1, "hold 4 pictures in common, but 2 of A are missing in B, such as 'picture 4';"),
-        (changed(b, ids=["picture 0"] * 6), 1, "B holds picture 'picture 0' more than once"),
+        (fewer, 1, "hold 4 images in common, but 2 of A are missing in B, such as 'picture 4';"),
+        (changed(b, ids=["picture 0"] * 6), 1, "B holds image 'picture 0' more than once"),
         (changed(b, class_names=["x", "class 1", "class 2"]), 1, "only A has 'class 0', only"),
         (changed(b, class_names=b.class_names[::-1]), 1, "3 classes and B 3, in another order"),
-        (evaluation(relabelled), 1, "labels of 1 of 6 pictures .* such as those of 'picture 2'"),
+        (evaluation(relabelled), 1, "labels of 1 of 6 images .* such as those of 'picture 2'"),
         (b, 6, "6 pictures in blocks of 6 make 1 block"),
         (b, 0, "--block-size is 0; give an integer of at least 1"),
     ]:  # fmt: skip

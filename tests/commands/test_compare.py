@@ -1,9 +1,11 @@
-"""compare as its user meets it: two run folders, a verdict, and what it does not say."""
+"""compare as its user meets it: run folders, what it does not say, and then what it does."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.commands.compare import compare
@@ -33,6 +35,24 @@ def plant(folder, right, num_pictures=40, step=1600, labelled=100, names=NAMES):
     return folder
 
 
+def configure(folder, seed=0, lr=3e-3, **changes):
+    """The config.yaml of a ``fit`` in the folder, in what matters here as Lightning writes it."""
+    config = {
+        "seed_everything": seed,
+        "trainer": {
+            "max_steps": 1600,
+            "logger": {"class_path": "CSVLogger", "init_args": {"name": folder.parent.name}},
+            "callbacks": [{"class_path": "Checkpoint", "init_args": {"dirpath": str(folder)}}],
+        },
+        "model": {"network": {"class_path": "segformer_b0"}, "lr": lr, "inference": None},
+        "data": {"dataset": "shapes", "path": f"/scratch/{seed}", "num_workers": seed},
+        "last_checkpoint": {"dirpath": str(folder)},
+        "ckpt_path": None,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | changes))
+    return folder
+
+
 @pytest.fixture
 def runs(tmp_path):
     a = plant(tmp_path / "base" / "version_0", [0.8, 0.4, 0.5])
@@ -57,24 +77,32 @@ def test_two_run_folders(run, runs):
     assert all(len(line) <= 100 for line in lines[2:])
     assert lines[0] == f"A  {runs[0]}: val, step 1,600"
     assert lines[1] == f"B  {runs[1]}: val, step 800"
-    assert lines[3].startswith("B is better: B - A = +")
-    assert lines[5].endswith("95 % interval, 40 pictures")
-    assert lines[6].startswith("A ")
+    # What it cannot say comes before what it says.
+    assert lines[3].startswith(
+        "What A and B was trained with is not known: there is no config.yaml"
+    )
+    assert "not whether one way of training is better" in " ".join(lines[3:8])
+    start = lines.index("", 3) + 1
+    assert lines[start].startswith("B scores higher than A on images like these: B - A = +")
+    start = lines.index("", start) + 1
+    assert lines[start].endswith("95 % interval, 40 images")
+    assert lines[start + 1].startswith("A ")
     rows = [line for line in lines if line.startswith(tuple(NAMES))]
     assert rows[0].startswith("traffic light")
     assert " * " in rows[0]
     assert all(row.endswith(" 40") for row in rows)
     said = " ".join(text.split())
-    assert "Not covered is the spread between training seeds" in said
+    assert "is better:" not in said
     assert "give --block-size; otherwise intervals are too narrow" in said
 
 
 def test_json_holds_fractions(run, runs):
     known = json.loads(run(*runs, "--json"))
-    assert known["a"] == {"path": str(runs[0]), "split": "val", "step": 1600}
+    assert known["a"] == {"path": str(runs[0]), "split": "val", "step": 1600, "seed": None}
+    assert "not of training seeds" in known["caveat"]
     assert known["b"]["step"] == 800
     assert 0 < known["difference"]["low"] < known["difference"]["value"] < 1
-    assert known["verdict"].startswith("B is better")
+    assert known["verdict"].startswith("B scores higher than A")
     assert known["classes"][0]["name"] == "traffic light"
     assert known["num_blocks"] == known["num_pictures"] == 40
 
@@ -82,16 +110,16 @@ def test_json_holds_fractions(run, runs):
 def test_files_and_blocks(run, runs):
     files = [next(folder.glob("evaluation/*.npz")) for folder in runs]
     text = run(*files, "--block-size", 4)
-    assert "40 pictures in 10 blocks of 4" in text
+    assert "40 images in 10 blocks of 4" in text
     said = " ".join(text.split())
     assert "There are only 10 blocks, so that every interval and p is rough." in said
-    assert "Blocks of neighbouring pictures are taken for independent" in said
+    assert "Blocks of neighbouring images are taken for independent" in said
     assert json.loads(run(*files, "--block-size", 4, "--json"))["num_blocks"] == 10
 
 
 def test_run_with_itself(run, runs):
     text = run(runs[0], runs[0])
-    assert "A and B are the same: every count of every picture agrees." in text
+    assert "A and B are the same: every count of every image agrees." in text
     known = json.loads(run(runs[0], runs[0], "--json"))
     assert known["difference"] == {"value": 0, "low": 0, "high": 0}
     assert known["p_value"] == 1
@@ -115,21 +143,21 @@ def test_absent_and_rare_classes_are_named(run, runs, tmp_path):
     said = " ".join(run(*changed).split())
     assert "Absent in both: boat." in said
     assert "<ghost> is labelled nowhere and predicted by B alone, so that it counts as 0" in said
-    assert "1 of 6 classes have labels in fewer than 10 pictures" in said
+    assert "1 of 6 classes have labels in fewer than 10 images" in said
     json.loads(run(*changed, "--json"), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_pictures": 39}, "39 pictures in common, but 1 of A are missing in B"),
-        ({"labelled": 99}, "labels of 40 of 40 pictures are not the same"),
+        ({"num_pictures": 39}, "39 images in common, but 1 of A are missing in B"),
+        ({"labelled": 99}, "labels of 40 of 40 images are not the same"),
         ({"names": ["road", "wall", "sky"]}, "only A has 'traffic light', only B 'sky'"),
     ],
 )
 def test_runs_that_cannot_be_compared(runs, tmp_path, changes, message):
     other = plant(tmp_path / "other", [0.8, 0.4, 0.5], **changes)
-    with pytest.raises(ValueError, match=r"give two runs|validate both") as error:
+    with pytest.raises(ValueError, match=r"give runs on|validate both") as error:
         compare([str(runs[0]), str(other)])
     assert message in str(error.value)
 
@@ -137,7 +165,7 @@ def test_runs_that_cannot_be_compared(runs, tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "run_a"),
+        ([], "runs"),
         (["--block-size", "0"], "block"),
         (["--blocks", "2"], "unrecognized arguments: --blocks"),
     ],
@@ -164,5 +192,167 @@ def test_help_mentions_videos_and_seeds(capsys):
     with pytest.raises(SystemExit):
         compare(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "Neighbouring pictures of a video" in said
+    assert "Neighbouring images of a video" in said
     assert "the spread between training seeds" in said
+
+
+# Configurations and seeds
+
+
+def test_two_seeds_of_one_configuration_are_called_that(run, runs):
+    """The second network scores higher beyond doubt, and no better configuration is claimed."""
+    for seed, folder in enumerate(runs):
+        configure(folder, seed)
+    lines = run(*runs).splitlines()
+    assert lines[0] == f"A  {runs[0]}: val, step 1,600, seed 0"
+    said = " ".join(lines[2:5])
+    assert said.startswith(" A and B are two seeds of one configuration (seed 0, seed 1): ")
+    assert "neither is a better way of training" in said
+    known = json.loads(run(*runs, "--json"))
+    assert (known["a"]["seed"], known["b"]["seed"]) == (0, 1)
+    assert known["caveat"].startswith("A and B are two seeds of one configuration")
+    assert known["p_value"] < 0.01
+    assert "better" not in known["verdict"]
+
+
+def test_two_configurations_are_told_apart_by_their_settings(run, runs):
+    configure(runs[0], lr=3e-3)
+    configure(runs[1], seed=1, lr=6e-3)
+    caveat = json.loads(run(*runs, "--json"))["caveat"]
+    assert caveat.startswith("A and B differ in model.lr (0.003, 0.006). With one run of each")
+
+
+def test_a_run_with_itself_has_one_seed(run, runs):
+    configure(runs[0])
+    assert "have one configuration and one seed (0)" in run(runs[0], runs[0])
+
+
+def test_what_a_validation_scored_is_sought_where_its_checkpoint_lies(run, runs, tmp_path):
+    """The seed of ``validate`` is no seed of a training, and its protocol counts."""
+    (tmp_path / "trained").mkdir()
+    trained = configure(tmp_path / "trained", seed=7)
+    checkpoint = str(trained / "checkpoints" / "last.ckpt")
+    configure(runs[0], seed=3)
+    evaluates = {"verbose": True, "ckpt_path": checkpoint}
+    configure(runs[1], seed=0, lr=1.0, **evaluates)
+    assert "two seeds of one configuration (seed 3, seed 7)" in run(*runs)
+    slide = {"inference": {"window": [64, 64]}, "lr": 1.0}
+    configure(runs[1], model=slide, **evaluates)
+    assert "A and B differ in model.inference" in run(*runs)
+    configure(runs[1], verbose=True, ckpt_path=str(tmp_path / "gone" / "checkpoints" / "x.ckpt"))
+    assert "What B was trained with is not known" in " ".join(run(*runs).split())
+    configure(runs[1], verbose=True)  # weights of unknown origin
+    assert "What B was trained with is not known" in " ".join(run(*runs).split())
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Three seeds with a learning rate of 0.003 and two with 0.006, which lie higher."""
+    shares = {("a", 0): 0.50, ("a", 2): 0.54, ("a", 1): 0.52, ("b", 0): 0.60, ("b", 1): 0.57}
+    folders = {}
+    for (name, seed), share in shares.items():
+        folder = plant(tmp_path / f"{name}{seed}" / "version_0", [0.8, share, 0.5])
+        folders[name, seed] = configure(folder, seed, {"a": 3e-3, "b": 6e-3}[name])
+    return folders
+
+
+def test_runs_are_grouped_by_configuration(run, study):
+    known = json.loads(run(*study.values(), "--json"))
+    a, b = known["groups"]
+    assert (a["settings"], b["settings"]) == ({"model.lr": 0.003}, {"model.lr": 0.006})
+    assert [one["seed"] for one in a["runs"]] == [0, 1, 2]
+    assert [Path(one["path"]).parent.name for one in b["runs"]] == ["b0", "b1"]
+    mious = [one["miou"]["value"] for one in a["runs"]]
+    assert a["mean"] == pytest.approx(sum(mious) / 3)
+    # np.std(ddof=1) by hand: for two runs the difference over the root of two
+    first, second = (one["miou"]["value"] for one in b["runs"])
+    assert b["standard_deviation"] == pytest.approx(abs(first - second) / np.sqrt(2))
+    assert all(one["miou"]["low"] < one["miou"]["value"] < one["miou"]["high"] for one in a["runs"])
+    assert known["differences"] == {"B - A": pytest.approx(b["mean"] - a["mean"])}
+    text = run(*study.values())
+    assert text.startswith("5 runs of 2 configurations, scored on 40 images\n\nNothing is tested")
+    assert "A  model.lr 0.003\n" in text
+    assert " over 3 seeds\n" in text
+    assert "Every run of B scores higher than every run of A." in " ".join(text.split())
+    assert "better." in text.split("\n\n")[1]  # in what it does not say, and nowhere else
+    assert text.count("better") == 1
+    assert "in blocks of 4" in run(*study.values(), "--block-size", 4)
+
+
+def test_groups_that_overlap_or_have_one_run(run, study, tmp_path):
+    low = configure(plant(tmp_path / "b9" / "version_0", [0.8, 0.51, 0.5]), 9, 6e-3)
+    assert "Their runs overlap." in run(*study.values(), low)
+    few = [study["a", 0], study["a", 1], study["b", 0]]
+    said = " ".join(run(*few).split())
+    assert "There is one run of B, so that nothing is known of the spread between its seeds" in said
+    assert "runs overlap" not in said
+    assert "Every run" not in said
+    assert json.loads(run(*few, "--json"))["groups"][1]["standard_deviation"] is None
+    three = [study["a", seed] for seed in range(3)]
+    text = run(*three)
+    assert text.startswith("3 runs of one configuration")
+    assert "of the means" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"names": ["road", "wall", "sky"]}, "version_0' has 3 classes and "),
+        ({"num_pictures": 39}, "39 images in common"),
+        ({"labelled": 99}, "with the same labels and label mapping"),
+        ({"step": 800}, "after 800, but they are runs of one configuration"),
+    ],
+    ids=str,
+)
+def test_groups_that_cannot_be_formed(study, tmp_path, changes, message):
+    other = plant(tmp_path / "c" / "version_0", [0.8, 0.4, 0.5], **changes)
+    configure(other, 5)
+    with pytest.raises(ValueError, match=r"give|validate both") as error:
+        compare([*map(str, study.values()), str(other)])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_one_seed_twice_and_unknown_configurations_are_refused(study, tmp_path):
+    again = configure(plant(tmp_path / "d" / "version_0", [0.8, 0.4, 0.5]), 1)
+    with pytest.raises(ValueError, match="are both seed 1 of one configuration"):
+        compare([*map(str, study.values()), str(again)])
+    (again / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="was trained with is not known"):
+        compare([*map(str, study.values()), str(again)])
+    (again / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"config\.yaml' cannot be read as YAML"):
+        compare([*map(str, study.values()), str(again)])
+
+
+def test_one_run_is_nothing_to_compare(runs):
+    with pytest.raises(ValueError, match="give two or more runs"):
+        compare([str(runs[0])])
+
+
+@pytest.mark.slow
+def test_configurations_as_the_command_line_writes_them(run, runs, tmp_path):
+    """Real ones, complete: another seed, logger, folder and loader are no other configuration."""
+    from segformer_pl.cli import resolve
+
+    file = tmp_path / "run.yaml"
+    for seed, folder in enumerate(runs):
+        file.write_text(
+            yaml.safe_dump(
+                {
+                    "seed_everything": seed,
+                    "model": {"network": "segformer_pl.models.segformer_b0"},
+                    "data": {"dataset": "shapes", "num_workers": seed},
+                    "trainer": {
+                        "max_steps": 10,
+                        "default_root_dir": str(folder),
+                        "logger": {
+                            "class_path": "lightning.pytorch.loggers.CSVLogger",
+                            "init_args": {"save_dir": str(folder)},
+                        },
+                    },
+                }
+            )
+        )
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolve([str(file)])))
+    assert "two seeds of one configuration (seed 0, seed 1)" in run(*runs)

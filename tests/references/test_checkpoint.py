@@ -33,6 +33,7 @@ def runner_checkpoint(mmseg, tmp_path_factory):
         train_cfg={"type": "IterBasedTrainLoop", "max_iters": 2},
         optim_wrapper={"optimizer": {"type": "AdamW", "lr": 1e-3}},
         default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 2, "by_epoch": False}},
+        default_scope="mmseg",
         log_level="ERROR",
     )
     runner.train()
