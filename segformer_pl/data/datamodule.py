@@ -1,5 +1,6 @@
 """The LightningDataModule that streams a segmentation data set of the catalogue."""
 
+import operator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from segformer_pl.data.catalog import find_dataset
+from segformer_pl.data.index import same_data
 from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.sources import Source, Split, open_split
@@ -240,12 +242,19 @@ class StreamingSegmentationData(pl.LightningDataModule):
             "fingerprint": "fingerprint of the shards (names, row groups and their sizes)",
             "seed": "seed of the training order",
         }.items():
-            if there[key] != self._here[key]:
+            same = same_data if key == "fingerprint" else operator.eq
+            if not same(there[key], self._here[key]):
                 raise DataError(
                     f"the checkpoint was trained on other data: its {what} is {there[key]}, here "
                     f"it is {self._here[key]}; resume with the data and the seed of the "
                     "interrupted run, or start a new one from its weights with --model.weights"
                 )
+        if "-" not in there["fingerprint"]:
+            rank_zero_warn(
+                "the checkpoint is of an earlier version, which kept no hashes of the data: names, "
+                "row groups and their sizes are those of the interrupted run, the contents may "
+                "have changed"
+            )
         if there["samples_per_step"] != self._here["samples_per_step"]:
             rank_zero_warn(
                 f"the interrupted run trained on {there['samples_per_step']} samples a step, this "
