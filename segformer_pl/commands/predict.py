@@ -21,7 +21,7 @@ from segformer_pl.commands.checkpoint import load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data import DataError
 from segformer_pl.data.decoding import EncodedImage
-from segformer_pl.data.sources import PICTURES
+from segformer_pl.data.image_folder import PICTURES
 from segformer_pl.inference import Inference
 from segformer_pl.task import SegmentationTask
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedPictures
+from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
@@ -153,7 +155,8 @@ def _check_origin(file: Path, there: dict[str, Any], here: dict[str, Any]) -> No
         "dataset": "data set",
         "fingerprint": "fingerprint of the shards",
     }.items():
-        if there[key] != here[key]:
+        same = same_data if key == "fingerprint" else operator.eq
+        if not same(there[key], here[key]):
             raise ValueError(
                 f"--output: {file} holds scores of something else: its {what} is {there[key]}, "
                 f"here it is {here[key]}; give another folder, or remove that file"

@@ -1,5 +1,6 @@
 """The LightningDataModule that streams a segmentation data set of the catalogue."""
 
+import operator
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from segformer_pl.data.catalog import find_dataset
+from segformer_pl.data.index import same_data
 from segformer_pl.data.label_mapping import compare_labels, describe_labels
 from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, StoredOrder
@@ -288,12 +290,19 @@ class StreamingSegmentationData(pl.LightningDataModule):
             "fingerprint": "fingerprint of the shards (names, row groups and their sizes)",
             "seed": "seed of the training order",
         }.items():
-            if there.get(key) != here[key]:
+            same = same_data if key == "fingerprint" else operator.eq
+            if key not in there or not same(there[key], here[key]):
                 raise DataError(
                     f"the checkpoint was trained on other data: its {what} is {there.get(key)}, "
                     f"here it is {here[key]}; resume with the data and the seed of the "
                     "interrupted run, or start a new one from its weights with --model.weights"
                 )
+        if "-" not in there["fingerprint"]:
+            rank_zero_warn(
+                "the checkpoint is of an earlier version, which kept no hashes of the data: names, "
+                "row groups and their sizes are those of the interrupted run, the contents may "
+                "have changed"
+            )
         first_step, first_sample = there.get("first_step", 0), there.get("first_sample", 0)
         consumed, size = there.get("consumed"), there.get("samples_per_step")
         numbers = (first_step, first_sample, consumed, size)

@@ -5,11 +5,10 @@ is taken to be drawn on the upright image, as annotation tools show it. Where im
 differ, :func:`check_orientation` says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -35,8 +34,16 @@ DAMAGED = (OSError, SyntaxError, ValueError, TypeError)
 cv2.setNumThreads(0)  # loader processes are the parallelism
 
 
-def cell_bytes(cell: dict[str, Any] | bytes | None, where: str) -> bytes:
+def cell_bytes(
+    cell: dict[str, Any] | bytes | None, where: str, read_file: Callable[[str], bytes]
+) -> bytes:
     """The encoded picture of a cell: bytes, or what an ``Image`` column holds.
+
+    Args:
+        cell: The cell.
+        where: Which it is, for messages.
+        read_file: Reads a file that the cell names in place of bytes, or raises
+            :class:`DataError`.
 
     Raises:
         DataError: there is none.
@@ -44,12 +51,9 @@ def cell_bytes(cell: dict[str, Any] | bytes | None, where: str) -> bytes:
     encoded = cell.get("bytes") if isinstance(cell, dict) else cell
     if not encoded and isinstance(cell, dict) and cell.get("path"):
         try:
-            encoded = Path(cell["path"]).read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{where}: the row names the file {cell['path']!r}, which cannot be read; store "
-                "the pictures in the shards"
-            ) from error
+            encoded = read_file(cell["path"])
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
     if not encoded:
         raise DataError(
             f"{where}: the row holds no picture; remove the row from the shards or fill it in"

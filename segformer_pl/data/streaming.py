@@ -22,6 +22,7 @@ from segformer_pl.data.decoding import (
     check_orientation,
     decode_label,
 )
+from segformer_pl.data.files import UnreadableRows
 from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, Location, StoredOrder
 from segformer_pl.data.sources import Row, Source
@@ -62,7 +63,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         self.order = order
         self.transforms = transforms
         self.on_bad_sample = on_bad_sample
-        self._open: dict[int, tuple[int, Sequence[Row]]] = {}
+        self._open: dict[int, tuple[int, Sequence[Row] | UnreadableRows]] = {}
         self._palettes = PaletteColors()  # of the samples that this process reads
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -76,8 +77,8 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
             for; kinds are "orientation", "frames" and "palette".
 
         Raises:
-            DataError: the row cannot be used: without picture or label, undecodable, or with a
-                label outside the spec. One sentence says which and why.
+            DataError: the row cannot be used: unreadable, without picture or label, undecodable, or
+                with a label outside the spec. One sentence says which and why.
         """
         order, skipped = self.order, {}
         location = order.locate(position)
@@ -85,12 +86,15 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         rng = np.random.default_rng(seeds)
         notices: dict[str, str] = {}
         for _ in range(SUBSTITUTES):
-            row = self._row(location)
-            name = self._name(row, location)
+            row, name = None, self._name(None, location)
             try:
+                row = self._row(location)
+                name = self._name(row, location)
                 image, label, notices = self._load(row, name, rng)
                 break
             except DataError as error:
+                if row is None and not isinstance(error, UnreadableRows):
+                    raise  # such as a network that is down: no row can be had
                 if self.on_bad_sample == "raise":
                     raise
                 skipped[name] = last = str(error)
@@ -118,14 +122,22 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         group = location.group
         rows = next((rows for other, rows in self._open.values() if other == group), None)
         if rows is None:
-            rows = self.source.read(group)
+            try:
+                rows = self.source.read(group)
+            except UnreadableRows as error:  # it would be read again for each of its rows
+                rows = error
         self._open[location.lane] = (group, rows)
+        if isinstance(rows, UnreadableRows):
+            raise rows
         return rows[location.row]
 
-    def _name(self, row: Row, location: Location) -> str:
+    def _read_file(self, path: str) -> bytes:
+        return self.source.read_file(path)
+
+    def _name(self, row: Row | None, location: Location) -> str:
         """The row's id; a data set without ids has the places of its rows."""
         column = self.entry.id_column
-        name = None if column is None else row[column]
+        name = None if column is None or row is None else row[column]
         return self.source.name(location.group, location.row) if name is None else str(name)
 
     def _load(
@@ -136,8 +148,9 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         where = f"data set {entry.name!r}, sample {name!r}"
         in_image = f"{where}, column {entry.image_column!r}"
         in_label = f"{where}, column {entry.label_column!r}"
-        image = EncodedImage(cell_bytes(row[entry.image_column], in_image), in_image)
-        encoded_label = cell_bytes(row[entry.label_column], in_label)
+        read_file = self._read_file
+        image = EncodedImage(cell_bytes(row[entry.image_column], in_image, read_file), in_image)
+        encoded_label = cell_bytes(row[entry.label_column], in_label, read_file)
         label = decode_label(encoded_label, in_label, entry.labels.coding)
         notices = {
             "orientation": check_orientation(image, label, where),

@@ -77,6 +77,8 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
     except DataError as error:
         found.error("open", str(error))
         return None
+    for level, remark in source.remarks:
+        (found.error if level == "error" else found.warning)("files", remark)
     look = Look(source, _spread(source))
     failed: list[str] = []
     noticed: dict[str, list[str]] = {}  # by kind

@@ -133,7 +133,7 @@ def test_a_format_without_row_counts_is_read_through_once_and_says_so(
 def test_columns_of_the_entry_are_looked_for(tmp_path):
     table = pa.table({"image": [b""], "mask": [b""]})
     pq.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"no column 'label'.*they have: image, mask"):
+    with pytest.raises(DataError, match=r"no column 'label'.*it has: image, mask"):
         open_split(ENTRY, str(tmp_path), "train")
 
 
@@ -182,5 +182,8 @@ def test_places_that_are_not_there(path, sentence, monkeypatch):
 
 def test_a_folder_with_other_splits_only(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a")]])
-    with pytest.raises(DataError, match=r"holds no validation\*.parquet; give a folder with"):
+    with pytest.raises(
+        DataError,
+        match=r"holds no validation\*.parquet \(there is 'train-.*'\); give a folder with",
+    ):
         open_split(ENTRY, str(tmp_path), "validation")
