@@ -63,10 +63,55 @@ def test_names_and_severities_are_those_of_table_5():
     assert list(PAPER_SEVERITIES["shot_noise"]) == [1, 2, 3]
 
 
+# Mean PSNR in dB against `photograph(96, 128, seed)`, seeds 0 to 3, by severity: measured with the
+# package imagecorruptions 1.1.2 itself, over 24 draws, 8 of glass, 200 of motion, 400 of snow,
+# spatter and fog. tests/references/test_corruptions.py runs it. frost is not comparable.
+ORIGINAL_PSNR = {
+    "motion_blur": (24.07, 20.78, 17.86, 15.82, 14.9),
+    "defocus_blur": (27.72, 26.39, 24.29, 22.85, 21.33),
+    "glass_blur": (25.08, 25.65, 20.9, 21.87, 21.11),
+    "gaussian_blur": (30.57, 27.04, 25.05, 23.48, 20.91),
+    "gaussian_noise": (22.08, 18.76, 15.64, 13.0, 10.59),
+    "impulse_noise": (20.2, 17.19, 15.43, 12.68, 10.67),
+    "shot_noise": (21.5, 17.99, 15.18, 11.97, 10.19),
+    "speckle_noise": (22.58, 20.27, 15.98, 14.19, 12.39),
+    "brightness": (22.21, 16.2, 13.65, 11.97, 10.78),
+    "contrast": (16.4, 15.07, 13.91, 12.88, 12.41),
+    "saturate": (14.62, 12.43, 17.41, 15.16, 14.65),
+    "jpeg_compression": (29.64, 28.52, 27.83, 26.0, 24.3),
+    "snow": (14.85, 10.71, 10.62, 9.0, 7.74),
+    "spatter": (30.39, 23.87, 21.88, 18.6, 16.47),
+    "fog": (14.49, 13.57, 12.87, 12.77, 12.34),
+}
+# By how much the mean over some draws may be off: rounding, and how much draws differ.
+TOLERANCE = {
+    "brightness": 0.3,
+    "glass_blur": 0.2,
+    "motion_blur": 0.3,
+    "snow": 0.2,
+    "spatter": 0.4,
+    "fog": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL_PSNR)
+def test_as_strong_as_the_original(name):
+    images = [photograph(96, 128, seed) for seed in range(4)]
+    number = {"motion_blur": 40, "spatter": 40, "fog": 50, "snow": 24}.get(name, 4)
+    for severity, expected in enumerate(ORIGINAL_PSNR[name], 1):
+        values = [
+            psnr(run(images[draw % 4], name, severity, draw), images[draw % 4])
+            for draw in range(number)
+        ]
+        rare = (name, severity) == ("spatter", 1)  # a drop or two on an image
+        tolerance = 1.5 if rare else TOLERANCE.get(name, 0.12)
+        assert np.mean(values) == pytest.approx(expected, abs=tolerance), severity
+
+
 # What the constants themselves do not order: glass (shift and iterations change in turn), saturate
 # (two scales, paler and gaudier), fog and frost (density against detail). Then 5 is the worst of
 # those named.
-UNORDERED = {"glass_blur": [1, 3, 5], "saturate": [3, 4, 5], "fog": [1, 5], "frost": [1, 2, 3]}
+UNORDERED = {"glass_blur": [1, 4, 5], "saturate": [3, 4, 5], "fog": [1, 5], "frost": [1, 2, 3]}
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -255,41 +300,26 @@ def test_blur_keeps_an_even_picture(name):
         assert np.array_equal(run(flat((10, 120, 250)), name, severity), flat((10, 120, 250)))
 
 
-def exchanged_one_after_the_other(height, width, shift, iterations, rng):
-    """The original's sequence, pixel by pixel from the lower right."""
-    places = np.arange(height * width).reshape(height, width)
+@pytest.mark.parametrize(("shift", "iterations"), [(1, 2), (2, 3), (4, 2)])
+def test_glass_replaces_pixels_one_after_the_other(shift, iterations):
+    height, width = 30, 41
+    places = blur.replacements(height, width, shift, iterations, np.random.default_rng(0))
+    # NumPy's own: the rows of an array are views, so what looks like an exchange is none.
+    rng = np.random.default_rng(0)
+    slow = np.arange(height * width).reshape(height, width, 1)
+    rows, columns = (range(side - shift, shift, -1) for side in (height, width))
     for _ in range(iterations):
-        for row in range(height - shift, shift - 1, -1):
-            for column in range(width - shift, shift - 1, -1):
-                down, right = rng.integers(-shift, shift, 2)
-                here, there = (row, column), (row + down, column + right)
-                places[here], places[there] = places[there], places[here]
-    return places.ravel()
+        right, down = rng.integers(-shift, shift, (2, len(rows), len(columns)), np.int32)
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                here, there = (row, column), (row + down[i, j], column + right[i, j])
+                slow[here], slow[there] = slow[there], slow[here]
+    assert np.array_equal(places, slow.ravel())
+    assert len(np.unique(places)) < height * width  # some colours are gone
 
 
-def displacements(places, height, width, margin=12):
-    rows, columns = np.divmod(places, width)
-    at = np.divmod(np.arange(height * width), width)
-    inner = [margin <= a for a in at] + [at[0] < height - margin, at[1] < width - margin]
-    inner = np.logical_and.reduce(inner)
-    return (rows - at[0])[inner], (columns - at[1])[inner]
-
-
-@pytest.mark.parametrize(("shift", "iterations"), [(1, 2), (2, 1), (4, 2)])
-def test_glass_moves_pixels_as_far_as_the_original(shift, iterations):
-    height, width = 70, 90
-    places = blur.shuffled_places(height, width, shift, iterations, np.random.default_rng(0))
-    assert np.array_equal(np.sort(places), np.arange(height * width))
-    slow = exchanged_one_after_the_other(height, width, shift, iterations, np.random.default_rng(1))
-    ours = displacements(places, height, width)
-    theirs = displacements(slow, height, width)
-    for mine, other in zip(ours, theirs):
-        assert abs(mine.mean()) < 0.2
-        assert mine.std() == pytest.approx(other.std(), rel=0.15)
-
-
-def test_too_small_for_an_exchange():
-    places = blur.shuffled_places(3, 3, 4, 2, np.random.default_rng(0))
+def test_too_small_for_a_replacement():
+    places = blur.replacements(3, 3, 4, 2, np.random.default_rng(0))
     assert np.array_equal(places, np.arange(9))
 
 

@@ -71,7 +71,7 @@ def plain_order(pixels, label, crop_size, scale_range, base_size, seed, ratio=0.
         scale = min(long / max(height, width), short / min(height, width))
     height, width = int(height * scale + 0.5), int(width * scale + 0.5)
     pixels, label = bilinear(pixels, height, width), nearest(label, height, width)
-    for _ in range(10):
+    for _ in range(11):
         top = rng.integers(max(height - crop_size[0], 0) + 1)
         left = rng.integers(max(width - crop_size[1], 0) + 1)
         kept = label[top : top + crop_size[0], left : left + crop_size[1]]
@@ -129,7 +129,7 @@ def test_a_planted_fault_is_noticed(fault, monkeypatch):
     elif fault == "black padding":
         monkeypatch.setattr(transforms, "PADDING", (0.0, 0.0, 0.0))
     elif fault == "no tries":
-        monkeypatch.setattr(transforms, "CROP_TRIES", 1)
+        monkeypatch.setattr(transforms, "CROP_TRIES", 0)
     elif fault == "last row lost":
         monkeypatch.setattr(
             transforms, "_nearest", lambda *a: np.concatenate([near(*a)[1:], near(*a)[-1:]])
@@ -179,6 +179,40 @@ def test_tries_look_for_a_mixed_crop_and_end():
     assert 0.25 < np.mean(shares) < 0.95
     only = crop(image, np.zeros((64, 64), np.uint8), np.random.default_rng(0))[1]
     assert only.shape == (8, 8)
+
+
+class Counted:
+    """A generator that counts the places it is asked for."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        self.places = []
+
+    def integers(self, *limits):
+        self.places.append(int(self.rng.integers(*limits)))
+        return self.places[-1]
+
+    def random(self):
+        return 1.0  # no flip
+
+
+@pytest.mark.parametrize("mixed_at", [1, 2, 10, 11, None])
+def test_the_crop_after_ten_that_are_not_mixed_is_taken_as_it_is(mixed_at, monkeypatch):
+    checked = []
+
+    def is_mixed(self, kept):
+        checked.append(kept)
+        return len(checked) == mixed_at
+
+    monkeypatch.setattr(TrainTransforms, "_is_mixed", is_mixed)
+    label = np.arange(64 * 64).reshape(64, 64) % 251
+    rng = Counted(0)
+    _, kept = pipeline(crop_size=(8, 8))(encoded(photograph(64, 64)), label, rng)
+    num_draws = mixed_at if mixed_at and mixed_at <= 10 else 11
+    assert len(rng.places) == 2 * num_draws  # a row and a column each
+    assert len(checked) == min(num_draws, 10)
+    top, left = rng.places[-2:]
+    assert np.array_equal(kept.numpy(), label[top : top + 8, left : left + 8])
 
 
 def plain_distortion(pixels, seed):

@@ -2,12 +2,13 @@
 
 Benchmark: Hendrycks and Dietterich 2019 (ImageNet-C) as applied to Cityscapes by Kamann and Rother
 2020 (arXiv 1908.05005); SegFormer's Table 5 and Fig. 7. The constants are those of the package
-``imagecorruptions`` 1.1.2, "the original" below, which does not run on NumPy 2. What they mean was
-taken from it, the code was not. They are in pixels, so the same severity is milder on larger
-pictures.
+``imagecorruptions`` 1.1.2 (Apache-2.0), "the original" below, which does not run on NumPy 2. What
+they mean was taken from it, the code was not, but for the light of water drops, which takes its
+steps. They are in pixels, so the same severity is milder on larger pictures.
 
 Our own, everywhere: results are rounded to whole levels, where the original cuts decimals off, and
 random numbers come from a generator that is passed in. What else differs is said at each function.
+``make test-references`` compares all but frost with the original itself.
 ``frost`` draws its frost instead of using the original's photographs and is therefore not
 comparable with published results.
 """

@@ -25,13 +25,12 @@ def defocus_blur(picture: Picture, severity: int, rng: np.random.Generator) -> P
 
 
 def glass_blur(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """Pixels change places with neighbours, between two Gaussian blurs: frosted glass.
+    """Pixels are replaced by neighbours, between two Gaussian blurs: frosted glass.
 
-    Every pixel is exchanged once per iteration, with one that is -shift to shift - 1 rows and
-    columns away, as in the original. Our own is the sequence: there one pixel follows the other
-    from the lower right to the upper left, which takes some along for many rows; here
-    :func:`shuffled_places` exchanges at the same time all that cannot meet, so no direction is
-    preferred.
+    The original means to exchange each pixel with one that is -shift to shift - 1 rows and columns
+    away, one after the other from the lower right. But it exchanges views of one array, so that the
+    first assignment already overwrites what the second reads: the pixel gets its neighbour's colour
+    and the neighbour keeps it. :func:`replacements` follows that, draw by draw.
     """
     sigma, shift, iterations = (
         (0.7, 1, 2),
@@ -42,7 +41,7 @@ def glass_blur(picture: Picture, severity: int, rng: np.random.Generator) -> Pic
     )[severity - 1]
     smooth = gaussian(picture, sigma)
     height, width = picture.shape[:2]
-    places = shuffled_places(height, width, shift, iterations, rng)
+    places = replacements(height, width, shift, iterations, rng)
     return gaussian(smooth.reshape(-1, 3)[places].reshape(picture.shape), sigma)
 
 
@@ -96,29 +95,43 @@ def disk(radius: int, alias: float) -> npt.NDArray[np.float32]:
     return soft / soft.sum()
 
 
-def shuffled_places(
+def replacements(
     height: int, width: int, shift: int, iterations: int, rng: np.random.Generator
-) -> npt.NDArray[np.int32]:
-    """Where each pixel comes from after the exchanges of :func:`glass_blur`.
+) -> npt.NDArray[np.int64]:
+    """Where each pixel's colour comes from after the replacements of :func:`glass_blur`.
 
-    Pixels on a grid of ``2 * shift`` have partners in windows that do not overlap, so their
-    exchanges can be made at once; ``(2 * shift) ** 2`` such grids, in random order, hold every
-    pixel once. Pixels whose window would leave the picture begin no exchange.
+    A pixel takes the colour that its neighbour has at that moment: the new one if the neighbour
+    came before, below or to the right, otherwise the old one. So every pixel is at the end of a
+    chain of neighbours that came before. Chains are followed for all pixels at once, twice as far
+    in every round. Pixels whose neighbours may lie outside the picture keep their colour.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        shift: The farthest that a neighbour may be, in pixels.
+        iterations: How often this is done.
+        rng: Where the neighbours come from. Of each iteration it draws the columns and rows, (2,
+            rows, columns), in the order in which the original goes through the pixels.
 
     Returns:
-        (H W) flat indices, a permutation.
+        (H W) flat indices.
     """
-    places = np.arange(height * width, dtype=np.int32)
-    side = 2 * shift
+    start = np.arange(height * width, dtype=np.int32)
+    places = start
+    # From the lower right to the upper left, the outermost first: the original's own limits.
+    rows = np.arange(height - shift, shift, -1, dtype=np.int32)
+    columns = np.arange(width - shift, shift, -1, dtype=np.int32)
+    here = rows[:, None] * width + columns
+    is_replaced = np.zeros(height * width, bool)
+    is_replaced[here] = True
     for _ in range(iterations):
-        for grid in rng.permutation(side * side):
-            top, left = divmod(int(grid), side)
-            rows = np.arange(shift + top, height - shift + 1, side, dtype=np.int32)
-            columns = np.arange(shift + left, width - shift + 1, side, dtype=np.int32)
-            here = rows[:, None] * width + columns
-            down, right = rng.integers(-shift, shift, (2, *here.shape), np.int32)
-            there = here + down * width + right
-            places[here], places[there] = places[there], places[here]
+        right, down = rng.integers(-shift, shift, (2, *here.shape), np.int32)
+        neighbour = start.copy()
+        neighbour[here] = here + down * width + right
+        link = np.where(is_replaced[neighbour] & (neighbour > start), neighbour, start)
+        while not np.array_equal(link, further := link[link]):
+            link = further
+        places = places[neighbour[link]]
     return places
 
 

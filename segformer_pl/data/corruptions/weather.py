@@ -19,8 +19,6 @@ Map = npt.NDArray[np.float32]  # (H, W)
 WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise
 MUD = (63 / 255, 42 / 255, 20 / 255)
 WATER_DEPTH = 20  # pixels from its edge after which a drop is no thicker
-# Water at its brightest over its mean, by severity: so the light is as much as the original's.
-SHINE = (12, 4, 3.5)
 # Of the photographs in imagecorruptions 1.1.2, measured: mean colour, how far the brightness of one
 # of them may be from it, and the deviation of brightness within one.
 FROST_COLOR = (0.57, 0.65, 0.69)
@@ -33,8 +31,7 @@ def snow(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
     """Falling flakes over a picture that is paler and brighter for the snow that lies.
 
     Flakes are normal noise, enlarged and cut at a threshold, drawn out downwards at an angle from
-    45 to 135 degrees, and added twice, the second time turned by 180 degrees. Our own is how noise
-    is enlarged: bilinear about pixel centres.
+    45 to 135 degrees, and added twice, the second time turned by 180 degrees.
     """
     mean, std, zoom, threshold, radius, sigma, kept = (
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
@@ -45,7 +42,7 @@ def snow(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
     )[severity - 1]
     height, width = picture.shape[:2]
     small = (math.ceil(height / zoom), math.ceil(width / zoom))
-    flakes = _enlarge(_normal(small, mean, std, rng), height, width)
+    flakes = _enlarge(_normal(small, mean, std, rng), zoom, height, width)
     flakes = np.where(flakes < threshold, 0, np.minimum(flakes, 1)).astype(np.float32)
     flakes = smear(flakes, int(radius), sigma, rng.uniform(-135, -45))
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None]
@@ -59,9 +56,9 @@ def spatter(picture: Picture, severity: int, rng: np.random.Generator) -> Pictur
     """Drops on the lens: water at severity 1 to 3, mud at 4 and 5.
 
     Where blurred normal noise exceeds a threshold there is liquid. Mud hides what is behind it.
-    Water adds light. How a drop shines is our own: it is thicker away from its edge and brighter
-    towards the upper left, as in the original, and as bright in the mean; the original's steps to
-    that end, detection of edges and equalisation, are not followed.
+    Water adds light, by the original's steps: see :func:`_shine`. Its brightest place is as bright
+    on any picture, and it lies farther above the mean on a larger one, so that the light depends on
+    the picture's size, most at severity 1.
     """
     mean, std, sigma, threshold, strength, is_mud = (
         (0.65, 0.3, 4, 0.69, 0.6, False),
@@ -76,7 +73,7 @@ def spatter(picture: Picture, severity: int, rng: np.random.Generator) -> Pictur
         mud = gaussian(wet.astype(np.float32), strength)
         mud = np.where(mud < 0.8, 0, mud).astype(np.float32)[..., None]
         return picture * (1 - mud) + mud * np.array(MUD, np.float32)
-    light = np.float32(strength) * _shine(wet, SHINE[severity - 1])[..., None]
+    light = np.float32(strength) * _shine(np.where(wet, noise, 0))[..., None]
     return picture + light * np.array(WATER, np.float32)
 
 
@@ -179,18 +176,29 @@ def _directions(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
 
 
-def _shine(wet: npt.NDArray[np.bool_], peak: float) -> Map:
-    """Light of water drops, 0 to 1, 0 where it is dry and 1 at ``peak`` times its mean."""
-    depth = cv2.distanceTransform(wet.astype(np.uint8), cv2.DIST_L2, 5)
-    depth = cv2.blur(np.minimum(depth, WATER_DEPTH), (3, 3), borderType=cv2.BORDER_REPLICATE)
-    slope = np.pad(depth, ((0, 1), (0, 1)), mode="edge")[1:, 1:] - depth
-    light = np.where(wet, np.maximum(depth + 2 * slope, 0), 0).astype(np.float32)
-    mean = float(light.sum()) / max(int(wet.sum()), 1)
-    return np.minimum(light / max(peak * mean, 1e-6), 1)
+def _shine(water: Map) -> Map:
+    """Light of water drops, 0 to 1: their thickness as a relief that is lit from the upper left.
+
+    Args:
+        water: Thickness, 0 where it is dry.
+    """
+    levels = (water * 255).astype(np.uint8)
+    edges = cv2.Canny(levels, 50, 150)
+    depth = np.minimum(cv2.distanceTransform(255 - edges, cv2.DIST_L2, 5), WATER_DEPTH)
+    relief = cv2.equalizeHist(cv2.blur(depth, (3, 3)).astype(np.uint8))
+    relief = cv2.filter2D(relief, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]))
+    light = levels * cv2.blur(relief, (3, 3)).astype(np.float32)
+    return light / max(float(light.max()), 1)
 
 
-def _enlarge(noise: Map, height: int, width: int) -> Map:
-    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
+def _enlarge(noise: Map, zoom: float, height: int, width: int) -> Map:
+    """Bilinear, first and last pixels on each other; the upper left of what comes out."""
+    steps = [(side - 1) / max(round(side * zoom) - 1, 1) for side in noise.shape]
+    matrix = np.array([[steps[1], 0, 0], [0, steps[0], 0]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(  # type: ignore[return-value]
+        noise, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE
+    )
 
 
 def _normal(size: tuple[int, ...], mean: float, std: float, rng: np.random.Generator) -> Map:
