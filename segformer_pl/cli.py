@@ -20,7 +20,7 @@ from jsonargparse import capture_parser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import (
@@ -145,6 +145,10 @@ class SegformerCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         ckpt_path = self.config.get(f"{subcommand}.ckpt_path")
         if ckpt_path is None:
+            if subcommand in ("validate", "test") and not self.config[subcommand].model.weights:
+                rank_zero_warn(
+                    f"{subcommand} without ckpt_path or model.weights scores an untrained network"
+                )
             return
         if ckpt_path in NAMED:
             # The trainer looks for them in this run's own, empty folder, and goes on without one.
