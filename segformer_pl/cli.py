@@ -22,7 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from segformer_pl.analysis.charts import printable
 from segformer_pl.analysis.run_history import resumed_config_name
@@ -211,6 +211,10 @@ class SegformerCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         ckpt_path = self.config.get(f"{subcommand}.ckpt_path")
         if ckpt_path is None:
+            if subcommand in ("validate", "test") and not self.config[subcommand].model.weights:
+                rank_zero_warn(
+                    f"{subcommand} without ckpt_path or model.weights scores an untrained network"
+                )
             return
         if ckpt_path in NAMED:
             # The trainer looks for them in this run's own, empty folder, and goes on without one.

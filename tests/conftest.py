@@ -1,5 +1,12 @@
 """What the tests share: a fixed seed, one thread, networks that hide nothing, small shards."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from io import BytesIO
 from itertools import chain
 
@@ -90,3 +97,99 @@ def write_shards():
         return folder
 
     return write
+
+
+# Forks one process for every line of its input, which then is a command line of its own: the
+# imports, which take longer than a small training, are made once.
+FORKING = """
+import json, os, resource, sys
+from segformer_pl.cli import main
+
+sys.path.append(sys.argv[1])
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        ended, status = os.waitpid(job["wait"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if ended else None), flush=True)
+        continue
+    process = os.fork()
+    if process:
+        print(process, flush=True)
+        continue
+    os.setsid()
+    os.chdir(job["folder"])
+    os.environ.update(job["environment"])
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+        os.dup2(target, stream)
+    if job["largest_file"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
+    main(job["arguments"])
+    sys.exit()
+"""
+
+
+class Command:
+    """A command line that runs in a process of its own."""
+
+    def __init__(self, pid, log, status):
+        self.pid, self.log, self._status = pid, log, status
+
+    def wait(self, timeout=120):
+        """Exit status, negative for a signal; what it printed is in ``output``."""
+        deadline = time.monotonic() + timeout
+        while (status := self._status(self.pid)) is None:
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                pytest.fail(f"has not ended within {timeout} s:\n{self.output}")
+            time.sleep(0.02)
+        return status
+
+    def wait_for(self, condition, timeout=120):
+        """Until the condition holds; the process must not end before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            status = self._status(self.pid)
+            if status is not None or time.monotonic() > deadline:
+                pytest.fail(f"ended early or hangs, status {status}:\n{self.output}")
+            time.sleep(0.02)
+
+    @property
+    def output(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def start_command(request, tmp_path_factory):
+    """Function that starts ``python -m segformer_pl`` with arguments, quickly; see Command."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    folder = tmp_path_factory.mktemp("commands")
+    # The test's own folder, for callbacks that it names.
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKING, str(request.path.parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    started = []
+
+    def ask(request):
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    def start(arguments, folder=folder, largest_file=None, **environment):
+        log = folder / f"log{len(started)}"
+        job = {"arguments": [str(one) for one in arguments], "folder": str(folder)}
+        job |= {"log": str(log), "largest_file": largest_file, "environment": environment}
+        started.append(ask(job))
+        return Command(started[-1], log, lambda pid: ask({"wait": pid}))
+
+    yield start
+    server.stdin.close()
+    server.wait()
+    for pid in started:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)

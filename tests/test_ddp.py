@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(subcommand, folder, runs, devices, *arguments):
+def run(subcommand, folder, runs, devices, *arguments, timeout=300):
     settings = {
         "model.network": "segformer_pl.models.segformer_b0",
         "data.path": folder,
@@ -43,7 +43,7 @@ def run(subcommand, folder, runs, devices, *arguments):
     command = [sys.executable, "-m", "segformer_pl", subcommand]
     command += [f"--{key}={value}" for key, value in settings.items()]
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=300, cwd=folder.parent
+        [*command, *arguments], capture_output=True, text=True, timeout=timeout, cwd=folder.parent
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (metrics,) = runs.glob("*/version_0/metrics.csv")
@@ -71,6 +71,19 @@ def test_a_rank_without_a_picture_does_not_hang_validation(tmp_path):
     rows = [run("validate", tmp_path / "one", tmp_path / str(n), n, *ERF)[-1] for n in (1, 2)]
     assert float(rows[1]["val/erf/head/radius50"]) > 0
     assert float(rows[1]["val/loss"]) == pytest.approx(float(rows[0]["val/loss"]), rel=1e-5)
+
+
+def test_a_rank_without_a_picture_does_not_hang_fit(tmp_path):
+    """In ``fit`` a validation step is one of DDP's module, whose first pass waits for all ranks."""
+    shapes.generate(tmp_path / "one", {"train": 1, "validation": 1})
+    steps = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", *ERF]
+    rows = run("fit", tmp_path / "one", tmp_path / "2", 2, *steps, timeout=120)
+    scored = [row for row in rows if row["val/loss"]]
+    assert [int(row["step"]) for row in scored] == [1, 3]
+    # Scored with the running statistics that the checkpoint holds.
+    (last,) = tmp_path.glob("2/*/version_0/checkpoints/last.ckpt")
+    alone = run("validate", tmp_path / "one", tmp_path / "1", 1, f"--ckpt_path={last}")[-1]
+    assert float(scored[-1]["val/loss"]) == pytest.approx(float(alone["val/loss"]), rel=1e-5)
 
 
 def test_training_on_two_ranks_runs_without_unused_parameters(folder, tmp_path):

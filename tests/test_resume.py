@@ -130,3 +130,17 @@ def test_two_ranks_are_killed_and_go_on_as_one_and_as_two(folder, tmp_path):
         assert again == samples[consumed:]
         # one process adds up in another order than two do
         assert their_losses == pytest.approx(losses[-len(their_losses) :], rel=1e-5)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+def test_a_chain_of_random_kills_loses_and_repeats_nothing():
+    script = Path(__file__).parents[1] / "experiments" / "resilience" / "kill_chains.py"
+    done = subprocess.run(
+        [sys.executable, script, "--kills=4", "--seed=3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("4 kills in 1 chains of 24 steps: nothing lost, nothing rep")

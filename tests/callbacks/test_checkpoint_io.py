@@ -1,0 +1,115 @@
+"""Checkpoints appear whole or not at all, whatever file system the temporary folder is on."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+import torch
+
+from segformer_pl.atomic import WriteError
+from segformer_pl.callbacks import AtomicCheckpointIO
+from segformer_pl.cli import main
+from segformer_pl.data import shapes
+
+
+def test_the_temporary_folder_plays_no_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    file = tmp_path / "new" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, str(file))
+    AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(3)}, file)
+    assert torch.load(file, weights_only=True)["a"].tolist() == [0, 0, 0]
+    assert [one.name for one in file.parent.iterdir()] == ["last.ckpt"]
+    assert AtomicCheckpointIO().load_checkpoint(file, weights_only=True)["a"].sum() == 0
+
+
+def test_other_file_systems_are_left_to_lightning():
+    import fsspec
+
+    AtomicCheckpointIO().save_checkpoint({"a": 1}, "memory://folder/last.ckpt")
+    with fsspec.open("memory://folder/last.ckpt") as stream:
+        assert torch.load(stream, weights_only=True) == {"a": 1}
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteError, match=r"cannot write '.*last.ckpt': .*; free space or give a"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
+def test_kills_in_mid_write_leave_the_previous_checkpoint(tmp_path):
+    """Lightning's own writer left a part of a file under the real name in 4 of 4 kills."""
+    program = (
+        "import sys, torch\n"
+        "from segformer_pl.callbacks import AtomicCheckpointIO\n"
+        "state = {'number': 0, 'weights': torch.ones(40_000_000)}\n"
+        "while True:\n"
+        "    state['number'] += 1\n"
+        "    AtomicCheckpointIO().save_checkpoint(state, sys.argv[1])\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        file = os.path.join(folder, "last.ckpt")
+        for delay in (0.0, 0.05):
+            environment = os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+            writer = subprocess.Popen([sys.executable, "-c", program, file], env=environment)
+            deadline = time.monotonic() + 120
+            known = set(os.listdir(folder))
+            while not (os.path.exists(file) and set(os.listdir(folder)) - known - {"last.ckpt"}):
+                assert writer.poll() is None
+                assert time.monotonic() < deadline
+            time.sleep(delay)
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+            state = torch.load(file, weights_only=True)
+            assert state["number"] >= 1
+            assert state["weights"].sum() == 40_000_000
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def fit(tmp_path):
+    shapes.generate(tmp_path / "shapes", {"train": 4, "validation": 1})
+    settings = {
+        "model.network": "segformer_pl.models.segformer_b0",
+        "data.path": tmp_path / "shapes",
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "trainer.accelerator": "cpu",
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": "false",
+        "trainer.logger.save_dir": tmp_path / "runs",
+        "last_checkpoint.dirpath": tmp_path / "checkpoints",
+        "last_checkpoint.every_n_train_steps": 1,
+    }
+    return ["fit", *(f"--{key}={value}" for key, value in settings.items())]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_in_one_sentence(fit, start_command, tmp_path):
+    """A limit on the size of a file stands in for the disk."""
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert start_command([*fit, "--trainer.max_steps=1"]).wait() == 0
+    before = last.read_bytes()
+    resumed = [*fit, "--trainer.max_steps=3", f"--ckpt_path={last}"]
+    full = start_command(resumed, largest_file=1_000_000)
+    assert full.wait() == 1
+    assert full.output.splitlines()[-1] == (
+        f"error: cannot write {str(last)!r}: File too large; free space or give a folder that can "
+        "be written"
+    )
+    assert "Traceback" not in full.output
+    assert last.read_bytes() == before
+    assert os.listdir(last.parent) == ["last.ckpt"]
+
+
+def test_what_a_killed_writer_left_is_removed_at_the_next_start(fit, tmp_path):
+    left = tmp_path / "checkpoints" / ".0123456789abcdef.partial"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    main([*fit, "--trainer.max_steps=1"])
+    assert os.listdir(left.parent) == ["last.ckpt"]

@@ -1,0 +1,238 @@
+"""Real processes get real signals: what they leave, what they say, how they end."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import socket
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from segformer_pl.data import shapes
+
+pytestmark = pytest.mark.slow
+
+
+class Slow(pl.Callback):
+    """Says in a file what is going on, and takes its time."""
+
+    def __init__(self, file, validation=0.0):
+        self.file, self.validation = Path(file), validation
+
+    def say(self, trainer, what):
+        with self.file.open("a") as file:
+            file.write(f"{what} {trainer.global_step}\n")
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.say(trainer, "batch")
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        self.say(trainer, "validation")
+        time.sleep(self.validation)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.generate(folder, {"train": 24, "validation": 21})
+    return folder
+
+
+@pytest.fixture
+def run(start_command, folder, tmp_path):
+    """Function that starts a command on the data with a callback of this file."""
+
+    def start(command, *arguments, environment=(), validation=0.0, **settings):
+        settings = {
+            "model.network": "segformer_pl.models.segformer_b0",
+            "data.path": folder,
+            "data.batch_size": 2,
+            "data.eval_batch_size": 1,
+            "data.num_workers": 2,
+            "trainer.accelerator": "cpu",
+            "trainer.max_steps": 200,
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.val_check_interval": 1000,
+            "trainer.log_every_n_steps": 1,
+            "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false",
+            "trainer.logger.save_dir": tmp_path / "runs",
+            **{key.replace("__", "."): value for key, value in settings.items()},
+        }
+        slow = {"file": str(tmp_path / "said"), "validation": validation}
+        callback = {"class_path": "test_signals.Slow", "init_args": slow}
+        arguments = [command, *(f"--{key}={value}" for key, value in settings.items()), *arguments]
+        if command == "fit":
+            arguments.append(f"--trainer.callbacks+={json.dumps(callback)}")
+        return start_command(arguments, folder=tmp_path, **dict(environment))
+
+    return start
+
+
+@pytest.fixture
+def said(tmp_path):
+    """Function: whether the callback has said this."""
+    file = tmp_path / "said"
+    return lambda what: file.exists() and f"{what}\n" in file.read_text()
+
+
+def last(tmp_path):
+    (file,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    checkpoint = torch.load(file, weights_only=True)
+    return file, checkpoint["global_step"], checkpoint["StreamingSegmentationData"]["consumed"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_fit_ends_after_the_step_and_says_how_to_go_on(run, said, tmp_path, signum, status):
+    command = run("fit", trainer__accumulate_grad_batches=3)
+    command.wait_for(lambda: said("batch 2"))
+    os.killpg(command.pid, signum)  # the loaders get it too, as from a terminal or a scheduler
+    assert command.wait() == status
+    file, step, consumed = last(tmp_path)
+    assert step >= 2
+    assert consumed == step * 6
+    assert "Traceback" not in command.output
+    told, how = command.output.splitlines()[-2:]
+    name = "SIGTERM" if signum == signal.SIGTERM else "Ctrl-C"
+    assert told == f"{name}: stopped after step {step}, saved in {file}; go on with"
+    assert how.startswith("python -m segformer_pl fit --model.network=")
+    if signum == signal.SIGTERM:
+        again = run("fit", *shlex.split(how)[4:], f"--trainer.max_steps={step + 1}")
+        assert again.wait() == 0, again.output
+
+
+def test_a_second_ctrl_c_ends_at_once(run, said, tmp_path):
+    command = run("fit", validation=30.0, trainer__val_check_interval=2)
+    command.wait_for(lambda: said("validation 2"))
+    os.killpg(command.pid, signal.SIGINT)
+    command.wait_for(lambda: "Ctrl-C now stops at once" in command.output)
+    os.killpg(command.pid, signal.SIGINT)
+    assert command.wait(20) == 130  # a picture takes 30 s
+    assert "Traceback" not in command.output
+
+
+def test_a_validation_is_cut_short_and_made_again(run, said, tmp_path):
+    command = run("fit", validation=0.5, trainer__val_check_interval=2)
+    command.wait_for(lambda: said("validation 2"))
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait() == 143
+    cut = (tmp_path / "said").read_text().count("validation 2\n")
+    assert cut < 5  # of 21
+    file, step, consumed = last(tmp_path)
+    assert (step, consumed) == (2, 4)
+    metrics = file.parents[1] / "metrics.csv"
+    assert not any(row.get("val/miou") for row in csv.DictReader(metrics.open()))
+    resumed = ["fit", f"--ckpt_path={file}", "--last_checkpoint.dirpath", str(file.parent)]
+    again = run(*resumed, trainer__val_check_interval=2, trainer__max_steps=5)
+    assert again.wait() == 0, again.output
+    text = (tmp_path / "said").read_text()
+    assert text.count("validation 2\n") == cut + 21
+    assert text.count("validation 4\n") == 21
+    assert last(tmp_path)[1:] == (5, 10)
+
+
+def test_a_signal_before_the_first_step_ends_at_once(run, tmp_path):
+    nothing = run("fit", trainer__num_sanity_val_steps=20, validation=1.0)
+    nothing.wait_for(lambda: (tmp_path / "said").exists())
+    os.kill(nothing.pid, signal.SIGTERM)
+    assert nothing.wait() == 143
+    assert nothing.output.splitlines()[-1] == "SIGTERM: stopped, nothing was trained"
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_validate_ends_at_once_in_one_line(run, said, tmp_path, signum, status):
+    callback = {"class_path": "test_signals.Slow"}
+    callback["init_args"] = {"file": str(tmp_path / "said"), "validation": 0.5}
+    command = run("validate", f"--trainer.callbacks+={json.dumps(callback)}")
+    command.wait_for(lambda: said("validation 0"))
+    os.kill(command.pid, signum)
+    assert command.wait() == status
+    assert (tmp_path / "said").read_text().count("validation") < 10  # of 21
+    assert command.output.splitlines()[-1].endswith(": stopped")
+    assert "Traceback" not in command.output
+
+
+def test_other_commands_end_in_one_line_on_ctrl_c(start_command, folder):
+    command = start_command(
+        ["erf", "--model=segformer_b5", "--data=shapes", f"--path={folder}", "--size", 512, 512]
+    )
+    time.sleep(3)
+    os.kill(command.pid, signal.SIGINT)
+    assert command.wait(30) == 130, command.output
+    assert command.output.splitlines()[-1] == "Ctrl-C: stopped"
+    assert "Traceback" not in command.output
+
+
+def ranks(run, *arguments, **settings):
+    """The command on two ranks, started as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "1"}
+    settings |= {"trainer__devices": 2, "trainer__strategy": "ddp", "data__num_workers": 1}
+    return [
+        run(*arguments, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, **settings)
+        for rank in "01"
+    ]
+
+
+def test_two_ranks_end_after_the_same_step(run, said, tmp_path):
+    commands = ranks(run, "fit", trainer__accumulate_grad_batches=2)
+    commands[0].wait_for(lambda: said("batch 2"))
+    os.kill(commands[1].pid, signal.SIGTERM)
+    assert [command.wait() for command in commands] == [143, 143]
+    _, step, consumed = last(tmp_path)
+    assert step >= 2
+    assert consumed == step * 8
+    assert "go on with" in commands[0].output
+    assert "go on with" not in commands[1].output
+
+
+def test_two_ranks_end_a_validation_of_11_and_10_pictures(run, said, tmp_path):
+    commands = ranks(run, "fit", validation=0.3, trainer__val_check_interval=2)
+    commands[0].wait_for(lambda: said("validation 2"))
+    os.kill(commands[1].pid, signal.SIGTERM)
+    assert [command.wait() for command in commands] == [143, 143]
+    assert last(tmp_path)[1:] == (2, 8)
+
+
+def test_slurm_requeues_from_a_whole_step(run, said, tmp_path):
+    """Lightning's own requeuing saves wherever the signal arrives, and dies with loaders."""
+    tools, asked = tmp_path / "bin", tmp_path / "asked"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho $* >> {asked}\n")
+    (tools / "scontrol").chmod(0o755)
+    environment = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1"}
+    environment |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost"}
+    environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    environment["PATH"] = f"{tools}:{os.environ['PATH']}"
+    settings = {"environment": environment, "trainer__accumulate_grad_batches": 3}
+    settings["trainer__default_root_dir"] = tmp_path / "root"
+    command = run("fit", **settings)
+    command.wait_for(lambda: said("batch 2"))
+    os.killpg(command.pid, signal.SIGUSR1)
+    command.wait_for(asked.exists)
+    os.killpg(command.pid, signal.SIGTERM)
+    assert command.wait() == 143
+    assert asked.read_text() == "requeue 77\n"
+    checkpoint = torch.load(tmp_path / "root" / "hpc_ckpt_1.ckpt", weights_only=True)
+    step, consumed = (
+        checkpoint["global_step"],
+        checkpoint["StreamingSegmentationData"]["consumed"],
+    )
+    assert step >= 2
+    assert consumed == step * 6
+    again = run("fit", **settings | {"trainer__max_steps": step + 1})
+    assert again.wait() == 0, again.output
+    assert "hpc_ckpt_1.ckpt" in again.output
