@@ -394,7 +394,7 @@ def _cannot_be_restored(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return (
-        f"error: ckpt_path: the checkpoint cannot be gone on from ({reason[:200]}); give another, "
+        f"error: ckpt_path: the checkpoint cannot be restored ({reason[:200]}); give another, "
         "or start a new run from its weights with --model.weights"
     )
 

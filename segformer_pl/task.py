@@ -395,8 +395,8 @@ class SegmentationTask(pl.LightningModule):
         check_content(checkpoint, name)
         self._check_facts(checkpoint.get("hyper_parameters", {}), name)
         trainer = self._trainer  # None in load_from_checkpoint, which can be asked not to be strict
-        if trainer is not None and self.strict_loading:
-            check_tensors(checkpoint["state_dict"], self.state_dict(), name)
+        strict = trainer is not None and self.strict_loading
+        check_tensors(checkpoint["state_dict"], self.state_dict(), name, strict)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             check_training_state(checkpoint, self._parameter_groups(), name)
         self._weights_are_set = True

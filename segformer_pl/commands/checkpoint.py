@@ -23,7 +23,7 @@ def load_task(ckpt: str | Path) -> SegmentationTask:
             ckpt, map_location="cpu", weights_only=True, strict=False
         )
     except WeightsError as error:
-        raise ValueError(f"--ckpt: {ckpt}: {error}") from error
+        raise ValueError(f"--ckpt: {str(ckpt)!r}: {error}") from error
     except Exception as error:  # of its hyperparameters, from whatever they are given to
         raise ValueError(
             f"--ckpt: {str(ckpt)!r} describes a task that cannot be built here ({_brief(error)}); "

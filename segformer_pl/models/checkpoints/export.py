@@ -92,7 +92,7 @@ def export_weights(
         raise WeightsError(
             f"'{destination}' cannot be written ({error.strerror}); give another place"
         ) from error
-    return remarks + _eps_remarks(model, layout)
+    return remarks + _eps_remarks(model, layout) + _lost_facts(task, layout)
 
 
 def _check_destination(destination: Path, layout: ExportLayout) -> None:
@@ -170,6 +170,18 @@ def _eps_remarks(model: SegFormer | MixTransformer, layout: ExportLayout) -> lis
     ]
 
 
+def _lost_facts(task: Mapping[str, Any], layout: ExportLayout) -> list[str]:
+    """What the source states and the layout has no place for."""
+    lost = {
+        "nvlabs": ("image_mean", "image_std"),
+        "smp": ("class_names", "palette", "image_mean", "image_std"),
+    }
+    names = [name for name in lost.get(layout, ()) if task.get(name)]
+    if not names:
+        return []
+    return [f"the layout has no place for {', '.join(names)}, so note them yourself"]
+
+
 def _write_huggingface(
     model: SegFormer | MixTransformer,
     folder: Path,
@@ -218,6 +230,8 @@ def _write_huggingface(
             "id2label": {str(n): name for n, name in enumerate(names)},
             "label2id": {name: n for n, name in enumerate(names)},
         }
+        if task.get("palette"):  # transformers keeps what it does not know
+            config["palette"] = [list(color) for color in task["palette"]]
     if not preprocessor:
         preprocessor = {
             "image_processor_type": "SegformerImageProcessor",

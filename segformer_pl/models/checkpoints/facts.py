@@ -35,6 +35,8 @@ def checked_facts(name: str, stated: Any) -> dict[str, Any]:
         "class_names": (_is_list_of(str), "a list of texts"),
         "image_mean": (_is_list_of(int, float), "a list of numbers"),
         "image_std": (_is_list_of(int, float), "a list of numbers"),
+        "ignore_index": (_is_whole, "a whole number"),
+        "palette": (_is_list_of(list, tuple), "a list of colours"),
     }.items():
         if facts.get(key) is None:
             facts.pop(key, None)
@@ -66,6 +68,10 @@ def _is_network(value: Any) -> bool:
         and isinstance(value.get("init_args", {}), Mapping)
         and all(isinstance(key, str) for key in value.get("init_args", {}))
     )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_list_of(*kinds: type) -> Any:

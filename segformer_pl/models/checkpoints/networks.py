@@ -136,6 +136,7 @@ def network_spec(weights: Weights) -> dict[str, Any]:
         return dict(weights.task["network"])
     parts = split(weights, "all")[2]
     config = weights.config if weights.config.get("model_type") == "segformer" else {}
+    _check_config(weights.name, config, parts)
     head = None
     if CLASSIFIER[0] in parts:
         head = {
@@ -168,6 +169,43 @@ def _spec(encoder: dict[str, Any], head: dict[str, Any] | None) -> dict[str, Any
     if head is None:
         return alone
     return {"class_path": _PACKAGE + "SegFormer", "init_args": {"encoder": alone, **head}}
+
+
+def _check_config(name: str, config: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
+    """What a config.json says of the shapes is what the tensors have: otherwise it belongs to
+    other weights, and what only it tells (heads, strides) would be wrong too.
+
+    Raises:
+        WeightsError: it is not.
+    """
+    dims, depths = dims_and_depths(parts)
+    stages = [f"encoder.stages.{s}." for s in range(4)]
+    sr_names = [s + "blocks.0.attn.sr.weight" for s in stages]
+    classifier = parts.get(CLASSIFIER[0])
+    known: dict[str, Any] = {
+        "hidden_sizes": dims,
+        "depths": depths,
+        "sr_ratios": tuple(parts[sr].shape[-1] if sr in parts else 1 for sr in sr_names),
+        "patch_sizes": tuple(
+            parts[key].shape[-1] for s in stages if (key := s + "patch_embed.proj.weight") in parts
+        ),
+    }
+    if STEM in parts:
+        known["num_channels"] = parts[STEM].shape[1]
+    if classifier is not None:
+        known |= {"decoder_hidden_size": classifier.shape[1], "num_labels": len(classifier)}
+    for key, value in known.items():
+        stated = config.get(key)
+        if isinstance(stated, list):
+            stated = tuple(stated)
+        if stated is not None and stated != value:
+            texts = (
+                ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (stated, value)
+            )
+            raise WeightsError(
+                "{} has a config.json that states {} as {}, its tensors as {}; put the two files "
+                "together that belong together".format(name, key, *texts)
+            )
 
 
 def _arguments_from_shapes(

@@ -138,7 +138,9 @@ def _from_content(name: str, content: Any) -> Weights:
             f"{name} holds a {type(content).__name__} with no state dict in it; give one that "
             "holds named tensors, alone or as its 'state_dict'"
         )
-    task = checked_facts(name, beside.get("hyper_parameters") or {}) | _facts_of_mmcv(beside, name)
+    stated = beside.get("hyper_parameters")
+    task = {} if stated is None else checked_facts(name, stated)
+    task |= _facts_of_mmcv(beside, name)
     return Weights(name, tensors, task=task, norm_eps=checked_eps(name, beside.get("norm_eps")))
 
 
@@ -170,6 +172,8 @@ def _read_folder(folder: Path, name: str) -> Weights:
     names = config.get("id2label") and names_from_id2label(config["id2label"], repr(name))
     if names:
         task["class_names"] = names
+    extra = {"palette": "palette", "ignore_index": "semantic_loss_ignore_index"}
+    task |= {ours: config[theirs] for ours, theirs in extra.items() if theirs in config}
     return replace(
         _read_file(file), name=repr(name), config=config, preprocessor=preprocessor, task=task
     )

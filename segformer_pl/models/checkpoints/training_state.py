@@ -81,23 +81,22 @@ def _wrong(name: str, key: str, value: Any, what: str) -> str:
     return f"{name} holds {shown[:60]} as {key}, which has to be {what}; {REMEDY}"
 
 
-def check_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor], name: str) -> None:
-    """The tensors of the model, no more and no less, each of its shape.
+def check_tensors(
+    there: Mapping[str, Tensor], here: Mapping[str, Tensor], name: str, strict: bool = True
+) -> None:
+    """The tensors of the model, each of its shape, and if strict no more and no less.
 
     Raises:
-        WeightsError: one is missing, left over or of another shape.
+        WeightsError: one is of another shape, or if strict missing or left over.
     """
-    missing = [key for key in here if key not in there]
-    unexpected = [key for key in there if key not in here]
+    missing = [key for key in here if strict and key not in there]
+    unexpected = [key for key in there if strict and key not in here]
     reshaped = [key for key in here if key in there and there[key].shape != here[key].shape]
     problems = [f"lacks {_some(missing)}"] if missing else []
     problems += [f"has {_some(unexpected)}, which the model has not"] if unexpected else []
     if reshaped:
-        key = reshaped[0]
-        sizes = (tuple(tensors[key].shape) for tensors in (there, here))
-        problems.append(
-            f"has {_some(reshaped)} of other shapes than the model ({{}}, not {{}})".format(*sizes)
-        )
+        theirs, ours = (tuple(tensors[reshaped[0]].shape) for tensors in (there, here))
+        problems.append(f"has {_some(reshaped)} of another shape, {theirs} and not {ours}")
     if problems:
         raise WeightsError(
             f"{name} {', '.join(problems)}; make model.network the network that was trained"
