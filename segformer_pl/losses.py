@@ -104,7 +104,8 @@ class OhemCrossEntropy(nn.Module):
             kept = (probability < threshold) | (probability <= hardest)
         else:
             kept = probability < threshold
-        return weighted_cross_entropy(logits, labels, kept / kept.sum().clamp(min=1))
+        weights = kept.to(probability.dtype) / kept.sum().clamp(min=1)
+        return weighted_cross_entropy(logits, labels, weights)
 
 
 class Focal(nn.Module):

@@ -282,3 +282,28 @@ def test_wrong_number_of_class_weights():
     for average in ("all", "valid"):
         with pytest.raises(ValueError, match="5 class weights but 4 classes"):
             CrossEntropy(average, CLASS_WEIGHTS)(logits, labels, IGNORED)
+
+
+# Against a library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_labelled", [5, 3])
+def test_dice_and_lovasz_of_segmentation_models_pytorch(num_labelled):
+    import segmentation_models_pytorch as smp
+
+    # In single precision, which the weights of its Lovász loss always have.
+    logits, labels = example(5, (7, 9), (14, 18), dtype=torch.float32)
+    labels[(labels != IGNORED) & (labels >= num_labelled)] = 0
+    plain = upsampled(logits, labels.shape[1:])
+    lovasz = smp.losses.LovaszLoss("multiclass", ignore_index=IGNORED)(plain, labels)
+    dice = smp.losses.DiceLoss("multiclass", ignore_index=IGNORED)(plain, labels)
+    # Its mean counts a class without labels as a perfect one; here it is left out.
+    dice = dice * 5 / num_labelled
+    for loss, expected in ((Lovasz(), lovasz), (Dice(), dice)):
+        found = loss(logits, labels, IGNORED)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        gradients = gradient_of(found, logits), gradient_of(expected, logits)
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-5 * gradients[1].abs().max().item())
+        everything = loss(logits, labels.masked_fill(labels == IGNORED, 0), IGNORED)
+        assert everything.item() != pytest.approx(expected.item(), rel=1e-3)

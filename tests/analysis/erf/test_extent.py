@@ -122,6 +122,29 @@ def test_a_gaussian():
     assert gaussian_fit(rng.random((65, 65))).r_squared < 0.1
 
 
+@pytest.mark.slow
+def test_least_squares_gaussian_of_scipy():
+    """Of a field that is none: two Gaussians, off the middle, under noise."""
+    from scipy.optimize import curve_fit
+
+    generator = np.random.default_rng(0)
+    field = gaussian((65, 81), 5.0) + 0.4 * gaussian((65, 81), 14.0, (36, 37))
+    field *= generator.gamma(4.0, 0.25, field.shape)
+    rows, columns = np.indices(field.shape)
+    squared = ((rows - 32) ** 2 + (columns - 40) ** 2).ravel()
+
+    def curve(at, sigma, amplitude):
+        return amplitude * np.exp(-0.5 * at / sigma**2)
+
+    exactly = {"ftol": 1e-14, "xtol": 1e-14, "gtol": 1e-14}
+    (sigma, amplitude), _ = curve_fit(curve, squared, field.ravel(), p0=(8, 1), **exactly)
+    fit = gaussian_fit(field)
+    assert fit.sigma == pytest.approx(abs(sigma), rel=1e-5)
+    assert fit.amplitude == pytest.approx(amplitude, rel=1e-5)
+    residual = field.ravel() - curve(squared, sigma, amplitude)
+    assert fit.r_squared == pytest.approx(1 - (residual**2).mean() / field.var(), rel=1e-9)
+
+
 def test_radii_are_no_whole_pixels():
     """Half of an even square of 64 pixels lies in a disc of 64 / sqrt(2 pi)."""
     even = np.ones((64, 64))

@@ -96,6 +96,16 @@ def test_students_t():
     assert student_t(0.99, 15) == pytest.approx(2.947, abs=6e-4)
 
 
+@pytest.mark.slow
+def test_student_t_of_scipy():
+    from scipy.stats import t
+
+    for freedom in (1, 2, 3, 8, 15, 40):
+        for level in (0.5, 0.9, 0.95, 0.999):
+            expected = t.ppf((1 + level) / 2, freedom)
+            assert student_t(level, freedom) == pytest.approx(expected, rel=1e-9)
+
+
 def test_groups_of_unequal_size_count_by_their_pictures():
     """Of a mean the pseudo-values are those of the pictures: nothing is corrected."""
     rng = np.random.default_rng(0)
