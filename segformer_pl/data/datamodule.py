@@ -48,10 +48,10 @@ class StreamingSegmentationData(pl.LightningDataModule):
         dataset: Name in the catalogue (:mod:`segformer_pl.data.catalog`), or a YAML file that
             describes a data set of yours in the same form.
         path: Where it is stored, if not at the place on the hub that the catalogue knows: a
-            folder with Parquet shards ``train*.parquet``, ``validation*.parquet``,
-            ``test*.parquet``; one with pictures ``images/<split>/*`` and ``labels/<split>/*.png``;
-            a hub name ``owner/name`` or ``owner/name@revision``; a pattern with ``{split}`` of
-            Parquet files, also ``hf://`` or ``https://``; or a list of such files for each split.
+            folder with Parquet shards ``train-00000-of-00002.parquet`` and so on; one with pictures
+            ``images/<split>/*`` and ``labels/<split>/*.png``; a hub name ``owner/name`` or
+            ``owner/name@revision``; a pattern with ``{split}`` of Parquet files, also ``hf://`` or
+            ``https://``; or a list of such files for each split.
             ``shapes`` makes its own, in the user's cache folder.
         batch_size: Training pictures per device and step.
         eval_batch_size: Pictures per device and step in validation, test and prediction; 1 where

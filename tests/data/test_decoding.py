@@ -198,13 +198,17 @@ def test_damage_of_any_kind_is_one_sentence():
     assert all(sentence.startswith("here: the ") for sentence in refused)
 
 
-def test_cells(tmp_path):
-    assert cell_bytes(b"x", "here") == b"x"
-    assert cell_bytes({"bytes": b"x", "path": None}, "here") == b"x"
-    (tmp_path / "file").write_bytes(b"y")
-    assert cell_bytes({"bytes": None, "path": str(tmp_path / "file")}, "here") == b"y"
+def test_cells():
+    def read_file(path):
+        if path != "inside":
+            raise DataError(f"the row names the file {path!r}, which is elsewhere")
+        return b"y"
+
+    assert cell_bytes(b"x", "here", read_file) == b"x"
+    assert cell_bytes({"bytes": b"x", "path": "elsewhere"}, "here", read_file) == b"x"
+    assert cell_bytes({"bytes": None, "path": "inside"}, "here", read_file) == b"y"
     for empty in (None, b"", {"bytes": None, "path": None}):
         with pytest.raises(DataError, match=r"^here: the row holds no picture; remove the row"):
-            cell_bytes(empty, "here")
-    with pytest.raises(DataError, match=r"^here: the row names the file '/gone', which cannot"):
-        cell_bytes({"bytes": None, "path": "/gone"}, "here")
+            cell_bytes(empty, "here", read_file)
+    with pytest.raises(DataError, match=r"^here: the row names the file '/gone', which is else"):
+        cell_bytes({"bytes": None, "path": "/gone"}, "here", read_file)

@@ -3,7 +3,7 @@
 import pickle
 import re
 from io import BytesIO
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 
 import numpy as np
 import pyarrow as pa
@@ -111,6 +111,31 @@ def test_the_global_batch_of_every_step_is_the_same_on_any_ranks_and_workers(
     ]
     following = chain.from_iterable(islice(iter(one), global_batch // ranks) for one in resumed)
     assert list(following) == positions[killed]
+
+
+# The resumptions that mosaicml streaming tests for its "relaxed" partition: one global batch, nodes
+# of 8 devices with 8 workers each. It compares global batches as sets; here the order is the same.
+GLOBAL_BATCH = 960
+NODES = [1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 24, 30, 40, 60, 120]
+DEVICES, WORKERS = 8, 8
+
+
+@pytest.mark.parametrize("num_nodes", NODES)
+def test_a_run_resumes_on_other_numbers_of_nodes_with_equal_global_batches(num_nodes):
+    order = EpochShuffle([100] * 100, [0] * 100, seed=5)
+    samples = Samples(ENTRY, None, order, None)
+    world_size = num_nodes * DEVICES
+    num_steps, begin = 11, 3 * GLOBAL_BATCH  # past the end of the epoch of 10 000 rows
+    steps = [[] for _ in range(num_steps)]
+    for rank in range(world_size):
+        for worker in range(WORKERS):
+            batches = batches_of_worker(
+                samples, rank, world_size, worker, WORKERS, GLOBAL_BATCH // world_size, begin
+            )
+            for step, batch in takewhile(lambda one: one[0] < num_steps, batches):
+                steps[step].append((rank, batch))
+    flat = [position for step in steps for _, batch in sorted(step) for position in batch]
+    assert flat == list(range(begin, begin + num_steps * GLOBAL_BATCH))
 
 
 @given(layouts, st.integers(1, 8))
