@@ -11,8 +11,8 @@ from segformer_pl.analysis.evaluation import EVALUATION_FOLDER
 
 CONFIG_FILE = "config.yaml"
 SEED = "seed_everything"
-# What decides where a run is kept and what it is made of at run time, not what is trained: the
-# order of the samples does not depend on the number of loader processes.
+# Where a run is kept and how it is executed, which does not change what is trained: the order of
+# the samples does not depend on the number of loader processes.
 NOT_COMPARED = {
     SEED,
     "ckpt_path",

@@ -84,12 +84,18 @@ def group_runs(
             :func:`~segformer_pl.analysis.comparison.miou_interval`.
 
     Raises:
-        ValueError: classes, images or labels differ; a configuration is not known; one seed of a
+        ValueError: classes, images or labels differ; the images make fewer than two blocks; a
+            configuration is not known; one seed of a
             configuration is there twice; or the runs of one configuration were scored after
             different numbers of steps. One sentence says which.
     """
     for path, evaluation in zip(paths[1:], evaluations[1:]):
         matched(evaluations[0], evaluation, (f"'{paths[0]}'", f"'{path}'"))
+    if len(evaluations[0].ids) <= block_size:
+        raise ValueError(
+            f"{len(evaluations[0].ids)} images in blocks of {block_size} make one block, and two "
+            "are the least to draw from; give a smaller --block-size or more images"
+        )
     known: list[Configuration] = []
     for path, configuration in zip(paths, configurations):
         if configuration is None:

@@ -79,6 +79,7 @@ def compare(arguments: list[str]) -> None:
         known = {
             "num_images": len(evaluations[0].ids),
             "block_size": options.block_size,
+            "caveat": _spread_caveat(groups),
             "groups": [group.as_dict() for group in groups],
             "differences": dict(_differences(groups)),
         }
@@ -158,24 +159,14 @@ def _header(
 
 
 def _grouped(groups: Sequence[Group], num_images: int, block_size: int) -> list[str]:
-    """The runs by configuration, what separates the configurations, and what is not said."""
+    """What is not said, the runs by configuration, and the differences of their means."""
     num_runs = sum(len(group.runs) for group in groups)
     blocks = "" if block_size == 1 else f" in blocks of {block_size}"
     of = f"{len(groups)} configurations" if len(groups) > 1 else "one configuration"
     lines = [f"{num_runs} runs of {of}, scored on {num_images:,} images{blocks}", ""]
-    single = [group.name for group in groups if len(group.runs) == 1]
-    caveat = (
-        "Nothing is tested here: so few seeds show how far runs of one configuration lie apart, "
-        "and not which configuration is better."
-    )
-    if single:
-        caveat = (
-            f"There is one run of {', '.join(single)}, so that nothing is known of the spread "
-            f"between its seeds. {caveat}"
-        )
-    lines += [fill(caveat, 100), ""]
+    lines += [fill(_spread_caveat(groups), 100), ""]
     for group in groups:
-        stated = ", ".join(f"{k} {_plain(v)}" for k, v in list(group.settings.items()))
+        stated = ", ".join(f"{k} {_plain(v)}" for k, v in group.settings.items())
         lines += [fill(f"{group.name}  {stated}".rstrip(), 100, subsequent_indent="   ")]
         lines.append(f"   {'seed':>8}{'mIoU':>10}   {'95 % over images':<20}{'step':>9}   run")
         for run in group.runs:
@@ -204,6 +195,20 @@ def _grouped(groups: Sequence[Group], num_images: int, block_size: int) -> list[
         "for each trained network by itself; they do not hold the spread between seeds."
     )
     return [*lines, *([""] if len(groups) > 1 else []), fill(remark, 100)]
+
+
+def _spread_caveat(groups: Sequence[Group]) -> str:
+    """What the spread between a few seeds cannot say."""
+    caveat = (
+        "Nothing is tested here: so few seeds show how far runs of one configuration lie apart, "
+        "and not which configuration is better."
+    )
+    if single := [group.name for group in groups if len(group.runs) == 1]:
+        return (
+            f"There is one run of {', '.join(single)}, so that nothing is known of the spread "
+            f"between its seeds. {caveat}"
+        )
+    return caveat
 
 
 def _differences(groups: Sequence[Group]) -> Iterator[tuple[str, float]]:

@@ -193,7 +193,7 @@ def _nearest_indices(old: int, new: int) -> npt.NDArray[np.int64]:
     """(new,) which of ``old`` pixels each takes its value from, as ``cv2.INTER_NEAREST`` has it.
 
     OpenCV multiplies by the rounded inverse of the rounded factor. Where ``i * old / new`` is a
-    whole number it can so come to the pixel before: in one or two rows of every 25th size.
+    whole number it can so come to the pixel before: in a few rows, for one pair of sizes in 25.
     """
     indices = (np.arange(new) * (1 / (new / old))).astype(np.int64)
     return np.minimum(indices, old - 1)

@@ -268,6 +268,7 @@ def test_runs_are_grouped_by_configuration(run, study):
     first, second = (one["miou"]["value"] for one in b["runs"])
     assert b["standard_deviation"] == pytest.approx(abs(first - second) / np.sqrt(2))
     assert all(one["miou"]["low"] < one["miou"]["value"] < one["miou"]["high"] for one in a["runs"])
+    assert known["caveat"].startswith("Nothing is tested here: ")
     assert known["differences"] == {"B - A": pytest.approx(b["mean"] - a["mean"])}
     text = run(*study.values())
     assert text.startswith("5 runs of 2 configurations, scored on 40 images\n\nNothing is tested")
@@ -323,6 +324,11 @@ def test_one_seed_twice_and_unknown_configurations_are_refused(study, tmp_path):
     (again / "config.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"config\.yaml' cannot be read as YAML"):
         compare([*map(str, study.values()), str(again)])
+
+
+def test_groups_over_one_block_are_refused(study):
+    with pytest.raises(ValueError, match="40 images in blocks of 40 make one block"):
+        compare([*map(str, study.values()), "--block-size", "40"])
 
 
 def test_one_run_is_nothing_to_compare(runs):

@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import pytest
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "references" in item.path.parts:
+        if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.references)
 
 
