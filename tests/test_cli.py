@@ -94,6 +94,39 @@ def test_on_resume_the_command_line_wins_and_says_so(folder, tmp_path, caplog):
     assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.002
 
 
+def test_fit_says_what_cannot_be_meant_and_so_does_its_report(folder, tmp_path, caplog):
+    arguments = options(folder, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=2)
+    with caplog.at_level(logging.INFO):
+        main(["fit", *arguments])
+    sentence = "the learning rate warms up for 1500 steps, but training ends after 2"
+    assert f"warning: {sentence}" in caplog.text
+    assert sentence in (tmp_path / "unnamed" / "version_0" / "report.html").read_text()
+
+
+def test_runs_go_below_the_root_folder(capsys, folder, tmp_path):
+    rooted = [f"--trainer.default_root_dir={tmp_path / 'root'}"]
+    default = [o for o in options(folder, tmp_path) if "save_dir" not in o]
+    cli = main([*default, *rooted], run=False)
+    assert cli.trainer.loggers[0].log_dir == str(tmp_path / "root" / "unnamed" / "version_0")
+    error = fail(capsys, ["fit", *options(folder, tmp_path / "other"), *rooted])
+    assert f"but the run would be kept in '{tmp_path / 'other'}'" in error
+
+
+def test_settings_that_count_epochs_are_not_ignored(capsys, folder, tmp_path):
+    for setting in ("max_epochs=3", "check_val_every_n_epoch=1"):
+        error = fail(capsys, ["fit", *options(folder, tmp_path), f"--trainer.{setting}"])
+        assert f"trainer.{setting.replace('=', ' is ')}, but training reads a stream" in error
+
+
+def test_a_run_that_cannot_be_kept_is_refused_in_one_sentence(capsys, folder, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    error = fail(capsys, ["fit", *options(folder, tmp_path / "runs")])
+    assert error.startswith(f"error: cannot write to the folder '{tmp_path / 'runs'}")
+    error = fail(capsys, ["fit", *options(folder, tmp_path), "--trainer.val_check_interval=0.5"])
+    assert "val_check_interval" in error
+    assert "\n" not in error
+
+
 def test_a_wrong_data_set_name(capsys, folder, tmp_path):
     error = fail(capsys, ["fit", *options(folder, tmp_path), "--data.dataset=shape"])
     assert "there is no data set 'shape' in the catalogue; did you mean 'shapes'?" in error

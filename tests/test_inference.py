@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from segformer_pl import upsampling
-from segformer_pl.inference import Inference
+from segformer_pl.inference import Inference, _windows
 
 IGNORED = 255
 
@@ -205,6 +205,25 @@ def test_of_the_windows_only_a_few_are_held(network, monkeypatch):
     Inference(window=(16, 32), stride=(12, 32)).labels(network, pictures(400, 32, 1), (400, 32))
     assert len(network.sizes) == 33  # each window once
     assert max(held) <= 3
+
+
+def test_the_network_is_given_a_large_image_window_by_window(network):
+    """The image stays in 8 bits, and what places the windows does not grow with its square."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, 96, 2000), generator=generator, dtype=torch.uint8)
+    seen = []
+
+    def preprocess(part):
+        seen.append(tuple(part.shape[2:]))
+        return part / 255 - 0.5
+
+    settings = Inference(window=(32, 40), stride=(24, 32), flip=True)
+    found = settings.labels(network.float(), images, (96, 2000), preprocess, torch.uint8)
+    assert found.dtype == torch.uint8
+    assert set(seen) == {(32, 40)}
+    assert torch.equal(found, settings.labels(network, preprocess(images), (96, 2000)).byte())
+    axes = _windows(8000, 512, 512, 8000, "uniform")
+    assert sum(axis.place.numel() for axis in axes) <= 16 * 512 * 512  # 64 million before
 
 
 def test_bands_hold_no_full_size_map_of_all_classes(network, monkeypatch):

@@ -1,10 +1,12 @@
 """``convert SOURCE DEST --to LAYOUT``: weights of any known layout into another."""
 
 import sys
+from pathlib import Path
 
+from segformer_pl.atomic import make_writable_folder
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.models.checkpoints import export_weights, load_network, read_weights
-from segformer_pl.models.checkpoints.export import LAYOUTS
+from segformer_pl.models.checkpoints.export import LAYOUTS, check_destination
 
 
 def convert(arguments: list[str]) -> None:
@@ -25,6 +27,8 @@ def convert(arguments: list[str]) -> None:
     )
     parser.add_argument("--to", choices=list(LAYOUTS), required=True, help="whose layout")
     options = parser.parse_args(arguments)
+    check_destination(options.destination, options.to)
+    make_writable_folder(Path(options.destination).expanduser().parent)
     weights = read_weights(options.source)
     network, report = load_network(weights)
     remarks = export_weights(

@@ -30,6 +30,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
+from segformer_pl.atomic import WriteError, make_writable_folder
+
 Float = npt.NDArray[np.float64]
 
 CLASS_NAMES = ("background", "disc", "triangle", "cross", "ring_blue", "ring_orange")
@@ -211,8 +213,11 @@ def generate(folder: Path, num_images: Mapping[str, int] | None = None) -> None:
     Args:
         folder: Where to; must not exist.
         num_images: Number of pictures of each split; default :data:`NUM_IMAGES`.
+
+    Raises:
+        WriteError: The disk is full, the folder is read-only, or the like.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_writable_folder(folder.parent)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         statistics = {
@@ -225,6 +230,11 @@ def generate(folder: Path, num_images: Mapping[str, int] | None = None) -> None:
         except OSError:
             if not folder.is_dir():  # another process was first, with the same bytes
                 raise
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {str(folder)!r}: {error.strerror or error}; free space or give a folder "
+            "that can be written"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

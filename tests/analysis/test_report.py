@@ -15,10 +15,12 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from segformer_pl.analysis.charts import _loss_figure, draw_charts
 from segformer_pl.analysis.comparison import miou_interval
 from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.report import summary, write_report
-from segformer_pl.analysis.run_metrics import read_metrics
+from segformer_pl.analysis.run_metrics import Series, read_metrics
+from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks.report import RunReport
 
 NAMES = ["road", "Traffic Light", "<b>bold & co</b>", "absent thing"]
@@ -508,6 +510,36 @@ def test_cell_that_is_no_number(run_dir: Path) -> None:
         write_report(run_dir)
 
 
+def test_a_curve_of_one_point_is_seen() -> None:
+    one = Series(np.array([40]), np.array([1.5]))
+    columns = {"train/loss": one, "lr-AdamW/encoder": one}
+    for axes in _loss_figure(columns, "CrossEntropy").axes:
+        assert all(line.get_marker() == "o" for line in axes.lines)
+    (chart,) = draw_charts(columns | {"train/loss": Series(np.arange(1, 9), np.ones(8))}, "Dice")
+    assert "<svg" in chart["svg"]
+
+
+def test_resumptions_are_marked_and_their_changes_listed(run_dir: Path) -> None:
+    finished(run_dir, [0.3, 0.8])
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["trainer"]["max_steps"] = 90
+    config["ckpt_path"] = "last.ckpt"
+    for step in (8, 15):
+        resumed = run_dir / f"config_resumed_at_step_{step:07d}.yaml"
+        resumed.write_text(yaml.safe_dump(config))
+    page = Page(write_report(run_dir))
+    assert page.text.count("dotted: resumed at 8, 15") == 2
+    assert page.row("8") == ["trainer.max_steps", "20", "90"]
+    assert page.row("15") == ["no", "setting", "changed"]
+    assert "steps trained 20 of 90: not finished" in page.text
+
+
+def test_what_was_said_at_the_start_stands_in_the_report(run_dir: Path) -> None:
+    finished(run_dir, [0.3])
+    (run_dir / "findings.json").write_text('["warm-up is <b>long</b>"]')
+    assert "Said when training started: warm-up is <b>long</b>." in Page(write_report(run_dir)).text
+
+
 def test_missing_folder_and_missing_metrics(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run folder .*nowhere"):
         write_report(tmp_path / "nowhere")
@@ -628,6 +660,17 @@ def test_without_csv_logger_the_run_goes_on(tmp_path: Path, said: list[str]) -> 
     assert len(said) == 1
     assert "nothing was logged to" in said[0]
     assert "with a CSVLogger as the first logger" in said[0]
+
+
+def test_a_report_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run_dir: Path) -> Path:
+        raise WriteError("cannot write 'report.html': disk full")
+
+    monkeypatch.setattr("segformer_pl.callbacks.report.write_report", broken)
+    with pytest.warns(UserWarning, match="report could not be written: cannot write"):
+        trainer(tmp_path).fit(TinyTask(), data(), data())
 
 
 def test_fast_dev_run_leaves_nothing(tmp_path: Path, said: list[str]) -> None:

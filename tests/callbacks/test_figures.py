@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from segformer_pl.callbacks import EffectiveReceptiveField, PredictionPanel
+from segformer_pl.callbacks.figures import publish
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
 
@@ -50,6 +52,21 @@ def fit(logger, callbacks, tmp_path):
     torch.manual_seed(1)
     trainer.fit(task, DataLoader(samples(8), batch_size=2), DataLoader(samples(5), batch_size=2))
     return task
+
+
+def test_a_figure_that_fails_is_a_warning(tmp_path):
+    """Whatever is wrong with it: the drawing, or the place."""
+
+    def broken():
+        raise RuntimeError("no such glyph")
+
+    trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"no figure .*run/erf/step_0000000.png: .*no such glyph"):
+        publish(trainer, broken, "erf")
+    assert list((tmp_path / "run" / "erf").iterdir()) == []
+    (tmp_path / "run" / "worst").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot write"):
+        publish(trainer, lambda: Figure(figsize=(1, 1)), "worst")
 
 
 @pytest.mark.slow

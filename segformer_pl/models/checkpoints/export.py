@@ -4,13 +4,15 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from segformer_pl.atomic import WriteError, atomic_write, atomic_write_text
 from segformer_pl.models.checkpoints.files import WeightsError
 from segformer_pl.models.checkpoints.layouts import (
     NATIVE,
@@ -71,7 +73,7 @@ def export_weights(
     """
     destination = Path(destination).expanduser()
     task = dict(task or {})
-    _check_destination(destination, layout)
+    check_destination(destination, layout)
     _check_expressible(model, layout)
     tensors = _foreign_state(model, layout)
     try:
@@ -89,13 +91,20 @@ def export_weights(
                 remarks = _write_native(model, made, tensors, task)
             os.replace(made, destination)
     except OSError as error:
+        reason: Any = error.__cause__ if isinstance(error, WriteError) else error
         raise WeightsError(
-            f"'{destination}' cannot be written ({error.strerror}); give another place"
+            f"'{destination}' cannot be written ({reason.strerror}); give another place"
         ) from error
     return remarks + _eps_remarks(model, layout) + _lost_facts(task, layout)
 
 
-def _check_destination(destination: Path, layout: ExportLayout) -> None:
+def check_destination(destination: str | Path, layout: ExportLayout) -> None:
+    """Whether weights can be written there, for a caller with work to do before.
+
+    Raises:
+        WeightsError: it exists, has the wrong form for the layout, or there is no such layout.
+    """
+    destination = Path(destination).expanduser()
     if layout not in LAYOUTS:
         raise WeightsError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
     if destination.exists():
@@ -284,11 +293,11 @@ def _write_nvlabs(
     task: Mapping[str, Any],
 ) -> list[str]:
     if isinstance(model, MixTransformer):
-        torch.save(tensors, file)
+        _save(file, tensors)
         return []
     names = {"CLASSES": "class_names", "PALETTE": "palette"}
     meta = {theirs: task[ours] for theirs, ours in names.items() if task.get(ours)}
-    torch.save({"state_dict": tensors, "meta": meta}, file)
+    _save(file, {"state_dict": tensors, "meta": meta})
     return [
         "decode_head.conv_seg, which the reference code builds and never uses, is not in the file"
     ]
@@ -308,11 +317,21 @@ def _write_native(
     return []
 
 
+def _save(file: Path, content: dict[str, Any]) -> None:
+    # Not straight to the disk: if that is full, torch hides the error behind one of its own.
+    buffer = BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(file) as stream:
+        stream.write(buffer.getbuffer())
+
+
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    atomic_write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def _write_safetensors(
     file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
+    # Not its save_file, whose error on a full disk is no OSError.
+    with atomic_write(file) as stream:
+        stream.write(save(tensors, metadata={"format": "pt", **(metadata or {})}))

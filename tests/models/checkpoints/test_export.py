@@ -1,6 +1,7 @@
 """The way out: what other libraries open, with our logits; and round trips."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -238,3 +239,19 @@ def test_smp_wants_a_whole_segmenter(tmp_path):
     export_weights(mit_b0(), tmp_path / "mit_b0.pth", "nvlabs")
     assert "patch_embed1.proj.weight" in torch.load(tmp_path / "mit_b0.pth", weights_only=True)
     assert isinstance(load_network(tmp_path / "mit_b0.pth")[0], MixTransformer)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("native", "w.safetensors"), ("nvlabs", "w.pth"), ("huggingface", "w"), ("smp", "w")],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, layout, name):
+    network = segformer_b0(2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a disk with as much room
+    try:
+        with pytest.raises(WeightsError, match=r"/w.*' cannot be written \(File too large\); give"):
+            export_weights(network, tmp_path / name, layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
