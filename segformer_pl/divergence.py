@@ -85,7 +85,7 @@ class DivergenceWatch:
 def divergence(what: str, step: int, loss: Tensor | None, lr: float | None) -> DivergenceError:
     """The error for a training that diverged, in one sentence."""
     known = [f"loss {loss.item():g}"] if loss is not None else []
-    known += [f"learning rate {lr:g}"] if lr is not None else []
+    known += [f"largest learning rate {lr:g}"] if lr is not None else []
     described = f" ({', '.join(known)})" if known else ""
     return DivergenceError(
         f"the training diverged: after step {step}{described} {what}; the last checkpoint was kept "

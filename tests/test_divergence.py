@@ -1,0 +1,153 @@
+"""A training that diverges ends at once, and what was written before stays."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader
+
+from segformer_pl.divergence import PATIENCE, DivergenceError
+from segformer_pl.task import SegmentationTask
+
+NAMES = ["background", "left half", "never there"]
+
+
+def samples(count):
+    """Left half bright and labelled 1, right half dark and labelled 0."""
+    image = torch.zeros(3, 16, 16)
+    image[:, :, :8] = 1.0
+    label = (image[0] > 0.5).long()
+    return [{"image": image, "label": label, "id": str(n)} for n in range(count)]
+
+
+def make_trainer(tmp_path, **arguments):
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+        **arguments,
+    )
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, images):
+        return self.head(self.encoder(images))
+
+
+def make_task(**arguments):
+    palette = [[0, 0, 0]] * 3
+    return SegmentationTask(Tiny(), NAMES, palette, **{"warmup_steps": 0} | arguments)
+
+
+class Poison(pl.Callback):
+    """Puts nan into one weight after a step, as a bad update would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                module.network.head.weight[1, 2] = torch.nan
+
+
+class Write(pl.Callback):
+    """Writes a checkpoint after every step, the way any callback would."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.file)
+
+
+def loader(count=40):
+    return DataLoader(samples(count), batch_size=2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_weight_that_is_no_number_ends_the_training_at_its_step(tmp_path, accumulate):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=9,
+        accumulate_grad_batches=accumulate,
+        callbacks=[Poison(3)],
+    )
+    with pytest.raises(DivergenceError) as error:
+        trainer.fit(make_task(lr=1e-3), loader(), DataLoader(samples(2), batch_size=2))
+    message = str(error.value)
+    assert trainer.global_step == 4
+    assert message.startswith(
+        "the training diverged: after step 4 (loss nan, largest learning rate 0.00"
+    )
+    assert "nan or infinity in " in message
+    assert "smaller --model.lr" in message
+    assert "\n" not in message
+
+
+def test_no_writer_writes_over_finite_weights(tmp_path):
+    file = tmp_path / "last.ckpt"
+    trainer = make_trainer(tmp_path, max_steps=9, callbacks=[Poison(3), Write(file)])
+    with pytest.raises(DivergenceError, match=r"what a checkpoint would hold has nan or infinity"):
+        trainer.fit(make_task(), loader())
+    content = torch.load(file, weights_only=False)
+    assert content["global_step"] == 3
+    assert all(tensor.isfinite().all() for tensor in content["state_dict"].values())
+
+
+def test_a_moment_of_the_optimiser_that_overflowed_is_not_written(tmp_path):
+    """Its parameter would never move again, while the weights stay finite."""
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(make_task(), loader())
+    state = trainer.optimizers[0].state
+    next(iter(state.values()))["exp_avg_sq"].view(-1)[0] = torch.inf
+    with pytest.raises(DivergenceError, match=r"optimizer_states.*exp_avg_sq"):
+        trainer.save_checkpoint(tmp_path / "w.ckpt")
+    assert not (tmp_path / "w.ckpt").exists()
+
+
+def test_a_learning_rate_that_is_far_too_large(tmp_path):
+    file = tmp_path / "last.ckpt"
+    trainer = make_trainer(tmp_path, max_steps=9, callbacks=[Write(file)])
+    with pytest.raises(DivergenceError, match=r"largest learning rate 8\.8\d*e\+30"):
+        trainer.fit(make_task(lr=1e30), loader())
+    assert trainer.global_step < 5
+    content = torch.load(file, weights_only=False)
+    assert all(tensor.isfinite().all() for tensor in content["state_dict"].values())
+
+
+def test_steps_that_a_gradient_scaler_skips_are_no_divergence(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer = make_trainer(tmp_path, max_steps=30, plugins=[precision], callbacks=[])
+    task = make_task(lr=1e-3)
+    before = task.network.head.weight.detach().clone()
+    trainer.fit(task, loader(80))
+    assert trainer.global_step == 30
+    assert scaler.get_scale() < 2.0**40  # steps were skipped
+    assert not torch.equal(task.network.head.weight, before)  # and others were taken
+    trainer.save_checkpoint(tmp_path / "w.ckpt")
+
+
+class NoLoss(nn.Module):
+    """nan with a gradient of 0: the weights stay as they are."""
+
+    def forward(self, logits, labels, ignore_index):
+        return logits.sum() * 0 + torch.nan * (logits.sum().detach() * 0 + 1)
+
+
+def test_losses_that_are_all_nan_end_the_training(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=PATIENCE + 9)
+    with pytest.raises(DivergenceError, match=f"the last {PATIENCE} losses were nan or infinite"):
+        trainer.fit(make_task(loss=NoLoss(), weight_decay=0.0), loader(4 * PATIENCE))
+    assert trainer.global_step == PATIENCE
