@@ -97,7 +97,7 @@ def disk(radius: int, alias: float) -> npt.NDArray[np.float32]:
 
 def replacements(
     height: int, width: int, shift: int, iterations: int, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
+) -> npt.NDArray[np.int32]:
     """Where each pixel's colour comes from after the replacements of :func:`glass_blur`.
 
     A pixel takes the colour that its neighbour has at that moment: the new one if the neighbour
