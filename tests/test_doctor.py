@@ -192,7 +192,7 @@ FAULTS = {
     ),
     "a missing column": (
         {"spec": {"label_column": "mask"}},
-        "error open .*no column 'mask'.* they have: image, label, id",
+        "error open .*no column 'mask'.* it has: image, label, id",
     ),
     "an empty label cell": (
         {"rows": one("label", None)},

@@ -187,14 +187,13 @@ def _may_pass(error: BaseException, host: str) -> bool:
     status = _response(cause, "status") or _response(cause, "status_code")
     if isinstance(status, int) and status >= 400:
         return status in PASSING_STATUS or (status >= 500 and status not in LASTING_STATUS)
-    if isinstance(
-        cause,
-        DataError
-        | FileNotFoundError
-        | PermissionError
-        | aiohttp.TooManyRedirects
-        | aiohttp.ClientConnectorCertificateError,
-    ):
+    lasting = (
+        DataError,
+        FileNotFoundError,
+        PermissionError,
+        aiohttp.ClientConnectorCertificateError,
+    )
+    if isinstance(cause, lasting) or type(cause).__name__ == "TooManyRedirects":  # of any library
         return False
     unresolved = getattr(cause, "os_error", None)
     if isinstance(unresolved, socket.gaierror) and unresolved.errno == socket.EAI_NONAME:

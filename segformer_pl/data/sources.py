@@ -22,7 +22,7 @@ from segformer_pl.data.files import check_shards, file_name, files_of_split, is_
 from segformer_pl.data.image_folder import PictureFolder
 from segformer_pl.data.labels import DataError
 from segformer_pl.data.parquet import ParquetSource
-from segformer_pl.data.remote import file_system, first_line, patiently
+from segformer_pl.data.remote import file_system, first_line, is_remote, patiently
 from segformer_pl.data.streamed import StreamedSource
 
 Split = Literal["train", "validation", "test"]
@@ -119,7 +119,7 @@ def _find(entry: DatasetEntry, path: Any, split: Split) -> Source:
         pattern = path.replace("{split}", stored)
         if "*" not in pattern:
             return ParquetSource([pattern], entry)
-        files = patiently(lambda: _glob(pattern), pattern)
+        files = patiently(lambda: _glob(pattern), pattern) if is_remote(pattern) else _glob(pattern)
         if not files:
             raise DataError(f"data.path: no file matches {pattern!r}; correct the pattern")
         # A pattern such as {split}* is for one split, and may meet the shards of others.
@@ -152,7 +152,14 @@ def _shards(folder: Path, stored: str) -> list[str]:
 
 def _glob(pattern: str) -> list[str]:
     fs, path = file_system(pattern)
-    return sorted(fs.unstrip_protocol(path) for path in fs.glob(path))
+    try:
+        return sorted(fs.unstrip_protocol(path) for path in fs.glob(path))
+    except OSError as error:
+        if is_remote(pattern):
+            raise
+        raise DataError(
+            f"data.path: {pattern!r} cannot be searched ({error.strerror or error}); correct it"
+        ) from error
 
 
 def _from_library(entry: DatasetEntry, path: str | None, split: Split, stored: str) -> Source:
