@@ -104,7 +104,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
         )
         self.skipped: dict[str, str] = {}
         self._notices: set[str] = set()  # kinds that were told
-        self._unlabelled: int | None = None  # training samples before the first labelled pixel
+        # Samples before the first labelled pixel; None once there was one, or if training goes on.
+        self._unlabelled: int | None = None
         self._consumed = 0  # before the training that is going on
         self._counter: pl.Trainer | None = None  # counts the steps of the training that is going on
         self._resumed: dict[str, Any] | None = None
@@ -144,7 +145,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.open("train")
         self._take_position(source)
-        self._unlabelled = 0
+        self._unlabelled = None if self._consumed else 0
         order = EpochShuffle(source.group_rows, source.group_bytes, self.seed)
         samples = Samples(self.entry, source, order, self.train_transforms, self.on_bad_sample)
         return self._loader(samples, self.batch_size, start=lambda: self.consumed)

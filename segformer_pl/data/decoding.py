@@ -5,6 +5,7 @@ is taken to be drawn on the upright image, as annotation tools show it. Where im
 differ, :func:`check_orientation` says so.
 """
 
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ REDUCED = {
 }
 
 # What Pillow's readers raise on damaged files, each in its own way.
-DAMAGED = (OSError, SyntaxError, ValueError, TypeError)
+DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
 
 cv2.setNumThreads(0)  # loader processes are the parallelism
 
@@ -101,7 +102,7 @@ class EncodedImage:
         with _reading(encoded, where):
             self.orientation = _orientation(header)
             self.num_frames = _num_frames(header)
-        self.stored_size = _stored_size(header)
+            self.stored_size = _stored_size(header)
         is_transposed = self.orientation in TRANSPOSED
         self.size = self.stored_size[::-1] if is_transposed else self.stored_size
         # Pillow turns these negatives into positives, but not those of 16 bits.
@@ -184,9 +185,9 @@ def decode_label(encoded: bytes, where: str, coding: Coding = "values") -> RawLa
             has several frames or pages, or stores what classes cannot be read from.
     """
     image = _open(encoded, where)
-    _check_format(image, encoded, where, coding)
-    stored_size, bits, is_signed = _stored_size(image), _bits(image, encoded), _is_signed(image)
     with _reading(encoded, where):
+        _check_format(image, encoded, where, coding)
+        stored_size, bits, is_signed = _stored_size(image), _bits(image, encoded), _is_signed(image)
         orientation = _orientation(image)
         num_frames = _num_frames(image)
     if num_frames > 1:

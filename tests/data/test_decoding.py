@@ -183,18 +183,25 @@ def test_damage_of_any_kind_is_one_sentence():
         encode(image, format, **({} if format == "BMP" else {"exif": turned(6)}))
         for format in ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
     ]
+    pages = [Image.new("L", (31, 20))] * 2
+    files.append(encode(pages[0], "TIFF", save_all=True, append_images=pages))
     refused = []
+
+    def decode_here(file):
+        decode_label(file, "here", "colors")
+
     for number in range(600):
         damaged = bytearray(files[number % len(files)])
         if number % 2:
             del damaged[rng.integers(len(damaged)) :]
         for place in rng.integers(min(len(damaged), 200) or 1, size=5):
             damaged[place : place + 1] = rng.bytes(1)
-        try:
-            EncodedImage(bytes(damaged), "here").decode()
-        except DataError as error:
-            refused.append(str(error))
-    assert len(refused) > 300
+        for read in (lambda file: EncodedImage(file, "here").decode(), decode_here):
+            try:
+                read(bytes(damaged))
+            except DataError as error:
+                refused.append(str(error))
+    assert len(refused) > 600
     assert all(sentence.startswith("here: the ") for sentence in refused)
 
 

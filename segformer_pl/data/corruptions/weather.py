@@ -187,9 +187,8 @@ def _shine(water: Map) -> Map:
     depth = np.minimum(cv2.distanceTransform(255 - edges, cv2.DIST_L2, 5), WATER_DEPTH)
     relief = cv2.equalizeHist(cv2.blur(depth, (3, 3)).astype(np.uint8))
     relief = cv2.filter2D(relief, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]))
-    light: Map = levels * cv2.blur(relief, (3, 3)).astype(np.float32)
-    light /= max(float(light.max()), 1)
-    return light
+    light = np.multiply(levels, cv2.blur(relief, (3, 3)), dtype=np.float32)
+    return (light / max(light.max(), 1)).astype(np.float32)
 
 
 def _enlarge(noise: Map, zoom: float, height: int, width: int) -> Map:
