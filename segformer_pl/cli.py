@@ -5,6 +5,7 @@ What a data set determines (number of classes, names, palette, ignored label) is
 catalogue entry, so an experiment file states it once, as ``data.dataset``.
 """
 
+import errno
 import json
 import re
 import sys
@@ -368,7 +369,16 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
         if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's own exit, with status 1
             sys.exit(130)
         raise
-    except (WriteError, MisconfigurationException) as error:
+    except OSError as error:
+        # A full disk fails a second write, such as a logger's, while the first is being told.
+        told: BaseException | None = error
+        while told is not None and not isinstance(told, WriteError):
+            told = told.__context__
+        if told is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        sentence = told or f"cannot write {error.filename or 'a file'!r}: {error.strerror}"
+        sys.exit(f"error: {sentence}")
+    except MisconfigurationException as error:
         sys.exit(f"error: {error}")
     except (DataError, ValueError) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

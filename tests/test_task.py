@@ -324,3 +324,26 @@ def test_epsilons_from_an_argument_are_not_those_of_a_checkpoint(tmp_path):
 def test_both_weights_are_refused():
     with pytest.raises(ValueError, match="weights and encoder_weights are both given"):
         make_task(weights="a.pth", encoder_weights="b.pth")
+
+
+class SaveAfter(pl.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{batch_idx}.ckpt")
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_is_that_of_the_step_before(tmp_path):
+    """Its running statistics too, which have seen a batch that will be trained on again."""
+    trainer = make_trainer(
+        tmp_path, max_steps=2, accumulate_grad_batches=2, callbacks=[SaveAfter(tmp_path)]
+    )
+    trainer.fit(make_task(), DataLoader(samples(8), batch_size=2))
+    after = [torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in range(4)]
+    assert [state["global_step"] for state in after] == [0, 1, 1, 2]
+    states = [state["state_dict"] for state in after]
+    assert all(torch.equal(states[1][name], states[2][name]) for name in states[1])
+    mean = "network.head.bn.running_mean"
+    assert not torch.equal(states[1][mean], states[3][mean])
+    assert not states[0][mean].any()

@@ -158,13 +158,11 @@ class _Signals(_SignalConnector):
 
 def _num_common_batches(trainer: pl.Trainer) -> int:
     """Batches of the validation that every rank has; 0 if that cannot be told beforehand."""
-    loader = trainer.val_dataloaders
-    limit = trainer.num_val_batches[0] if trainer.num_val_batches else 0
     if trainer.world_size == 1:
         return sys.maxsize
-    num = 0
+    loader, num = trainer.val_dataloaders, 0
     if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
-        num = int(min(sum(1 for _ in loader.batch_sampler), limit))
+        num = int(min(sum(1 for _ in loader.batch_sampler), trainer.num_val_batches[0]))
     common = torch.tensor(num, device=trainer.strategy.root_device)
     dist.all_reduce(common, dist.ReduceOp.MIN)
     return int(common)

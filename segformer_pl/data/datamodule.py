@@ -145,7 +145,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.open("train")
         self._take_position(source)
-        self._unlabelled = None if self._consumed else 0
+        self._unlabelled = None if self.consumed else 0
         order = EpochShuffle(source.group_rows, source.group_bytes, self.seed)
         samples = Samples(self.entry, source, order, self.train_transforms, self.on_bad_sample)
         return self._loader(samples, self.batch_size, start=lambda: self.consumed)
@@ -388,10 +388,11 @@ class StreamingSegmentationData(pl.LightningDataModule):
         )
 
     def teardown(self, stage: str) -> None:
-        if stage == "fit" and self._unlabelled:  # the training was shorter than the limit
-            self._refuse_to_train_on_nothing()
         self._consumed, self._counter = self.consumed, None
         self._resumed = None
+        is_short = stage == "fit" and self._unlabelled  # shorter than the limit
+        if is_short and self.trainer and not self.trainer.interrupted and self._world_size == 1:
+            self._refuse_to_train_on_nothing()  # of several ranks, another may have seen labels
 
 
 def _outlive_signals(worker: int) -> None:
