@@ -92,8 +92,12 @@ def _write_error(file: Path, error: OSError) -> WriteError:
     )
 
 
-def make_writable_folder(folder: str | Path) -> None:
+def make_writable_folder(folder: str | Path, option: str = "") -> None:
     """Make a folder and write a file to it, so that hours of work do not end in an error.
+
+    Args:
+        folder: The folder.
+        option: The argument that it was given by, for the message.
 
     Raises:
         WriteError: The folder cannot be made, is a file, or cannot be written to.
@@ -105,6 +109,6 @@ def make_writable_folder(folder: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise WriteError(
-            f"cannot write to the folder {str(folder)!r}: {error.strerror or error}; give a folder "
-            "that can be written"
+            f"{option}{': ' if option else ''}cannot write to the folder {str(folder)!r}: "
+            f"{error.strerror or error}; give a folder that can be written"
         ) from error

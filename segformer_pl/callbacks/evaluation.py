@@ -115,7 +115,7 @@ class EvaluationRecord(pl.Callback):
         try:
             evaluation.save(folder / f"{split}_step_{trainer.global_step:07d}.npz")
         except WriteError as error:
-            if not trainer.training:  # it is what the command was started for
+            if trainer.state.fn != "fit":  # it is what the command was started for
                 raise
             rank_zero_warn(f"{error}. This evaluation is lost; the run goes on.")
         worst = sorted((entry for part in parts for entry in part["worst"]), reverse=True)

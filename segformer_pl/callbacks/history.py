@@ -41,7 +41,7 @@ class RunLogger(CSVLogger):
         try:
             super().save()
         except WriteError as error:
-            rank_zero_warn(f"{error}. Logged values are kept in memory until then.")
+            rank_zero_warn(f"{error}. Logged values are kept in memory until they can be written.")
 
 
 class MetricsWriter(ExperimentWriter):

@@ -28,7 +28,7 @@ def convert(arguments: list[str]) -> None:
     parser.add_argument("--to", choices=list(LAYOUTS), required=True, help="whose layout")
     options = parser.parse_args(arguments)
     check_destination(options.destination, options.to)
-    make_writable_folder(Path(options.destination).expanduser().parent)
+    make_writable_folder(Path(options.destination).expanduser().parent, "destination")
     weights = read_weights(options.source)
     network, report = load_network(weights)
     remarks = export_weights(

@@ -118,7 +118,7 @@ def erf(arguments: list[str]) -> None:
     if options.reduction.isdigit():
         options.reduction = int(options.reduction)
     folder = Path(options.output)
-    make_writable_folder(folder)
+    make_writable_folder(folder, "--output")
     for subject in subjects:
         _try(subject, data, options)
     results = [_measure(subject, data, options, options.num_images) for subject in subjects]

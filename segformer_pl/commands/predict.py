@@ -80,7 +80,7 @@ def predict(arguments: list[str]) -> None:
         inference = _inference(task.inference, changes.as_dict() if changes else {})
     except ValueError as error:
         parser.error(str(error))
-    make_writable_folder(options.output)
+    make_writable_folder(options.output, "--output")
     writer = PredictionFiles(options.output, task.class_names, task.palette)
     num_written = num_skipped = 0
     progress = tqdm(pictures.items(), "predicting", unit="picture")

@@ -81,7 +81,6 @@ def robustness(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
-    make_writable_folder(options.output)
     task = load_task(options.ckpt).to(options.device)
     data = load_data(options.ckpt, path=options.data.path, num_workers=options.num_workers)
     result = _score_all(task, data, options.ckpt, options.num_images, options.output)
@@ -122,6 +121,7 @@ def _score_all(
         "fingerprint": source.fingerprint,
         "checkpoint": _digest(Path(ckpt)),
     }
+    make_writable_folder(output, "--output")
     file = output / SCORES
     scores = {(s.group, s.corruption, s.severity): s for s in read_scores(file)}
     for score in scores.values():

@@ -9,7 +9,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from segformer_pl.callbacks import EffectiveReceptiveField, PredictionPanel
+from segformer_pl.callbacks import (
+    EffectiveReceptiveField,
+    EvaluationRecord,
+    PredictionPanel,
+    RunReport,
+)
 from segformer_pl.callbacks.figures import publish
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
@@ -77,6 +82,22 @@ def test_png_files_lie_beside_the_run_one_for_each_validation(tmp_path):
         files = sorted((tmp_path / "run" / "version_0" / name).iterdir())
         assert [file.name for file in files] == ["step_0000002.png", "step_0000004.png"]
         assert np.asarray(Image.open(files[0]).convert("RGB")).std() > 10
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_where_its_figures_cannot_be_written(tmp_path):
+    run_dir = tmp_path / "run" / "version_0"
+    run_dir.mkdir(parents=True)
+    for name in ("predictions", "worst", "evaluation"):
+        (run_dir / name).write_text("a file where the folder should be")
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    with pytest.warns(UserWarning, match="cannot write") as warned:
+        task = fit(logger, [EvaluationRecord(), PredictionPanel(3), RunReport()], tmp_path)
+    assert task.trainer.global_step == 4
+    text = " ".join(str(warning.message) for warning in warned)
+    assert "This evaluation is lost; the run goes on" in text
+    assert "no figure" in text
+    assert (run_dir / "report.html").is_file()
 
 
 @pytest.mark.slow

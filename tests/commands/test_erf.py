@@ -181,7 +181,7 @@ def test_a_file_in_the_place_of_the_folder_is_found_before_measuring(
     with pytest.raises(SystemExit) as exit_:
         run("--model", "segformer_b0", "--output", output)
     assert "--output: " in exit_.value.code
-    assert "cannot be a folder" in exit_.value.code
+    assert "cannot write to the folder" in exit_.value.code
 
 
 def test_a_data_set_without_a_place_asks_for_this_commands_own_argument(tmp_path):
