@@ -33,7 +33,7 @@ from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.labels import DataError
-from segformer_pl.models.checkpoints import load_network
+from segformer_pl.models.checkpoints import load_network, read_weights
 from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
 
 DPI = 300
@@ -140,14 +140,19 @@ def _data(options: Any) -> StreamingSegmentationData:
 def _subject(kind: str, source: str, data: StreamingSegmentationData) -> Subject:
     if kind == "ckpt":
         task = load_task(source)
-        step = torch.load(source, weights_only=True, map_location="cpu").get("global_step")
+        step = task.trained_steps
         label = f"{type(task.network).__name__}, {Path(source).name}"
         mean, std = (t.flatten().tolist() for t in (task.image_mean, task.image_std))
         return Subject(task.network, label, f"trained, step {step}", source, mean, std)
     if kind == "weights":
-        network, _ = load_network(source)
+        weights = read_weights(source)
+        network, _ = load_network(weights)
         label = f"{type(network).__name__}, {Path(source).name}"
-        return Subject(network.eval(), label, "from a file", source)
+        mean, std = (
+            weights.task.get(key, usual)
+            for key, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+        )
+        return Subject(network.eval(), label, "from a file", source, mean, std)
     torch.manual_seed(0)  # the same random weights each time
     network = getattr(models, source)(num_classes=data.entry.labels.num_classes)
     return Subject(network.eval(), source, "random weights", source)
