@@ -11,6 +11,7 @@ band at hand lies in.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -269,13 +270,14 @@ class _Axis(NamedTuple):
     Attributes:
         begin, end: The window in the view, in pixels.
         out: Where in the output it has a part; empty if nowhere.
-        place: (length of ``out``, end - begin), what of it goes where.
+        place: Function that makes the matrix (length of ``out``, end - begin) of what of it goes
+            where. Those of all windows together would weigh more than the image.
     """
 
     begin: int
     end: int
     out: slice
-    place: Tensor
+    place: Callable[[], Tensor]
 
 
 class _Windows(NamedTuple):
@@ -324,7 +326,6 @@ class _View:
                     out=slice(size[1] - axis.out.stop, size[1] - axis.out.start)
                     if axis.out.stop
                     else axis.out,
-                    place=axis.place.flip(0),
                 )
                 for axis in self.axes[1]
             ]
@@ -379,9 +380,14 @@ class _View:
             precise = logits.float() if logits.dtype.itemsize < 4 else logits
             maps = precise.permute(0, 2, 3, 1).contiguous()
             rows, across = (
-                axis.place @ bilinear_matrix(cells, side + more)[:side]
-                for axis, cells, side, more in zip(
-                    (row, column), maps.shape[1:3], window.shape[2:], missing
+                (axis.place().flip(0) if mirrored else axis.place())
+                @ bilinear_matrix(cells, side + more)[:side]
+                for axis, mirrored, cells, side, more in zip(
+                    (row, column),
+                    (False, self.flipped),
+                    maps.shape[1:3],
+                    window.shape[2:],
+                    missing,
                 )
             )
             opened.append((column.out, maps, SeparableMap(rows, across, like=maps)))
@@ -430,9 +436,16 @@ def _windows(length: int, window: int, stride: int, out: int, weighting: str) ->
         rows = used.nonzero().ravel()
         # A window between the pixels that a much smaller output samples has none.
         extent = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 0)
-        place = bilinear_matrix(length, out, extent, slice(begin, end))
-        axes.append(_Axis(begin, end, extent, place * (weights / total[begin:end])))
+        share_of_window = weights / total[begin:end]
+        axes.append(
+            _Axis(begin, end, extent, partial(_place, length, out, extent, begin, share_of_window))
+        )
     return axes
+
+
+def _place(length: int, out: int, extent: slice, begin: int, weights: Tensor) -> Tensor:
+    columns = slice(begin, begin + len(weights))
+    return bilinear_matrix(length, out, extent, columns) * weights
 
 
 def _within(values: Tensor, begin: int, end: int) -> Tensor:
