@@ -290,7 +290,7 @@ def test_checkpoints_that_are_missing_cut_short_or_of_another_network(capsys, fo
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(checkpoint.read_bytes()[:1000])
     error = fail(capsys, [*validate, f"--ckpt_path={broken}"])
-    assert f"'{broken}' is no checkpoint, or is cut short" in error
+    assert f"'{broken}' is no file of tensors, or is cut short" in error
     b1 = ["--model.network=segformer_pl.models.segformer_b1", f"--ckpt_path={checkpoint}"]
     error = fail(capsys, [*validate, *b1])
     assert "holds a segformer_pl.models.segformer_b0, but model.network is a " in error
