@@ -325,6 +325,11 @@ class SegmentationTask(pl.LightningModule):
     def _start_from_weights(self, is_training: bool) -> None:
         if self._weights_are_set:
             return
+        if self.weights is None and not is_training:
+            raise ValueError(
+                "model.encoder_weights leaves the head untrained, and its scores would mean "
+                "nothing; give --ckpt_path or --model.weights, or train it with `fit` first"
+            )
         report = self.read_weights(self.network)
         if report.reinitialized and not is_training:
             reason = next(iter(report.reinitialized.values()))

@@ -158,8 +158,14 @@ def test_another_normalisation_is_refused(run, fail, tmp_path):
     mean = "--model.image_mean=[0.5,0.5,0.5]"
     for option in ("--ckpt_path", "--model.weights", "--model.encoder_weights"):
         ckpt = f"{option}={run / 'last.ckpt'}"
-        message = fail("validate", *options(run, tmp_path), mean, ckpt)
+        message = fail("fit", *options(run, tmp_path), mean, ckpt)
         assert "give --model.image_mean=[0.485,0.456,0.406]" in message
+
+
+def test_an_encoder_alone_is_not_scored(run, fail, tmp_path):
+    encoder = f"--model.encoder_weights={run / 'last.ckpt'}"
+    message = fail("validate", *options(run, tmp_path), encoder)
+    assert "model.encoder_weights leaves the head untrained" in message
 
 
 def test_other_arguments_of_the_network_are_refused(run, fail, tmp_path):

@@ -368,13 +368,21 @@ def merge(parts: Sequence[ERF]) -> ERF:
     """One result of several over different pictures, as if measured in one go.
 
     Raises:
-        ValueError: there is none, they were measured differently, or of different layers.
+        ValueError: there is none, they were measured differently, of different layers, or of
+            networks with other weights or another normalisation.
     """
     if not parts or any(part.recipe != parts[0].recipe for part in parts):
         raise ValueError("merge: give results of one recipe (units, reduction, gradient, size)")
     if any(part.layers.keys() != parts[0].layers.keys() for part in parts):
         found = " and ".join(sorted({", ".join(part.layers) for part in parts}))
         raise ValueError(f"merge: give results of the same layers, not of {found}")
+    for key in ("weights_hash", "mean", "std"):
+        values = {str(part.about[key]) for part in parts if key in part.about}
+        if len(values) > 1:
+            raise ValueError(
+                f"merge: give results of one network, not of several: their {key} are "
+                f"{' and '.join(sorted(values))}"
+            )
     layers = {}
     for name, field_ in parts[0].layers.items():
         moments = field_.moments()

@@ -151,6 +151,13 @@ def test_numbers_that_make_no_sense_are_refused():
         merge([ERF({}, 1, recipe={"a": 1}), ERF({}, 1, recipe={"a": 2})])
 
 
+@pytest.mark.parametrize("key", ["weights_hash", "mean", "std"])
+def test_results_of_different_networks_are_not_merged(key):
+    with pytest.raises(ValueError, match=f"of one network, not of several: their {key} are a and"):
+        merge([ERF({}, 1, about={key: "a"}), ERF({}, 1, about={key: "b"})])
+    merge([ERF({}, 1, about={key: "a"}), ERF({}, 1)])
+
+
 def test_results_of_different_layers_are_not_merged():
     one = field_of(np.ones((2, 8, 8)))
     with pytest.raises(ValueError, match="the same layers, not of a and b"):
