@@ -217,6 +217,8 @@ class SegformerCLI(LightningCLI):
                     f"{subcommand} without ckpt_path or model.weights scores an untrained network"
                 )
             return
+        if not ckpt_path:
+            raise ValueError("ckpt_path is empty; give the file of a checkpoint, or last")
         if ckpt_path in NAMED:
             # The trainer looks for them in this run's own, empty folder, and goes on without one.
             ckpt_path = str(named_checkpoint(ckpt_path, self.config[subcommand]))

@@ -15,10 +15,10 @@ from segformer_pl.cli import main
 
 CLASSES = [
     "$\\frac{a}$",
-    "two\nlines",
+    "Ünïcödé 道路",
     "<script>alert(1)</script>",
     "[/bold] [red]",
-    "\x1b[31mred\x07",
+    "&amp;&lt;b&gt;",
     "\u202eright to left",
     "_background_",
     "long " * 40,

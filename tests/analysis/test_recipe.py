@@ -304,6 +304,7 @@ FREE = {
     "model": {
         *("network", "loss", "inference"),  # compared one by one
         *("class_names", "palette", "ignore_index"),  # follow from the data set
+        "match_classes",  # how weights are read
     },
     "data": {
         *("dataset", "path", "seed"),  # which data, which random numbers

@@ -219,6 +219,7 @@ def test_slurm_requeues_from_a_whole_step(run, said, tmp_path):
     environment["PATH"] = f"{tools}:{os.environ['PATH']}"
     settings = {"environment": environment, "trainer__accumulate_grad_batches": 3}
     settings["trainer__default_root_dir"] = tmp_path / "root"
+    settings["trainer__logger__save_dir"] = tmp_path / "root" / "runs"
     command = run("fit", **settings)
     command.wait_for(lambda: said("batch 2"))
     os.killpg(command.pid, signal.SIGUSR1)

@@ -46,9 +46,11 @@ def test_a_name_without_a_file_is_refused(capsys, arguments, tmp_path, command, 
 
 
 def test_other_words_are_files(capsys, arguments):
-    for word in ("", "Last", "latest"):
+    for word in ("Last", "latest"):
         error = refused(capsys, "validate", *arguments, f"--ckpt_path={word}")
         assert f"there is no file {word!r}" in error
+    error = refused(capsys, "validate", *arguments, "--ckpt_path=")
+    assert "ckpt_path is empty" in error
 
 
 @pytest.mark.slow
