@@ -646,6 +646,20 @@ def test_validate_and_test_write_a_report(tmp_path: Path, said: list[str]) -> No
     ]
 
 
+def test_without_a_report_the_advice_is_that_of_the_command(
+    tmp_path: Path, said: list[str]
+) -> None:
+    none = {"limit_val_batches": 0, "limit_test_batches": 0, "log_every_n_steps": 50}
+    trainer(tmp_path, **none).validate(TinyTask(), data(), verbose=False)
+    trainer(tmp_path, **none).test(TinyTask(), data(), verbose=False)
+    trainer(tmp_path, **none).fit(TinyTask(), data())
+    assert [line.split("; ")[1].split(", with")[0] for line in said] == [
+        "score at least one batch (trainer.limit_val_batches)",
+        "score at least one batch (trainer.limit_test_batches)",
+        "train for at least trainer.log_every_n_steps steps",
+    ]
+
+
 def test_failing_run_keeps_its_report_and_its_exception(tmp_path: Path, said: list[str]) -> None:
     with pytest.raises(RuntimeError, match="the run's own failure"):
         trainer(tmp_path, max_steps=4).fit(TinyTask(fail_at=3), data(), data())
