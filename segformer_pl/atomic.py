@@ -11,6 +11,7 @@ A rename is atomic only within one file system, so the temporary file never lies
 created exclusively, so a link planted under its name is not followed.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -19,10 +20,29 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
+# No room: on the disk, for this user, or for a file as large.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A folder has the name of the file, a file that of its folder, or the name is none here.
+OF_THE_NAME = (
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EILSEQ,
+    errno.EINVAL,
+)
 
 
 class WriteError(OSError):
-    """A file could not be written; the message is one sentence, and the old file is intact."""
+    """A file could not be written; the message is one sentence, and the old file is intact.
+
+    ``errno`` is that of the cause, if it had one.
+    """
+
+    @property
+    def is_of_the_name(self) -> bool:
+        """Whether the cause is the name of this one file, so that others can be written."""
+        return self.errno in OF_THE_NAME
 
 
 @contextmanager
@@ -86,10 +106,20 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _write_error(file: Path, error: OSError) -> WriteError:
-    return WriteError(
-        f"cannot write {str(file)!r}: {error.strerror or error}; free space or give a folder that "
-        "can be written"
+    written = WriteError(
+        f"cannot write {str(file)!r}: {error.strerror or error}; {advice(error.errno)}"
     )
+    written.errno = error.errno
+    return written
+
+
+def advice(code: int | None) -> str:
+    """What helps against an error of this number when a file or folder is written."""
+    if code in FULL:
+        return "free space or give a folder that can be written"
+    if code == errno.ENAMETOOLONG:
+        return "give a shorter name"
+    return "give a folder that can be written"
 
 
 def make_writable_folder(folder: str | Path, option: str = "") -> None:
@@ -110,5 +140,5 @@ def make_writable_folder(folder: str | Path, option: str = "") -> None:
     except OSError as error:
         raise WriteError(
             f"{option}{': ' if option else ''}cannot write to the folder {str(folder)!r}: "
-            f"{error.strerror or error}; give a folder that can be written"
+            f"{error.strerror or error}; {advice(error.errno)}"
         ) from error

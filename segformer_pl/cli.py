@@ -379,7 +379,7 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
         if told is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         sentence = told or f"cannot write {error.filename or 'a file'!r}: {error.strerror}"
-        sys.exit(f"error: {sentence}")
+        sys.exit("; ".join([f"error: {sentence}", *getattr(error, "__notes__", [])]))
     except MisconfigurationException as error:
         sys.exit(f"error: {error}")
     except (DataError, ValueError) as error:

@@ -43,6 +43,24 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence", "is_of_the_name"),
+    [
+        ("n" * 300, "File name too long; give a shorter name", True),
+        ("folder", "Is a directory; give a folder that can be written", True),
+        ("file/below", "File exists; give a folder that can be written", True),
+        ("/proc/file", "No such file or directory; give a folder that can be written", False),
+    ],
+)
+def test_the_advice_fits_the_cause(tmp_path, name, sentence, is_of_the_name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError) as error:
+        atomic_write_text(tmp_path / name, "x")
+    assert str(error.value).endswith(f": {sentence}")
+    assert error.value.is_of_the_name == is_of_the_name
+
+
 def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "file"
     file.write_text("old")
@@ -102,7 +120,7 @@ def test_a_full_disk_leaves_the_old_file_and_gives_one_sentence(tmp_path):
 
 def test_a_folder_in_the_place_of_a_parent_gives_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(WriteError, match=r"cannot write '.*below': File exists; free"):
+    with pytest.raises(WriteError, match=r"cannot write '.*below': File exists; give"):
         atomic_write_text(tmp_path / "file" / "below", "x")
 
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from segformer_pl.cli import main
-from segformer_pl.data import StreamingSegmentationData, shapes
+from segformer_pl.data import DataError, StreamingSegmentationData, shapes
 from segformer_pl.doctor import examine
 from segformer_pl.models import MixTransformer, SegFormer
 from segformer_pl.task import SegmentationTask
@@ -334,6 +334,22 @@ def test_a_planted_fault_is_named(fault, visit, healthy):
     found = [f"{one.level} {one.check} {one.message}" for one in examination.findings]
     assert any(re.match(expected, line) for line in found), found
     assert examination.has_errors == any(line.startswith("error") for line in found)
+
+
+def test_skipping_is_advised_where_it_helps(visit, healthy, monkeypatch):
+    """Not for a network that is down."""
+
+    def failing(self, group):
+        raise DataError("the shard could not be read for 600 s")
+
+    healthy["train"][3]["label"] = {"bytes": b"no image", "path": None}
+    (finding,) = [one for one in visit(healthy).findings if one.check == "samples"]
+    assert finding.message.endswith("; or pass over them with --data.on_bad_sample skip")
+    monkeypatch.setattr("segformer_pl.data.parquet.ParquetSource.read", failing)
+    found = [one for one in visit(healthy).findings if one.check == "samples"]
+    assert found
+    assert all("could not be read for 600 s" in one.message for one in found)
+    assert not any("on_bad_sample" in one.message for one in found)
 
 
 @pytest.mark.slow

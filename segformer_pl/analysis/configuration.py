@@ -1,5 +1,6 @@
 """What a run was trained with, and in which settings runs differ."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,25 +9,64 @@ from typing import Any
 import yaml
 
 from segformer_pl.analysis.evaluation import EVALUATION_FOLDER
+from segformer_pl.analysis.run_history import (
+    CALLBACKS,
+    CONFIG_FILE,
+    config_files,
+    leaves,
+    read_training_data,
+    without_parts,
+)
 
-CONFIG_FILE = "config.yaml"
 SEED = "seed_everything"
+DATA = "training data"
+DATA_PATH = "data.path"
 # Where a run is kept and how it is executed, which does not change what is trained: the order of
 # the samples does not depend on the number of loader processes.
-NOT_COMPARED = {
-    SEED,
-    "ckpt_path",
-    "weights_only",
-    "last_checkpoint",
-    "trainer.default_root_dir",
-    "trainer.enable_model_summary",
-    "trainer.enable_progress_bar",
-    "trainer.logger",
-    "data.num_workers",
-    "data.path",
+NOT_COMPARED = (
+    f"{SEED}.",
+    "weights_only.",
+    "last_checkpoint.",
+    "trainer.default_root_dir.",
+    "trainer.enable_model_summary.",
+    "trainer.enable_progress_bar.",
+    "trainer.logger.",
+    "data.num_workers.",
+    "data.path.",  # data may be moved: what they are tells
+)
+FOLDER = "dirpath"
+# Others of Lightning's record, show or end a training, and change no step of it.
+LIGHTNING = ("lightning.pytorch.callbacks.", "pytorch_lightning.callbacks.")
+TRAINING_CALLBACKS = {
+    "BackboneFinetuning",
+    "BatchSizeFinder",
+    "EMAWeightAveraging",
+    "GradientAccumulationScheduler",
+    "LearningRateFinder",
+    "ModelPruning",
+    "StochasticWeightAveraging",
+    "WeightAveraging",
 }
-FOLDER = "dirpath"  # of callbacks
+OWN = "segformer_pl.callbacks."  # which train nothing
 EVALUATES = "verbose"  # an argument of Lightning's validate and test that fit does not have
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run was trained on, wherever it was stored.
+
+    Attributes:
+        dataset: Name of the data set.
+        num_rows: Number of training images.
+        fingerprint: Of their contents.
+    """
+
+    dataset: str
+    num_rows: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.num_rows:,} images of {self.dataset}, fingerprint {self.fingerprint}"
 
 
 @dataclass(frozen=True)
@@ -34,15 +74,30 @@ class Configuration:
     """The settings that decide what a run trains.
 
     Attributes:
-        settings: Value by dotted key, without the seed and the paths.
+        settings: Value by dotted key, without the seed and the paths. One that a resumption
+            changed says so: ``"0.003, 0.006 from step 400 on"``.
         seed: Of the run; None if it was not seeded.
+        data: The images that it was trained on; None if that is not known.
+        data_path: Where they were stored.
     """
 
     settings: dict[str, Any]
     seed: int | None
+    data: TrainingData | None = None
+    data_path: Any = None
+
+    def has_data_of(self, other: "Configuration") -> bool:
+        """Whether both were trained on the same data, as far as that is known."""
+        if self.data is None or other.data is None:
+            return self.data_path == other.data_path
+        return self.data == other.data
+
+    def is_that_of(self, other: "Configuration") -> bool:
+        """Whether both train the same, save for the seed."""
+        return self.settings == other.settings and self.has_data_of(other)
 
 
-def training_configuration(source: Path) -> Configuration | None:
+def training_configuration(source: Path, step: int) -> Configuration | None:
     """What the network was trained with that a run folder, or a file of its evaluations, scored.
 
     The folder of a ``fit`` tells it. That of a ``validate`` or ``test`` tells how the network was
@@ -50,6 +105,7 @@ def training_configuration(source: Path) -> Configuration | None:
 
     Args:
         source: Run folder, or an .npz file of its evaluation folder.
+        step: Training steps before the evaluation; what was changed after them does not count.
 
     Returns:
         None where that is not known: there is no ``config.yaml``, or the run that was trained is
@@ -66,19 +122,36 @@ def training_configuration(source: Path) -> Configuration | None:
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None
-    config = read_config(file)
-    if EVALUATES in config:
+    config, protocol = read_config(file), None
+    is_evaluation = EVALUATES in config
+    if is_evaluation:
         checkpoint = config.get("ckpt_path")
-        trained = Path(str(checkpoint)).parent.parent / CONFIG_FILE  # RUN/checkpoints/FILE
-        if checkpoint is None or not trained.is_file():
+        folder = Path(str(checkpoint)).parent.parent  # RUN/checkpoints/FILE
+        if checkpoint is None or not (folder / CONFIG_FILE).is_file():
             return None
         protocol = (config.get("model") or {}).get("inference")
-        config = read_config(trained)
-        if EVALUATES in config:
-            return None
-        config["model"] = {**(config.get("model") or {}), "inference": protocol}
-    seed = config.get(SEED)
-    return Configuration(dict(_leaves(config)), None if isinstance(seed, bool) else seed)
+    parts = {
+        start: read_config(part)
+        for start, part in config_files(folder).items()
+        if start == 0 or start < step
+    }
+    if any(EVALUATES in part for part in parts.values()):
+        return None
+    for start, part in parts.items():
+        if start:
+            part["ckpt_path"] = parts[0].get("ckpt_path")  # the run's own
+        if is_evaluation:
+            part["model"] = {**(part.get("model") or {}), "inference": protocol}
+    seed, data = parts[0].get(SEED), read_training_data(folder)
+    if data is not None:
+        # The layout before the dash holds names of files; contents are hashed after it, if at all.
+        data["fingerprint"] = str(data["fingerprint"]).rpartition("-")[2]
+    return Configuration(
+        _merged(parts),
+        None if isinstance(seed, bool) else seed,
+        TrainingData(**data) if data else None,
+        (parts[0].get("data") or {}).get("path"),
+    )
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -98,21 +171,68 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def differences(configurations: Sequence[Configuration]) -> dict[str, list[Any]]:
-    """The settings in which not all agree: key -> value of each, ``"not stated"`` for none."""
+    """The settings in which not all agree: key -> value of each, ``"not stated"`` for none.
+
+    ``data.path`` is among them only where it is not known whether the training data are the same.
+    """
     keys = dict.fromkeys(key for one in configurations for key in one.settings)
     values = {key: [one.settings.get(key, "not stated") for one in configurations] for key in keys}
-    return {key: given for key, given in values.items() if any(v != given[0] for v in given)}
+    different = {key: v for key, v in values.items() if any(value != v[0] for value in v)}
+    if not is_data_known(configurations):
+        different[DATA_PATH] = [one.data_path for one in configurations]
+    elif any(not one.has_data_of(configurations[0]) for one in configurations):
+        different[DATA] = [str(one.data or "not stated") for one in configurations]
+    return without_parts(different)
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        items = [(str(name), value) for name, value in tree.items()]
-    elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):  # callbacks
-        items = [(str(number), value) for number, value in enumerate(tree)]
-    else:
-        yield prefix, tree
-        return
-    for name, value in items:
-        key = f"{prefix}.{name}" if prefix else name
-        if key not in NOT_COMPARED and name != FOLDER:
-            yield from _leaves(value, key)
+def is_data_known(configurations: Sequence[Configuration]) -> bool:
+    """Whether it can be told which of them were trained on the same data."""
+    paths = [one.data_path for one in configurations]
+    return all(one.data for one in configurations) or all(path == paths[0] for path in paths)
+
+
+def _merged(parts: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """One value of each setting: that of the start, and what resumptions made of it."""
+    settings = {step: dict(_settings(config)) for step, config in parts.items()}
+    first = settings[0]
+    merged = {}
+    for key in dict.fromkeys(key for part in settings.values() for key in part):
+        value, told = first.get(key, "not stated"), []
+        for step, part in settings.items():
+            now = part.get(key, "not stated")
+            if now != value:
+                told.append(f"{plain(now)} from step {step:,} on")
+                value = now
+        merged[key] = ", ".join([plain(first.get(key, "not stated")), *told]) if told else value
+    return merged
+
+
+def plain(value: Any) -> str:
+    """A setting as YAML has it."""
+    is_json = value is None or isinstance(value, bool | list | dict)
+    return json.dumps(value, default=str) if is_json else str(value)
+
+
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in leaves(config):
+        if key.startswith(CALLBACKS):
+            if _counts(config, key):
+                yield key, value
+        elif not f"{key}.".startswith(NOT_COMPARED) and FOLDER not in key.split("."):
+            yield key, value
+
+
+def _counts(config: dict[str, Any], key: str) -> bool:
+    """Whether a setting of callbacks tells how the run trains."""
+    _, _, name, *argument = key.split(".")
+    given = (config.get("trainer") or {}).get("callbacks")
+    paths = [
+        str(callback.get("class_path"))
+        for callback in (given if isinstance(given, list) else [given])
+        if isinstance(callback, dict)
+    ]
+    path = next(path for path in paths if path.rpartition(".")[2] == name)
+    if path.startswith(LIGHTNING):
+        return name in TRAINING_CALLBACKS
+    # Of a class that is not known here, that it is there.
+    return not path.startswith(OWN) and all(part.isdecimal() for part in argument)

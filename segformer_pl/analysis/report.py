@@ -121,7 +121,7 @@ def write_report(run_dir: Path) -> Path:
     )
     environment.filters["percent"] = _percent
     environment.filters["share"] = _share
-    environment.filters["setting"] = lambda value: json.dumps(value, default=str)
+    environment.filters["setting"] = _setting
     environment.filters["decimal"] = lambda value: DASH if math.isnan(value) else f"{value:.3f}"
     config_file = run_dir / CONFIG_FILE
     html = environment.get_template("report.html.j2").render(
@@ -290,6 +290,11 @@ def _share(value: float) -> str:
     if math.isnan(value):
         return DASH
     return "<\u00a00.01\u00a0%" if 0 < value < 5e-5 else f"{100 * value:.2f}\u00a0%"
+
+
+def _setting(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-40:]}"
 
 
 def _max_steps(config: dict[str, Any]) -> int | None:

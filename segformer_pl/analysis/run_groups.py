@@ -108,7 +108,7 @@ def group_runs(
     members: list[list[int]] = []
     for number, configuration in enumerate(known):
         for group in members:
-            if known[group[0]].settings == configuration.settings:
+            if configuration.is_that_of(known[group[0]]):
                 group.append(number)
                 break
         else:

@@ -5,6 +5,7 @@ After resumptions at steps 400 and 900 its folder holds:
     config.yaml                                 of the start
     config_resumed_at_step_0000400.yaml         of each resumption
     config_resumed_at_step_0000900.yaml
+    training_data.json                          data set, number and fingerprint of its rows
     metrics.csv                                 the rows of all parts, one after the other
     evaluation/ predictions/ worst/ erf/        the files of all parts, named by their steps
 
@@ -16,6 +17,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,10 +32,13 @@ from segformer_pl.atomic import atomic_write_text
 
 CONFIG_FILE = "config.yaml"
 FINDINGS_FILE = "findings.json"
+TRAINING_DATA_FILE = "training_data.json"
+TRAINING_DATA = ("dataset", "num_rows", "fingerprint")  # of the data's state in checkpoints
 CHECKPOINT_FOLDER = "checkpoints"
 FIGURE_FOLDERS = ("predictions", "worst", "erf")
 # Each folder has files of one kind.
 NUMBERED = re.compile(r"(?:step|(?:val|test)_step|config_resumed_at_step)_(\d+)\.(?:png|npz|yaml)")
+CALLBACKS = "trainer.callbacks."
 # Of where a part is stored and what it starts from, not of how it trains.
 NOT_COMPARED = ("ckpt_path", "trainer.logger.", "trainer.default_root_dir")
 
@@ -74,15 +79,30 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def read_configs(run_dir: Path) -> dict[int, dict[str, Any]]:
     """The configurations of a run, by the step that each holds from, the first one from step 0."""
-    resumed = {step: read_config(file) for step, file in sorted(_numbered(run_dir))}
+    return {step: read_config(file) for step, file in config_files(run_dir).items()}
+
+
+def config_files(run_dir: Path) -> dict[int, Path]:
+    """The files of :func:`read_configs`; the first one need not exist."""
     # A run can be resumed before its first step; what came before then trained nothing.
-    return {0: read_config(run_dir / CONFIG_FILE)} | resumed
+    return {0: run_dir / CONFIG_FILE} | dict(sorted(_numbered(run_dir)))
 
 
 def read_resumptions(run_dir: Path) -> list[Resumption]:
     """The resumptions of a run in the order of their steps, each compared with the part before."""
     parts = pairwise(read_configs(run_dir).items())
     return [Resumption(step, _changes(old, new)) for (_, old), (step, new) in parts]
+
+
+def read_training_data(run_dir: Path) -> dict[str, Any] | None:
+    """``dataset``, ``num_rows`` and ``fingerprint`` of what a run trains on; None if not known."""
+    try:
+        content = json.loads((run_dir / TRAINING_DATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or any(key not in content for key in TRAINING_DATA):
+        return None
+    return {key: content[key] for key in TRAINING_DATA}
 
 
 def read_findings(run_dir: Path) -> list[str]:
@@ -122,17 +142,50 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    return {
-        key: (before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not f"{key}.".startswith(NOT_COMPARED)
-    }
+    before, after = dict(leaves(old)), dict(leaves(new))
+    return without_parts(
+        {
+            key: (before.get(key), after.get(key))
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key) and not f"{key}.".startswith(NOT_COMPARED)
+        }
+    )
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration by dotted key.
+
+    Callbacks go by the names of their classes rather than by their places in the list, which
+    another callback changes: ``trainer.callbacks.ModelCheckpoint`` is the path of the class, and
+    its arguments follow below that key. A second one of a class is ``ModelCheckpoint.2``.
+    """
+    if prefix == CALLBACKS:
+        yield from _callbacks(tree)
+    elif isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
+    elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        for number, value in enumerate(tree):
+            yield from leaves(value, f"{prefix}{number}.")
     else:
         yield prefix.rstrip("."), tree
+
+
+def _callbacks(tree: Any) -> Iterator[tuple[str, Any]]:
+    count: Counter[str] = Counter()
+    for callback in tree if isinstance(tree, list) else [tree]:
+        if not isinstance(callback, dict) or "class_path" not in callback:
+            continue
+        path = str(callback["class_path"])
+        name = path.rpartition(".")[2]
+        count[name] += 1
+        key = f"{CALLBACKS}{name}" + (f".{count[name]}" if count[name] > 1 else "")
+        yield key, path
+        if arguments := callback.get("init_args"):
+            yield from leaves(arguments, f"{key}.")
+
+
+def without_parts(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the arguments of a callback that is listed itself."""
+    listed = tuple(f"{key}." for key in settings if key.startswith(CALLBACKS))
+    return {key: value for key, value in settings.items() if not key.startswith(listed)}

@@ -16,7 +16,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from segformer_pl.analysis.run_history import CONFIG_FILE, FINDINGS_FILE, rewind
+from segformer_pl.analysis.run_history import (
+    CONFIG_FILE,
+    FINDINGS_FILE,
+    TRAINING_DATA,
+    TRAINING_DATA_FILE,
+    rewind,
+)
 from segformer_pl.analysis.run_metrics import read_table
 from segformer_pl.atomic import WriteError, atomic_write_text, make_writable_folder
 from segformer_pl.callbacks.figures import run_folder
@@ -95,7 +101,8 @@ class RunHistory(pl.Callback):
     When training starts from a checkpoint, what the folder holds of later steps is removed
     (:func:`~segformer_pl.analysis.run_history.rewind`): it comes from steps that are trained again.
     Logged values are on the disk soon after each checkpoint, so that no value between two
-    checkpoints is lost when the process is killed.
+    checkpoints is lost when the process is killed. What the data module says of the training data
+    is kept in ``training_data.json``, by which runs are compared.
 
     Attributes:
         findings: Sentences about settings that are most likely not meant. They are kept in
@@ -114,6 +121,11 @@ class RunHistory(pl.Callback):
         if trainer.ckpt_path is not None:
             rewind(folder, trainer.global_step)
         atomic_write_text(folder / FINDINGS_FILE, json.dumps(self.findings, indent=1) + "\n")
+        data = getattr(trainer, "datamodule", None)
+        state = {} if data is None else data.state_dict()
+        if all(key in state for key in TRAINING_DATA):
+            known = json.dumps({key: state[key] for key in TRAINING_DATA}, indent=1)
+            atomic_write_text(folder / TRAINING_DATA_FILE, f"{known}\n")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

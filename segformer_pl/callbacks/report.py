@@ -19,12 +19,17 @@ class RunReport(pl.Callback):
 
     def __init__(self) -> None:
         self.run_dir: Path | None = None
+        self.remedy = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # trainer.log_dir waits for all ranks. They are together here, and not when one has failed.
         fast_dev_run = getattr(trainer, "fast_dev_run", False)
         log_dir = None if fast_dev_run or stage == "predict" else trainer.log_dir
         self.run_dir = None if log_dir is None else Path(log_dir)
+        self.remedy = {
+            "validate": "score at least one batch (trainer.limit_val_batches)",
+            "test": "score at least one batch (trainer.limit_test_batches)",
+        }.get(stage, "train for at least trainer.log_every_n_steps steps")
 
     # Not on_fit_end and its like: the progress bar and the table of results would come in between.
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -36,8 +41,8 @@ class RunReport(pl.Callback):
             self._write(self.run_dir)
         except FileNotFoundError:
             rank_zero_info(
-                f"no report: nothing was logged to {self.run_dir / METRICS_FILE}; train for at "
-                "least trainer.log_every_n_steps steps, with a CSVLogger as the first logger"
+                f"no report: nothing was logged to {self.run_dir / METRICS_FILE}; {self.remedy}, "
+                "with a CSVLogger as the first logger"
             )
         except Exception as error:  # the run itself came to its end
             rank_zero_warn(f"The report could not be written: {error}")

@@ -95,6 +95,20 @@ class StopOnSignal(pl.Callback):
             self._compare(trainer)
             self._act(trainer)
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """A disk that is full costs no more than the steps since the last checkpoint; say so."""
+        if not isinstance(exception, OSError) or trainer.state.fn != TrainerFn.FITTING:
+            return
+        for one in trainer.checkpoint_callbacks:
+            # Not one that another run left in the same place.
+            is_own = getattr(one, "_last_global_step_saved", 0) != 0
+            if hasattr(one, "file") and is_own and one.file.exists():
+                command = [*_without_ckpt_path(self.command), f"--ckpt_path={one.file}"]
+                exception.add_note(f"then go on with\n{shlex.join(command)}")
+                return
+
     def _compare(self, trainer: pl.Trainer) -> None:
         """Learn of the signals that any rank received; on all ranks."""
         self.stopping, self._requeuing = self._received, self._requeue

@@ -19,6 +19,8 @@ from segformer_pl.analysis.comparison import (
 from segformer_pl.analysis.configuration import (
     Configuration,
     differences,
+    is_data_known,
+    plain,
     training_configuration,
 )
 from segformer_pl.analysis.evaluation import Evaluation, load_evaluation
@@ -30,6 +32,11 @@ FEW_BLOCKS = 20
 # if 10 pictures hold the class, 85 % if 5 do, 80 % if 3 do.
 FEW_PICTURES = 10
 SHOWN_SETTINGS = 5
+LONGEST = 80  # characters of a setting
+UNKNOWN_DATA = (
+    "Whether runs with different data.path were trained on the same data cannot be told, because "
+    "a run folder without training_data.json does not say what its data are."
+)
 ONE_RUN_EACH = (
     "With one run of each, what follows speaks of the choice of images and not of training seeds: "
     "it says whether these two trained networks differ on images like these, not whether one way "
@@ -71,19 +78,20 @@ def compare(arguments: list[str]) -> None:
     if len(runs) < 2:
         raise ValueError(f"there is nothing to compare '{runs[0]}' with; give two or more runs")
     evaluations = [load_evaluation(run) for run in runs]
-    configurations = [training_configuration(run) for run in runs]
+    configurations = [training_configuration(run, e.step) for run, e in zip(runs, evaluations)]
     if len(runs) == 2:
         known, text = _two(runs, evaluations, configurations, options.block_size)
     else:
         groups = group_runs(runs, evaluations, configurations, options.block_size)
+        caveat = _spread_caveat(groups, [c for c in configurations if c is not None])
         known = {
             "num_images": len(evaluations[0].ids),
             "block_size": options.block_size,
-            "caveat": _spread_caveat(groups),
+            "caveat": caveat,
             "groups": [group.as_dict() for group in groups],
             "differences": dict(_differences(groups)),
         }
-        text = _grouped(groups, len(evaluations[0].ids), options.block_size)
+        text = _grouped(groups, caveat, len(evaluations[0].ids), options.block_size)
     sys.stdout.write((json.dumps(known, indent=2) if options.json else "\n".join(text)) + "\n")
 
 
@@ -117,7 +125,8 @@ def _caveat(configurations: Sequence[Configuration | None]) -> str:
             f"{ONE_RUN_EACH}"
         )
     if different := differences([a, b]):
-        return f"A and B differ in {_settings(different)}. {ONE_RUN_EACH}"
+        unknown = "" if is_data_known([a, b]) else f" {UNKNOWN_DATA}"
+        return f"A and B differ in {_settings(different)}.{unknown} {ONE_RUN_EACH}"
     if a.seed != b.seed or a.seed is None:
         return (
             f"A and B are two seeds of one configuration ({_seed(a)}, {_seed(b)}): their "
@@ -131,17 +140,18 @@ def _caveat(configurations: Sequence[Configuration | None]) -> str:
 
 def _settings(different: dict[str, list[Any]]) -> str:
     """Such as ``model.lr (0.003, 0.006)``, the first few."""
-    listed = [
-        f"{key} ({', '.join(map(_plain, values))})"
-        for key, values in list(different.items())[:SHOWN_SETTINGS]
-    ]
-    more = len(different) - len(listed)
-    return ", ".join(listed) + (f" and {more} more settings" if more else "")
+    return _few([f"{key} ({'; '.join(map(_short, values))})" for key, values in different.items()])
 
 
-def _plain(value: Any) -> str:
-    """As YAML has it."""
-    return json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
+def _few(settings: list[str]) -> str:
+    more = len(settings) - SHOWN_SETTINGS
+    return ", ".join(settings[:SHOWN_SETTINGS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _short(value: Any) -> str:
+    """Both ends of a long value: paths differ in either."""
+    text = plain(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
 
 
 def _seed(configuration: Configuration) -> str:
@@ -158,15 +168,15 @@ def _header(
         yield f"{letter}  {run}: {evaluation.split}, step {evaluation.step:,}{seed}"
 
 
-def _grouped(groups: Sequence[Group], num_images: int, block_size: int) -> list[str]:
+def _grouped(groups: Sequence[Group], caveat: str, num_images: int, block_size: int) -> list[str]:
     """What is not said, the runs by configuration, and the differences of their means."""
     num_runs = sum(len(group.runs) for group in groups)
     blocks = "" if block_size == 1 else f" in blocks of {block_size}"
     of = f"{len(groups)} configurations" if len(groups) > 1 else "one configuration"
     lines = [f"{num_runs} runs of {of}, scored on {num_images:,} images{blocks}", ""]
-    lines += [fill(_spread_caveat(groups), 100), ""]
+    lines += [fill(caveat, 100), ""]
     for group in groups:
-        stated = ", ".join(f"{k} {_plain(v)}" for k, v in group.settings.items())
+        stated = _few([f"{key} {_short(value)}" for key, value in group.settings.items()])
         lines += [fill(f"{group.name}  {stated}".rstrip(), 100, subsequent_indent="   ")]
         lines.append(f"   {'seed':>8}{'mIoU':>10}   {'95 % over images':<20}{'step':>9}   run")
         for run in group.runs:
@@ -197,12 +207,14 @@ def _grouped(groups: Sequence[Group], num_images: int, block_size: int) -> list[
     return [*lines, *([""] if len(groups) > 1 else []), fill(remark, 100)]
 
 
-def _spread_caveat(groups: Sequence[Group]) -> str:
+def _spread_caveat(groups: Sequence[Group], configurations: Sequence[Configuration]) -> str:
     """What the spread between a few seeds cannot say."""
     caveat = (
         "Nothing is tested here: so few seeds show how far runs of one configuration lie apart, "
         "and not which configuration is better."
     )
+    if len(groups) > 1 and not is_data_known(configurations):
+        caveat = f"{UNKNOWN_DATA} {caveat}"
     if single := [group.name for group in groups if len(group.runs) == 1]:
         return (
             f"There is one run of {', '.join(single)}, so that nothing is known of the spread "

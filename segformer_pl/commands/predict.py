@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from segformer_pl.analysis.overlays import Palette, Pixels, write_overlay
-from segformer_pl.atomic import atomic_write, make_writable_folder
+from segformer_pl.atomic import WriteError, atomic_write, make_writable_folder
 from segformer_pl.commands.checkpoint import load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data import DataError
@@ -48,9 +48,10 @@ def predict(arguments: list[str]) -> None:
         "NAME is the picture's path below the folder or below the fixed part of the pattern, "
         "without suffix; pictures that differ in nothing else keep it (a.jpg.png). Pictures are "
         "turned upright by their EXIF data, and so are the masks; transparency is ignored; of 16 "
-        "bits the upper 8 count; of several frames the first. What cannot be read is reported and "
-        "skipped, and the exit code is then 1. Files that are there already are written anew. Of "
-        "--inference, whatever defaults are listed, what is not given is as in the run.",
+        "bits the upper 8 count; of several frames the first. What cannot be read, or written "
+        "under its name, is reported and skipped, and the exit code is then 1. Files that are "
+        "there already are written anew. Of --inference, whatever defaults are listed, what is "
+        "not given is as in the run.",
     )
     parser.add_argument("--ckpt", required=True, help="checkpoint of a run")
     parser.add_argument(
@@ -85,7 +86,9 @@ def predict(arguments: list[str]) -> None:
         inference = _inference(task.inference, changes.as_dict() if changes else {})
     except ValueError as error:
         parser.error(str(error))
-    make_writable_folder(options.output, "--output")
+    kinds = (MASKS, OVERLAYS, *([PROBABILITIES] if options.probabilities else []))
+    for folder in (options.output, *(options.output / kind for kind in kinds)):
+        make_writable_folder(folder, "--output")
     writer = PredictionFiles(options.output, task.class_names, task.palette)
     num_written = num_skipped = 0
     progress = tqdm(pictures.items(), "predicting", unit="picture")
@@ -100,7 +103,14 @@ def predict(arguments: list[str]) -> None:
                 num_skipped += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 continue
-            writer.write(name, pixels, labels, probabilities)
+            try:
+                writer.write(name, pixels, labels, probabilities)
+            except WriteError as error:
+                if not error.is_of_the_name:  # but of the disk or the folder, as of all others
+                    raise
+                num_skipped += 1
+                tqdm.write(f"skipped: {file}: {error}", file=sys.stderr)
+                continue
             num_written += 1
     except KeyboardInterrupt:
         progress.close()

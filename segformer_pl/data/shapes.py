@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
-from segformer_pl.atomic import WriteError, make_writable_folder
+from segformer_pl.atomic import WriteError, advice, make_writable_folder
 
 Float = npt.NDArray[np.float64]
 
@@ -232,8 +232,7 @@ def generate(folder: Path, num_images: Mapping[str, int] | None = None) -> None:
                 raise
     except OSError as error:
         raise WriteError(
-            f"cannot write {str(folder)!r}: {error.strerror or error}; free space or give a folder "
-            "that can be written"
+            f"cannot write {str(folder)!r}: {error.strerror or error}; {advice(error.errno)}"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

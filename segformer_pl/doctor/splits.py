@@ -81,13 +81,15 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
         (found.error if level == "error" else found.warning)("files", remark)
     look = Look(source, _spread(source))
     failed: list[str] = []
+    num_skippable = 0
     noticed: dict[str, list[str]] = {}  # by kind
     names: Counter[str] = Counter()
     flat: list[str] = []
     unlabelled: list[str] = []
     for position, sample, why in _read(data, look, split):
-        if sample is None:
+        if sample is None or sample["skipped"]:
             failed.append(why)
+            num_skippable += sample is not None
             continue
         look.sound.append(position)
         for kind, sentence in sample["notices"].items():
@@ -106,10 +108,14 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
             look.digests[hash(sample["image"].numpy().tobytes())] = name
     total = len(look.positions)
     if failed:
+        skip = ""
+        if num_skippable:
+            which = "them" if num_skippable == len(failed) else f"{num_skippable} of them"
+            skip = f"; or pass over {which} with --data.on_bad_sample skip"
         found.error(
             "samples",
-            f"{len(failed)} of {total} {split} samples cannot be used, the first: {failed[0]}; or "
-            "pass over them with --data.on_bad_sample skip",
+            f"{len(failed)} of {total} {split} samples cannot be used, the first: {failed[0]}"
+            f"{skip}",
         )
     if not look.sound:
         return None
@@ -147,10 +153,13 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
 def _read(
     data: StreamingSegmentationData, look: Look, split: Split
 ) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
-    samples = samples_of(data, look.source, to_tensors)
+    # Skipping says which errors a run could pass over; others, as of a network, are raised.
+    order = StoredOrder(look.source.group_rows)
+    samples = Samples(data.entry, look.source, order, to_tensors, on_bad_sample="skip")
     for position in tqdm(look.positions, f"looking at {split}", leave=False):
         try:
-            yield position, samples[position], ""
+            sample = samples[position]
+            yield position, sample, next(iter(sample["skipped"].values()), "")
         except DataError as error:
             yield position, None, str(error)
 

@@ -19,6 +19,7 @@ from segformer_pl.analysis.charts import _loss_figure, draw_charts
 from segformer_pl.analysis.comparison import miou_interval
 from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.report import summary, write_report
+from segformer_pl.analysis.run_history import read_resumptions
 from segformer_pl.analysis.run_metrics import Series, read_metrics
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks.report import RunReport
@@ -534,6 +535,32 @@ def test_resumptions_are_marked_and_their_changes_listed(run_dir: Path) -> None:
     assert "steps trained 20 of 90: not finished" in page.text
 
 
+def test_changes_of_callbacks_are_single_settings(run_dir: Path) -> None:
+    finished(run_dir, [0.3])
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+
+    def callback(name: str, **arguments: Any) -> dict[str, Any]:
+        return {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": arguments}
+
+    ema = {"device": None, "decay": 0.99, "note": "x" * 500}
+    config["trainer"]["callbacks"] = [callback("EMAWeightAveraging", **ema)]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    config["trainer"]["callbacks"] = [
+        callback("LearningRateMonitor", logging_interval=None, log_momentum=False),
+        callback("EMAWeightAveraging", **ema | {"decay": 0.9, "note": "y" * 500}),
+    ]
+    (run_dir / "config_resumed_at_step_0000008.yaml").write_text(yaml.safe_dump(config))
+    changes = read_resumptions(run_dir)[0].changes
+    assert list(changes) == [
+        "trainer.callbacks.EMAWeightAveraging.decay",
+        "trainer.callbacks.EMAWeightAveraging.note",
+        "trainer.callbacks.LearningRateMonitor",
+    ]
+    page = Page(write_report(run_dir))
+    assert "EMAWeightAveraging.decay 0.99 0.9" in page.text
+    assert "x" * 50 not in page.text.split("config.yaml")[0]
+
+
 def test_what_was_said_at_the_start_stands_in_the_report(run_dir: Path) -> None:
     finished(run_dir, [0.3])
     (run_dir / "findings.json").write_text('["warm-up is <b>long</b>"]')
@@ -616,6 +643,20 @@ def test_validate_and_test_write_a_report(tmp_path: Path, said: list[str]) -> No
     assert [line.split("   ")[0] for line in said] == [
         "mIoU 83.1 % (locality ceiling 77.8 %)",
         "test mIoU 50.0 %",
+    ]
+
+
+def test_without_a_report_the_advice_is_that_of_the_command(
+    tmp_path: Path, said: list[str]
+) -> None:
+    none = {"limit_val_batches": 0, "limit_test_batches": 0, "log_every_n_steps": 50}
+    trainer(tmp_path, **none).validate(TinyTask(), data(), verbose=False)
+    trainer(tmp_path, **none).test(TinyTask(), data(), verbose=False)
+    trainer(tmp_path, **none).fit(TinyTask(), data())
+    assert [line.split("; ")[1].split(", with")[0] for line in said] == [
+        "score at least one batch (trainer.limit_val_batches)",
+        "score at least one batch (trainer.limit_test_batches)",
+        "train for at least trainer.log_every_n_steps steps",
     ]
 
 

@@ -98,10 +98,14 @@ def test_a_full_disk_ends_the_run_in_one_sentence(fit, start_command, tmp_path):
     resumed = [*fit, "--trainer.max_steps=3", f"--ckpt_path={last}"]
     full = start_command(resumed, largest_file=1_000_000)
     assert full.wait() == 1
-    assert full.output.splitlines()[-1] == (
+    sentence, command = full.output.splitlines()[-2:]
+    assert sentence == (
         f"error: cannot write {str(last)!r}: File too large; free space or give a folder that can "
-        "be written"
+        "be written; then go on with"
     )
+    assert command.startswith("python -m segformer_pl fit ")
+    assert command.count("--ckpt_path") == 1
+    assert command.endswith(f"--ckpt_path={last}")
     assert "Traceback" not in full.output
     assert last.read_bytes() == before
     assert os.listdir(last.parent) == ["last.ckpt"]

@@ -50,6 +50,13 @@ def configure(folder, seed=0, lr=3e-3, **changes):
         "ckpt_path": None,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config | changes))
+    return trained_on(folder)
+
+
+def trained_on(folder, num_rows=16, fingerprint="names-contents"):
+    """What a ``fit`` says of its training data, in the folder."""
+    known = {"dataset": "shapes", "num_rows": num_rows, "fingerprint": fingerprint}
+    (folder / "training_data.json").write_text(json.dumps(known))
     return folder
 
 
@@ -219,7 +226,7 @@ def test_two_configurations_are_told_apart_by_their_settings(run, runs):
     configure(runs[0], lr=3e-3)
     configure(runs[1], seed=1, lr=6e-3)
     caveat = json.loads(run(*runs, "--json"))["caveat"]
-    assert caveat.startswith("A and B differ in model.lr (0.003, 0.006). With one run of each")
+    assert caveat.startswith("A and B differ in model.lr (0.003; 0.006). With one run of each")
 
 
 def test_a_run_with_itself_has_one_seed(run, runs):
@@ -243,6 +250,109 @@ def test_what_a_validation_scored_is_sought_where_its_checkpoint_lies(run, runs,
     assert "What B was trained with is not known" in " ".join(run(*runs).split())
     configure(runs[1], verbose=True)  # weights of unknown origin
     assert "What B was trained with is not known" in " ".join(run(*runs).split())
+
+
+def test_other_training_data_are_no_other_seed(run, runs):
+    """Whether data were moved or are others, their contents tell, and nothing else does."""
+    for seed, folder in enumerate(runs):
+        configure(folder, seed)
+    trained_on(runs[1], fingerprint="moved-contents")
+    assert "two seeds of one configuration" in run(*runs)
+    trained_on(runs[1], num_rows=4, fingerprint="names-others")
+    said = " ".join(run(*runs).split())
+    assert (
+        "A and B differ in training data (16 images of shapes, fingerprint contents; 4 images of "
+        "shapes, fingerprint others). With one run of each" in said
+    )
+
+
+def test_unknown_training_data_at_another_path_may_be_others(run, runs, study):
+    for seed, folder in enumerate(runs):
+        configure(folder, seed)
+    (runs[1] / "training_data.json").unlink()
+    said = " ".join(run(*runs).split())
+    assert "two seeds" not in said
+    assert (
+        "A and B differ in data.path (/scratch/0; /scratch/1). Whether runs with different" in said
+    )
+    assert "trained on the same data cannot be told" in said
+    configure(runs[1], seed=1, data=yaml.safe_load((runs[0] / "config.yaml").read_text())["data"])
+    (runs[1] / "training_data.json").unlink()
+    assert "two seeds of one configuration" in run(*runs)  # of one path
+    few = [study["a", seed] for seed in range(3)]
+    (few[2] / "training_data.json").unlink()
+    said = " ".join(run(*few).split())
+    assert said.startswith("3 runs of 2 configurations")
+    assert "trained on the same data cannot be told" in said
+    assert "B data.path /scratch/2" in said
+
+
+def test_settings_that_a_resumption_changed_count(run, runs):
+    """Those after the step that was scored do not: here 1600 and 800."""
+    for seed, folder in enumerate(runs):
+        configure(folder, seed)
+    config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    config["ckpt_path"] = "runs/wide/version_0/checkpoints/last.ckpt"
+    resumed = runs[1] / "config_resumed_at_step_0000400.yaml"
+    resumed.write_text(yaml.safe_dump(config))
+    assert "two seeds of one configuration" in run(*runs)
+    config["model"]["lr"] = 0.5
+    config["trainer"]["max_steps"] = 3200
+    resumed.write_text(yaml.safe_dump(config))
+    said = " ".join(run(*runs).split())
+    assert (
+        "A and B differ in model.lr (0.003; 0.003, 0.5 from step 400 on), "
+        "trainer.max_steps (1600; 1600, 3200 from step 400 on). " in said
+    )
+    resumed.rename(runs[1] / "config_resumed_at_step_0000800.yaml")
+    assert "two seeds of one configuration" in run(*runs)
+
+
+def test_a_run_that_went_on_from_another_is_not_one_from_the_start(run, runs):
+    configure(runs[0])
+    configure(runs[1], seed=1, ckpt_path="runs/other/version_0/checkpoints/last.ckpt")
+    assert "A and B differ in ckpt_path (null; runs/other/" in " ".join(run(*runs).split())
+
+
+def with_callbacks(*callbacks):
+    given = [{"class_path": path, "init_args": arguments} for path, arguments in callbacks]
+    return {"trainer": {"max_steps": 1600, "callbacks": given}}
+
+
+def test_callbacks_count_if_they_train(run, runs):
+    lightning = "lightning.pytorch.callbacks."
+    monitor = (f"{lightning}LearningRateMonitor", {"logging_interval": "step"})
+    best = (f"{lightning}ModelCheckpoint", dict.fromkeys("abcdefghijklmnop"))
+    panel = ("segformer_pl.callbacks.PredictionPanel", {"num_pictures": 4})
+    ema = (f"{lightning}EMAWeightAveraging", {"decay": 0.99, "device": None})
+
+    def differ(one, other):
+        configure(runs[0], 0, **with_callbacks(*one))
+        configure(runs[1], 1, **with_callbacks(*other))
+        return " ".join(run(*runs).split())
+
+    assert "two seeds of one configuration" in differ([monitor], [best, monitor, panel])
+    assert (
+        "differ in trainer.callbacks.EMAWeightAveraging (not stated; "
+        "lightning.pytorch.callbacks.EMAWeightAveraging). " in differ([monitor], [monitor, ema])
+    )
+    other = (ema[0], {"decay": 0.9, "device": None})
+    assert "differ in trainer.callbacks.EMAWeightAveraging.decay (0.99; 0.9). " in differ(
+        [ema], [monitor, other]
+    )
+    unknown = ("mine.Mixup", {"alpha": 0.1})
+    assert "differ in trainer.callbacks.Mixup (not stated; mine.Mixup). " in differ([], [unknown])
+    assert "two seeds" in differ([unknown], [monitor, ("mine.Mixup", {"alpha": 0.2})])
+
+
+def test_few_settings_are_shown(run, study):
+    model = {f"setting_{n}": n for n in range(20)}
+    configure(study["b", 0], 0, model=model | {"long": "x" * 500})
+    configure(study["b", 1], 1, model=model | {"long": "x" * 500})
+    text = run(*study.values())
+    stated = text[text.index("\nB  ") :].split("   seed")[0]
+    assert " and 19 more" in " ".join(stated.split())
+    assert len(stated) < 500
 
 
 @pytest.fixture
@@ -361,4 +471,5 @@ def test_configurations_as_the_command_line_writes_them(run, runs, tmp_path):
             )
         )
         (folder / "config.yaml").write_text(yaml.safe_dump(resolve([str(file)])))
+        trained_on(folder)
     assert "two seeds of one configuration (seed 0, seed 1)" in run(*runs)

@@ -319,6 +319,35 @@ def test_a_full_disk_ends_in_words(run, pictures, tmp_path):
     assert written(tmp_path / "out") == []
 
 
+def test_names_that_clash_or_are_too_long_cost_no_other_picture(run, pictures, tmp_path):
+    image = Image.fromarray(photograph())
+    (pictures / "x.png").mkdir()
+    long = "l" * 251
+    for name in ("a.png", "x.jpg", "x.png/1.jpg", f"{long}.jpg", f"{long}.png", "q.png", "z.png"):
+        image.save(pictures / name)
+    (tmp_path / "out" / "masks" / "q.png").mkdir(parents=True)
+    code, printed, reported = run(pictures)
+    assert code == 1
+    assert printed.startswith("3 masks in ")
+    assert printed.endswith("skipped: 4\n")
+    assert {f"masks/{name}.png" for name in "axz"} <= set(written(tmp_path / "out"))
+    told = [line for line in reported.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == 4
+    assert sum(line.endswith("File name too long; give a shorter name") for line in told) == 2
+    assert any("x.png/1.jpg: cannot write" in line for line in told)
+    assert any("q.png: cannot write" in line for line in told)
+    assert "free space" not in reported
+
+
+def test_a_file_in_place_of_a_folder_of_outputs_is_said_before_any_work(run, pictures, tmp_path):
+    Image.fromarray(photograph()).save(pictures / "a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "masks").write_text("a file")
+    with pytest.raises(WriteError, match=r"cannot write to the folder '.*/masks': File exists; gi"):
+        run(pictures)
+    assert written(tmp_path / "out") == ["masks"]
+
+
 def test_an_output_that_cannot_be_written_is_said_before_any_work(run, pictures, tmp_path):
     Image.fromarray(photograph()).save(pictures / "a.png")
     (tmp_path / "out").write_text("a file")
