@@ -14,9 +14,16 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from segformer_pl.analysis.run_history import CONFIG_FILE, FINDINGS_FILE, rewind
+from segformer_pl.analysis.run_history import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    FINDINGS_FILE,
+    rewind,
+    run_dir_of,
+)
 from segformer_pl.analysis.run_metrics import read_table
 from segformer_pl.atomic import WriteError, atomic_write_text, make_writable_folder
 from segformer_pl.callbacks.figures import run_folder
@@ -97,6 +104,9 @@ class RunHistory(pl.Callback):
     Logged values are on the disk soon after each checkpoint, so that no value between two
     checkpoints is lost when the process is killed.
 
+    What its checkpoint callbacks know of the best checkpoints holds as well, also if the folder was
+    moved.
+
     Attributes:
         findings: Sentences about settings that are most likely not meant. They are kept in
             ``findings.json`` for the report.
@@ -105,6 +115,22 @@ class RunHistory(pl.Callback):
     def __init__(self) -> None:
         self.findings: list[str] = []
         self._is_unsaved = False
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        run_dir = run_dir_of(trainer.ckpt_path) if trainer.ckpt_path else None
+        if trainer.state.fn != TrainerFn.FITTING or run_dir is None:
+            return
+        if run_dir.resolve() != run_folder(trainer).resolve():
+            return
+        # Lightning forgets which checkpoint is the best, and writes a worse one over it, where the
+        # folder is spelt in another way than before: it was relative, or the run was moved.
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            folder = getattr(callback, "dirpath", None)
+            if state and folder and Path(folder).resolve() == run_dir.resolve() / CHECKPOINT_FOLDER:
+                checkpoint["callbacks"][callback.state_key] = _in_folder(state, folder)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_kept = any(isinstance(logger, RunLogger) for logger in trainer.loggers)
@@ -139,6 +165,25 @@ class RunConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         atomic_write_text(run_folder(trainer) / self.config_filename, text)
+
+
+def _in_folder(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The state of a ModelCheckpoint whose files are in another folder than they were."""
+    before = state.get("dirpath")
+    if before is None or Path(before).name != CHECKPOINT_FOLDER:  # the user's own folder
+        return state
+
+    def here(path: str) -> str:
+        is_below = bool(path) and Path(path).is_relative_to(before)
+        return str(Path(folder) / Path(path).relative_to(before)) if is_below else path
+
+    paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+    return {
+        **state,
+        "dirpath": folder,
+        "best_k_models": {here(path): score for path, score in state["best_k_models"].items()},
+        **{name: here(state[name]) for name in paths},
+    }
 
 
 def keep_history(loggers: Any, run_dir: Path | None) -> Any:

@@ -225,3 +225,48 @@ def test_rewinding_keeps_what_comes_up_to_a_step(tmp_path):
     assert read_metrics(tmp_path)["a,\nb"].value.tolist() == [1, 9]
     left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert left == {"metrics.csv", *kept}
+
+
+class Score(pl.Callback):
+    """A validation whose result is given: it is best after the second step."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/score", float(-abs(trainer.global_step - 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, moved):
+    """The folder is relative by default; Lightning forgot the best one and overwrote it."""
+    monkeypatch.chdir(tmp_path)
+    best = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {
+            **{"filename": "best", "monitor": "val/score", "mode": "max"},
+            "enable_version_counter": False,
+        },
+    }
+    callbacks = [
+        f"--trainer.callbacks+={json.dumps(one)}"
+        for one in ({"class_path": f"{__name__}.Score"}, best)
+    ]
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    first = options(data, "runs", trainer__max_steps=4)[:-2]
+    main(["fit", *first, *callbacks])
+    runs = Path("runs")
+    if moved:
+        runs = Path("elsewhere")
+        Path("runs").rename(runs)
+    run_dir = runs / "unnamed" / "version_0"
+    kept = (run_dir / "checkpoints" / "best.ckpt").read_bytes()
+    again = options(data, runs, trainer__max_steps=6)[:-2]
+    if moved:
+        again += ["--trainer.logger.version=0"]
+    ckpt_path = run_dir / "checkpoints" / "last.ckpt"
+    cli = main(["fit", *again, *callbacks, f"--ckpt_path={ckpt_path}"])
+    assert Path(cli.trainer.log_dir).resolve() == run_dir.resolve()
+    assert cli.trainer.global_step == 6
+    assert (run_dir / "checkpoints" / "best.ckpt").read_bytes() == kept
+    (callback,) = (one for one in cli.trainer.checkpoint_callbacks if one.monitor)
+    assert Path(callback.best_model_path) == (run_dir / "checkpoints" / "best.ckpt").absolute()
+    assert list(callback.best_k_models) == [callback.best_model_path]
