@@ -219,7 +219,10 @@ class SegformerCLI(LightningCLI):
             return
         if ckpt_path in NAMED:
             # The trainer looks for them in this run's own, empty folder, and goes on without one.
-            ckpt_path = str(named_checkpoint(ckpt_path, self.config[subcommand]))
+            config = self.config[subcommand]
+            place_below_root(config["trainer"])
+            settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[subcommand]
+            ckpt_path = str(named_checkpoint(ckpt_path, config, settings, subcommand == "fit"))
             rank_zero_info(f"ckpt_path: {self.config[subcommand].ckpt_path} is {ckpt_path}")
             self.config[subcommand].ckpt_path = ckpt_path
         checkpoint = read_checkpoint(ckpt_path, "ckpt_path")
