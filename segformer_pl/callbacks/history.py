@@ -15,7 +15,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import (
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
+from torch import Tensor
 
 from segformer_pl.analysis.run_history import (
     CHECKPOINT_FOLDER,
@@ -34,7 +39,12 @@ class RunLogger(CSVLogger):
 
     Lightning's own deletes it. A disk that is full for a while costs no values either: they are
     written once there is room. Arguments are those of CSVLogger.
+
+    Attributes:
+        trainer: The one that is training, once it is.
     """
+
+    trainer: pl.Trainer | None = None
 
     @property
     @rank_zero_experiment
@@ -43,6 +53,16 @@ class RunLogger(CSVLogger):
             make_writable_folder(self.log_dir)
             self._experiment = MetricsWriter(self.log_dir)
         return self._experiment
+
+    @rank_zero_only
+    def log_metrics(  # type: ignore[override]
+        self, metrics: dict[str, Tensor | float], step: int | None = None
+    ) -> None:
+        # Lightning logs the index of the step that is being made. Of a validation that is the last
+        # step made or, in the midst of an accumulation, the one after it.
+        if self.trainer is not None and self.trainer.validating:
+            step = self.trainer.global_step - 1
+        super().log_metrics(metrics, step)
 
     def save(self) -> None:
         try:
@@ -99,7 +119,7 @@ class MetricsWriter(ExperimentWriter):
 class RunHistory(pl.Callback):
     """Makes a resumed run one history with what came before it, in the same folder.
 
-    When training starts from a checkpoint, what the folder holds of later steps is removed
+    When training starts from a checkpoint, what the folder holds of later steps is set aside
     (:func:`~segformer_pl.analysis.run_history.rewind`): it comes from steps that are trained again.
     Logged values are on the disk soon after each checkpoint, so that no value between two
     checkpoints is lost when the process is killed.
@@ -115,6 +135,16 @@ class RunHistory(pl.Callback):
     def __init__(self) -> None:
         self.findings: list[str] = []
         self._is_unsaved = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.trainer = trainer
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.trainer = None  # a validation of its own is no part of the training
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -138,7 +168,11 @@ class RunHistory(pl.Callback):
             return
         folder = run_folder(trainer)
         if trainer.ckpt_path is not None:
-            rewind(folder, trainer.global_step)
+            aside = rewind(folder, trainer.global_step)
+            if aside is not None:
+                rank_zero_info(
+                    f"what the run had left of steps after {trainer.global_step} is kept in {aside}"
+                )
         atomic_write_text(folder / FINDINGS_FILE, json.dumps(self.findings, indent=1) + "\n")
 
     def on_save_checkpoint(
