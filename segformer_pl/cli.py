@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from jsonargparse import capture_parser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -142,6 +143,12 @@ class SegformerCLI(LightningCLI):
         if config["trainer"]["enable_checkpointing"] is False:
             self._parser(self.config.get("subcommand")).callback_keys.remove("last_checkpoint")
         _refuse_epochs(config["trainer"])
+        if config["trainer"]["overfit_batches"]:
+            raise ValueError(
+                f"trainer.overfit_batches is {config['trainer']['overfit_batches']}, but training "
+                "reads a stream, of which no batches are picked; leave it out, and give with "
+                "--data.path a data set of as few images"
+            )
         place_below_root(config["trainer"])
         self._find_run_folder(config.get("ckpt_path"))
 
@@ -171,7 +178,8 @@ class SegformerCLI(LightningCLI):
         trainer = super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        StopOnSignal([*PROG.split(), *self.arguments]).attach(trainer)
+        self.stop_on_signal = StopOnSignal([*PROG.split(), *self.arguments])
+        self.stop_on_signal.attach(trainer)
         return trainer
 
     def before_fit(self) -> None:
@@ -182,6 +190,24 @@ class SegformerCLI(LightningCLI):
         self.history.findings = [finding.message for finding in found.findings]
         for sentence in self.history.findings:
             rank_zero_info(f"warning: {sentence}")
+
+    def after_fit(self) -> None:
+        trainer = self.trainer
+        if self.stop_on_signal.begun or trainer.global_step >= trainer.max_steps:
+            return
+        reason = "another setting of the trainer ends it there; look at max_epochs and limits"
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            left = callback.time_remaining() if isinstance(callback, Timer) else None
+            if left is not None and left <= 0:
+                spent = timedelta(seconds=round(callback.time_elapsed()))
+                reason = (
+                    "trainer.max_time counts the time of all parts of a run, which is "
+                    f"{spent} by now; give a longer --trainer.max_time to go on"
+                )
+        raise ValueError(
+            f"no step was made, training is at step {trainer.global_step} of {trainer.max_steps}: "
+            f"{reason}"
+        )
 
     def validate(self, verbose: bool = True, **arguments: Any) -> None:
         """Lightning's command, with a table in which names of classes are no markup."""
@@ -221,7 +247,10 @@ class SegformerCLI(LightningCLI):
             raise ValueError("ckpt_path is empty; give the file of a checkpoint, or last")
         if ckpt_path in NAMED:
             # The trainer looks for them in this run's own, empty folder, and goes on without one.
-            ckpt_path = str(named_checkpoint(ckpt_path, self.config[subcommand]))
+            config = self.config[subcommand]
+            place_below_root(config["trainer"])
+            settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[subcommand]
+            ckpt_path = str(named_checkpoint(ckpt_path, config, settings, subcommand == "fit"))
             rank_zero_info(f"ckpt_path: {self.config[subcommand].ckpt_path} is {ckpt_path}")
             self.config[subcommand].ckpt_path = ckpt_path
         checkpoint = read_checkpoint(ckpt_path, "ckpt_path")

@@ -88,7 +88,8 @@ def divergence(what: str, step: int, loss: Tensor | None, lr: float | None) -> D
     known += [f"largest learning rate {lr:g}"] if lr is not None else []
     described = f" ({', '.join(known)})" if known else ""
     return DivergenceError(
-        f"the training diverged: after step {step}{described} {what}; the last checkpoint was kept "
-        "as it is: go on from one before with a smaller --model.lr, a longer --model.warmup_steps "
-        "or --trainer.gradient_clip_val 1, or in bf16-mixed if this was 16-mixed"
+        f"the training diverged: after step {step}{described} {what}; what was written before "
+        "is kept as it is: go on from an earlier checkpoint, or start anew if there is none, with "
+        "a smaller --model.lr, a longer --model.warmup_steps or --trainer.gradient_clip_val 1, or "
+        "in bf16-mixed if this was 16-mixed"
     )

@@ -265,6 +265,27 @@ def test_a_run_without_max_steps(capsys, folder, tmp_path):
     assert error.startswith("error: trainer.max_steps is not set")
 
 
+def test_batches_to_overfit(capsys, folder, tmp_path):
+    error = fail(capsys, ["fit", *options(folder, tmp_path), "--trainer.overfit_batches=2"])
+    assert error.startswith("error: trainer.overfit_batches is 2, but training reads a stream")
+    assert "a data set of as few images" in error
+
+
+@pytest.mark.slow
+def test_a_run_whose_time_is_over_does_not_look_finished(capsys, folder, tmp_path):
+    arguments = options(folder, tmp_path, trainer__max_steps=1, trainer__limit_val_batches=0)
+    main(["fit", *arguments, "--trainer.max_time=00:01:00:00"])
+    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/last.ckpt")
+    resumed = [*arguments, f"--ckpt_path={checkpoint}", "--trainer.max_time=00:00:00:00"]
+    error = fail(capsys, ["fit", *resumed, "--trainer.max_steps=3"])
+    assert error.startswith(
+        "error: no step was made, training is at step 1 of 3: trainer.max_time counts the time of "
+        "all parts of a run, which is 0:00:"
+    )
+    # Where all steps were made there is nothing to say.
+    main(["fit", *resumed])
+
+
 def test_pictures_smaller_than_the_network_can_take(capsys, folder, tmp_path):
     error = fail(capsys, ["fit", *options(folder, tmp_path, data__crop_size="[20,20]")])
     assert error.startswith("error: sr_ratio 8 is larger than the 5x5 token grid")

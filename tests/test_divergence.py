@@ -91,7 +91,7 @@ def test_a_weight_that_is_no_number_ends_the_training_at_its_step(tmp_path, accu
         "the training diverged: after step 4 (loss nan, largest learning rate 0.00"
     )
     assert "nan or infinity in " in message
-    assert "smaller --model.lr" in message
+    assert "or start anew if there is none, with a smaller --model.lr" in message
     assert "\n" not in message
 
 

@@ -8,9 +8,10 @@ After resumptions at steps 400 and 900 its folder holds:
     training_data.json                          data set, number and fingerprint of its rows
     metrics.csv                                 the rows of all parts, one after the other
     evaluation/ predictions/ worst/ erf/        the files of all parts, named by their steps
+    superseded_after_step_0000900/              what the part before had left of later steps
 
 What was left behind after the step that a resumption starts from (a run is killed some steps after
-its last checkpoint) was left by weights that no longer exist. :func:`rewind` removes it.
+its last checkpoint) was left by other weights than those that go on. :func:`rewind` sets it aside.
 """
 
 import csv
@@ -20,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import yaml
 
 from segformer_pl.analysis.evaluation import EVALUATION_FOLDER
 from segformer_pl.analysis.run_metrics import METRICS_FILE, read_table
-from segformer_pl.atomic import atomic_write_text
+from segformer_pl.atomic import atomic_write_text, make_writable_folder
 
 CONFIG_FILE = "config.yaml"
 FINDINGS_FILE = "findings.json"
@@ -91,7 +92,7 @@ def config_files(run_dir: Path) -> dict[int, Path]:
 def read_resumptions(run_dir: Path) -> list[Resumption]:
     """The resumptions of a run in the order of their steps, each compared with the part before."""
     parts = pairwise(read_configs(run_dir).items())
-    return [Resumption(step, _changes(old, new)) for (_, old), (step, new) in parts]
+    return [Resumption(step, changes(old, new)) for (_, old), (step, new) in parts]
 
 
 def read_training_data(run_dir: Path) -> dict[str, Any] | None:
@@ -114,25 +115,46 @@ def read_findings(run_dir: Path) -> list[str]:
     return [str(sentence) for sentence in content] if isinstance(content, list) else []
 
 
-def rewind(run_dir: Path, step: int) -> None:
-    """Remove what a run left behind after this step, of which training goes on.
+def rewind(run_dir: Path, step: int) -> Path | None:
+    """Set aside what a run left behind after this step, of which training goes on.
+
+    Nothing is lost: rows and files are moved into a folder of their own in that of the run.
+
+    Returns:
+        That folder; None if nothing was left behind.
 
     Raises:
-        WriteError: A file cannot be written or removed.
+        WriteError: A file cannot be written.
     """
+    aside = _unused_folder(run_dir / f"superseded_after_step_{step:07d}")
     metrics = run_dir / METRICS_FILE
     if metrics.is_file():
         table = read_table(metrics)
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(table.header)
-        writer.writerows(row.cells for row in table.rows if row.num_steps <= step)
-        atomic_write_text(metrics, text.getvalue())
-    for folder in (run_dir, run_dir / EVALUATION_FOLDER, *(run_dir / n for n in FIGURE_FOLDERS)):
-        for number, file in list(_numbered(folder)):
+        later = [row.cells for row in table.rows if row.num_steps > step]
+        if later:
+            make_writable_folder(aside)
+            atomic_write_text(aside / METRICS_FILE, _as_csv(table.header, later))
+        kept = [row.cells for row in table.rows if row.num_steps <= step]
+        atomic_write_text(metrics, _as_csv(table.header, kept))
+    for name in (".", EVALUATION_FOLDER, *FIGURE_FOLDERS):
+        for number, file in list(_numbered(run_dir / name)):
             # The configuration of a resumption at this very step is that of the one at hand.
             if number > step:
-                file.unlink(missing_ok=True)
+                make_writable_folder(aside / name)
+                file.rename(aside / name / file.name)
+    return aside if aside.is_dir() else None
+
+
+def _unused_folder(folder: Path) -> Path:
+    """This one, or one with a number after it: a run can be killed again before it gets ahead."""
+    names = (folder.with_name(f"{folder.name}_{number}") for number in count(2))
+    return next(one for one in chain([folder], names) if not one.exists())
+
+
+def _as_csv(header: list[str], rows: list[list[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    return text.getvalue()
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -141,7 +163,8 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
             yield int(match[1]), file
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ between two configurations, each with both values."""
     before, after = dict(leaves(old)), dict(leaves(new))
     return without_parts(
         {

@@ -14,14 +14,22 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import (
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
+from torch import Tensor
 
 from segformer_pl.analysis.run_history import (
+    CHECKPOINT_FOLDER,
     CONFIG_FILE,
     FINDINGS_FILE,
     TRAINING_DATA,
     TRAINING_DATA_FILE,
     rewind,
+    run_dir_of,
 )
 from segformer_pl.analysis.run_metrics import read_table
 from segformer_pl.atomic import WriteError, atomic_write_text, make_writable_folder
@@ -33,7 +41,12 @@ class RunLogger(CSVLogger):
 
     Lightning's own deletes it. A disk that is full for a while costs no values either: they are
     written once there is room. Arguments are those of CSVLogger.
+
+    Attributes:
+        trainer: The one that is training, once it is.
     """
+
+    trainer: pl.Trainer | None = None
 
     @property
     @rank_zero_experiment
@@ -42,6 +55,16 @@ class RunLogger(CSVLogger):
             make_writable_folder(self.log_dir)
             self._experiment = MetricsWriter(self.log_dir)
         return self._experiment
+
+    @rank_zero_only
+    def log_metrics(  # type: ignore[override]
+        self, metrics: dict[str, Tensor | float], step: int | None = None
+    ) -> None:
+        # Lightning logs the index of the step that is being made. Of a validation that is the last
+        # step made or, in the midst of an accumulation, the one after it.
+        if self.trainer is not None and self.trainer.validating:
+            step = self.trainer.global_step - 1
+        super().log_metrics(metrics, step)
 
     def save(self) -> None:
         try:
@@ -98,11 +121,14 @@ class MetricsWriter(ExperimentWriter):
 class RunHistory(pl.Callback):
     """Makes a resumed run one history with what came before it, in the same folder.
 
-    When training starts from a checkpoint, what the folder holds of later steps is removed
+    When training starts from a checkpoint, what the folder holds of later steps is set aside
     (:func:`~segformer_pl.analysis.run_history.rewind`): it comes from steps that are trained again.
     Logged values are on the disk soon after each checkpoint, so that no value between two
     checkpoints is lost when the process is killed. What the data module says of the training data
     is kept in ``training_data.json``, by which runs are compared.
+
+    What its checkpoint callbacks know of the best checkpoints holds as well, also if the folder was
+    moved.
 
     Attributes:
         findings: Sentences about settings that are most likely not meant. They are kept in
@@ -113,13 +139,43 @@ class RunHistory(pl.Callback):
         self.findings: list[str] = []
         self._is_unsaved = False
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.trainer = trainer
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.trainer = None  # a validation of its own is no part of the training
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        run_dir = run_dir_of(trainer.ckpt_path) if trainer.ckpt_path else None
+        if trainer.state.fn != TrainerFn.FITTING or run_dir is None:
+            return
+        if run_dir.resolve() != run_folder(trainer).resolve():
+            return
+        # Lightning forgets which checkpoint is the best, and writes a worse one over it, where the
+        # folder is spelt in another way than before: it was relative, or the run was moved.
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            folder = getattr(callback, "dirpath", None)
+            if state and folder and Path(folder).resolve() == run_dir.resolve() / CHECKPOINT_FOLDER:
+                checkpoint["callbacks"][callback.state_key] = _in_folder(state, folder)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_kept = any(isinstance(logger, RunLogger) for logger in trainer.loggers)
         if not trainer.is_global_zero or not is_kept:
             return
         folder = run_folder(trainer)
         if trainer.ckpt_path is not None:
-            rewind(folder, trainer.global_step)
+            aside = rewind(folder, trainer.global_step)
+            if aside is not None:
+                rank_zero_info(
+                    f"what the run had left of steps after {trainer.global_step} is kept in {aside}"
+                )
         atomic_write_text(folder / FINDINGS_FILE, json.dumps(self.findings, indent=1) + "\n")
         data = getattr(trainer, "datamodule", None)
         state = {} if data is None else data.state_dict()
@@ -151,6 +207,25 @@ class RunConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         atomic_write_text(run_folder(trainer) / self.config_filename, text)
+
+
+def _in_folder(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The state of a ModelCheckpoint whose files are in another folder than they were."""
+    before = state.get("dirpath")
+    if before is None or Path(before).name != CHECKPOINT_FOLDER:  # the user's own folder
+        return state
+
+    def here(path: str) -> str:
+        is_below = bool(path) and Path(path).is_relative_to(before)
+        return str(Path(folder) / Path(path).relative_to(before)) if is_below else path
+
+    paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+    return {
+        **state,
+        "dirpath": folder,
+        "best_k_models": {here(path): score for path, score in state["best_k_models"].items()},
+        **{name: here(state[name]) for name in paths},
+    }
 
 
 def keep_history(loggers: Any, run_dir: Path | None) -> Any:

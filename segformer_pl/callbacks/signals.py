@@ -38,15 +38,19 @@ class StopOnSignal(pl.Callback):
 
     Args:
         command: The command line of this run, to be told with the checkpoint to resume from.
+
+    Attributes:
+        stopping: The signal, once all ranks know of it; 0 before.
+        begun: Whether a first step was begun.
     """
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
-        self.stopping = 0  # the signal, once all ranks know of it
+        self.stopping = 0
         self._received = 0  # by this rank
         self._requeue = 0  # by this rank; SLURM's signal, if it was received
         self._requeuing = 0  # all ranks know of it
-        self._begun = False
+        self.begun = False
         self._num_common_batches = 0
 
     def attach(self, trainer: pl.Trainer) -> None:
@@ -56,7 +60,7 @@ class StopOnSignal(pl.Callback):
 
     def receive(self, trainer: pl.Trainer, signum: int) -> None:
         """The handler."""
-        if trainer.state.fn != TrainerFn.FITTING or not self._begun:
+        if trainer.state.fn != TrainerFn.FITTING or not self.begun:
             _signal_children(trainer, signum)
             nothing = ", nothing was trained" if trainer.state.fn == TrainerFn.FITTING else ""
             raise _interrupted(trainer, signum, f"{_name(signum)}: stopped{nothing}")
@@ -70,18 +74,18 @@ class StopOnSignal(pl.Callback):
                 os.write(2, note.encode())  # Python's buffers are not for handlers
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begun, self._received, self.stopping = False, 0, 0
+        self.begun, self._received, self.stopping = False, 0, 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *arguments: Any) -> None:
         self._act(trainer)
-        self._begun = True
+        self.begun = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
         if not trainer.fit_loop._should_accumulate():
             self._compare(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._num_common_batches = _num_common_batches(trainer) if self._begun else 0
+        self._num_common_batches = _num_common_batches(trainer) if self.begun else 0
 
     def on_validation_batch_start(
         self,
@@ -91,7 +95,7 @@ class StopOnSignal(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._begun and batch_idx < self._num_common_batches:
+        if self.begun and batch_idx < self._num_common_batches:
             self._compare(trainer)
             self._act(trainer)
 
@@ -134,11 +138,20 @@ class StopOnSignal(pl.Callback):
         # A resumed run that made no step has saved none: what it was resumed from holds.
         saved = files[0] if files[0].exists() else trainer.ckpt_path
         command, how = _without_ckpt_path(self.command), "go on with"
-        if trainer.fit_loop.epoch_loop._is_training_done:
+        if _is_last_step(trainer):
             how = "all steps were made, score them with"
             command = ["validate" if argument == "fit" else argument for argument in command]
         command.append(f"--ckpt_path={saved}")
         return f"{stopped}, saved in {saved}; {how}\n{shlex.join(command)}"
+
+
+def _is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether no step follows. Where batches are counted, an epoch can end before that."""
+    is_last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= (
+        trainer.current_epoch + 1
+    )
+    is_end_of_epoch = trainer.fit_loop.epoch_loop._is_training_done
+    return 0 <= trainer.max_steps <= trainer.global_step or (is_last_epoch and is_end_of_epoch)
 
 
 class _Signals(_SignalConnector):

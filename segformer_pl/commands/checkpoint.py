@@ -1,5 +1,6 @@
 """The network and the data of a run, from its checkpoint."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def read_checkpoint(ckpt: str | Path, option: str) -> dict[str, Any]:
             sentence names the option that it was given by.
     """
     try:
-        Path(ckpt).stat()
+        os.stat(ckpt)  # not that of Path, for which '' is the current folder
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{option}: there is no file {str(ckpt)!r}; give a run's checkpoint"

@@ -4,12 +4,27 @@ import re
 from pathlib import Path
 from typing import Any
 
+from segformer_pl.analysis.run_history import changes, read_configs, run_dir_of
 from segformer_pl.commands.checkpoint import read_checkpoint
 
 NAMED = ("last", "best", "hpc")
+# What makes two runs one experiment: what trains, on what, and how each step is made.
+SAME_EXPERIMENT = (
+    "seed_everything",
+    "model.",
+    "data.",
+    "trainer.accumulate_grad_batches",
+    "trainer.gradient_clip_",
+    "trainer.limit_train_batches",
+    "trainer.precision",
+)
+# Of them, what only tells how batches are read and how the network is scored.
+FREE = ("model.inference.", "data.eval_batch_size", "data.num_workers", "data.on_bad_sample")
+# All that matters to a command that only scores.
+SCORED = ("model.network.", "data.dataset")
 
 
-def named_checkpoint(name: str, config: Any) -> Path:
+def named_checkpoint(name: str, config: Any, settings: dict[str, Any], is_fit: bool) -> Path:
     """The checkpoint of an earlier run with the same configuration.
 
     ``last``: the newest ``last.ckpt`` below the logger's folder and name, or the one in
@@ -19,13 +34,17 @@ def named_checkpoint(name: str, config: Any) -> Path:
     Args:
         name: One of the three.
         config: The settings of the command, as parsed.
+        settings: The same as plain data, as they are saved with a run.
+        is_fit: Whether the command trains.
 
     Raises:
-        ValueError: There is none; the sentence says where it was expected.
+        ValueError: There is none, and the sentence says where it was expected; or the newest run is
+            another experiment.
     """
     if name == "hpc":
         return _hpc(Path(config.trainer.default_root_dir or "."))
     last = _last(name, config)
+    _refuse_another_experiment(last, settings, is_fit)
     return last if name == "last" else _best(last)
 
 
@@ -43,6 +62,38 @@ def _last(name: str, config: Any) -> Path:
             "start anew"
         )
     return max(files, key=lambda file: file.stat().st_mtime_ns)
+
+
+def _refuse_another_experiment(last: Path, here: dict[str, Any], is_fit: bool) -> None:
+    """Runs of one folder are not always of one experiment: the folder's name has a default."""
+    run_dir = run_dir_of(last)
+    if run_dir is None:
+        return
+    there = read_configs(run_dir).popitem()[1]  # of its latest part
+    if not there:
+        return
+    compared = SAME_EXPERIMENT if is_fit else SCORED
+    different = {
+        key: values
+        for key, values in changes(there, here).items()
+        if f"{key}.".startswith(compared)
+        and not f"{key}.".startswith(FREE)
+        and not (key == "data.path" and _is_same_place(*values))
+    }
+    if different:
+        told = ", ".join(
+            f"{key.replace('.init_args', '').replace('.class_path', '')} is {now} here and "
+            f"{then} there"
+            for key, (then, now) in different.items()
+        )
+        raise ValueError(
+            f"ckpt_path: the newest run is that in {str(last.parent.parent)!r}, which is another "
+            f"experiment: {told}; give the path of the checkpoint that is meant, such as {last}"
+        )
+
+
+def _is_same_place(then: Any, now: Any) -> bool:
+    return None not in (then, now) and Path(str(then)).resolve() == Path(str(now)).resolve()
 
 
 def _run_folders(trainer: Any) -> Path:

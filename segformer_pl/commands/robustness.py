@@ -30,6 +30,7 @@ from segformer_pl.analysis.robustness import (
 from segformer_pl.atomic import atomic_write, atomic_write_text, make_writable_folder
 from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.predict import INTERRUPTED
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedPictures
 from segformer_pl.data.index import same_data
@@ -141,10 +142,11 @@ def _score_all(
                 scores[group, name, severity] = Score(group, name, severity, miou, **origin)
                 write_scores(file, [scores[key] for key in SETTINGS if key in scores])
     except KeyboardInterrupt:
-        sys.exit(
+        sys.stderr.write(
             f"interrupted: {len(scores)} of {len(SETTINGS)} passes are in {file}; the same command "
-            "goes on with the others"
+            "goes on with the others\n"
         )
+        sys.exit(INTERRUPTED)
     return summarize([scores[setting] for setting in SETTINGS])
 
 

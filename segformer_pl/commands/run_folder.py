@@ -5,7 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from segformer_pl.analysis.run_history import CONFIG_FILE, read_config, run_dir_of
+from segformer_pl.analysis.run_history import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    read_config,
+    run_dir_of,
+)
 from segformer_pl.analysis.run_metrics import METRICS_FILE
 
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
@@ -62,14 +67,19 @@ def find_continuation(ckpt_path: str, step: int, logger: Any) -> Continuation:
     new = "this run has a folder and a history of its own"
     if run_dir is None:
         return Continuation(None, f"{ckpt_path} does not lie in the folder of a run: {new}")
-    before = (read_config(run_dir / CONFIG_FILE).get("trainer") or {}).get("logger")
+    config = read_config(run_dir / CONFIG_FILE)
+    before = (config.get("trainer") or {}).get("logger")
     first = logger[0] if isinstance(logger, list) and logger else logger
     is_csv = isinstance(first, dict) and first.get("class_path") == CSV_LOGGER
     if not is_csv or not (logger == before or _is_default(logger) or _folder(first) == run_dir):
         return Continuation(
             None, f"trainer.logger names another place than that of {run_dir}: {new}"
         )
-    last_step = _step_of(run_dir / "checkpoints" / LAST)
+    elsewhere = (config.get("last_checkpoint") or {}).get("dirpath")
+    last = Path(elsewhere or run_dir / CHECKPOINT_FOLDER) / LAST
+    last_step = _step_of(last)
+    if last_step is None:
+        return Continuation(None, f"{last} cannot be read, which may be of a later step: {new}")
     if last_step > step:
         return Continuation(
             None,
@@ -107,10 +117,12 @@ def _folder(logger: dict[str, Any]) -> Path | None:
     return Path(given.get("save_dir") or ".", given.get("name") or "", name).absolute()
 
 
-def _step_of(checkpoint: Path) -> int:
-    """Training steps of a checkpoint; -1 if there is none that can be read."""
+def _step_of(checkpoint: Path) -> int | None:
+    """Training steps of a checkpoint; -1 if there is none, None if it cannot be read."""
+    if not checkpoint.exists():
+        return -1
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return int(content["global_step"])
-    except Exception:  # a broken file of another name is no reason not to go on
-        return -1
+    except Exception:  # whatever torch makes of a broken file
+        return None

@@ -45,7 +45,9 @@ def examine_recipe(
             f"validation comes every {check} batches, but training ends after {batches}; lower "
             "--trainer.val_check_interval",
         )
-    if validates and isinstance(check, float):
+    # So many batches are called an epoch, after each of which the network is validated.
+    epoch = trainer.limit_train_batches
+    if validates and isinstance(check, float) and not (isinstance(epoch, int) and epoch <= batches):
         found.warning(
             "recipe",
             "validation never runs while training: trainer.val_check_interval is not set, and a "

@@ -17,8 +17,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from segformer_pl.analysis.run_history import read_resumptions, rewind
 from segformer_pl.analysis.run_metrics import read_metrics
-from segformer_pl.callbacks.history import RunLogger, keep_history
+from segformer_pl.callbacks.history import RunHistory, RunLogger, keep_history
 from segformer_pl.cli import main
+from segformer_pl.commands.run_folder import DEFAULT_LOGGER, find_continuation
 from segformer_pl.data import shapes
 
 
@@ -92,7 +93,7 @@ def rows(run_dir):
 
 
 def files(run_dir):
-    kept = (file for file in run_dir.rglob("*") if file.suffix in (".png", ".npz"))
+    kept = (file for file in run_dir.glob("[!s]*/*") if file.suffix in (".png", ".npz"))
     return sorted(str(file.relative_to(run_dir)) for file in kept)
 
 
@@ -217,7 +218,7 @@ def test_values_wait_for_room_on_the_disk(tmp_path):
     assert read_metrics(file.parent)["b"].value.tolist() == [1, 2]
 
 
-def test_rewinding_keeps_what_comes_up_to_a_step(tmp_path):
+def test_rewinding_sets_aside_what_comes_after_a_step(tmp_path):
     (tmp_path / "metrics.csv").write_text('step,"a,\nb"\r\n0,1\r\n1,2\r\n2,3\r\n1,9\r\n2,0.12')
     kept = ["evaluation/val_step_0000002.npz", "worst/notes.png", "config.yaml"]
     removed = ["evaluation/test_step_0000003.npz", "worst/step_0000003.png"]
@@ -226,7 +227,125 @@ def test_rewinding_keeps_what_comes_up_to_a_step(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert read_metrics(tmp_path)["a,\nb"].value.tolist() == [1, 9, 3]  # 0.12 was cut short
-    rewind(tmp_path, 2)
+    aside = tmp_path / "superseded_after_step_0000002"
+    assert rewind(tmp_path, 2) == aside
     assert read_metrics(tmp_path)["a,\nb"].value.tolist() == [1, 9]
+    assert read_metrics(aside)["a,\nb"].value.tolist() == [3]
+    moved = {"metrics.csv", *removed}
     left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
-    assert left == {"metrics.csv", *kept}
+    assert left == {"metrics.csv", *kept, *(f"{aside.name}/{name}" for name in moved)}
+    assert rewind(tmp_path, 2) is None
+    rewind(tmp_path, 1)
+    # Again at the same step: what was set aside first stays.
+    (tmp_path / removed[0]).touch()
+    assert rewind(tmp_path, 2) == tmp_path / "superseded_after_step_0000002_2"
+    assert read_metrics(aside)["a,\nb"].value.tolist() == [3]
+
+
+@pytest.mark.parametrize("is_elsewhere", [True, False])
+def test_an_older_checkpoint_does_not_go_on_in_the_folder_of_its_run(tmp_path, is_elsewhere):
+    """The rows of the steps after it were deleted: the last one was elsewhere, or unreadable."""
+    run_dir, elsewhere = tmp_path / "runs" / "unnamed" / "version_0", tmp_path / "elsewhere"
+    for folder in (run_dir / "checkpoints", elsewhere):
+        folder.mkdir(parents=True)
+    dirpath = str(elsewhere) if is_elsewhere else None
+    config = {"trainer": {"logger": DEFAULT_LOGGER}, "last_checkpoint": {"dirpath": dirpath}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    best = run_dir / "checkpoints" / "best.ckpt"
+    torch.save({"global_step": 2}, best)
+    last = (elsewhere if is_elsewhere else best.parent) / "last.ckpt"
+    assert find_continuation(str(best), 2, DEFAULT_LOGGER).run_dir == run_dir
+    torch.save({"global_step": 9}, last)
+    answer = find_continuation(str(best), 2, DEFAULT_LOGGER)
+    assert answer.run_dir is None
+    assert "its run has gone on to step 9" in answer.sentence
+    last.write_bytes(last.read_bytes()[:99])
+    answer = find_continuation(str(best), 2, DEFAULT_LOGGER)
+    assert answer.run_dir is None
+    assert f"{last} cannot be read" in answer.sentence
+
+
+class Line(pl.LightningModule):
+    """One weight, which logs in training and in validation."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", self.weight[0])
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/miou", float(self.trainer.global_step))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_validation_in_the_midst_of_an_accumulation_has_the_steps_done(tmp_path):
+    """It was recorded one step too high; validations come after 4, 8 and 12 batches of 3 a step."""
+    trainer = pl.Trainer(
+        max_steps=5,
+        accumulate_grad_batches=3,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        logger=RunLogger(tmp_path, name="demo", version=0),
+        callbacks=[RunHistory()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Line(), torch.zeros(40, 1), torch.zeros(1, 1))
+    columns = read_metrics(tmp_path / "demo" / "version_0")
+    assert columns["val/miou"].value.tolist() == [1, 2, 4]
+    assert columns["val/miou"].step.tolist() == [1, 2, 4]
+    assert columns["train/loss"].step.tolist() == [1, 2, 3, 4, 5]
+
+
+class Score(pl.Callback):
+    """A validation whose result is given: it is best after the second step."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/score", float(-abs(trainer.global_step - 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, moved):
+    """The folder is relative by default; Lightning forgot the best one and overwrote it."""
+    monkeypatch.chdir(tmp_path)
+    best = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {
+            **{"filename": "best", "monitor": "val/score", "mode": "max"},
+            "enable_version_counter": False,
+        },
+    }
+    callbacks = [
+        f"--trainer.callbacks+={json.dumps(one)}"
+        for one in ({"class_path": f"{__name__}.Score"}, best)
+    ]
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    first = options(data, "runs", trainer__max_steps=4)[:-2]
+    main(["fit", *first, *callbacks])
+    runs = Path("runs")
+    if moved:
+        runs = Path("elsewhere")
+        Path("runs").rename(runs)
+    run_dir = runs / "unnamed" / "version_0"
+    kept = (run_dir / "checkpoints" / "best.ckpt").read_bytes()
+    again = options(data, runs, trainer__max_steps=6)[:-2]
+    if moved:
+        again += ["--trainer.logger.version=0"]
+    ckpt_path = run_dir / "checkpoints" / "last.ckpt"
+    cli = main(["fit", *again, *callbacks, f"--ckpt_path={ckpt_path}"])
+    assert Path(cli.trainer.log_dir).resolve() == run_dir.resolve()
+    assert cli.trainer.global_step == 6
+    assert (run_dir / "checkpoints" / "best.ckpt").read_bytes() == kept
+    (callback,) = (one for one in cli.trainer.checkpoint_callbacks if one.monitor)
+    assert Path(callback.best_model_path) == (run_dir / "checkpoints" / "best.ckpt").absolute()
+    assert list(callback.best_k_models) == [callback.best_model_path]

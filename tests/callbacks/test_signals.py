@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from segformer_pl.cli import main
 from segformer_pl.data import shapes
 
 pytestmark = pytest.mark.slow
@@ -136,6 +137,43 @@ def test_a_validation_is_cut_short_and_made_again(run, said, tmp_path):
     assert text.count("validation 2\n") == cut + 21
     assert text.count("validation 4\n") == 21
     assert last(tmp_path)[1:] == (5, 10)
+
+
+class SignalIn(pl.Callback):
+    """Sends SIGTERM to its process in the first validation after a step."""
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_end_of_an_epoch_of_batches_is_not_that_of_the_training(
+    folder, tmp_path, capsys, caplog, monkeypatch
+):
+    """All steps were said to be made, and such epochs to have no validation."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    settings = {
+        "model.network": "segformer_pl.models.segformer_b0",
+        "data.path": folder,
+        "data.batch_size": 2,
+        "data.eval_batch_size": 1,
+        "data.num_workers": 0,
+        "data.crop_size": "[64,64]",
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 6,
+        "trainer.limit_train_batches": 2,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.enable_progress_bar": "false",
+        "trainer.logger.save_dir": tmp_path / "runs",
+        "trainer.callbacks+": "test_signals.SignalIn",
+    }
+    with caplog.at_level("INFO"), pytest.raises(SystemExit, match="143"):
+        main(["fit", *(f"--{key}={value}" for key, value in settings.items())])
+    told, how = capsys.readouterr().err.splitlines()[-2:]
+    assert told.startswith("SIGTERM: stopped after step 2, saved in ")
+    assert told.endswith("; go on with")
+    assert how.startswith("python -m segformer_pl fit ")
+    assert "validation never runs" not in caplog.text
 
 
 def test_a_signal_before_the_first_step_ends_at_once(run, tmp_path):

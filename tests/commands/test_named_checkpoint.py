@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -85,4 +86,49 @@ def test_the_newest_requeued_job(capsys, arguments, tmp_path):
     from segformer_pl.commands.named_checkpoint import named_checkpoint
 
     cli = main([*arguments, "--trainer.max_steps=2"], run=False)
-    assert named_checkpoint("hpc", cli.config).name == "hpc_ckpt_10.ckpt"
+    assert named_checkpoint("hpc", cli.config, {}, True).name == "hpc_ckpt_10.ckpt"
+
+
+@pytest.fixture
+def begun(arguments, tmp_path):
+    """A run of the arguments that has a configuration and a checkpoint, below two folders."""
+    cli = main([*arguments, "--trainer.max_steps=2"], run=False)
+    text = cli.parser.dump(cli.config, skip_none=False)
+    for number, folder in enumerate(("root", "runs")):  # the newest in the default folder
+        run_dir = tmp_path / folder / "unnamed" / "version_0"
+        last = run_dir / "checkpoints" / "last.ckpt"
+        last.parent.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(text)
+        torch.save({"state_dict": {}}, last)
+        os.utime(last, (number, number))
+
+
+def test_another_experiment_of_the_same_name_is_not_gone_on_with(
+    capsys, arguments, begun, tmp_path, monkeypatch
+):
+    """Its folder and history were gone on with as if it were this one."""
+    monkeypatch.setattr("segformer_pl.cli.read_checkpoint", lambda file, _: sys.exit(f"is {file}"))
+    here = ["--trainer.max_steps=9", "--data.num_workers=1", "--trainer.log_every_n_steps=1"]
+    arguments = [*arguments, "--ckpt_path=last"]
+    last = "runs/unnamed/version_0/checkpoints/last.ckpt"
+    assert refused(capsys, "fit", *arguments, *here) == f"is {last}"
+    error = refused(capsys, "fit", *arguments, *here, "--data.crop_size=[32,64]", "--model.lr=0.5")
+    assert "data.crop_size is [32, 64] here and" in error
+    assert "model.lr is 0.5 here and " in error
+    assert "num_workers" not in error
+    assert error.endswith(f"such as {last}")
+    loss = "--model.loss=segformer_pl.losses.Dice"
+    assert "model.loss is segformer_pl.losses.Dice" in refused(capsys, "fit", *arguments, loss)
+    assert refused(capsys, "validate", *arguments, "--model.lr=0.5") == f"is {last}"
+    b1 = "--model.network=segformer_pl.models.segformer_b1"
+    assert "segformer_b1 here" in refused(capsys, "validate", *arguments, b1)
+
+
+def test_names_are_looked_up_below_the_root(capsys, arguments, begun, tmp_path, monkeypatch):
+    """They were looked up in the default folder, which may hold another run."""
+    monkeypatch.setattr("segformer_pl.cli.read_checkpoint", lambda file, _: sys.exit(f"is {file}"))
+    root = tmp_path / "root"
+    for command in ("fit", "validate"):
+        given = [f"--trainer.default_root_dir={root}", "--ckpt_path=last"]
+        said = refused(capsys, command, *arguments, *given)
+        assert said == f"is {root}/unnamed/version_0/checkpoints/last.ckpt"

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 
 import lightning.pytorch as pl
 import numpy as np
@@ -112,7 +113,7 @@ def test_loader_processes_change_nothing(few, checkpoint, tmp_path):
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
-def test_interrupted_and_gone_on_with(few, checkpoint, tmp_path, monkeypatch):
+def test_interrupted_and_gone_on_with(few, checkpoint, tmp_path, monkeypatch, capsys):
     run(checkpoint, tmp_path / "whole", "--num-images=3")
     score, scored = command._score, []
 
@@ -123,8 +124,11 @@ def test_interrupted_and_gone_on_with(few, checkpoint, tmp_path, monkeypatch):
         return scored[-1]
 
     monkeypatch.setattr(command, "_score", interrupted)
-    with pytest.raises(SystemExit, match=r"interrupted: 2 of 4 passes are in .*; the same command"):
-        run(checkpoint, tmp_path / "part", "--num-images=3")
+    options = [f"--ckpt={checkpoint}", f"--output={tmp_path / 'part'}", "--num-images=3"]
+    with pytest.raises(SystemExit, match=r"^130$"):
+        main(["robustness", *options, "--device=cpu"])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"interrupted: 2 of 4 passes are in .*; the same command goes on", told)
     assert rows(tmp_path / "part") == rows(tmp_path / "whole")[:2]
     assert not (tmp_path / "part" / "robustness.md").exists()
     # A row lost from the middle is made again, in its place.
