@@ -33,7 +33,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
 
     Batches: ``{"image": (B, 3, H, W) float32 RGB in 0 to 1, "label": (B, H, W) int64 train ids,
     "id": list of B str, "seed": list of B int, "skipped": {id: why}, "notices": {kind: sentence},
-    "palettes": {index: (colour, label)}}``; seeds are random numbers that belong to the samples (streaming.py).
+    "palettes": {index: (colour, label)}}``; seeds are random numbers that belong to the samples
+    (streaming.py).
 
     Training batches come without end: give the trainer ``max_steps``. Which samples a step takes,
     and how they are augmented, depends on ``seed`` and on the number of samples consumed before,
