@@ -168,6 +168,22 @@ def recolored(rows):
         row["label"] = {"bytes": buffer.getvalue(), "path": None}
 
 
+def recolored_validation(rows):
+    def with_palette(colors):
+        def encoded(array):
+            label = Image.fromarray(array, "P")
+            label.putpalette(np.asarray(colors, np.uint8).tobytes())
+            buffer = BytesIO()
+            label.save(buffer, "PNG")
+            return {"bytes": buffer.getvalue(), "path": None}
+
+        return encoded
+
+    colors = np.arange(256)[:, None].repeat(3, 1)
+    each(rows, "train", "label", with_palette(colors))
+    each(rows, "validation", "label", with_palette(colors[[1, 0, *range(2, 256)]]))
+
+
 def pages(row):
     label = np.array(Image.open(BytesIO(row["label"]["bytes"])))
     return encode(label, format="TIFF", save_all=True, append_images=[Image.fromarray(label)])
@@ -253,6 +269,10 @@ FAULTS = {
     "palettes that differ": (
         {"rows": recolored},
         r"warning palette \d+ of 60 train samples, .*: index \d of the label's palette is the col",
+    ),
+    "palettes that differ between the splits": (
+        {"rows": recolored_validation},
+        r"warning palette the palettes of the splits differ: .* of the validation split: index 0 ",
     ),
     "a label of several pages": (
         {"rows": one("label", pages)},

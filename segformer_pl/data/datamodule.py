@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from segformer_pl.data.catalog import find_dataset
+from segformer_pl.data.decoding import PaletteColors
 from segformer_pl.data.index import same_data
 from segformer_pl.data.label_mapping import compare_labels, describe_labels
 from segformer_pl.data.labels import DataError
@@ -23,7 +24,7 @@ from segformer_pl.data.streaming import OnBadSample, RankSampler, Samples, colla
 from segformer_pl.data.transforms import TrainTransforms, to_tensors
 
 Batch = dict[str, Any]
-UNLABELLED_SAMPLES = 256  # on each device, after which a training without labels ends
+UNLABELLED_SAMPLES = 256  # on each device: without a label training ends, with one class it warns
 SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # in log keys, in file names
 
 
@@ -31,8 +32,9 @@ class StreamingSegmentationData(pl.LightningDataModule):
     """Streams a data set of the catalogue as batches of images, labels and ids.
 
     Batches: ``{"image": (B, 3, H, W) float32 RGB in 0 to 1, "label": (B, H, W) int64 train ids,
-    "id": list of B str, "seed": list of B int, "skipped": {id: why}, "notices": {kind:
-    sentence}}``; seeds are random numbers that belong to the samples (streaming.py).
+    "id": list of B str, "seed": list of B int, "skipped": {id: why}, "notices": {kind: sentence},
+    "palettes": {index: (colour, label)}}``; seeds are random numbers that belong to the samples
+    (streaming.py).
 
     Training batches come without end: give the trainer ``max_steps``. Which samples a step takes,
     and how they are augmented, depends on ``seed`` and on the number of samples consumed before,
@@ -104,8 +106,10 @@ class StreamingSegmentationData(pl.LightningDataModule):
         )
         self.skipped: dict[str, str] = {}
         self._notices: set[str] = set()  # kinds that were told
-        # Samples before the first labelled pixel; None once there was one, or if training goes on.
-        self._unlabelled: int | None = None
+        self._palettes = PaletteColors()  # of all splits and loader processes
+        # Samples before a second class was seen; None once it was, or if training goes on.
+        self._num_looked_at: int | None = None
+        self._only_class: int | None = None  # seen in them
         self._consumed = 0  # before the training that is going on
         self._counter: pl.Trainer | None = None  # counts the steps of the training that is going on
         self._resumed: dict[str, Any] | None = None
@@ -145,7 +149,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.open("train")
         self._take_position(source)
-        self._unlabelled = None if self.consumed else 0
+        self._num_looked_at = None if self.consumed else 0
+        self._only_class = None
         order = EpochShuffle(source.group_rows, source.group_bytes, self.seed)
         samples = Samples(self.entry, source, order, self.train_transforms, self.on_bad_sample)
         return self._loader(samples, self.batch_size, start=lambda: self.consumed)
@@ -367,32 +372,62 @@ class StreamingSegmentationData(pl.LightningDataModule):
             if kind not in self._notices:
                 self._notices.add(kind)
                 rank_zero_warn(f"{sentence} (told once; `doctor` counts such samples)")
-        if self._unlabelled is not None and self.trainer is not None and self.trainer.training:
+        self._compare_palettes(batch)
+        if self._num_looked_at is not None and self.trainer is not None and self.trainer.training:
             self._expect_labels(batch)
         return batch
 
+    def _compare_palettes(self, batch: Batch) -> None:
+        palettes = batch.get("palettes")
+        if not palettes or "palette" in self._notices:
+            return
+        split = "validation"
+        if self.trainer is not None and (self.trainer.training or self.trainer.testing):
+            split = "train" if self.trainer.training else "test"
+        if sentence := self._palettes.merge(palettes, split):
+            self._notices.add("palette")
+            rank_zero_warn(f"{sentence} (told once)")
+
     def _expect_labels(self, batch: Batch) -> None:
         """Refuse to train on nothing. The batch is not on its device yet, so nothing waits."""
-        if bool((batch["label"] != self.entry.labels.ignore_index).any()):
-            self._unlabelled = None  # from now on there is nothing to look for
-        elif self._unlabelled is not None:
-            self._unlabelled += len(batch["id"])
-            if self._unlabelled >= UNLABELLED_SAMPLES:
-                self._refuse_to_train_on_nothing()
+        assert self._num_looked_at is not None
+        labelled = batch["label"][batch["label"] != self.entry.labels.ignore_index]
+        if labelled.numel():
+            first, last = int(labelled.min()), int(labelled.max())
+            if first != last or self._only_class not in (None, first):
+                self._num_looked_at = None  # from now on there is nothing to look for
+                return
+            self._only_class = first
+        self._num_looked_at += len(batch["id"])
+        if self._num_looked_at >= UNLABELLED_SAMPLES:
+            self._judge_labels()
 
-    def _refuse_to_train_on_nothing(self) -> None:
-        raise DataError(
-            f"data set {self.entry.name!r}: none of the first {self._unlabelled} training samples "
-            "has a labelled pixel, so nothing was learnt from them; check labels.ignored and the "
-            "label files"
+    def _judge_labels(self) -> None:
+        """Refuse to train on nothing; warn of training on one class."""
+        labels, num_samples = self.entry.labels, self._num_looked_at
+        if self._only_class is None:
+            raise DataError(
+                f"data set {self.entry.name!r}: none of the first {num_samples} training samples "
+                "has a labelled pixel, so nothing was learnt from them; check labels.ignored and "
+                "the label files"
+            )
+        self._num_looked_at = None
+        remedy = ""
+        if labels.coding == "values" and labels.num_classes == 2:
+            remedy = " (masks of 0 and 255 need raw_to_train: {0: 0, 255: 1} and no 255 in ignored)"
+        rank_zero_warn(
+            f"data set {self.entry.name!r}: every labelled pixel of the first {num_samples} "
+            f"training samples is {labels.names[self._only_class]!r}, so the network learns to "
+            "answer nothing else; check that no other class is in labels.ignored, and "
+            f"labels.raw_to_train{remedy}; `doctor` counts the classes"
         )
 
     def teardown(self, stage: str) -> None:
         self._consumed, self._counter = self.consumed, None
         self._resumed = None
-        is_short = stage == "fit" and self._unlabelled  # shorter than the limit
+        is_short = stage == "fit" and self._num_looked_at  # shorter than the limit
         if is_short and self.trainer and not self.trainer.interrupted and self._world_size == 1:
-            self._refuse_to_train_on_nothing()  # of several ranks, another may have seen labels
+            self._judge_labels()  # of several ranks, another may have seen labels
 
 
 def _outlive_signals(worker: int) -> None:

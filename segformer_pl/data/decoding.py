@@ -214,6 +214,10 @@ def decode_label(encoded: bytes, where: str, coding: Coding = "values") -> RawLa
     return RawLabel(values, palette, orientation, stored_size)
 
 
+# Palette index: its colour, and the label where that occurred first.
+FirstColors = dict[int, tuple[tuple[int, ...], str]]
+
+
 class PaletteColors:
     """The colours that indices of palette labels stand for, to notice when two files disagree.
 
@@ -222,21 +226,47 @@ class PaletteColors:
     """
 
     def __init__(self) -> None:
-        self._first: dict[int, tuple[tuple[int, ...], str]] = {}  # index: colour, which label
+        self._first: FirstColors = {}
 
-    def compare(self, label: RawLabel, where: str) -> str | None:
-        """A sentence if an index of this label has another colour than in one compared before.
+    def compare(self, label: RawLabel, where: str) -> tuple[str | None, FirstColors]:
+        """Compare a label with those before.
 
         Args:
             label: Of any kind; only one with a palette is looked at, and of that the indices that
                 occur.
             where: Which sample this is.
+
+        Returns:
+            A sentence if an index has another colour than in a label before; and the indices that
+            occur for the first time, which another object can :meth:`merge`.
         """
         if label.palette is None:
-            return None
+            return None, {}
         pixels = cv2.calcHist([label.values], [0], None, [256], [0, 256]).ravel()
-        for index in np.flatnonzero(pixels[: len(label.palette)]).tolist():
-            color = tuple(label.palette[index].tolist())
+        indices = np.flatnonzero(pixels[: len(label.palette)]).tolist()
+        colors = {index: (tuple(label.palette[index].tolist()), where) for index in indices}
+        new = {index: color for index, color in colors.items() if index not in self._first}
+        return self._merge(colors), new
+
+    def merge(self, colors: FirstColors, split: str) -> str | None:
+        """Compare what other objects saw first, such as those of loader processes.
+
+        Args:
+            colors: What :meth:`compare` returned there.
+            split: Of which split, for the sentence.
+
+        Returns:
+            A sentence if an index has another colour than in a label before.
+        """
+        return self._merge(
+            {
+                index: (tuple(color), f"{where} of the {split} split")
+                for index, (color, where) in colors.items()
+            }
+        )
+
+    def _merge(self, colors: FirstColors) -> str | None:
+        for index, (color, where) in colors.items():
             first_color, first = self._first.setdefault(index, (color, where))
             if color != first_color:
                 return (

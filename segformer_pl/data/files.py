@@ -4,14 +4,15 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from segformer_pl.data.labels import DataError
 
 MAX_FILE_BYTES = 1 << 30  # of one image or label: more than Pillow would decode
 
-SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})(?P<rest>.*)")
-NUMBERED = r"(?:[-._ ](?:part|shard|chunk|file|batch))?[-._ ]?\d.*"
+SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<rest>.*)")
+NUMBERED = r"(?:[-._ ](?:part|shard|chunk|file|batch))?[-._ ]?(?P<number>\d+).*"
 SHOWN = 3  # names in a message
 
 
@@ -122,22 +123,146 @@ def files_of_split(files: Sequence[str], split: str) -> list[str]:
     """
     ours, unclear = [], []
     for file in files:
-        stem = file_name(file).removesuffix(".parquet")
-        shard = SHARD.fullmatch(stem)
-        if shard:
-            if shard["name"] == split:
-                ours.append(file)
-        elif re.fullmatch(f"{re.escape(split)}(?:{NUMBERED})?", stem):
-            ours.append(file)
-        elif re.match(f"{re.escape(split)}[-._ ]", stem):
+        belongs = _belongs(file_name(file), split)
+        if belongs is None:
             unclear.append(file)
+        elif belongs:
+            ours.append(file)
     if ours and unclear:
-        raise DataError(
-            f"data.path: beside {file_name(ours[0])!r} there is {file_name(unclear[0])!r}, and the "
-            f"name does not say whether it belongs to the split {split!r}; rename it, or list the "
-            "files of each split in data.path"
-        )
+        raise _unclear(file_name(ours[0]), file_name(unclear[0]), split)
     return ours
+
+
+def files_of_pattern(pattern: str, split: str, files: Sequence[str]) -> list[str]:
+    """Those of the files that hold a split, told by what stands where the pattern has ``{split}``.
+
+    The rule of :func:`files_of_split` holds for the whole name of the file or folder in which
+    ``{split}`` stands, from there on: ``{split}*/*.parquet`` means ``train/`` and ``train-1/``, not
+    ``train_extra/``. If no name fits it, the pattern is taken at its word.
+
+    Args:
+        pattern: With ``{split}`` and wildcards.
+        split: Name of the split as stored.
+        files: What matches the pattern once ``{split}`` is replaced.
+
+    Raises:
+        DataError: Names do not say whether they belong to the split.
+    """
+    parts = pattern.split("/")
+    first = next(number for number, part in enumerate(parts) if "{split}" in part)
+    expression = re.compile("/(" + _expression("/".join(parts[first:]), split) + ")$")
+    ours: list[str] = []
+    plain: list[str] = []  # these three hold what the pattern matched, for messages
+    prefixed: list[str] = []
+    unclear: list[str] = []
+    for file in files:
+        match = expression.search("/" + file)
+        places = [_place(match, group, split) for group in match.groupdict()] if match else []
+        belongs = [_belongs(name, split.rpartition("/")[2]) for _, name in places]
+        if False in belongs or any(before[-1:].isalnum() for before, _ in places):
+            continue
+        shown = match[1] if match else file
+        if None in belongs:
+            unclear.append(shown)
+            continue
+        ours.append(file)
+        (prefixed if any(before for before, _ in places) else plain).append(shown)
+    unclear += prefixed if plain else []  # *{split}* of train-0 and extra_train-0
+    if ours and unclear:
+        raise _unclear((plain or prefixed)[0], unclear[0], split)
+    return ours or list(files)
+
+
+def _expression(pattern: str, split: str) -> str:
+    """A regular expression of a pattern, with a group for each ``{split}``.
+
+    A group is named after whether a wildcard stands before it.
+    """
+    tokens = re.findall(r"\{split\}|\*\*/|\*+|\?|\[[^\]]+\]|.", pattern, re.DOTALL)
+    wild = {"**/": "(?:.*/)?", "?": "[^/]"}
+    expression = ""
+    for number, token in enumerate(tokens):
+        if token == "{split}":
+            is_free = number > 0 and tokens[number - 1].startswith(("*", "?", "["))
+            expression += f"(?P<{'free' if is_free else 'fixed'}{number}>{re.escape(split)})"
+        elif token.startswith("[") and len(token) > 1:
+            expression += token.replace("[!", "[^", 1)
+        elif token in wild:
+            expression += wild[token]
+        else:
+            expression += "[^/]*?" if token.startswith("*") else re.escape(token)
+    return expression
+
+
+def _place(match: re.Match[str], group: str, split: str) -> tuple[str, str]:
+    """What stands before the split in its file's or folder's name, if it is free; and from it."""
+    begin, text = match.end(group) - len(split.rpartition("/")[2]), match.string
+    end = text.find("/", begin)
+    before = text[text.rfind("/", 0, begin) + 1 : begin] if group.startswith("free") else ""
+    return before, text[begin : end if end >= 0 else len(text)].split("?")[0]
+
+
+def _belongs(name: str, split: str) -> bool | None:
+    """Whether a name is that of a file or folder of a split; None if it does not say."""
+    stem = name.removesuffix(".parquet")
+    shard = SHARD.fullmatch(stem)
+    if shard:
+        return shard["name"] == split
+    if re.fullmatch(f"{re.escape(split)}(?:{NUMBERED})?", stem):
+        return True
+    return None if re.match(f"{re.escape(split)}[-._ ]", stem) else False
+
+
+def _unclear(ours: str, other: str, split: str) -> DataError:
+    return DataError(
+        f"data.path: beside {ours!r} there is {other!r}, and the name does not say whether it "
+        f"belongs to the split {split!r}; rename it, or list the files of each split in data.path"
+    )
+
+
+def check_one_reading(files: Sequence[str], split: str) -> None:
+    """Check that the files of a split are its parts, not the same rows several times.
+
+    Args:
+        files: Of one folder or pattern; only names that begin with the split are compared.
+        split: Name of the split as stored.
+
+    Raises:
+        DataError: A whole file stands beside parts, parts beside shards ``-00000-of-00002``, or
+            the numbers of parts have gaps, so that some are missing or the numbers mean something
+            else, such as sizes of images.
+    """
+    split = split.rpartition("/")[2]
+    folders: dict[str, dict[str, list[tuple[int, str]]]] = {}
+    for file in files:
+        name = file_name(file)
+        stem = name.removesuffix(".parquet")
+        kind, number = "", 0
+        if shard := SHARD.fullmatch(stem):
+            kind = "-of-"
+        elif numbered := re.fullmatch(f"{re.escape(split)}{NUMBERED}", stem):
+            kind, number = "number", int(numbered["number"])
+        elif stem != split:
+            continue
+        if shard and shard["name"] != split:
+            continue
+        kinds = folders.setdefault(file[: -len(name)], {})
+        kinds.setdefault(kind, []).append((number, name))
+    for kinds in folders.values():
+        if len(kinds) > 1:
+            (_, one), (_, other) = (names[0] for names in list(kinds.values())[:2])
+            raise DataError(
+                f"data.path: {one!r} and {other!r} are either two copies of the split {split!r} or "
+                "parts of it; move one of them away, or list the files of each split in data.path"
+            )
+        parts = sorted(kinds.get("number", []))
+        for (number, one), (following, other) in pairwise(parts):
+            if following > number + 1:
+                raise DataError(
+                    f"data.path: no number lies between those of {one!r} and {other!r}, so either "
+                    "parts are missing or these are versions of one set; fetch the missing ones, "
+                    "or list the files of each split in data.path"
+                )
 
 
 def check_shards(files: Sequence[str]) -> None:
@@ -147,10 +272,11 @@ def check_shards(files: Sequence[str]) -> None:
         DataError: Some are missing, or there are shards of two versions.
     """
     groups: dict[str, dict[int, list[int]]] = {}
+    width = 0  # of the numbers in names
     for file in files:
         shard = SHARD.fullmatch(file_name(file))
         if shard:
-            name = file[: -len(file_name(file))] + shard["name"]
+            name, width = file[: -len(file_name(file))] + shard["name"], len(shard["total"])
             numbers = groups.setdefault(name, {}).setdefault(int(shard["total"]), [])
             numbers.append(int(shard["number"]))
     for name, totals in groups.items():
@@ -160,12 +286,13 @@ def check_shards(files: Sequence[str]) -> None:
                 "so they are of two versions; remove the old ones"
             )
         ((total, numbers),) = totals.items()
-        missing = sorted(set(range(total)) - set(numbers))
+        first = int(0 not in numbers and total in numbers)  # some writers count from 1
+        missing = sorted(set(range(first, first + total)) - set(numbers))
         if missing:
             raise DataError(
                 f"data.path: {len(missing)} of the {total} shards of {name!r} are missing, the "
-                f"first is -{missing[0]:05d}-of-{total:05d}; fetch them, or list the files to read "
-                "in data.path"
+                f"first is -{missing[0]:0{width}d}-of-{total:0{width}d}; fetch them, or list the "
+                "files to read in data.path"
             )
         if len(numbers) > total:
             twice = next(number for number in numbers if numbers.count(number) > 1)

@@ -1,6 +1,8 @@
 """Images and labels as files: ``images/<split>/NAME.jpg`` with ``labels/<split>/NAME.png``."""
 
 import os
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,13 @@ class PictureFolder:
         unlabelled = [files[0] for name, files in by_name.items() if name not in label_of]
         if unlabelled:
             stems = {_name(Path(file)): file for file in other_labels}
-            there = stems.get(_name(unlabelled[0].relative_to(images)))
-            remedy = f"there is {there!r}: convert labels to PNG" if there else "add them"
+            name = _name(unlabelled[0].relative_to(images))
+            alone = [str(f[0].relative_to(labels)) for n, f in label_of.items() if n not in by_name]
+            remedy = "add them"
+            if there := stems.get(name):
+                remedy = f"there is {there!r}: convert labels to PNG"
+            elif there := _nearest(name, [*alone, *other_labels]):
+                remedy = f"there is {there!r}: name labels like their images"
             raise DataError(
                 f"data.path: {len(unlabelled)} of {len(by_name)} pictures in {str(images)!r} "
                 f"have no label in {str(labels)!r}, the first is {unlabelled[0].name!r}; {remedy}, "
@@ -94,13 +101,16 @@ def _by_name(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, list[Path
         relative = file.relative_to(folder)
         if file.suffix.lower() in suffixes:
             by_name.setdefault(_name(relative), []).append(file)
-        elif not file.name.startswith("."):
+        else:
             others.append(str(relative))
     return by_name, others
 
 
 def _files_below(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """All files below, also where links lead to folders, unless a link leads back up."""
+    """All files below, also where links lead to folders, unless a link leads back up.
+
+    Hidden ones are passed over: file managers and editors leave them, such as ``._NAME.png``.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -113,6 +123,8 @@ def _files_below(folder: Path, above: frozenset[str]) -> Iterator[Path]:
             f"data.path: {str(folder)!r} cannot be read ({error.strerror}); give a folder that can"
         ) from error
     for entry in entries:
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir():
             yield from _files_below(folder / entry.name, above | {real})
         else:
@@ -120,7 +132,15 @@ def _files_below(folder: Path, above: frozenset[str]) -> Iterator[Path]:
 
 
 def _name(file: Path) -> str:
-    return str(file.with_suffix(""))
+    """Without suffix, in composed form: some systems store an é as e and an accent."""
+    return unicodedata.normalize("NFC", str(file.with_suffix("")))
+
+
+def _nearest(name: str, labels: Sequence[str]) -> str | None:
+    """The shortest label that has the name of an image as a part of its own, such as NAME_mask."""
+    part = re.compile(rf"(?<![0-9a-z]){re.escape(name.casefold())}(?![0-9])")
+    near = [label for label in labels if part.search(_name(Path(label)).casefold())]
+    return min(near, key=len, default=None)
 
 
 def _size(file: Path) -> int:

@@ -167,7 +167,7 @@ def _may_hold_images(kind: pa.DataType) -> bool:
 
 def _footer(file: str) -> dict[str, Any]:
     with _handle(file) as handle:
-        parquet = pq.ParquetFile(handle)
+        parquet = _opened(handle, file)
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
         schema = parquet.schema_arrow
         size = handle.seek(0, os.SEEK_END)
@@ -194,7 +194,25 @@ def _local_path(file: str) -> str:
 
 
 def _open(file: str) -> pq.ParquetFile:
-    return pq.ParquetFile(_handle(file), pre_buffer=True)
+    return _opened(_handle(file), file)
+
+
+def _opened(handle: Any, file: str) -> pq.ParquetFile:
+    """A Parquet file; of a remote one, whether it is a web page."""
+    try:
+        return pq.ParquetFile(handle, pre_buffer=True)
+    except pa.ArrowException as error:
+        if is_remote(file):
+            handle.seek(0)
+            begin = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+            # A proxy that is at fault may cut content or leave it empty; a page stays a page.
+            if begin and not begin.startswith(b"PAR1") and begin.isascii() and begin[0] >= 0x20:
+                shown = begin.decode().splitlines()[0][:40]
+                raise DataError(
+                    f"{file} is no Parquet file, it begins with {shown!r}; if the server asks for "
+                    "a login, download the shards and give their folder, else correct the address"
+                ) from error
+        raise
 
 
 # Of a process. A few, because a lane reads its shard group after group.

@@ -18,7 +18,15 @@ import huggingface_hub
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from segformer_pl.data.catalog import DatasetEntry
-from segformer_pl.data.files import check_shards, file_name, files_of_split, is_folder
+from segformer_pl.data.files import (
+    UnreadableRows,
+    check_one_reading,
+    check_shards,
+    file_name,
+    files_of_pattern,
+    files_of_split,
+    is_folder,
+)
 from segformer_pl.data.image_folder import PictureFolder
 from segformer_pl.data.labels import DataError
 from segformer_pl.data.parquet import ParquetSource
@@ -123,20 +131,31 @@ def _find(entry: DatasetEntry, path: Any, split: Split) -> Source:
         if not files:
             raise DataError(f"data.path: no file matches {pattern!r}; correct the pattern")
         # A pattern such as {split}* is for one split, and may meet the shards of others.
-        files = (file_name(path).startswith("{split}") and files_of_split(files, stored)) or files
+        files = files_of_pattern(path, stored, files)
+        check_one_reading(files, stored)
         check_shards(files)
         return ParquetSource(files, entry)
     if path is not None and is_folder(path):
         folder = Path(path)
-        shards = _shards(folder, stored) or _shards(folder / "data", stored)
+        shards, in_data = _shards(folder, stored), _shards(folder / "data", stored)
+        if shards and in_data:
+            raise _two_readings(shards[0], in_data[0], stored)
+        shards = shards or in_data
         if shards:
+            check_one_reading(shards, stored)
             check_shards(shards)
-            return ParquetSource(shards, entry, folder)
+            source = ParquetSource(shards, entry, folder)
+            images, labels = folder / "images" / stored, folder / "labels" / stored
+            if images.is_dir() and labels.is_dir() and _holds_images(source, entry):
+                raise _two_readings(shards[0], str(images), stored)
+            return source
         if (folder / "images").is_dir():
+            _check_other_name(folder, split, stored)
             return PictureFolder(folder, stored, entry)
-        others = sorted(file_name(str(file)) for file in folder.rglob("*.parquet"))
+        others = sorted(file_name(str(file)) for file in folder.rglob("[!.]*.parquet"))
         if others or not any(folder.iterdir()):
             hint = f" (there is {others[0]!r})" if others else ""
+            _check_other_name(folder, split, stored)
             raise DataError(
                 f"data.path: {path!r} holds no {stored}*.parquet{hint}; give a folder with Parquet "
                 f"shards named {stored}-00000-of-00001.parquet and so on, or with pictures in "
@@ -147,13 +166,51 @@ def _find(entry: DatasetEntry, path: Any, split: Split) -> Source:
 
 def _shards(folder: Path, stored: str) -> list[str]:
     folder, name = (folder / stored).parent, PurePosixPath(stored).name
-    return files_of_split(sorted(str(file) for file in folder.glob("*.parquet")), name)
+    return files_of_split(sorted(str(file) for file in folder.glob("[!.]*.parquet")), name)
+
+
+def _two_readings(one: str, other: str, stored: str) -> DataError:
+    return DataError(
+        f"data.path: the split {stored!r} is in {one!r} and in {other!r}, and only one of them "
+        "would be read; move the other away, or list the files of each split in data.path"
+    )
+
+
+def _holds_images(source: ParquetSource, entry: DatasetEntry) -> bool:
+    """Whether the first image is in the shards, not in a file that its row names."""
+    group = next((group for group, rows in enumerate(source.group_rows) if rows), None)
+    if group is None:
+        return False
+    try:
+        cell = source.read(group)[0][entry.image_column]
+    except UnreadableRows:  # it may, so neither place is certain
+        return True
+    return bool(cell.get("bytes") if isinstance(cell, Mapping) else cell)
+
+
+def _check_other_name(folder: Path, split: Split, stored: str) -> None:
+    """Refuse a folder that has the split under another of its usual names, such as ``val``."""
+    if (folder / "images" / stored).is_dir():
+        return
+    for name in KEYWORDS.get(split, []):
+        if name == stored:
+            continue
+        place = folder / "images" / name
+        files = _shards(folder, name) or _shards(folder / "data", name)
+        if files or place.is_dir():
+            there = file_name(files[0]) if files else f"images/{name}"
+            raise DataError(
+                f"data.path: {str(folder)!r} holds no split {stored!r}, but there is {there!r}; if "
+                f"that is the {split} split, write `splits: {{{split}: {name}}}` in the data set's "
+                "YAML"
+            )
 
 
 def _glob(pattern: str) -> list[str]:
     fs, path = file_system(pattern)
     try:
-        return sorted(fs.unstrip_protocol(path) for path in fs.glob(path))
+        names = (fs.unstrip_protocol(path) for path in fs.glob(path))
+        return sorted(name for name in names if not file_name(name).startswith("."))
     except OSError as error:
         if is_remote(pattern):
             raise

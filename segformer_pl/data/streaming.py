@@ -17,6 +17,7 @@ from torch.utils.data import DistributedSampler, default_collate
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.decoding import (
     EncodedImage,
+    FirstColors,
     PaletteColors,
     cell_bytes,
     check_orientation,
@@ -74,7 +75,10 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
             str, "seed": int, "skipped": {id: why}, "notices": {kind: sentence}}``. The seed is the
             sample's own: it belongs to the position alone, for whatever else is to be drawn for
             it. A notice is about a sample that was used, though it may not mean what it is taken
-            for; kinds are "orientation", "frames" and "palette".
+            for; kinds are "orientation", "frames" and "palette". There is also "palettes", the
+            colours of palette indices that this process met first in the sample: other processes
+            and other splits are compared where they come together
+            (:class:`~segformer_pl.data.decoding.PaletteColors`).
 
         Raises:
             DataError: the row cannot be used: unreadable, without picture or label, undecodable, or
@@ -85,12 +89,13 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         seeds = np.random.SeedSequence([order.seed, location.epoch, position])
         rng = np.random.default_rng(seeds)
         notices: dict[str, str] = {}
+        palettes: FirstColors = {}
         for _ in range(SUBSTITUTES):
             row, name = None, self._name(None, location)
             try:
                 row = self._row(location)
                 name = self._name(row, location)
-                image, label, notices = self._load(row, name, rng)
+                image, label, notices, palettes = self._load(row, name, rng)
                 break
             except DataError as error:
                 if row is None and not isinstance(error, UnreadableRows):
@@ -116,6 +121,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
             "seed": seed,
             "skipped": skipped,
             "notices": notices,
+            "palettes": palettes,
         }
 
     def _row(self, location: Location) -> Row:
@@ -142,8 +148,8 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _load(
         self, row: Row, name: str, rng: np.random.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
-        """Decode, map labels to train ids, transform; and what there is to notice."""
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, str], FirstColors]:
+        """Decode, map labels to train ids, transform; what there is to notice; new colours."""
         entry = self.entry
         where = f"data set {entry.name!r}, sample {name!r}"
         in_image = f"{where}, column {entry.image_column!r}"
@@ -155,17 +161,26 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         notices = {
             "orientation": check_orientation(image, label, where),
             "frames": image.frames_notice(),
-            "palette": self._palettes.compare(label, where),
         }
         if label.values.shape[:2] != image.size:
             (height, width), (image_height, image_width) = label.values.shape[:2], image.size
+            turned = ""
+            if image.orientation != 1 or label.orientation != 1:
+                turned = (
+                    f", once turned as their EXIF orientations say (image {image.orientation}, "
+                    f"label {label.orientation})"
+                )
+            remedy = "upright, without an EXIF orientation and " if turned else ""
             raise DataError(
                 f"{where}: the label is {height}x{width} but the image is "
-                f"{image_height}x{image_width} (height x width); store them at one size"
+                f"{image_height}x{image_width} (height x width){turned}; store them {remedy}at one "
+                "size"
             )
         train_ids = entry.labels.to_train_ids(label.values, where)
+        # Last, because colours of a sample that is refused would reach no one.
+        notices["palette"], palettes = self._palettes.compare(label, where)
         told = {kind: sentence for kind, sentence in notices.items() if sentence}
-        return *self.transforms(image, train_ids, rng), told
+        return *self.transforms(image, train_ids, rng), told, palettes
 
 
 class RankSampler(DistributedSampler[int]):
@@ -234,7 +249,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``{"image": (B, 3, H, W), "label": (B, H, W), "id": list of B str, "seed": list of B int,
-        "skipped": {id: why}, "notices": {kind: sentence}}``, see :meth:`Samples.__getitem__`.
+        "skipped": {id: why}, "notices": {kind: sentence}, "palettes": {index: (colour, label)}}``,
+        see :meth:`Samples.__getitem__`.
 
     Raises:
         DataError: the sizes differ.
@@ -255,4 +271,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "seed": [sample["seed"] for sample in kept],
         "skipped": {name: why for sample in samples for name, why in sample["skipped"].items()},
         "notices": {kind: told for sample in kept for kind, told in sample["notices"].items()},
+        "palettes": {
+            index: first for sample in kept for index, first in sample["palettes"].items()
+        },
     }

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from segformer_pl.data import DataError, StreamingSegmentationData
+from segformer_pl.data.decoding import FirstColors, PaletteColors
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import Source, Split
 from segformer_pl.data.streaming import Samples, Transforms
@@ -48,6 +49,7 @@ class Look:
     pixels: Counter[int] = field(default_factory=Counter)  # by train id
     in_pictures: Counter[int] = field(default_factory=Counter)
     digests: dict[int, str] = field(default_factory=dict)  # of the pictures: id
+    palettes: FirstColors = field(default_factory=dict)
 
 
 def _spread(source: Source) -> list[int]:
@@ -94,6 +96,7 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
         look.sound.append(position)
         for kind, sentence in sample["notices"].items():
             noticed.setdefault(kind, []).append(sentence)
+        look.palettes.update(sample["palettes"])
         name, label = sample["id"], sample["label"].numpy()
         names[name] += 1
         look.sizes[label.shape] += 1
@@ -279,6 +282,10 @@ def _examine_sizes(
 
 
 def compare_splits(found: Examination, train: Look, validation: Look) -> None:
+    palettes = PaletteColors()
+    palettes.merge(train.palettes, "train")
+    if sentence := palettes.merge(validation.palettes, "validation"):
+        found.warning("palette", f"the palettes of the splits differ: {sentence}")
     shared = train.digests.keys() & validation.digests.keys()
     if shared:
         digest = next(iter(shared))

@@ -6,12 +6,14 @@ import warnings
 from io import BytesIO
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from segformer_pl.data import DataError, StreamingSegmentationData, datamodule
+from segformer_pl.data.catalog import find_dataset
 
 
 class Recorder(pl.LightningModule):
@@ -458,6 +460,61 @@ def test_training_on_labels_that_are_all_ignored_fails(tmp_path, row, write_shar
     sentence = rf"none of the first {expected} training samples has a labelled pixel, so nothing"
     with pytest.raises(DataError, match=sentence):
         fit(folder, num_steps)
+
+
+def told_of_one_class(folder, num_steps, **arguments):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(folder, num_steps, **arguments)
+    sentences = [str(one.message) for one in caught]
+    return [sentence for sentence in sentences if "every labelled pixel of the first" in sentence]
+
+
+@pytest.mark.parametrize("num_steps", [3, 130])
+def test_training_on_one_class_alone_is_told_once(tmp_path, row, write_shards, num_steps):
+    rows = [row(f"u{i:02d}", 255 if i % 3 else 1, (12, 10)) for i in range(6)]
+    folder = write_shards(tmp_path / "set", "train", [rows])
+    expected = min(2 * num_steps, datamodule.UNLABELLED_SAMPLES)
+    (sentence,) = told_of_one_class(folder, num_steps)
+    name = find_dataset("shapes").labels.names[1]
+    assert f"the first {expected} training samples is {name!r}, so the network" in sentence
+    assert "labels.ignored" in sentence
+
+
+def test_a_second_class_and_a_resumed_run_are_not_told(tmp_path, row, write_shards):
+    rows = [row(f"u{i:02d}", 2 if i == 3 else 1, (12, 10)) for i in range(6)]
+    folder = write_shards(tmp_path / "set", "train", [rows])
+    assert told_of_one_class(folder, 4) == []
+    constant = write_shards(tmp_path / "constant", "train", [[row("a", 1, (12, 10))] * 4])
+    file = tmp_path / "last.ckpt"
+    assert told_of_one_class(constant, 2, save=(2, file)) != []
+    assert told_of_one_class(constant, 4, ckpt_path=file) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_palettes_of_train_and_validation_are_compared(tmp_path, row, write_shards, num_workers):
+    for split, colors in (("train", [9, 9, 9, 1, 2, 3]), ("validation", [9, 9, 9, 3, 2, 1])):
+        label = Image.fromarray(np.tile(np.uint8([0, 1]), (12, 5)), "P")
+        label.putpalette(colors)
+        buffer = BytesIO()
+        label.save(buffer, "PNG")
+        cell = {"bytes": buffer.getvalue(), "path": None}
+        rows = [row(f"{split}{i}", size=(12, 10)) | {"label": cell} for i in range(3)]
+        write_shards(tmp_path / "set", split, [rows])
+    sentence = (
+        r"'validation0' of the validation split: index 1 of the label's palette is the colour "
+        r"\(3, 2, 1\), but \(1, 2, 3\) in .*'train\d' of the train split; indices count as they are"
+    )
+    run = {"limit_val_batches": None, "num_sanity_val_steps": 0, "val_check_interval": 1}
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        fit(
+            tmp_path / "set",
+            2,
+            data_arguments={"num_workers": num_workers, "crop_size": None},
+            check_val_every_n_epoch=None,
+            **run,
+        )
+    assert len([one for one in caught if "palette" in str(one.message)]) == 1
 
 
 def test_a_few_images_without_labels_are_no_reason_to_stop(

@@ -133,6 +133,121 @@ def test_names_that_could_mean_two_splits_are_refused(tmp_path, row, write_shard
     assert ids({"train": [str(shard)]}) == ["t"]
 
 
+def shards_at(root, row, *names):
+    """One row in each, whose id is the name."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([row(name)]), root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ours", "other"),
+    [
+        ("{split}*/*.parquet", "train/a.parquet", "train_extra/a.parquet"),
+        ("{split}*/**/*.parquet", "train/a.parquet", "train_extra/b/a.parquet"),
+        ("cam_{split}*.parquet", "cam_train-0.parquet", "cam_train_extra.parquet"),
+        ("*{split}*.parquet", "cam_train.parquet", "cam_train_extra.parquet"),
+        ("*{split}*.parquet", "train.parquet", "extra_train.parquet"),
+        ("*/{split}*/*.parquet", "cam/train/a.parquet", "cam/train.old/a.parquet"),
+    ],
+)
+def test_the_rule_for_splits_holds_wherever_the_pattern_has_the_split(
+    tmp_path, row, pattern, ours, other
+):
+    shards_at(tmp_path, row, ours)
+    assert ids(tmp_path / pattern) == [ours]
+    shards_at(tmp_path, row, other)
+    ours, other = (name.removeprefix("cam/") for name in (ours, other))
+    with pytest.raises(DataError, match=f"beside '{ours}' there is '{other}', and the name does"):
+        ids(tmp_path / pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ours", "others"),
+    [
+        ("{split}*/*.parquet", ["train-0/a.parquet", "train-1/a.parquet"], ["trainval/a.parquet"]),
+        ("{split}/*.parquet", ["train/a.parquet", "train/b.parquet"], ["train_extra/a.parquet"]),
+        ("*{split}*.parquet", ["a_train.parquet", "b_train.parquet"], ["pretrain.parquet"]),
+        ("{split}_*.parquet", ["train_aachen.parquet", "train_bremen.parquet"], []),
+        (
+            "cam_{split}*.parquet",
+            ["cam_train-00000-of-00001.parquet"],
+            ["cam_train_extra-00000-of-00001.parquet"],
+        ),
+    ],
+)
+def test_patterns_that_mean_one_thing(tmp_path, row, pattern, ours, others):
+    shards_at(tmp_path, row, *ours, *others)
+    assert ids(tmp_path / pattern) == ours
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["train.parquet", "train-00000-of-00001.parquet"], "are either two copies of the split"),
+        (["train.parquet", "train_0.parquet"], "are either two copies of the split 'train' or"),
+        (["train_0.parquet", "train-00000-of-00001.parquet"], "are either two copies of the spl"),
+        (["train_256.parquet", "train_512.parquet"], "no number lies between those of 'train_256"),
+        (["train_00001.parquet", "train_00003.parquet"], "so either parts are missing or these a"),
+        (["train-1-of-2.parquet"], "1 of the 2 shards of '.*/train' are missing, the first is -0-"),
+        (["train.parquet", "data/train.parquet"], "the split 'train' is in '.*' and in '.*/data/t"),
+    ],
+)
+def test_folders_of_two_readings_are_refused(tmp_path, row, names, sentence):
+    folder = shards_at(tmp_path / "set", row, *names)
+    with pytest.raises(DataError, match=sentence):
+        ids(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train_00001.parquet", "train_00002.parquet"],
+        ["train-2019.parquet", "train-2020.parquet"],
+        ["train-1-of-2.parquet", "train-2-of-2.parquet"],
+        [f"train{number}.parquet" for number in range(12)],
+    ],
+)
+def test_parts_of_ordinary_names_are_read(tmp_path, row, names):
+    folder = shards_at(tmp_path / "set", row, *names)
+    assert sorted(ids(folder)) == sorted(names)
+
+
+def test_shards_beside_pairs_of_files_are_refused_unless_they_name_them(pairs, row):
+    folder = pairs({"a.png": 1})
+    shards_at(folder, row, "train.parquet")
+    with pytest.raises(DataError, match=r"is in '.*/train.parquet' and in '.*/images/train', and"):
+        ids(folder)
+    cells = {
+        "image": {"bytes": None, "path": "images/train/a.png"},
+        "label": {"bytes": None, "path": "labels/train/a.png"},
+        "id": "a",
+    }
+    (folder / "train.parquet").unlink()
+    pq.write_table(pa.Table.from_pylist([cells]), folder / "train-0.parquet")
+    assert ids(folder) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["val-00000-of-00001.parquet", "data/val.parquet"])
+def test_a_split_of_another_usual_name_is_named(tmp_path, row, name):
+    folder = shards_at(tmp_path / "set", row, "train-00000-of-00001.parquet", name)
+    sentence = (
+        f"holds no split 'validation', but there is '{name.rpartition('/')[2]}'; if that is the "
+        "validation split, write `splits: {validation: val}` in"
+    )
+    with pytest.raises(DataError, match=sentence):
+        ids(folder, "validation")
+
+
+def test_a_folder_of_images_whose_split_has_another_usual_name(pairs):
+    folder = pairs({"a.png": 1})
+    for kind in ("images", "labels"):
+        (folder / kind / "train").rename(folder / kind / "training")
+    with pytest.raises(DataError, match=r"there is 'images/training'; .*{train: training}"):
+        ids(folder)
+
+
 def test_splits_that_the_library_would_join_are_refused(tmp_path, row):
     features = {
         "image": datasets.Image(),
@@ -201,6 +316,37 @@ def test_files_beside_an_image_and_hidden_ones_are_nothing_to_speak_of(pairs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ids(folder) == ["a"]
+
+
+def test_files_that_file_managers_leave_are_passed_over(pairs, row):
+    folder = pairs({"a.png": 1})
+    for kind in ("images", "labels"):
+        (folder / kind / "train" / "._a.png").write_bytes(b"Mac OS X")
+        (folder / kind / "train" / ".cache").mkdir()
+        (folder / kind / "train" / ".cache" / "b.png").write_bytes(b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ids(folder) == ["a"]
+    shards = shards_at(folder.parent / "shards", row, "train.parquet")
+    (shards / "._train.parquet").write_bytes(b"Mac OS X")
+    assert ids(shards) == ids(f"{shards}/*{{split}}*.parquet") == ["train.parquet"]
+
+
+def test_composed_and_decomposed_names_are_one(pairs):
+    composed, decomposed = "\u00e9.png", "e\u0301.png"
+    folder = pairs({composed: None}, labels=[decomposed])
+    assert ids(folder) == ["\u00e9"]
+    (folder / "images" / "train" / decomposed).write_bytes(b"x")
+    if len(list((folder / "images" / "train").iterdir())) == 2:  # the system tells them apart
+        with pytest.raises(DataError, match="have one name, so it is not clear which"):
+            ids(folder)
+
+
+@pytest.mark.parametrize("near", ["p1_mask.png", "P1.PNG", "gt_p1.tif"])
+def test_a_label_of_a_name_that_is_near_is_named(pairs, near):
+    folder = pairs({"p1.jpg": None, "p2.png": 1}, labels=[near, "p10_mask.png"])
+    with pytest.raises(DataError, match=f"is 'p1.jpg'; there is '{near}': name labels like"):
+        ids(folder)
 
 
 def test_two_images_of_one_name_are_refused(pairs):

@@ -376,6 +376,14 @@ def test_a_label_that_is_turned_otherwise_is_refused(image, label):
         pair(image, label)
 
 
+def test_sizes_that_contradict_once_turned_name_the_orientation():
+    image = oriented(np.zeros((6, 9, 3), np.uint8), 6)
+    label = oriented(np.zeros((9, 6), np.uint8), 6)
+    sentence = r"is 6x9 but the image is 9x6 .*as their EXIF orientations say \(image 6, label 6\)"
+    with pytest.raises(DataError, match=sentence):
+        samples([(image, label)])[0]
+
+
 # On the stream.
 
 

@@ -261,6 +261,16 @@ def test_a_server_without_ranges_is_said_to_be_one(server, row, write_shards):
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><title>Log in</title>", b'{"error": 1}'])
+def test_a_page_in_place_of_a_shard_is_said_at_once(server, page, caplog):
+    server.folder.mkdir()
+    (server.folder / "train.parquet").write_bytes(page * 20)
+    sentence = r"train.parquet is no Parquet file, it begins with .*; if the server asks for a logi"
+    with pytest.raises(DataError, match=sentence):
+        open_split(ENTRY, {"train": [f"{server.url}/train.parquet"]}, "train")
+    assert "attempt" not in caplog.text
+
+
 def test_a_name_that_no_one_knows_is_a_slip_in_the_address(server):
     start = time.monotonic()
     with pytest.raises(DataError, match=r"cannot be read \(ClientConnectorDNSError.*; correct the"):
