@@ -103,7 +103,6 @@ def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, 
     whole = tmp_path / "whole" / "unnamed" / "version_0"
     run_dir = killed_run(data, tmp_path / "killed", step=5)
     last = run_dir / "checkpoints" / "last.ckpt"
-    # Written around the validation of step 4.
     assert torch.load(last, weights_only=True)["global_step"] == 4
     # What was logged up to the checkpoint was on the disk, although nothing was flushed.
     assert read_metrics(run_dir)["train/loss"].step.tolist()[:4] == [1, 2, 3, 4]
@@ -131,12 +130,9 @@ def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, 
     (resumption,) = read_resumptions(run_dir)
     assert resumption.step == 4
     assert resumption.changes == {
-        "trainer.callbacks.KillAt": ("test_history.KillAt", None),
+        "trainer.callbacks": (first["trainer"]["callbacks"], first["trainer"]["callbacks"][:2]),
         "trainer.val_check_interval": (2, 3),
     }
-    of_checkpoint = torch.load(last, weights_only=True)["StreamingSegmentationData"]
-    known = json.loads((run_dir / "training_data.json").read_text())
-    assert known == {key: of_checkpoint[key] for key in ("dataset", "num_rows", "fingerprint")}
     page = (run_dir / "report.html").read_text()
     assert "dotted: resumed at 4" in page
     assert "trainer.val_check_interval" in page
@@ -145,17 +141,15 @@ def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, 
 @pytest.mark.slow
 def test_another_place_and_a_branch_are_runs_of_their_own(data, tmp_path, caplog):
     arguments = options(data, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=4)
-    main(["fit", *arguments])
+    every = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}
+    keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every}
+    main(["fit", *arguments, f"--trainer.callbacks+={json.dumps(keep)}"])
     run_dir = tmp_path / "unnamed" / "version_0"
-    main(["fit", *arguments, "--trainer.max_steps=2", "--trainer.logger.name=short"])
-    of_step_2 = tmp_path / "short" / "version_0" / "checkpoints" / "last.ckpt"
     before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
     last = run_dir / "checkpoints" / "last.ckpt"
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes(last.read_bytes())
-    earlier = last.with_name("best.ckpt")
-    earlier.write_bytes(of_step_2.read_bytes())
-    before[earlier] = earlier.read_bytes()
+    earlier = last.with_name("step=2.ckpt")
     arguments = options(data, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=5)
     for ckpt_path, changes, sentence in (
         (moved, [], "does not lie in the folder of a run"),
