@@ -319,6 +319,12 @@ class SegmentationTask(pl.LightningModule):
             normalization=self._normalization(),
         )
 
+    def _check_labels(self, report: LoadReport) -> None:
+        """The classifier that was read means the same raw values of label images as the data."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if report.data and hasattr(data, "check_labels"):
+            data.check_labels(report.data)
+
     def _normalization(self) -> tuple[list[float], list[float]]:
         return self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
 
@@ -331,6 +337,7 @@ class SegmentationTask(pl.LightningModule):
                 "nothing; give --ckpt_path or --model.weights, or train it with `fit` first"
             )
         report = self.read_weights(self.network)
+        self._check_labels(report)
         if report.reinitialized and not is_training:
             reason = next(iter(report.reinitialized.values()))
             raise ValueError(

@@ -149,6 +149,19 @@ def test_a_changed_meaning_of_the_labels_is_refused(run, described, fail, tmp_pa
         assert "restore `labels`" in message
     message = fail("robustness", "--ckpt", ckpt, "--output", tmp_path / "r", "--device=cpu")
     assert "raw value 1 was" in message
+    # The same file as weights to start from or to score, also if asked to match by index.
+    for command, *more in (["fit"], ["validate"], ["validate", "--model.match_classes=by_index"]):
+        message = fail(command, *options(run, tmp_path), f"--model.weights={ckpt}", *more)
+        assert f"raw value 1 was {NAMES[1]!r} and is {NAMES[2]!r}" in message
+    encoder = f"--model.encoder_weights={ckpt}"
+    main(["fit", *options(run, tmp_path / "e", trainer__limit_val_batches=0), encoder])
+    # Another data set may mean anything by its values, and where it has the same classes it is said
+    other = describe(tmp_path / "other.yaml", raw_to_train=swapped)
+    other.write_text(other.read_text().replace("name: mine\n", ""))
+    for option in ("--ckpt_path", "--model.weights"):
+        place = options(run, tmp_path / option, data__dataset=other)
+        with pytest.warns(UserWarning, match=f"raw value 1 was {NAMES[1]!r} and is {NAMES[2]!r}"):
+            main(["validate", *place, f"{option}={ckpt}"])
     # a value that had no meaning before ended the run then, and may get one
     described(ignored=[99, 255])
     main(["validate", *options(run, tmp_path / "b"), f"--ckpt_path={ckpt}"])

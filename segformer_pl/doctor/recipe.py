@@ -9,11 +9,14 @@ from segformer_pl.doctor.findings import Examination
 from segformer_pl.task import SegmentationTask
 
 
-def examine_weights(found: Examination, task: SegmentationTask) -> None:
+def examine_weights(
+    found: Examination, task: SegmentationTask, data: StreamingSegmentationData
+) -> None:
     if task.weights is None and task.encoder_weights is None:
         return
     try:
-        task.read_weights(copy.deepcopy(task.network))
+        report = task.read_weights(copy.deepcopy(task.network))
+        data.check_labels(report.data)
     except ValueError as error:
         found.error("weights", str(error))
 

@@ -58,6 +58,8 @@ class LoadReport:
         missing: Our names that the source does not have; empty if strict.
         unexpected: Names in the source that the model has no place for; empty if strict.
         remarks: What the source states about itself and how it agrees with the run.
+        data: What the source states about the data that its classifier was trained on, for the
+            classes that the model has now, in the model's order; empty if the classifier is new.
     """
 
     source: str
@@ -72,6 +74,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         what = "the encoder" if self.parts == "encoder" else "the model"
@@ -161,10 +164,11 @@ def load_weights(
             else f"channel c from channel c mod 3, times 3/{num_channels}"
         )
     remarks = [*_compare_images(weights, normalization), *_compare_arguments(weights, encoder)]
-    reinitialized, new_classes, remark = _match_classifier(
+    reinitialized, rows, remark = _match_classifier(
         weights, found, wanted, class_names, match_classes
     )
     remarks += remark
+    new_classes = [number for number, row in enumerate(rows or []) if row is None]
 
     missing = [name for name in wanted if name not in found]
     unexpected = [*unknown, *(name for name in found if name not in wanted)]
@@ -210,6 +214,7 @@ def load_weights(
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         remarks=tuple(remarks),
+        data={} if rows is None else _data_of_rows(weights, rows, class_names),
     )
 
 
@@ -283,27 +288,28 @@ def _match_classifier(
     wanted: dict[str, Tensor],
     class_names: Sequence[str] | None,
     how: MatchClasses,
-) -> tuple[dict[str, str], list[int], list[str]]:
+) -> tuple[dict[str, str], list[int | None] | None, list[str]]:
     """Give the source's classifier the model's classes, or leave it out of both.
 
     Returns:
-        Our names that are to be drawn anew -> why; the classes that are, none for all of them;
-        lines for the report.
+        Our names that are to be drawn anew -> why; the source's output for each of our classes,
+        None for one that is drawn anew, or None if outputs and classes were not compared; lines
+        for the report.
     """
     if not all(name in found and name in wanted for name in CLASSIFIER):
-        return {}, [], []
+        return {}, None, []
     (weight, bias), ours = (found[name] for name in CLASSIFIER), _shape(wanted[CLASSIFIER[1]])[0]
     fits = _shape(weight)[1:] == _shape(wanted[CLASSIFIER[0]])[1:]
     if not fits or bias.ndim != 1 or len(bias) != len(weight):
-        return {}, [], []  # left to the check of shapes
+        return {}, None, []  # left to the check of shapes
     theirs = len(bias)
     if theirs != ours and (class_names is None or how == "exact"):
         for name in CLASSIFIER:
             del found[name], wanted[name]
         reason = f"{theirs} classes in the source, {ours} in the model"
-        return dict.fromkeys(CLASSIFIER, reason), [], []
+        return dict.fromkeys(CLASSIFIER, reason), None, []
     if class_names is None:
-        return {}, [], []
+        return {}, None, []
     if len(class_names) != ours:
         raise WeightsError(
             f"the model has {ours} classes, but there are {len(class_names)} class names; give one "
@@ -316,10 +322,26 @@ def _match_classifier(
     found |= {name: found[name][index] for name in CLASSIFIER}
     new = [number for number, row in enumerate(rows) if row is None]
     if not new:
-        return {}, [], [remark]
+        return {}, rows, [remark]
     names = [class_names[number] for number in new]
     reason = f"the rows of {len(new)} classes that the source does not have: {_listed(names, 12)}"
-    return dict.fromkeys(CLASSIFIER, reason), new, [remark]
+    return dict.fromkeys(CLASSIFIER, reason), rows, [remark]
+
+
+def _data_of_rows(
+    weights: Weights, rows: Sequence[int | None], class_names: Sequence[str] | None
+) -> dict[str, Any]:
+    """What the source states about its data, the raw values of its classes in our order."""
+    labels = weights.data.get("labels")
+    if labels is None:
+        return {}
+    try:
+        raw = [[] if row is None else labels["raw"][row] for row in rows]
+    except (KeyError, TypeError, IndexError) as error:
+        raise WeightsError(
+            f"{weights.name} does not describe its labels as this version does; give another"
+        ) from error
+    return dict(weights.data) | {"labels": {**labels, "names": list(class_names or ()), "raw": raw}}
 
 
 def _compare_images(
