@@ -188,6 +188,28 @@ def test_other_arguments_of_the_network_are_refused(run, fail, tmp_path):
     assert "model.network.num_heads is [1, 1, 1, 1] here and was [1, 2, 5, 8]" in message
     message = fail("validate", *options(run, tmp_path), heads, f"--model.weights={ckpt}")
     assert "trained with num_heads (1, 2, 5, 8), and the model has (1, 1, 1, 1)" in message
+    for other, was, here in (
+        ("paddings=[2,1,1,1]", (3, 1, 1, 1), (2, 1, 1, 1)),
+        ("strides=[4,2,2,1]", (4, 2, 2, 2), (4, 2, 2, 1)),
+    ):
+        other, key = f"--model.network.{other}", other.split("=")[0]
+        for command in ("fit", "validate"):
+            message = fail(command, *options(run, tmp_path), other, f"--ckpt_path={ckpt}")
+            assert f"model.network.{key} is {list(here)} here and was {list(was)}" in message
+        message = fail("validate", *options(run, tmp_path), other, f"--model.weights={ckpt}")
+        assert f"{key} is {here} here and {was} in the source" in message
+    same = "--model.network.paddings=[3,1,1,1]"  # what follows from the default
+    main(["validate", *options(run, tmp_path / "a"), same, f"--ckpt_path={ckpt}"])
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run, fail, tmp_path):
+    (config,) = (run / "runs").rglob("config.yaml")
+    before = {f: f.stat().st_mtime_ns for f in config.parent.rglob("*") if f.is_file()}
+    ckpt = config.parent / "checkpoints" / "last.ckpt"
+    place = ["--trainer.max_steps=4", f"--ckpt_path={ckpt}"]
+    fail("fit", *options(run, run / "runs"), "--model.image_mean=[0.5,0.5,0.5]", *place)
+    fail("fit", *options(run, run / "runs"), "--data.seed=7", *place)  # known by the data alone
+    assert before == {f: f.stat().st_mtime_ns for f in config.parent.rglob("*") if f.is_file()}
 
 
 def test_weights_that_are_no_numbers_are_refused_by_every_reader(run, fail, tmp_path):

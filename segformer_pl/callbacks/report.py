@@ -19,12 +19,22 @@ class RunReport(pl.Callback):
 
     def __init__(self) -> None:
         self.run_dir: Path | None = None
+        self._has_begun = False  # until then there is nothing of this run to report
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # trainer.log_dir waits for all ranks. They are together here, and not when one has failed.
         fast_dev_run = getattr(trainer, "fast_dev_run", False)
         log_dir = None if fast_dev_run or stage == "predict" else trainer.log_dir
         self.run_dir = None if log_dir is None else Path(log_dir)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_begun = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_begun = True
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_begun = True
 
     # Not on_fit_end and its like: the progress bar and the table of results would come in between.
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -46,6 +56,8 @@ class RunReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if self.run_dir is None or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        if not self._has_begun:
             return
         try:
             for logger in trainer.loggers:

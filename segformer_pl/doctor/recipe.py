@@ -4,7 +4,7 @@ import copy
 
 import lightning.pytorch as pl
 
-from segformer_pl.data import StreamingSegmentationData
+from segformer_pl.data import DataError, StreamingSegmentationData
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.task import SegmentationTask
 
@@ -17,7 +17,7 @@ def examine_weights(
     try:
         report = task.read_weights(copy.deepcopy(task.network))
         data.check_labels(report.data)
-    except ValueError as error:
+    except (ValueError, DataError) as error:
         found.error("weights", str(error))
 
 

@@ -32,7 +32,7 @@ from segformer_pl.models.checkpoints.layouts import (
     to_parts,
 )
 from segformer_pl.models.checkpoints.sources import Source, Weights, read_weights
-from segformer_pl.models.mit import MixTransformer, NormEps
+from segformer_pl.models.mit import MixTransformer, NormEps, default_paddings
 from segformer_pl.models.segformer import SegFormer
 
 Parts = Literal["all", "encoder"]
@@ -58,6 +58,8 @@ class LoadReport:
         missing: Our names that the source does not have; empty if strict.
         unexpected: Names in the source that the model has no place for; empty if strict.
         remarks: What the source states about itself and how it agrees with the run.
+        changed: Arguments of the encoder that differ from those of the training, which no tensor
+            shows, one sentence each: the network computes something else than it was trained to.
         data: What the source states about the data that its classifier was trained on, for the
             classes that the model has now, in the model's order; empty if the classifier is new.
     """
@@ -74,6 +76,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -163,7 +166,8 @@ def load_weights(
             if num_channels == 1
             else f"channel c from channel c mod 3, times 3/{num_channels}"
         )
-    remarks = [*_compare_images(weights, normalization), *_compare_arguments(weights, encoder)]
+    border, changed = _compare_arguments(weights, encoder)
+    remarks = [*_compare_images(weights, normalization), *border]
     reinitialized, rows, remark = _match_classifier(
         weights, found, wanted, class_names, match_classes
     )
@@ -213,7 +217,8 @@ def load_weights(
         inflated=inflated,
         missing=tuple(missing),
         unexpected=tuple(unexpected),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *changed),
+        changed=tuple(changed),
         data={} if rows is None else _data_of_rows(weights, rows, class_names),
     )
 
@@ -362,13 +367,19 @@ def _compare_images(
     return ["normalisation: as in the source"]
 
 
-def _compare_arguments(weights: Weights, encoder: MixTransformer) -> list[str]:
-    """What no shape tells: another number of heads makes nonsense of the weights; strides and
-    padded keys can be changed on purpose, so that a line says so."""
+def _compare_arguments(weights: Weights, encoder: MixTransformer) -> tuple[list[str], list[str]]:
+    """What no shape tells: another number of heads makes nonsense of the weights; strides,
+    paddings and padded keys can be changed on purpose.
+
+    Returns:
+        Sentences on the keys at the border, which trained weights can be used with either way; and
+        on all others that differ.
+    """
     stages: Any = list(encoder.stages)
     ours = {
         "num_heads": tuple(stage.blocks[0].attn.num_heads for stage in stages),
         "strides": tuple(stage.patch_embed.proj.stride[0] for stage in stages),
+        "paddings": tuple(stage.patch_embed.proj.padding[0] for stage in stages),
         "kv_border": stages[0].blocks[0].attn.kv_border,
     }
     theirs = _stated_arguments(weights)
@@ -378,7 +389,9 @@ def _compare_arguments(weights: Weights, encoder: MixTransformer) -> list[str]:
             f"{weights.name} was trained with num_heads {theirs['num_heads']}, and the model has "
             f"{ours['num_heads']}; build the model that the weights are for"
         )
-    return [f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing]
+    told = {key: f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing}
+    border = [told.pop("kv_border")] if "kv_border" in told else []
+    return border, list(told.values())
 
 
 def _stated_arguments(weights: Weights) -> dict[str, Any]:
@@ -390,12 +403,22 @@ def _stated_arguments(weights: Weights) -> dict[str, Any]:
         arguments = spec.get("init_args", {})
     if str(spec.get("class_path")).startswith("segformer_pl.models."):
         defaults = inspect.signature(MixTransformer).parameters
-        known = ("num_heads", "strides", "kv_border")
+        known = ("num_heads", "strides", "patch_sizes", "paddings", "kv_border")
         stated = {key: arguments.get(key, defaults[key].default) for key in known}
     else:
         names = {"num_attention_heads": "num_heads", "strides": "strides"}
         stated = {ours: weights.config[key] for key, ours in names.items() if key in weights.config}
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
+    stated = {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
+    sizes = stated.pop("patch_sizes", None)
+    if sizes is not None and stated["paddings"] is None:
+        try:
+            stated["paddings"] = default_paddings(sizes, stated["strides"])
+        except TypeError as error:
+            raise WeightsError(
+                f"{weights.name} describes a network with patch_sizes {sizes} and strides "
+                f"{stated['strides']}; both have to be lists of whole numbers"
+            ) from error
+    return stated
 
 
 def _norm_eps(layout: Layout, weights: Weights) -> tuple[NormEps | None, str]:
