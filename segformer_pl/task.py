@@ -275,6 +275,17 @@ class SegmentationTask(pl.LightningModule):
                 "score; check labels.ignored of the data set and the label files"
             )
         values["loss"] = loss.compute() / num_labelled
+        if not values["loss"].isfinite() and not self.trainer.sanity_checking:
+            sentence = (
+                f"the network's outputs for the {split} images hold nan or infinity (mean loss "
+                f"{values['loss'].item():g}), so their scores mean nothing"
+            )
+            if self.trainer.state.fn != TrainerFn.FITTING:
+                raise ValueError(
+                    f"{sentence}; give other weights, or --trainer.precision 32-true if this was "
+                    "in 16 bits"
+                )
+            rank_zero_warn(sentence)  # DivergenceWatch ends a training whose weights are not finite
         values["boundary_iou"], values["ece"] = boundary.compute(), calibration.compute()
         for metric in (loss, scores, boundary, calibration):
             metric.reset()

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
@@ -233,6 +235,23 @@ def test_weights_that_are_no_numbers_are_refused_by_every_reader(run, fail, tmp_
         assert name.removeprefix("network.") in message
 
 
+def test_outputs_that_are_no_numbers_are_not_scored(run, fail, tmp_path):
+    # Every weight is finite, and what they compute overflows.
+    content = torch.load(run / "last.ckpt", weights_only=True)
+    for name in ("network.head.classifier.weight", "network.head.bn.weight"):
+        content["state_dict"][name].fill_(3e38)
+    bad = tmp_path / "bad.ckpt"
+    torch.save(content, bad)
+    for option in ("--ckpt_path", "--model.weights"):
+        message = fail("validate", *options(run, tmp_path), f"{option}={bad}")
+        assert "outputs for the val images hold nan or infinity" in message
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    place = ["--input", tmp_path / "a.png", "--output", tmp_path / "p"]
+    with pytest.raises(SystemExit):
+        main([str(argument) for argument in ("predict", "--ckpt", bad, *place)])
+    assert not list((tmp_path / "p").rglob("*.png"))
+
+
 def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
     def remove(*path):
         def change(content):
@@ -251,6 +270,7 @@ def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
         return change
 
     norm = "network.encoder.stages.1.norm.weight"
+    classifier = "network.head.classifier.weight"
     for change, expected in (
         (remove("state_dict", norm), f"lacks {norm}"),
         (put(torch.zeros(3), "state_dict", norm), f"has {norm} of another shape, (3,) and not"),
@@ -263,6 +283,16 @@ def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
         (put(7, "global_step"), "written after 7 steps, but its trainer counted 2"),
         (put(1, "lr_schedulers", 0, "last_epoch"), "its schedule stands at 1"),
         (remove("optimizer_states", 0, "state", 0, "exp_avg"), "exp_avg of parameter 0"),
+        (put(torch.tensor(1e6), "optimizer_states", 0, "state", 0, "step"), "counted 1000000 for"),
+        (put([math.nan], "lr_schedulers", 0, "_last_lr"), "holds nan as the schedule's _last_lr.0"),
+        (
+            put(["x", 0.9], "optimizer_states", 0, "param_groups", 0, "betas"),
+            "holds 'x' as group 0.betas.0",
+        ),
+        (
+            put(torch.zeros(6, 16, 1, 1, dtype=torch.int8), "state_dict", classifier),
+            f"has {classifier} as int8, no floating-point numbers",
+        ),
         (put([], "callbacks"), "holds a list as callbacks"),
         (put(None, "StreamingSegmentationData", "labels", "raw"), "does not describe its labels"),
     ):

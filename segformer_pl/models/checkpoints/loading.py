@@ -22,6 +22,7 @@ from segformer_pl.models.checkpoints.files import (
     WeightsError,
     describe_non_finite,
     non_finite,
+    wrong_kind,
 )
 from segformer_pl.models.checkpoints.layouts import (
     NATIVE,
@@ -512,6 +513,12 @@ def _check_complete(
 
 
 def _check_shapes(weights: Weights, found: Mapping, wanted: Mapping) -> None:
+    for name, tensor in found.items():
+        if kind := wrong_kind(tensor, wanted[name]):
+            raise WeightsError(
+                f"{weights.name} has {name} as {kind}, and the model computes with floating-point "
+                "numbers; give weights that are not quantised or converted"
+            )
     unfit = [name for name in found if _shape(found[name]) != _shape(wanted[name])]
     if not unfit:
         return

@@ -25,6 +25,7 @@ from segformer_pl.models.checkpoints.facts import (
 from segformer_pl.models.checkpoints.files import (
     WeightsError,
     check_regular,
+    check_usable,
     damaged,
     load_file,
 )
@@ -69,8 +70,15 @@ def read_weights(source: Source) -> Weights:
     """Read a source, whatever it is.
 
     Raises:
-        WeightsError: it is not there, cut short, holds code, or holds no tensors.
+        WeightsError: it is not there, cut short, holds code, or holds no tensors, or some that
+            cannot be weights.
     """
+    weights = _read(source)
+    check_usable(weights.tensors, weights.name)
+    return weights
+
+
+def _read(source: Source) -> Weights:
     if isinstance(source, Mapping):
         return _from_content("the state dict", source)
     if not isinstance(source, str | os.PathLike):
