@@ -53,7 +53,10 @@ from segformer_pl.commands.run_folder import (
 )
 from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
+from segformer_pl.data.label_mapping import check_labels
 from segformer_pl.doctor import examine, examine_settings
+from segformer_pl.models.checkpoints.facts import check_facts
+from segformer_pl.models.checkpoints.networks import function_arguments
 from segformer_pl.task import SegmentationTask
 
 
@@ -263,7 +266,17 @@ class SegformerCLI(LightningCLI):
                 f"ckpt_path: {ckpt_path!r} holds a {there[network]}, but model.network is a "
                 f"{here[network]}; make them agree"
             )
-        _check_network_arguments(ckpt_path, here, there)
+        stated = checkpoint.get("hyper_parameters", {})
+        # Before anything is built, and so before anything is written into the run's folder.
+        name = f"ckpt_path: {ckpt_path!r}"
+        images = (here["image_mean"], here["image_std"])
+        check_facts(stated, name, here["class_names"], images)
+        entry = find_dataset(self.plain_config()["data"]["dataset"])
+        data = checkpoint.get(StreamingSegmentationData.__name__, {})
+        if data.get("dataset") == entry.name:
+            check_labels(data, entry.name, entry.labels)
+        if "network" in stated:
+            _check_network_arguments(ckpt_path, self.model_settings()["network"], stated["network"])
         is_fit = self.config.get("subcommand") == "fit"
         grouped = [settings.get("layer_decay", 1) < 1 for settings in (here, there)]
         if is_fit and grouped[0] != grouped[1]:
@@ -285,24 +298,33 @@ class SegformerCLI(LightningCLI):
                 )
 
 
-# They change how a network is trained, not what it computes; the number of classes is compared
-# with the names of the classes.
-FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes")
-
-
 def _check_network_arguments(ckpt_path: str, here: dict[str, Any], there: dict[str, Any]) -> None:
     """Raises:
     ValueError: the network was trained with other arguments, which its shapes may not tell.
     """
-    for key in sorted(here.keys() & there.keys()):
-        if not key.startswith("network.init_args.") or key.endswith(FREE_ARGUMENTS):
-            continue
-        if here[key] != there[key]:
+    ours = function_arguments(here, "model.network")
+    theirs = function_arguments(there, f"ckpt_path: {ckpt_path!r}")
+    if ours is None or theirs is None:  # a network of the user's, whose arguments are only texts
+        free = ("drop_path_rate", "dropout", "num_classes")
+        ours, theirs = (
+            {
+                key.replace("init_args.", ""): value
+                for key, value in _leaves(spec)
+                if not key.endswith(free) and value is not None
+            }
+            for spec in (here, there)
+        )
+    for key in sorted(ours.keys() | theirs.keys()):
+        now, then = (_as_list(of.get(key, "not given")) for of in (ours, theirs))
+        if now != then:
             raise ValueError(
-                f"ckpt_path: model.{key.replace('.init_args', '')} is {here[key]} here and was "
-                f"{there[key]} in {ckpt_path!r}; make them agree, or give the weights to another "
-                "network with --model.weights"
+                f"ckpt_path: model.network.{key} is {now} here and was {then} in {ckpt_path!r}; "
+                "make them agree, or give the weights to another network with --model.weights"
             )
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_while_restoring(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ Cross-entropy never holds the upsampled logits: it takes them band by band (upsa
 the gradient on the way.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -34,6 +35,9 @@ class CrossEntropy(nn.Module):
             sum of their class weights, as torch does.
         class_weights: Weight of every class, by train id.
         label_smoothing: Share of the target that is spread over all classes (Szegedy et al. 2016).
+
+    Raises:
+        ValueError: a class weight is negative, nan or infinite, or all of them are 0.
     """
 
     class_weights: Tensor | None
@@ -47,6 +51,8 @@ class CrossEntropy(nn.Module):
         super().__init__()
         self.average = average
         self.label_smoothing = label_smoothing
+        if class_weights is not None:
+            _check_values(class_weights)
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -320,6 +326,20 @@ def _log_sum_exp(band: Tensor, probabilities: Tensor) -> Tensor:
     # Through the most likely class, whose probability is never small; less than half the time of
     # torch.logsumexp.
     return band.amax(3) - probabilities.amax(3).log()
+
+
+def _check_values(class_weights: Sequence[float]) -> None:
+    bad = [weight for weight in class_weights if not (math.isfinite(weight) and weight >= 0)]
+    if bad:
+        raise ValueError(
+            f"class_weights: {bad[0]} at train id {list(class_weights).index(bad[0])} is no "
+            "weight; give finite numbers of at least 0"
+        )
+    if not any(class_weights):
+        raise ValueError(
+            "class_weights are all 0, so that nothing would be learnt; give at least one class a "
+            "weight above 0"
+        )
 
 
 def _check_weights(class_weights: Tensor, logits: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,13 +31,7 @@ from segformer_pl.models.checkpoints import (
     load_weights,
     non_finite,
 )
-from segformer_pl.models.checkpoints.facts import (
-    checked_eps,
-    checked_facts,
-    class_difference,
-    normalization_difference,
-)
-from segformer_pl.models.checkpoints.files import WeightsError
+from segformer_pl.models.checkpoints.facts import check_facts, checked_eps
 from segformer_pl.models.checkpoints.training_state import (
     check_content,
     check_tensors,
@@ -281,6 +275,17 @@ class SegmentationTask(pl.LightningModule):
                 "score; check labels.ignored of the data set and the label files"
             )
         values["loss"] = loss.compute() / num_labelled
+        if not values["loss"].isfinite() and not self.trainer.sanity_checking:
+            sentence = (
+                f"the network's outputs for the {split} images hold nan or infinity (mean loss "
+                f"{values['loss'].item():g}), so their scores mean nothing"
+            )
+            if self.trainer.state.fn != TrainerFn.FITTING:
+                raise ValueError(
+                    f"{sentence}; give other weights, or --trainer.precision 32-true if this was "
+                    "in 16 bits"
+                )
+            rank_zero_warn(sentence)  # DivergenceWatch ends a training whose weights are not finite
         values["boundary_iou"], values["ece"] = boundary.compute(), calibration.compute()
         for metric in (loss, scores, boundary, calibration):
             metric.reset()
@@ -319,6 +324,12 @@ class SegmentationTask(pl.LightningModule):
             normalization=self._normalization(),
         )
 
+    def _check_labels(self, report: LoadReport) -> None:
+        """The classifier that was read means the same raw values of label images as the data."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if report.data and hasattr(data, "check_labels"):
+            data.check_labels(report.data)
+
     def _normalization(self) -> tuple[list[float], list[float]]:
         return self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
 
@@ -331,6 +342,14 @@ class SegmentationTask(pl.LightningModule):
                 "nothing; give --ckpt_path or --model.weights, or train it with `fit` first"
             )
         report = self.read_weights(self.network)
+        self._check_labels(report)
+        if report.changed and not is_training:
+            raise ValueError(
+                f"model.weights: {report.changed[0]}, so that this is not the network that was "
+                "trained; build that one, or train this one with `fit` first"
+            )
+        for difference in report.changed:
+            rank_zero_warn(f"{report.source}: {difference}; what is here is used")
         if report.reinitialized and not is_training:
             reason = next(iter(report.reinitialized.values()))
             raise ValueError(
@@ -381,7 +400,7 @@ class SegmentationTask(pl.LightningModule):
         if not self.trainer.strategy.reduce_boolean_decision(not counts):
             what = describe_non_finite(counts) if counts else "nan or infinity on another rank"
             raise divergence(
-                f"what a checkpoint would hold has {what}",
+                f"there is {what}, in the weights or in the optimiser",
                 self.trainer.global_step,
                 self._last_loss,
                 self._last_lr,
@@ -398,7 +417,8 @@ class SegmentationTask(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = "the checkpoint"
         check_content(checkpoint, name)
-        self._check_facts(checkpoint.get("hyper_parameters", {}), name)
+        stated = checkpoint.get("hyper_parameters", {})
+        check_facts(stated, name, self.class_names, self._normalization())
         trainer = self._trainer  # None in load_from_checkpoint, which can be asked not to be strict
         strict = trainer is not None and self.strict_loading
         check_tensors(checkpoint["state_dict"], self.state_dict(), name, strict)
@@ -409,24 +429,6 @@ class SegmentationTask(pl.LightningModule):
         if (eps := checked_eps(name, checkpoint.get("norm_eps"))) is not None:
             self.network.encoder.norm_eps = NormEps(*eps)
             self._norm_eps_is_from_weights = True
-
-    def _check_facts(self, stated: dict[str, Any], name: str) -> None:
-        """What a checkpoint states about its classes and images is what this run has.
-
-        Raises:
-            WeightsError: it is not.
-        """
-        compared = ("class_names", "image_mean", "image_std")
-        facts = checked_facts(name, {key: stated[key] for key in compared if key in stated})
-        difference = class_difference(facts.get("class_names", self.class_names), self.class_names)
-        if difference is not None:
-            raise WeightsError(
-                f"{name} was trained on other classes: {difference}; take the data set that it was "
-                "trained on, or start from its weights with --model.weights and "
-                "--model.match_classes"
-            )
-        if difference := normalization_difference(facts, *self._normalization()):
-            raise WeightsError(f"{name}: {difference}")
 
     def on_train_start(self) -> None:
         # A resumed run gets the checkpoint's optimiser settings back together with its state. The

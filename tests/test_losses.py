@@ -284,6 +284,20 @@ def test_wrong_number_of_class_weights():
             CrossEntropy(average, CLASS_WEIGHTS)(logits, labels, IGNORED)
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.0, 0.0], "class_weights are all 0"),
+        ([1.0, math.nan], "nan at train id 1 is no weight"),
+        ([-1.0, 1.0], "-1.0 at train id 0 is no weight"),
+        ([1.0, math.inf], "inf at train id 1 is no weight"),
+    ],
+)
+def test_class_weights_that_are_none(weights, message):
+    with pytest.raises(ValueError, match=message):
+        CrossEntropy(class_weights=weights)
+
+
 # Against a library
 
 

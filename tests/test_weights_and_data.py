@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
@@ -149,6 +151,19 @@ def test_a_changed_meaning_of_the_labels_is_refused(run, described, fail, tmp_pa
         assert "restore `labels`" in message
     message = fail("robustness", "--ckpt", ckpt, "--output", tmp_path / "r", "--device=cpu")
     assert "raw value 1 was" in message
+    # The same file as weights to start from or to score, also if asked to match by index.
+    for command, *more in (["fit"], ["validate"], ["validate", "--model.match_classes=by_index"]):
+        message = fail(command, *options(run, tmp_path), f"--model.weights={ckpt}", *more)
+        assert f"raw value 1 was {NAMES[1]!r} and is {NAMES[2]!r}" in message
+    encoder = f"--model.encoder_weights={ckpt}"
+    main(["fit", *options(run, tmp_path / "e", trainer__limit_val_batches=0), encoder])
+    # Another data set may mean anything by its values, and where it has the same classes it is said
+    other = describe(tmp_path / "other.yaml", raw_to_train=swapped)
+    other.write_text(other.read_text().replace("name: mine\n", ""))
+    for option in ("--ckpt_path", "--model.weights"):
+        place = options(run, tmp_path / option, data__dataset=other)
+        with pytest.warns(UserWarning, match=f"raw value 1 was {NAMES[1]!r} and is {NAMES[2]!r}"):
+            main(["validate", *place, f"{option}={ckpt}"])
     # a value that had no meaning before ended the run then, and may get one
     described(ignored=[99, 255])
     main(["validate", *options(run, tmp_path / "b"), f"--ckpt_path={ckpt}"])
@@ -175,6 +190,28 @@ def test_other_arguments_of_the_network_are_refused(run, fail, tmp_path):
     assert "model.network.num_heads is [1, 1, 1, 1] here and was [1, 2, 5, 8]" in message
     message = fail("validate", *options(run, tmp_path), heads, f"--model.weights={ckpt}")
     assert "trained with num_heads (1, 2, 5, 8), and the model has (1, 1, 1, 1)" in message
+    for other, was, here in (
+        ("paddings=[2,1,1,1]", (3, 1, 1, 1), (2, 1, 1, 1)),
+        ("strides=[4,2,2,1]", (4, 2, 2, 2), (4, 2, 2, 1)),
+    ):
+        other, key = f"--model.network.{other}", other.split("=")[0]
+        for command in ("fit", "validate"):
+            message = fail(command, *options(run, tmp_path), other, f"--ckpt_path={ckpt}")
+            assert f"model.network.{key} is {list(here)} here and was {list(was)}" in message
+        message = fail("validate", *options(run, tmp_path), other, f"--model.weights={ckpt}")
+        assert f"{key} is {here} here and {was} in the source" in message
+    same = "--model.network.paddings=[3,1,1,1]"  # what follows from the default
+    main(["validate", *options(run, tmp_path / "a"), same, f"--ckpt_path={ckpt}"])
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run, fail, tmp_path):
+    (config,) = (run / "runs").rglob("config.yaml")
+    before = {f: f.stat().st_mtime_ns for f in config.parent.rglob("*") if f.is_file()}
+    ckpt = config.parent / "checkpoints" / "last.ckpt"
+    place = ["--trainer.max_steps=4", f"--ckpt_path={ckpt}"]
+    fail("fit", *options(run, run / "runs"), "--model.image_mean=[0.5,0.5,0.5]", *place)
+    fail("fit", *options(run, run / "runs"), "--data.seed=7", *place)  # known by the data alone
+    assert before == {f: f.stat().st_mtime_ns for f in config.parent.rglob("*") if f.is_file()}
 
 
 def test_weights_that_are_no_numbers_are_refused_by_every_reader(run, fail, tmp_path):
@@ -198,6 +235,23 @@ def test_weights_that_are_no_numbers_are_refused_by_every_reader(run, fail, tmp_
         assert name.removeprefix("network.") in message
 
 
+def test_outputs_that_are_no_numbers_are_not_scored(run, fail, tmp_path):
+    # Every weight is finite, and what they compute overflows.
+    content = torch.load(run / "last.ckpt", weights_only=True)
+    for name in ("network.head.classifier.weight", "network.head.bn.weight"):
+        content["state_dict"][name].fill_(3e38)
+    bad = tmp_path / "bad.ckpt"
+    torch.save(content, bad)
+    for option in ("--ckpt_path", "--model.weights"):
+        message = fail("validate", *options(run, tmp_path), f"{option}={bad}")
+        assert "outputs for the val images hold nan or infinity" in message
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    place = ["--input", tmp_path / "a.png", "--output", tmp_path / "p"]
+    with pytest.raises(SystemExit):
+        main([str(argument) for argument in ("predict", "--ckpt", bad, *place)])
+    assert not list((tmp_path / "p").rglob("*.png"))
+
+
 def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
     def remove(*path):
         def change(content):
@@ -216,6 +270,7 @@ def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
         return change
 
     norm = "network.encoder.stages.1.norm.weight"
+    classifier = "network.head.classifier.weight"
     for change, expected in (
         (remove("state_dict", norm), f"lacks {norm}"),
         (put(torch.zeros(3), "state_dict", norm), f"has {norm} of another shape, (3,) and not"),
@@ -228,6 +283,16 @@ def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
         (put(7, "global_step"), "written after 7 steps, but its trainer counted 2"),
         (put(1, "lr_schedulers", 0, "last_epoch"), "its schedule stands at 1"),
         (remove("optimizer_states", 0, "state", 0, "exp_avg"), "exp_avg of parameter 0"),
+        (put(torch.tensor(1e6), "optimizer_states", 0, "state", 0, "step"), "counted 1000000 for"),
+        (put([math.nan], "lr_schedulers", 0, "_last_lr"), "holds nan as the schedule's _last_lr.0"),
+        (
+            put(["x", 0.9], "optimizer_states", 0, "param_groups", 0, "betas"),
+            "holds 'x' as group 0.betas.0",
+        ),
+        (
+            put(torch.zeros(6, 16, 1, 1, dtype=torch.int8), "state_dict", classifier),
+            f"has {classifier} as int8, no floating-point numbers",
+        ),
         (put([], "callbacks"), "holds a list as callbacks"),
         (put(None, "StreamingSegmentationData", "labels", "raw"), "does not describe its labels"),
     ):

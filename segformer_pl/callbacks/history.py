@@ -204,6 +204,13 @@ class RunConfig(SaveConfigCallback):
     def __init__(self, parser: Any, config: Any, config_filename: str = CONFIG_FILE) -> None:
         super().__init__(parser, config, config_filename, save_to_log_dir=False)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.config_filename == CONFIG_FILE:  # a resumption can still be refused
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         atomic_write_text(run_folder(trainer) / self.config_filename, text)

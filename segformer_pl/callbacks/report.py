@@ -20,6 +20,7 @@ class RunReport(pl.Callback):
     def __init__(self) -> None:
         self.run_dir: Path | None = None
         self.remedy = ""
+        self._has_begun = False  # until then there is nothing of this run to report
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # trainer.log_dir waits for all ranks. They are together here, and not when one has failed.
@@ -30,6 +31,15 @@ class RunReport(pl.Callback):
             "validate": "score at least one batch (trainer.limit_val_batches)",
             "test": "score at least one batch (trainer.limit_test_batches)",
         }.get(stage, "train for at least trainer.log_every_n_steps steps")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_begun = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_begun = True
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_begun = True
 
     # Not on_fit_end and its like: the progress bar and the table of results would come in between.
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -51,6 +61,8 @@ class RunReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if self.run_dir is None or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        if not self._has_begun:
             return
         try:
             for logger in trainer.loggers:

@@ -234,11 +234,18 @@ def _segment(
     probabilities = None
     is_small = len(task.class_names) <= 256
     dtype = torch.uint8 if is_small else torch.uint16
+    is_finite: list[torch.Tensor] = []  # of every window; known where the results are waited for
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = task.network(images)
+        is_finite.append(logits.isfinite().all())
+        return logits
+
     try:
         with torch.inference_mode():
             # Of 8 bits until the network sees them, window by window.
             images = torch.from_numpy(pixels).to(task.device).permute(2, 0, 1)[None]
-            given = (task.network, images, (height, width), lambda part: task.normalize(part / 255))
+            given = (network, images, (height, width), lambda part: task.normalize(part / 255))
             if not with_probabilities:
                 labels = inference.labels(*given, dtype=dtype)[0].cpu().numpy()
             else:
@@ -254,6 +261,11 @@ def _segment(
         ) from error
     except ValueError as error:  # such as: smaller than the network can take
         raise DataError(f"{where}: {error}") from error
+    if not all(is_finite):
+        raise DataError(
+            f"{where}: the network's outputs hold nan or infinity, so there is no mask; give "
+            "another checkpoint"
+        )
     return labels, probabilities
 
 

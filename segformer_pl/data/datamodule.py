@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.decoding import PaletteColors
 from segformer_pl.data.index import same_data
-from segformer_pl.data.label_mapping import compare_labels, describe_labels
+from segformer_pl.data.label_mapping import check_labels, describe_labels
 from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.sources import Source, Split, open_split
@@ -230,20 +230,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
         self._resumed = state_dict
 
     def check_labels(self, state_dict: dict[str, Any]) -> None:
-        """Compare the label mapping that a checkpoint was trained with, if it is of this data set.
-
-        Raises:
-            DataError: a raw value meant another class then.
-        """
-        name, labels = self.entry.name, state_dict.get("labels")
-        if labels is None or state_dict.get("dataset") != name:
-            return
-        if difference := compare_labels(labels, describe_labels(self.entry.labels)):
-            raise DataError(
-                f"the checkpoint was trained with another meaning of the labels of data set "
-                f"{name!r}: {difference}; restore `labels` in its description, or, if these are "
-                "other labels to score on, give the description another `name`"
-            )
+        """See :func:`~segformer_pl.data.label_mapping.check_labels`."""
+        check_labels(state_dict, self.entry.name, self.entry.labels)
 
     def _take_position(self, source: Source) -> None:
         """Go on where the checkpoint stands, if this is its data.

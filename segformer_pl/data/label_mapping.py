@@ -8,6 +8,8 @@ taught, and scoring compares with the wrong class.
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from segformer_pl.data.labels import DataError, LabelSpec
 
 SHOWN_VALUES = 8  # of those that differ, in a message
@@ -32,6 +34,38 @@ def describe_labels(labels: LabelSpec) -> dict[str, Any]:
         "raw": raw,
         "ignored": sorted(ignored),
     }
+
+
+def check_labels(trained: Mapping[str, Any], dataset: str, labels: LabelSpec) -> None:
+    """Compare what raw values meant to a training with what they mean in a data set.
+
+    In another data set they may mean anything. Where its classes are nevertheless those of the
+    training, a warning names the values that differ: it may be the same data under another name.
+
+    Args:
+        trained: ``dataset`` and ``labels`` (:func:`describe_labels`) of the training, as its
+            checkpoints state them.
+        dataset: Name of the data set.
+        labels: Its labels.
+
+    Raises:
+        DataError: it has the name of the training's, and a raw value meant another class then.
+    """
+    before, now = trained.get("labels"), describe_labels(labels)
+    if before is None or not (difference := compare_labels(before, now)):
+        return
+    if trained.get("dataset") == dataset:
+        raise DataError(
+            f"the checkpoint was trained with another meaning of the labels of data set "
+            f"{dataset!r}: {difference}; restore `labels` in its description, or, if these are "
+            "other labels to score on, give the description another `name`"
+        )
+    if before["coding"] == now["coding"] and before["names"] == now["names"]:
+        rank_zero_warn(
+            f"the checkpoint was trained on data set {trained.get('dataset')!r}, whose classes "
+            f"are those of {dataset!r}, but by another meaning of the labels: {difference}; if "
+            "the label files are the same, correct `labels` in the description"
+        )
 
 
 def compare_labels(there: Any, here: Mapping[str, Any]) -> str | None:

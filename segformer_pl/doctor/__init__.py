@@ -30,7 +30,7 @@ def examine(
         "known about it": entry.verified,
     }
     examine_recipe(found, task, data, trainer)
-    examine_weights(found, task)
+    examine_weights(found, task, data)
     splits = {split: examine_split(found, data, split) for split in ("train", "validation")}
     train, validation = splits["train"], splits["validation"]
     if train and validation:

@@ -4,17 +4,20 @@ import copy
 
 import lightning.pytorch as pl
 
-from segformer_pl.data import StreamingSegmentationData
+from segformer_pl.data import DataError, StreamingSegmentationData
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.task import SegmentationTask
 
 
-def examine_weights(found: Examination, task: SegmentationTask) -> None:
+def examine_weights(
+    found: Examination, task: SegmentationTask, data: StreamingSegmentationData
+) -> None:
     if task.weights is None and task.encoder_weights is None:
         return
     try:
-        task.read_weights(copy.deepcopy(task.network))
-    except ValueError as error:
+        report = task.read_weights(copy.deepcopy(task.network))
+        data.check_labels(report.data)
+    except (ValueError, DataError) as error:
         found.error("weights", str(error))
 
 

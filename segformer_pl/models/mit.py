@@ -306,7 +306,7 @@ class MixTransformer(nn.Module):
         super().__init__()
         eps = NormEps(norm_eps, conv_norm_eps)
         if paddings is None:
-            paddings = [k // 2 if k > s else 0 for k, s in zip(patch_sizes, strides)]
+            paddings = default_paddings(patch_sizes, strides)
         _check_stage_arguments(
             embed_dims=embed_dims,
             depths=depths,
@@ -461,6 +461,11 @@ def _check_pos_encoding(pos_encoding: PosEncoding, image_size: int | None) -> No
 
 # Variants (Table 6; depths of B2 and B3 as in the released weights). Every other argument of
 # MixTransformer is open to an ablation.
+
+
+def default_paddings(patch_sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Paddings of patch embeddings: half the patch where patches overlap, else none."""
+    return tuple(k // 2 if k > s else 0 for k, s in zip(patch_sizes, strides))
 
 
 def mit_b0(**kwargs: Any) -> MixTransformer:

@@ -282,6 +282,46 @@ def normalization_difference(
     )
 
 
+def check_facts(
+    stated: Mapping[str, Any],
+    name: str,
+    class_names: Sequence[str],
+    normalization: tuple[Sequence[float], Sequence[float]],
+) -> None:
+    """What a checkpoint states about its classes and images is what a run has that takes it whole.
+
+    Args:
+        stated: Hyperparameters of its task.
+        name: The checkpoint, for messages.
+        class_names: Those of the run.
+        normalization: Mean and standard deviation of the run's images.
+
+    Raises:
+        WeightsError: it is not.
+    """
+    compared = ("class_names", "image_mean", "image_std")
+    facts = checked_facts(name, {key: stated[key] for key in compared if key in stated})
+    theirs = facts.get("class_names", class_names)
+    if (difference := class_difference(theirs, class_names)) is not None:
+        if None not in match_names(theirs, class_names):
+            remedy = (
+                "start from its weights with --model.weights and --model.match_classes by_name, "
+                "which reorders the classifier"
+            )
+        else:
+            remedy = (
+                "train from its weights with --model.encoder_weights, or with --model.weights and "
+                "--model.match_classes by_name to keep the classes of equal names (by_index if "
+                "only the spelling differs)"
+            )
+        raise WeightsError(
+            f"{name} was trained on other classes: {difference}; take the data set that it was "
+            f"trained on, or {remedy}"
+        )
+    if difference := normalization_difference(facts, *normalization):
+        raise WeightsError(f"{name}: {difference}")
+
+
 def _are_close(theirs: Sequence[float], ours: Sequence[float]) -> bool:
     return len(theirs) == len(ours) and all(
         math.isclose(a, b, rel_tol=0, abs_tol=NORMALIZATION_TOLERANCE) for a, b in zip(theirs, ours)

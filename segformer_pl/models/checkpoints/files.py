@@ -122,6 +122,36 @@ def non_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
+def check_usable(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Tensors have values, all of them, and no variance is negative: its root would be nan.
+
+    Args:
+        tensors: Of a state dict.
+        name: Where they came from, for messages.
+
+    Raises:
+        WeightsError: one has not.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+            kind = "without values (meta)" if tensor.is_meta else "sparse or nested"
+            raise WeightsError(
+                f"{name} holds {key} as a tensor that is {kind}; have whoever made it save plain "
+                "tensors"
+            )
+        if key.endswith("running_var") and tensor.is_floating_point() and bool((tensor < 0).any()):
+            raise WeightsError(
+                f"{name} holds a negative variance in {key}, which no training leaves; it is "
+                "damaged: give another"
+            )
+
+
+def wrong_kind(there: Tensor, here: Tensor) -> str | None:
+    """The type of a tensor that stands for floating-point weights and is none of that kind."""
+    is_wrong = here.is_floating_point() and not there.is_floating_point()
+    return str(there.dtype).removeprefix("torch.") if is_wrong else None
+
+
 def _is_finite(tensor: Tensor) -> Tensor:
     # Types of 8 bits have no isfinite.
     return torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)

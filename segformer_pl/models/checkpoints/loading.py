@@ -22,6 +22,7 @@ from segformer_pl.models.checkpoints.files import (
     WeightsError,
     describe_non_finite,
     non_finite,
+    wrong_kind,
 )
 from segformer_pl.models.checkpoints.layouts import (
     NATIVE,
@@ -32,7 +33,7 @@ from segformer_pl.models.checkpoints.layouts import (
     to_parts,
 )
 from segformer_pl.models.checkpoints.sources import Source, Weights, read_weights
-from segformer_pl.models.mit import MixTransformer, NormEps
+from segformer_pl.models.mit import MixTransformer, NormEps, default_paddings
 from segformer_pl.models.segformer import SegFormer
 
 Parts = Literal["all", "encoder"]
@@ -58,6 +59,10 @@ class LoadReport:
         missing: Our names that the source does not have; empty if strict.
         unexpected: Names in the source that the model has no place for; empty if strict.
         remarks: What the source states about itself and how it agrees with the run.
+        changed: Arguments of the encoder that differ from those of the training, which no tensor
+            shows, one sentence each: the network computes something else than it was trained to.
+        data: What the source states about the data that its classifier was trained on, for the
+            classes that the model has now, in the model's order; empty if the classifier is new.
     """
 
     source: str
@@ -72,6 +77,8 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         what = "the encoder" if self.parts == "encoder" else "the model"
@@ -160,11 +167,13 @@ def load_weights(
             if num_channels == 1
             else f"channel c from channel c mod 3, times 3/{num_channels}"
         )
-    remarks = [*_compare_images(weights, normalization), *_compare_arguments(weights, encoder)]
-    reinitialized, new_classes, remark = _match_classifier(
+    border, changed = _compare_arguments(weights, encoder)
+    remarks = [*_compare_images(weights, normalization), *border]
+    reinitialized, rows, remark = _match_classifier(
         weights, found, wanted, class_names, match_classes
     )
     remarks += remark
+    new_classes = [number for number, row in enumerate(rows or []) if row is None]
 
     missing = [name for name in wanted if name not in found]
     unexpected = [*unknown, *(name for name in found if name not in wanted)]
@@ -209,7 +218,9 @@ def load_weights(
         inflated=inflated,
         missing=tuple(missing),
         unexpected=tuple(unexpected),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *changed),
+        changed=tuple(changed),
+        data={} if rows is None else _data_of_rows(weights, rows, class_names),
     )
 
 
@@ -283,27 +294,28 @@ def _match_classifier(
     wanted: dict[str, Tensor],
     class_names: Sequence[str] | None,
     how: MatchClasses,
-) -> tuple[dict[str, str], list[int], list[str]]:
+) -> tuple[dict[str, str], list[int | None] | None, list[str]]:
     """Give the source's classifier the model's classes, or leave it out of both.
 
     Returns:
-        Our names that are to be drawn anew -> why; the classes that are, none for all of them;
-        lines for the report.
+        Our names that are to be drawn anew -> why; the source's output for each of our classes,
+        None for one that is drawn anew, or None if outputs and classes were not compared; lines
+        for the report.
     """
     if not all(name in found and name in wanted for name in CLASSIFIER):
-        return {}, [], []
+        return {}, None, []
     (weight, bias), ours = (found[name] for name in CLASSIFIER), _shape(wanted[CLASSIFIER[1]])[0]
     fits = _shape(weight)[1:] == _shape(wanted[CLASSIFIER[0]])[1:]
     if not fits or bias.ndim != 1 or len(bias) != len(weight):
-        return {}, [], []  # left to the check of shapes
+        return {}, None, []  # left to the check of shapes
     theirs = len(bias)
     if theirs != ours and (class_names is None or how == "exact"):
         for name in CLASSIFIER:
             del found[name], wanted[name]
         reason = f"{theirs} classes in the source, {ours} in the model"
-        return dict.fromkeys(CLASSIFIER, reason), [], []
+        return dict.fromkeys(CLASSIFIER, reason), None, []
     if class_names is None:
-        return {}, [], []
+        return {}, None, []
     if len(class_names) != ours:
         raise WeightsError(
             f"the model has {ours} classes, but there are {len(class_names)} class names; give one "
@@ -316,10 +328,26 @@ def _match_classifier(
     found |= {name: found[name][index] for name in CLASSIFIER}
     new = [number for number, row in enumerate(rows) if row is None]
     if not new:
-        return {}, [], [remark]
+        return {}, rows, [remark]
     names = [class_names[number] for number in new]
     reason = f"the rows of {len(new)} classes that the source does not have: {_listed(names, 12)}"
-    return dict.fromkeys(CLASSIFIER, reason), new, [remark]
+    return dict.fromkeys(CLASSIFIER, reason), rows, [remark]
+
+
+def _data_of_rows(
+    weights: Weights, rows: Sequence[int | None], class_names: Sequence[str] | None
+) -> dict[str, Any]:
+    """What the source states about its data, the raw values of its classes in our order."""
+    labels = weights.data.get("labels")
+    if labels is None:
+        return {}
+    try:
+        raw = [[] if row is None else labels["raw"][row] for row in rows]
+    except (KeyError, TypeError, IndexError) as error:
+        raise WeightsError(
+            f"{weights.name} does not describe its labels as this version does; give another"
+        ) from error
+    return dict(weights.data) | {"labels": {**labels, "names": list(class_names or ()), "raw": raw}}
 
 
 def _compare_images(
@@ -340,13 +368,19 @@ def _compare_images(
     return ["normalisation: as in the source"]
 
 
-def _compare_arguments(weights: Weights, encoder: MixTransformer) -> list[str]:
-    """What no shape tells: another number of heads makes nonsense of the weights; strides and
-    padded keys can be changed on purpose, so that a line says so."""
+def _compare_arguments(weights: Weights, encoder: MixTransformer) -> tuple[list[str], list[str]]:
+    """What no shape tells: another number of heads makes nonsense of the weights; strides,
+    paddings and padded keys can be changed on purpose.
+
+    Returns:
+        Sentences on the keys at the border, which trained weights can be used with either way; and
+        on all others that differ.
+    """
     stages: Any = list(encoder.stages)
     ours = {
         "num_heads": tuple(stage.blocks[0].attn.num_heads for stage in stages),
         "strides": tuple(stage.patch_embed.proj.stride[0] for stage in stages),
+        "paddings": tuple(stage.patch_embed.proj.padding[0] for stage in stages),
         "kv_border": stages[0].blocks[0].attn.kv_border,
     }
     theirs = _stated_arguments(weights)
@@ -356,7 +390,9 @@ def _compare_arguments(weights: Weights, encoder: MixTransformer) -> list[str]:
             f"{weights.name} was trained with num_heads {theirs['num_heads']}, and the model has "
             f"{ours['num_heads']}; build the model that the weights are for"
         )
-    return [f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing]
+    told = {key: f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing}
+    border = [told.pop("kv_border")] if "kv_border" in told else []
+    return border, list(told.values())
 
 
 def _stated_arguments(weights: Weights) -> dict[str, Any]:
@@ -368,12 +404,22 @@ def _stated_arguments(weights: Weights) -> dict[str, Any]:
         arguments = spec.get("init_args", {})
     if str(spec.get("class_path")).startswith("segformer_pl.models."):
         defaults = inspect.signature(MixTransformer).parameters
-        known = ("num_heads", "strides", "kv_border")
+        known = ("num_heads", "strides", "patch_sizes", "paddings", "kv_border")
         stated = {key: arguments.get(key, defaults[key].default) for key in known}
     else:
         names = {"num_attention_heads": "num_heads", "strides": "strides"}
         stated = {ours: weights.config[key] for key, ours in names.items() if key in weights.config}
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
+    stated = {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
+    sizes = stated.pop("patch_sizes", None)
+    if sizes is not None and stated["paddings"] is None:
+        try:
+            stated["paddings"] = default_paddings(sizes, stated["strides"])
+        except TypeError as error:
+            raise WeightsError(
+                f"{weights.name} describes a network with patch_sizes {sizes} and strides "
+                f"{stated['strides']}; both have to be lists of whole numbers"
+            ) from error
+    return stated
 
 
 def _norm_eps(layout: Layout, weights: Weights) -> tuple[NormEps | None, str]:
@@ -467,6 +513,12 @@ def _check_complete(
 
 
 def _check_shapes(weights: Weights, found: Mapping, wanted: Mapping) -> None:
+    for name, tensor in found.items():
+        if kind := wrong_kind(tensor, wanted[name]):
+            raise WeightsError(
+                f"{weights.name} has {name} as {kind}, and the model computes with floating-point "
+                "numbers; give weights that are not quantised or converted"
+            )
     unfit = [name for name in found if _shape(found[name]) != _shape(wanted[name])]
     if not unfit:
         return

@@ -130,6 +130,31 @@ def spec_of(model: SegFormer | MixTransformer) -> dict[str, Any]:
     return _spec(encoder_arguments(model.encoder), head)
 
 
+# They change how a network is trained and not what it computes, or follow from the data set.
+_FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes")
+
+
+def function_arguments(spec: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What a specified network computes by: its arguments, with defaults and what follows from
+    others (``paddings``) filled in; None if it is of classes outside :mod:`segformer_pl.models`.
+
+    Raises:
+        WeightsError: there cannot be such a network.
+    """
+    nested = [value for value in spec.get("init_args", {}).values() if isinstance(value, Mapping)]
+    if not all(str(of.get("class_path")).startswith(_PACKAGE) for of in (spec, *nested)):
+        return None
+    with torch.device("meta"):
+        network = build(spec, name)
+    if not isinstance(network, SegFormer | MixTransformer):
+        return None
+    arguments = encoder_arguments(getattr(network, "encoder", network))
+    if isinstance(network, SegFormer):
+        arguments["decoder_dim"] = network.head.classifier.in_channels
+        arguments["in_indices"] = tuple(network.head.in_indices)
+    return {key: value for key, value in arguments.items() if key not in _FREE_ARGUMENTS}
+
+
 def network_spec(weights: Weights) -> dict[str, Any]:
     """The specification of the network that the weights are for."""
     if "network" in weights.task:

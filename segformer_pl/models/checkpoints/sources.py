@@ -25,6 +25,7 @@ from segformer_pl.models.checkpoints.facts import (
 from segformer_pl.models.checkpoints.files import (
     WeightsError,
     check_regular,
+    check_usable,
     damaged,
     load_file,
 )
@@ -51,6 +52,8 @@ class Weights:
             trained in: ``network`` (class path and arguments), ``class_names``, ``palette``,
             ``image_mean`` and ``image_std`` (for images in 0 to 1); each only if the source states
             it.
+        data: What a run's checkpoint says of the data that it was trained on: ``dataset``, the
+            name, and ``labels``, what its raw values meant.
         norm_eps: Epsilons of block and convolution norms, if the source states them.
     """
 
@@ -59,6 +62,7 @@ class Weights:
     config: Mapping[str, Any] = field(default_factory=dict)
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     norm_eps: tuple[float, float] | None = None
 
 
@@ -66,8 +70,15 @@ def read_weights(source: Source) -> Weights:
     """Read a source, whatever it is.
 
     Raises:
-        WeightsError: it is not there, cut short, holds code, or holds no tensors.
+        WeightsError: it is not there, cut short, holds code, or holds no tensors, or some that
+            cannot be weights.
     """
+    weights = _read(source)
+    check_usable(weights.tensors, weights.name)
+    return weights
+
+
+def _read(source: Source) -> Weights:
     if isinstance(source, Mapping):
         return _from_content("the state dict", source)
     if not isinstance(source, str | os.PathLike):
@@ -141,7 +152,11 @@ def _from_content(name: str, content: Any) -> Weights:
     stated = beside.get("hyper_parameters")
     task = {} if stated is None else checked_facts(name, stated)
     task |= _facts_of_mmcv(beside, name)
-    return Weights(name, tensors, task=task, norm_eps=checked_eps(name, beside.get("norm_eps")))
+    data = beside.get("StreamingSegmentationData") or {}
+    if not isinstance(data, Mapping):
+        raise WeightsError(f"{name} describes its data by a {type(data).__name__}, not by names")
+    eps = checked_eps(name, beside.get("norm_eps"))
+    return Weights(name, tensors, task=task, data=data, norm_eps=eps)
 
 
 def _facts_of_mmcv(content: Mapping[str, Any], name: str) -> dict[str, Any]:

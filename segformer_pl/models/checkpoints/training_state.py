@@ -5,16 +5,24 @@ a ``KeyError`` half-way, a wrong counter goes unnoticed. Nothing here needs Ligh
 is plain data.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from segformer_pl.models.checkpoints.files import WeightsError, describe_non_finite, non_finite
+from segformer_pl.models.checkpoints.files import (
+    WeightsError,
+    check_usable,
+    describe_non_finite,
+    non_finite,
+    wrong_kind,
+)
 
 # Lightning's EMA and its like keep the weights that were trained beside their average.
 STATE_DICTS = ("state_dict", "current_model_state")
+NUMBERS = ("lr", "betas", "eps", "weight_decay")  # of each of its groups
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each of its parameter's shape
 
 REMEDY = "give another checkpoint, or start a new run from its weights with --model.weights"
@@ -68,6 +76,7 @@ def check_content(content: Any, name: str) -> dict[str, Any]:
         for tensor_name, tensor in content.get(key, {}).items():
             if not isinstance(tensor_name, str) or not isinstance(tensor, Tensor):
                 raise WeightsError(_wrong(name, f"{key}, {tensor_name}", tensor, "a tensor"))
+        check_usable(content.get(key, {}), name)
         if counts := non_finite(content.get(key, {})):
             raise WeightsError(
                 f"{name} holds {describe_non_finite(counts)}; it comes from a training that "
@@ -87,7 +96,7 @@ def check_tensors(
     """The tensors of the model, each of its shape, and if strict no more and no less.
 
     Raises:
-        WeightsError: one is of another shape, or if strict missing or left over.
+        WeightsError: one is of another shape or kind, or if strict missing or left over.
     """
     missing = [key for key in here if strict and key not in there]
     unexpected = [key for key in there if strict and key not in here]
@@ -97,6 +106,12 @@ def check_tensors(
     if reshaped:
         theirs, ours = (tuple(tensors[reshaped[0]].shape) for tensors in (there, here))
         problems.append(f"has {_some(reshaped)} of another shape, {theirs} and not {ours}")
+    kinds = {
+        key: kind for key in here if key in there and (kind := wrong_kind(there[key], here[key]))
+    }
+    if kinds:
+        kind = next(iter(kinds.values()))
+        problems.append(f"has {_some(list(kinds))} as {kind}, no floating-point numbers")
     if problems:
         raise WeightsError(
             f"{name} {', '.join(problems)}; make model.network the network that was trained"
@@ -130,6 +145,7 @@ def check_training_state(
         (schedule,) = checkpoint["lr_schedulers"]
         theirs = [list(group["params"]) for group in optimizer["param_groups"]]
         state, last_epoch = dict(optimizer["state"]), schedule["last_epoch"]
+        rates = schedule.get("_last_lr", [])
         if any(not isinstance(values, Mapping) for values in state.values()):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -147,7 +163,26 @@ def check_training_state(
             f"{name} was written after {step} steps, but its schedule stands at {last_epoch}; "
             f"{REMEDY}"
         )
-    _check_moments(state, theirs, groups, name)
+    for path, value in _leaves(rates, "the schedule's _last_lr"):
+        if not _is_rate(value):
+            raise WeightsError(_wrong(name, path, value, "a finite number of at least 0"))
+    for number, group in enumerate(optimizer["param_groups"]):
+        for path, value in _leaves({key: group.get(key) for key in NUMBERS}, f"group {number}"):
+            if not _is_rate(value):
+                raise WeightsError(_wrong(name, path, value, "a finite number of at least 0"))
+        betas = group["betas"]
+        if not isinstance(betas, list | tuple) or len(betas) != 2 or not _are_below_1(betas):
+            raise WeightsError(_wrong(name, f"group {number}.betas", betas, "two numbers below 1"))
+    _check_moments(state, theirs, groups, step, name)
+
+
+def _are_below_1(values: Sequence[Any]) -> bool:
+    return all(_is_rate(value) and value < 1 for value in values)
+
+
+def _is_rate(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
 
 
 def _check_counters(checkpoint: Mapping[str, Any], name: str) -> int:
@@ -175,6 +210,7 @@ def _check_moments(
     state: Mapping[Any, Mapping[str, Any]],
     theirs: list[list[Any]],
     groups: Sequence[Mapping[str, Any]],
+    num_steps: int,
     name: str,
 ) -> None:
     flat: dict[str, Tensor] = {}
@@ -190,8 +226,16 @@ def _check_moments(
                     )
                 flat[f"{moment} of parameter {key}"] = tensor
             step = state.get(key, {}).get("step")
-            if state and not (isinstance(step, Tensor) and step.numel() == 1 and step.item() >= 0):
+            if not state:
+                continue
+            if not (isinstance(step, Tensor) and step.numel() == 1 and step.item() >= 0):
                 raise WeightsError(_wrong(name, f"the step of parameter {key}", step, "a number"))
+            # Less than all where a gradient scaler skipped some, or a second fit began anew.
+            if not (step.item() <= num_steps and float(step).is_integer()):
+                raise WeightsError(
+                    f"{name} was written after {num_steps} steps, but its optimiser counted "
+                    f"{step.item():.12g} for parameter {key}; {REMEDY}"
+                )
     if counts := non_finite(flat):
         raise WeightsError(
             f"{name}, optimiser: {describe_non_finite(counts)}; it comes from a training that "

@@ -164,7 +164,14 @@ def test_heads_are_compared_since_no_shape_tells_them(run):
         },
     }
     report = load_weights(small(), run)
-    assert "strides is (4, 2, 2, 2) here and (4, 2, 2, 1) in the source" in str(report)
+    strides = "strides is (4, 2, 2, 2) here and (4, 2, 2, 1) in the source"
+    assert report.changed == (strides,)
+    assert strides in str(report)
+    report = load_weights(small(strides=(4, 2, 2, 1), paddings=(2, 1, 1, 1)), run)
+    assert report.changed == ("paddings is (2, 1, 1, 1) here and (3, 1, 1, 1) in the source",)
+    report = load_weights(small(strides=(4, 2, 2, 1), kv_border="keep"), run)
+    assert report.changed == ()
+    assert "kv_border is keep here and drop" in str(report)
     message = refuse(run, small(num_heads=(1, 1, 1, 1)))
     assert "trained with num_heads (1, 2, 2, 4), and the model has (1, 1, 1, 1)" in message
 

@@ -114,6 +114,8 @@ def test_what_is_no_file_of_tensors_is_one_sentence(no_file):
         {"state_dict": [], "pytorch-lightning_version": "2.6.6"},
         {"state_dict": {"w": 1}, "pytorch-lightning_version": "2.6.6"},
         {"state_dict": {"w": torch.tensor([torch.inf])}, "pytorch-lightning_version": "2.6.6"},
+        {"state_dict": {"w": torch.ones(2).to_sparse()}, "pytorch-lightning_version": "2.6.6"},
+        {"state_dict": {"running_var": -torch.ones(2)}, "pytorch-lightning_version": "2.6.6"},
         {"state_dict": {}, "pytorch-lightning_version": "newest"},
         {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "global_step": -1},
         {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "hyper_parameters": []},

@@ -77,6 +77,28 @@ def test_weights_of_a_diverged_training_are_refused():
     assert torch.equal(model.encoder.stages[0].norm.bias, before)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.int8), "head.classifier.weight as int8, and the model computes with"),
+        (lambda t: t.to(torch.complex64), "head.classifier.weight as complex64"),
+        (lambda t: t.to("meta"), "head.classifier.weight as a tensor that is without values"),
+        (lambda t: t.to_sparse(), "head.classifier.weight as a tensor that is sparse or nested"),
+    ],
+)
+def test_tensors_that_are_no_weights(source, change, message):
+    state = source.state_dict()
+    state["head.classifier.weight"] = change(state["head.classifier.weight"])
+    assert message in refuse(small(), state)
+
+
+def test_a_negative_variance_is_refused(source):
+    state = source.state_dict()
+    (name,) = (name for name in state if name.endswith("running_var"))
+    state[name] = -state[name].abs()
+    assert f"negative variance in {name}" in refuse(small(), state)
+
+
 class Malicious:
     """Reading it as a pickle makes a folder."""
 
