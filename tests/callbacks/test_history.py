@@ -130,9 +130,12 @@ def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, 
     (resumption,) = read_resumptions(run_dir)
     assert resumption.step == 4
     assert resumption.changes == {
-        "trainer.callbacks": (first["trainer"]["callbacks"], first["trainer"]["callbacks"][:2]),
+        "trainer.callbacks.KillAt": ("test_history.KillAt", None),
         "trainer.val_check_interval": (2, 3),
     }
+    of_checkpoint = torch.load(last, weights_only=True)["StreamingSegmentationData"]
+    known = json.loads((run_dir / "training_data.json").read_text())
+    assert known == {key: of_checkpoint[key] for key in ("dataset", "num_rows", "fingerprint")}
     page = (run_dir / "report.html").read_text()
     assert "dotted: resumed at 4" in page
     assert "trainer.val_check_interval" in page
