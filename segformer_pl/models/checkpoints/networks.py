@@ -148,8 +148,10 @@ def function_arguments(spec: Mapping[str, Any], name: str) -> dict[str, Any] | N
         network = build(spec, name)
     if not isinstance(network, SegFormer | MixTransformer):
         return None
-    arguments = encoder_arguments(getattr(network, "encoder", network))
-    if isinstance(network, SegFormer):
+    if isinstance(network, MixTransformer):
+        arguments = encoder_arguments(network)
+    else:
+        arguments = encoder_arguments(network.encoder)
         arguments["decoder_dim"] = network.head.classifier.in_channels
         arguments["in_indices"] = tuple(network.head.in_indices)
     return {key: value for key, value in arguments.items() if key not in _FREE_ARGUMENTS}
