@@ -4,6 +4,7 @@ import operator
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,7 +225,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         self.check_labels(state_dict)
         self._resumed = state_dict
 
-    def check_labels(self, state_dict: dict[str, Any]) -> None:
+    def check_labels(self, state_dict: Mapping[str, Any]) -> None:
         """See :func:`~segformer_pl.data.label_mapping.check_labels`."""
         check_labels(state_dict, self.entry.name, self.entry.labels)
 

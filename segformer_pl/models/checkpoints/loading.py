@@ -199,10 +199,10 @@ def load_weights(
         classifier = cast(SegFormer, model).head.classifier
         fresh = copy.deepcopy(classifier)
         fresh.reset_parameters()
-        rows = new_classes or slice(None)
+        drawn = new_classes or slice(None)
         with torch.no_grad():
             for name, tensor in classifier.named_parameters():
-                tensor[rows] = fresh.get_parameter(name)[rows]
+                tensor[drawn] = fresh.get_parameter(name)[drawn]
     eps, reason = _norm_eps(layout, weights)
     if eps is not None:
         encoder.norm_eps = eps

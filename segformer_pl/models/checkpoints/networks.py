@@ -148,7 +148,8 @@ def function_arguments(spec: Mapping[str, Any], name: str) -> dict[str, Any] | N
         network = build(spec, name)
     if not isinstance(network, SegFormer | MixTransformer):
         return None
-    arguments = encoder_arguments(getattr(network, "encoder", network))
+    encoder = network.encoder if isinstance(network, SegFormer) else network
+    arguments = encoder_arguments(encoder)
     if isinstance(network, SegFormer):
         arguments["decoder_dim"] = network.head.classifier.in_channels
         arguments["in_indices"] = tuple(network.head.in_indices)
