@@ -89,6 +89,17 @@ def test_by_name_classes_that_the_source_has_not_are_drawn_anew(run):
 
 
 @torch.no_grad()
+def test_raw_values_follow_their_classes(run):
+    labels = {"coding": "values", "names": NAMES, "raw": [[0], [1], [2]], "ignored": [255]}
+    run["StreamingSegmentationData"] = {"dataset": "mine", "labels": labels}
+    names = ["car", "tree", "sky"]
+    report = load_weights(small(), run, class_names=names, match_classes="by_name")
+    assert report.data["labels"] == labels | {"names": names, "raw": [[2], [], [0]]}
+    assert report.reinitialized
+    assert load_weights(small(), run, class_names=NAMES).data["labels"] == labels
+    assert not load_weights(small(5), run, class_names=["a", "b", "c", "d", "e"]).data
+
+
 def test_by_index_names_do_not_matter(run):
     source, network = small(), small()
     load_weights(source, run)
