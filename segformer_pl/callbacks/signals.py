@@ -108,7 +108,7 @@ class StopOnSignal(pl.Callback):
         for one in trainer.checkpoint_callbacks:
             # Not one that another run left in the same place.
             is_own = getattr(one, "_last_global_step_saved", 0) != 0
-            if hasattr(one, "file") and is_own and one.file.exists():
+            if is_own and hasattr(one, "file") and one.file.exists():
                 command = [*_without_ckpt_path(self.command), f"--ckpt_path={one.file}"]
                 exception.add_note(f"then go on with\n{shlex.join(command)}")
                 return

@@ -36,7 +36,7 @@ def test_other_file_systems_are_left_to_lightning():
 
 def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(WriteError, match=r"cannot write '.*last.ckpt': .*; free space or give a"):
+    with pytest.raises(WriteError, match=r"cannot write '.*last.ckpt': .*; give a folder that"):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
 
 

@@ -181,6 +181,12 @@ def load_weights(
         _check_complete(weights, parts, kind, found, missing, unexpected)
     fitting = {name: tensor for name, tensor in found.items() if name in wanted}
     _check_shapes(weights, fitting, wanted)
+    empty = [name for name, tensor in fitting.items() if tensor.is_meta > wanted[name].is_meta]
+    if empty:
+        raise WeightsError(
+            f"{weights.name} holds {empty[0]} as a tensor that is without values (meta); give the state "
+            "dict of a network that has weights"
+        )
     if broken := non_finite(fitting):
         raise WeightsError(
             f"{weights.name} holds {describe_non_finite(broken)}; it comes from a training that "

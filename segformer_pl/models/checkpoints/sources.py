@@ -74,7 +74,10 @@ def read_weights(source: Source) -> Weights:
             cannot be weights.
     """
     weights = _read(source)
-    check_usable(weights.tensors, weights.name)
+    tensors = weights.tensors
+    if isinstance(source, Mapping):  # without values it can describe a network on the meta device
+        tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    check_usable(tensors, weights.name)
     return weights
 
 

@@ -300,3 +300,13 @@ def test_dtype_and_memory_layout_of_the_model_stay(source):
     stem = network.state_dict()[STEM]
     assert stem.dtype == torch.float64
     assert stem.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_state_dict_without_values_is_no_weights():
+    network = segformer_b0(num_classes=2)
+    with torch.device("meta"):
+        state = segformer_b0(num_classes=2).state_dict()
+    with pytest.raises(WeightsError, match="without values"):
+        load_weights(network, state)
+    with torch.device("meta"):
+        load_weights(segformer_b0(num_classes=2), state)  # only its names and shapes are asked for
