@@ -184,8 +184,8 @@ def load_weights(
     empty = [name for name, tensor in fitting.items() if tensor.is_meta > wanted[name].is_meta]
     if empty:
         raise WeightsError(
-            f"{weights.name} holds {empty[0]} as a tensor that is without values (meta); give the state "
-            "dict of a network that has weights"
+            f"{weights.name} holds {empty[0]} as a tensor that is without values (meta); give the "
+            "state dict of a network that has weights"
         )
     if broken := non_finite(fitting):
         raise WeightsError(
