@@ -63,6 +63,7 @@ def test_data_set_decides_classes_names_palette_and_seed_decides_the_order(folde
     assert cli.datamodule.seed == 7
 
 
+@pytest.mark.slow
 def test_fit_writes_a_run_that_can_be_read_again(folder, tmp_path):
     main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
     (run,) = tmp_path.glob("*/version_0")
@@ -94,6 +95,7 @@ def test_on_resume_the_command_line_wins_and_says_so(folder, tmp_path, caplog):
     assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.002
 
 
+@pytest.mark.slow
 def test_fit_says_what_cannot_be_meant_and_so_does_its_report(folder, tmp_path, caplog):
     arguments = options(folder, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=2)
     with caplog.at_level(logging.INFO):
@@ -118,6 +120,7 @@ def test_settings_that_count_epochs_are_not_ignored(capsys, folder, tmp_path):
         assert f"trainer.{setting.replace('=', ' is ')}, but training reads a stream" in error
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_kept_is_refused_in_one_sentence(capsys, folder, tmp_path):
     (tmp_path / "runs").write_text("a file")
     error = fail(capsys, ["fit", *options(folder, tmp_path / "runs")])

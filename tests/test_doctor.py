@@ -16,6 +16,8 @@ from segformer_pl.doctor import examine
 from segformer_pl.models import MixTransformer, SegFormer
 from segformer_pl.task import SegmentationTask
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["road", "car", "tree"]
 
 

@@ -207,6 +207,7 @@ def test_of_the_windows_only_a_few_are_held(network, monkeypatch):
     assert max(held) <= 3
 
 
+@pytest.mark.slow
 def test_the_network_is_given_a_large_image_window_by_window(network):
     """The image stays in 8 bits, and what places the windows does not grow with its square."""
     generator = torch.Generator().manual_seed(0)

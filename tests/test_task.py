@@ -42,6 +42,7 @@ def make_trainer(tmp_path, **arguments):
     return pl.Trainer(**defaults | arguments)
 
 
+@pytest.mark.slow
 def test_learns_two_samples_and_logs_the_agreed_keys(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=30)
     loader = DataLoader(samples(60), batch_size=2)
@@ -332,6 +333,7 @@ class SaveAfter(pl.Callback):
         trainer.save_checkpoint(self.folder / f"{batch_idx}.ckpt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_the_middle_of_a_step_is_that_of_the_step_before(tmp_path):
     """Its running statistics too, which have seen a batch that will be trained on again."""
     trainer = make_trainer(

@@ -111,6 +111,7 @@ def test_parts():
     assert cost.encoder_parameters + cost.head_parameters == cost.num_parameters
 
 
+@pytest.mark.slow
 def test_activation_memory_is_what_autograd_really_keeps():
     network = small().train()
     stored = {}

@@ -15,6 +15,8 @@ from segformer_pl.callbacks import AtomicCheckpointIO
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_temporary_folder_plays_no_part(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))

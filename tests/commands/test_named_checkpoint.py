@@ -10,6 +10,8 @@ import torch
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):

@@ -112,6 +112,7 @@ def test_masks_are_the_networks_train_ids_with_the_palette(run, checkpoint, pict
     assert overlay.height > 45 * 8
 
 
+@pytest.mark.slow
 def test_every_kind_of_picture(run, pictures, tmp_path):
     pixels = photograph()
     image, grey = Image.fromarray(pixels), Image.fromarray(pixels[..., 0])
@@ -284,6 +285,7 @@ def test_a_network_of_other_pictures(run, pictures, monkeypatch):
     assert "the network takes 4 channels, but pictures are read with 3 (RGB); give" in reported
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_files(run, pictures, tmp_path, monkeypatch):
     for name in "abc":
         Image.fromarray(photograph(seed=ord(name))).save(pictures / f"{name}.png")

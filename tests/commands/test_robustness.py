@@ -19,6 +19,8 @@ from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples
 from segformer_pl.data.transforms import to_tensors
 
+pytestmark = pytest.mark.slow
+
 # As an attribute of the package it is the function of the same name.
 command = importlib.import_module("segformer_pl.commands.robustness")
 

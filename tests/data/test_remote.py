@@ -22,6 +22,8 @@ from segformer_pl.data.sources import open_split
 from segformer_pl.data.streaming import Samples, collate
 from segformer_pl.data.transforms import to_tensors
 
+pytestmark = pytest.mark.slow
+
 ENTRY = find_dataset("shapes")
 
 

@@ -107,6 +107,7 @@ def test_shapes_have_the_area_of_the_unit_disc():
         assert area == pytest.approx(np.pi, rel=0.01), name
 
 
+@pytest.mark.slow
 def test_mean_colors_of_the_object_classes_do_not_tell_them_apart():
     """Classes are told by shape: their mean colours agree within the noise of the draw."""
     samples = [shapes.draw(np.random.default_rng([1, i])) for i in range(200)]
@@ -134,6 +135,7 @@ def scores_of_local_guessing(folder, share_blue, seed=0):
     return scores.compute()["miou"].item()
 
 
+@pytest.mark.slow
 def test_ceiling_is_what_the_best_guessing_reaches(folder):
     ceiling = shapes.locality_ceiling(folder, "validation")
     guessing = [scores_of_local_guessing(folder, share) for share in np.linspace(0, 1, 11)]

@@ -218,6 +218,7 @@ def test_another_epoch_augments_the_same_picture_differently(row):
     assert samples[0]["seed"] != samples[1]["seed"]
 
 
+@pytest.mark.slow
 def test_a_lane_reads_each_of_its_row_groups_once(row):
     source = Rows([16] * 80, row)
     samples = training(source)

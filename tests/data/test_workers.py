@@ -18,6 +18,8 @@ from segformer_pl.data.sources import ParquetSource, StreamedSource, open_split
 from segformer_pl.data.streaming import RankSampler, Samples, collate
 from segformer_pl.data.transforms import to_tensors
 
+pytestmark = pytest.mark.slow
+
 ENTRY = find_dataset("shapes")
 NUM_ROWS = 150
 

@@ -62,6 +62,7 @@ def test_transformers_opens_its_folder_and_gives_our_logits(network, tmp_path):
     assert len(remarks) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_transformers_opens_an_encoder_alone(randomize, tmp_path):
     from transformers import SegformerModel
@@ -91,6 +92,7 @@ def test_smp_opens_its_folder_and_gives_our_logits(network, tmp_path):
     torch.testing.assert_close(logits, network(batch), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_round_trip_from_transformers(tmp_path, randomize):
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 

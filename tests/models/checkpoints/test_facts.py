@@ -268,6 +268,7 @@ def test_a_description_of_other_tensors(folder, changes, message):
 FORMS = {"huggingface": "folder", "nvlabs": "w.pth", "native": "w.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layouts", [("native", "huggingface"), ("huggingface", "native")])
 def test_facts_survive_a_round_trip(tmp_path, randomize, layouts):
     """native -> huggingface -> native and the other way round."""
