@@ -55,8 +55,8 @@ from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.label_mapping import check_labels
 from segformer_pl.doctor import examine, examine_settings
-from segformer_pl.models.checkpoints.facts import check_facts
-from segformer_pl.models.checkpoints.networks import function_arguments
+from segformer_pl.checkpoints.facts import check_facts
+from segformer_pl.checkpoints.networks import function_arguments
 from segformer_pl.task import SegmentationTask
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from segformer_pl.models.checkpoints import describe_non_finite, non_finite
+from segformer_pl.checkpoints import describe_non_finite, non_finite
 
 # A loss that is not finite once can be one bad batch in float16, whose step the gradient scaler
 # skips. Scalers halve their scale with every skip: after so many in a row nothing is left of it.

@@ -24,15 +24,15 @@ from segformer_pl.metrics import (
     SegmentationScores,
     as_classes,
 )
-from segformer_pl.models.checkpoints import (
+from segformer_pl.checkpoints import (
     LoadReport,
     MatchClasses,
     describe_non_finite,
     load_weights,
     non_finite,
 )
-from segformer_pl.models.checkpoints.facts import check_facts, checked_eps
-from segformer_pl.models.checkpoints.training_state import (
+from segformer_pl.checkpoints.facts import check_facts, checked_eps
+from segformer_pl.checkpoints.training_state import (
     check_content,
     check_tensors,
     check_training_state,
@@ -72,7 +72,7 @@ class SegmentationTask(pl.LightningModule):
         ignore_index: Label that neither trains nor scores; linked.
         weights: Weights of the whole network to start from: a file, a folder written by
             ``save_pretrained`` or a hub name ``owner/name@commit``, of any layout that
-            :mod:`segformer_pl.models.checkpoints` knows. Read once, when the task first runs, and
+            :mod:`segformer_pl.checkpoints` knows. Read once, when the task first runs, and
             never if a checkpoint is loaded. What they state about their classes and about the
             normalisation of images has to agree with the run.
         encoder_weights: Likewise for the encoder alone; give one of the two.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from segformer_pl.atomic import make_writable_folder
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
-from segformer_pl.models.checkpoints import export_weights, load_network, read_weights
-from segformer_pl.models.checkpoints.export import LAYOUTS, check_destination
+from segformer_pl.checkpoints import export_weights, load_network, read_weights
+from segformer_pl.checkpoints.export import LAYOUTS, check_destination
 
 
 def convert(arguments: list[str]) -> None:

@@ -33,7 +33,7 @@ from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.labels import DataError
-from segformer_pl.models.checkpoints import load_network, read_weights
+from segformer_pl.checkpoints import load_network, read_weights
 from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
 
 DPI = 300

@@ -9,13 +9,15 @@ nor the LayerNorms ever meet a copy.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from segformer_pl.models.segmenter import Encoder
 
 PosEncoding = Literal["mix_ffn", "learned", "none"]
 KvBorder = Literal["drop", "keep"]
@@ -230,7 +232,7 @@ class Stage(nn.Module):
         return to_channels_first(self.norm(self.blocks(tokens)))
 
 
-class MixTransformer(nn.Module):
+class MixTransformer(nn.Module, Encoder):
     """Mix Transformer (MiT): the hierarchical encoder of SegFormer.
 
     Four stages, each an overlapped patch embedding followed by transformer blocks and a
@@ -322,8 +324,10 @@ class MixTransformer(nn.Module):
                 f"kv_border={kv_border!r}: choose one of {', '.join(get_args(KvBorder))}"
             )
 
+        self.in_channels = in_channels
         self.out_channels = tuple(embed_dims)
         self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
+        self.min_size = _min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
 
         last_block = max(sum(depths) - 1, 1)
         stages = []
@@ -396,6 +400,92 @@ class MixTransformer(nn.Module):
             feature_map = stage(feature_map)
             features.append(feature_map)
         return features
+
+    def init_args(self) -> dict[str, Any]:
+        stages = cast(list[Stage], list(self.stages))
+        first = [cast(Block, stage.blocks[0]) for stage in stages]
+        convolutions = [stage.patch_embed.proj for stage in stages]
+        pos_encoding, image_size = "mix_ffn", None
+        if stages[0].pos_embed is not None:
+            pos_encoding, stem = "learned", convolutions[0]
+            grid = stages[0].pos_embed.shape[-1]  # the smallest image that gives it
+            padding = int(stem.padding[0])
+            image_size = (grid - 1) * stem.stride[0] + stem.kernel_size[0] - 2 * padding
+        elif isinstance(first[0].mlp.dwconv, nn.Identity):
+            pos_encoding = "none"
+        last = cast(Block, stages[-1].blocks[-1])
+        return {
+            "embed_dims": self.out_channels,
+            "depths": tuple(len(stage.blocks) for stage in stages),
+            "num_heads": tuple(block.attn.num_heads for block in first),
+            "mlp_ratio": first[0].mlp.fc1.out_features // first[0].mlp.fc1.in_features,
+            "sr_ratios": tuple(block.attn.sr_ratio for block in first),
+            "kv_border": first[0].attn.kv_border,
+            "patch_sizes": tuple(convolution.kernel_size[0] for convolution in convolutions),
+            "strides": tuple(convolution.stride[0] for convolution in convolutions),
+            "paddings": tuple(convolution.padding[0] for convolution in convolutions),
+            "pos_encoding": pos_encoding,
+            "image_size": image_size,
+            "in_channels": self.in_channels,
+            "drop_path_rate": last.drop_path.drop_prob,
+            "norm_eps": self.norm_eps.norm,
+            "conv_norm_eps": self.norm_eps.conv_norm,
+        }
+
+    def parts(self) -> dict[str, str]:
+        return {f"stage{s + 1}": f"stages.{s}" for s in range(len(self.stages))}
+
+    def layer_ids(self) -> dict[str, int]:
+        """Count one layer per block. A stage's patch embedding and position table belong to its
+        first block, its closing norm to its last."""
+        ids = {}
+        first = 0
+        for s, stage in enumerate(cast(list[Stage], list(self.stages))):
+            last = first + len(stage.blocks) - 1
+            for name, _ in stage.named_parameters():
+                part, *rest = name.split(".")
+                if part == "blocks":
+                    layer = first + int(rest[0])
+                else:
+                    layer = last if part == "norm" else first
+                ids[f"stages.{s}.{name}"] = layer
+            first = last + 1
+        return ids
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the LayerNorms and the position tables, as in the reference's configurations."""
+        return {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+            if isinstance(module, nn.LayerNorm) or name == "pos_embed"
+        }
+
+    def weight_constants(self) -> dict[str, float]:
+        return {"norm_eps": self.norm_eps.norm, "conv_norm_eps": self.norm_eps.conv_norm}
+
+    def set_weight_constants(self, constants: Mapping[str, float]) -> None:
+        eps = self.weight_constants()
+        super().set_weight_constants({k: v for k, v in constants.items() if k not in eps})
+        eps |= constants
+        self.norm_eps = NormEps(eps["norm_eps"], eps["conv_norm_eps"])
+
+
+def _min_size(
+    patch_sizes: Sequence[int],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    sr_ratios: Sequence[int],
+    kv_border: KvBorder,
+) -> int:
+    """Walk from the last stage to the image: the side that leaves each stage enough tokens."""
+    side = 1
+    for kernel, stride, padding, sr_ratio in reversed(
+        list(zip(patch_sizes, strides, paddings, sr_ratios))
+    ):
+        tokens = max(side, sr_ratio if kv_border == "drop" else 1)
+        side = max((tokens - 1) * stride + kernel - 2 * padding, 1)
+    return side
 
 
 def _init_weights(module: nn.Module) -> None:

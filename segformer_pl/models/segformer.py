@@ -1,6 +1,6 @@
 """SegFormer = a hierarchical encoder and the All-MLP decode head (Xie et al. 2021, Fig. 2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from segformer_pl.models.mit import (
     mit_b5,
     to_tokens,
 )
+from segformer_pl.models.segmenter import Encoder, Segmenter
 
 UnitPlaces = Callable[[tuple[int, int]], tuple[list[int], list[int]]]
 
 
-class SegFormer(nn.Module):
+class SegFormer(nn.Module, Segmenter):
     """A semantic segmentation network: encoder, then All-MLP head.
 
     Shapes: (B, in_channels, H, W) -> logits (B, num_classes, ceil(H/4), ceil(W/4)). Upsampling to
@@ -36,13 +37,16 @@ class SegFormer(nn.Module):
 
     def __init__(
         self,
-        encoder: MixTransformer,
+        encoder: Encoder,
         num_classes: int,
         decoder_dim: int = 256,
         in_indices: Sequence[int] = (0, 1, 2, 3),
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        self.in_channels = encoder.in_channels
+        self.num_classes = num_classes
+        self.min_size = encoder.min_size
         self.encoder = encoder
         self.head = AllMLPHead(encoder.out_channels, num_classes, decoder_dim, in_indices, dropout)
 
@@ -60,6 +64,32 @@ class SegFormer(nn.Module):
         features = self.encoder(images)
         named = {f"stage{i}": feature for i, feature in enumerate(features, start=1)}
         return named | {"head": self.head.fuse_features(features)}
+
+    def init_args(self) -> dict[str, Any]:
+        return {
+            "encoder": self.encoder.spec(),
+            "num_classes": self.num_classes,
+            "decoder_dim": self.head.classifier.in_channels,
+            "in_indices": self.head.in_indices,
+            "dropout": self.head.dropout.p,
+        }
+
+    def parts(self) -> dict[str, str]:
+        stages = {name: f"encoder.{path}" for name, path in self.encoder.parts().items()}
+        return stages | {"head": "head"}
+
+    def layer_ids(self) -> dict[str, int]:
+        return {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the encoder's parameters alone: the reference decays the head's BatchNorm."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    def weight_constants(self) -> dict[str, float]:
+        return self.encoder.weight_constants()
+
+    def set_weight_constants(self, constants: Mapping[str, float]) -> None:
+        self.encoder.set_weight_constants(constants)
 
     def unit_features(self, images: Tensor, units: UnitPlaces) -> dict[str, Tensor]:
         """Single units of :meth:`feature_maps`, without computing the head anywhere else.

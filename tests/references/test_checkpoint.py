@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from segformer_pl.models.checkpoints import WeightsError, load_weights, read_weights
+from segformer_pl.checkpoints import WeightsError, load_weights, read_weights
 from segformer_pl.models.mit import mit_b0
 
 

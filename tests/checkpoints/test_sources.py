@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from segformer_pl.models import mit_b0
-from segformer_pl.models.checkpoints import WeightsError, load_weights, read_weights
+from segformer_pl.checkpoints import WeightsError, load_weights, read_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -46,7 +46,7 @@ def test_what_is_not_there():
 PROGRAM = """
 import sys
 from segformer_pl.models import mit_b0
-from segformer_pl.models.checkpoints import WeightsError, load_weights
+from segformer_pl.checkpoints import WeightsError, load_weights
 for name in sys.argv[1:]:
     try:
         line = load_weights(mit_b0(), name)

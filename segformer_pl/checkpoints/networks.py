@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from segformer_pl import models
-from segformer_pl.models.checkpoints.files import WeightsError
-from segformer_pl.models.checkpoints.loading import (
+from segformer_pl.checkpoints.files import WeightsError
+from segformer_pl.checkpoints.loading import (
     CLASSIFIER,
     STEM,
     LoadReport,
@@ -24,7 +24,7 @@ from segformer_pl.models.checkpoints.loading import (
     split,
     variants,
 )
-from segformer_pl.models.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.checkpoints.sources import Source, Weights, read_weights
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 

@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from segformer_pl.atomic import WriteError, atomic_write, atomic_write_text
-from segformer_pl.models.checkpoints.files import WeightsError
-from segformer_pl.models.checkpoints.layouts import (
+from segformer_pl.checkpoints.files import WeightsError
+from segformer_pl.checkpoints.layouts import (
     NATIVE,
     NVLABS,
     SMP,
@@ -22,13 +22,13 @@ from segformer_pl.models.checkpoints.layouts import (
     Layout,
     from_parts,
 )
-from segformer_pl.models.checkpoints.loading import encoder_of, parts_of, variants
-from segformer_pl.models.checkpoints.networks import (
+from segformer_pl.checkpoints.loading import encoder_of, parts_of, variants
+from segformer_pl.checkpoints.networks import (
     ENCODER_DEFAULTS,
     encoder_arguments,
     spec_of,
 )
-from segformer_pl.models.checkpoints.sources import SUFFIXES
+from segformer_pl.checkpoints.sources import SUFFIXES
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 
@@ -61,7 +61,7 @@ def export_weights(
         destination: File or folder, which must not exist.
         layout: Whose.
         task: What the weights' source says of classes, pictures and network, see
-            :class:`~segformer_pl.models.checkpoints.sources.Weights`.
+            :class:`~segformer_pl.checkpoints.sources.Weights`.
         preprocessor: ``preprocessor_config.json`` of the source, if it had one.
 
     Returns:

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from segformer_pl.models import SegFormer, mit_b0, segformer_b0
-from segformer_pl.models.checkpoints import (
+from segformer_pl.checkpoints import (
     WeightsError,
     export_weights,
     load_network,
     read_weights,
 )
-from segformer_pl.models.checkpoints.networks import build, spec_of
+from segformer_pl.checkpoints.networks import build, spec_of
 from segformer_pl.models.mit import MixTransformer, NormEps
 
 FORMS = {"huggingface": "folder", "smp": "folder", "nvlabs": "w.pth", "native": "w.safetensors"}

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from segformer_pl.models import SegFormer
-from segformer_pl.models.checkpoints import (
+from segformer_pl.checkpoints import (
     WeightsError,
     export_weights,
     load_network,
     load_weights,
     read_weights,
 )
-from segformer_pl.models.checkpoints.facts import class_difference, match_names
+from segformer_pl.checkpoints.facts import class_difference, match_names
 from segformer_pl.models.mit import MixTransformer, NormEps
 
 NAMES = ["sky", "road", "car"]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from segformer_pl.models.checkpoints.files import WeightsError
+from segformer_pl.checkpoints.files import WeightsError
 
 MatchClasses = Literal["exact", "by_name", "by_index"]
 

@@ -13,18 +13,18 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from segformer_pl.models import mit
-from segformer_pl.models.checkpoints.facts import (
+from segformer_pl.checkpoints.facts import (
     MatchClasses,
     normalization_difference,
     rows_of_classifier,
 )
-from segformer_pl.models.checkpoints.files import (
+from segformer_pl.checkpoints.files import (
     WeightsError,
     describe_non_finite,
     non_finite,
     wrong_kind,
 )
-from segformer_pl.models.checkpoints.layouts import (
+from segformer_pl.checkpoints.layouts import (
     NATIVE,
     TRANSFORMERS_EPS,
     Layout,
@@ -32,7 +32,7 @@ from segformer_pl.models.checkpoints.layouts import (
     from_parts,
     to_parts,
 )
-from segformer_pl.models.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.checkpoints.sources import Source, Weights, read_weights
 from segformer_pl.models.mit import MixTransformer, NormEps, default_paddings
 from segformer_pl.models.segformer import SegFormer
 
@@ -126,14 +126,14 @@ def load_weights(
     Args:
         model: A segmenter with a :class:`MixTransformer` as ``encoder``, or such an encoder.
         source: File, folder, hub name ``owner/name@commit`` or state dict; see
-            :func:`~segformer_pl.models.checkpoints.sources.read_weights`.
+            :func:`~segformer_pl.checkpoints.sources.read_weights`.
         parts: ``"encoder"`` sets the encoder alone and drops the source's head.
         strict: Whether a tensor that is missing or left over is an error; otherwise it is named
             in the report. Another shape is always an error.
         class_names: The model's classes, which the source's must be if it names them and has as
             many. None: not compared.
         match_classes: How the source's classes become these: see
-            :func:`~segformer_pl.models.checkpoints.facts.rows_of_classifier`. By name the
+            :func:`~segformer_pl.checkpoints.facts.rows_of_classifier`. By name the
             classifier's outputs are reordered, and those of classes that the source does not have
             are drawn anew.
         normalization: Mean and standard deviation that the model's images are normalised with,

@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from segformer_pl.models.checkpoints.facts import (
+from segformer_pl.checkpoints.facts import (
     checked_eps,
     checked_facts,
     names_from_id2label,
     normalization_from_preprocessor,
 )
-from segformer_pl.models.checkpoints.files import (
+from segformer_pl.checkpoints.files import (
     WeightsError,
     check_regular,
     check_usable,

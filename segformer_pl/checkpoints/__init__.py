@@ -7,17 +7,17 @@ the hub; ``facts.py`` compares what they mean; ``layouts.py`` knows every code b
 training goes on from.
 """
 
-from segformer_pl.models.checkpoints.export import ExportLayout, export_weights
-from segformer_pl.models.checkpoints.facts import MatchClasses
-from segformer_pl.models.checkpoints.files import (
+from segformer_pl.checkpoints.export import ExportLayout, export_weights
+from segformer_pl.checkpoints.facts import MatchClasses
+from segformer_pl.checkpoints.files import (
     WeightsError,
     describe_non_finite,
     load_file,
     non_finite,
 )
-from segformer_pl.models.checkpoints.loading import LoadReport, load_weights
-from segformer_pl.models.checkpoints.networks import load_network
-from segformer_pl.models.checkpoints.sources import Weights, read_weights
+from segformer_pl.checkpoints.loading import LoadReport, load_weights
+from segformer_pl.checkpoints.networks import load_network
+from segformer_pl.checkpoints.sources import Weights, read_weights
 
 __all__ = [
     "ExportLayout",

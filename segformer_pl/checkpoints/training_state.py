@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from segformer_pl.models.checkpoints.files import (
+from segformer_pl.checkpoints.files import (
     WeightsError,
     check_usable,
     describe_non_finite,

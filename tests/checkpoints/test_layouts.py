@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from segformer_pl import models
-from segformer_pl.models.checkpoints import WeightsError, load_weights
-from segformer_pl.models.checkpoints.layouts import (
+from segformer_pl.checkpoints import WeightsError, load_weights
+from segformer_pl.checkpoints.layouts import (
     LAYOUTS,
     MMSEG,
     NATIVE,
