@@ -40,6 +40,8 @@ from segformer_pl.callbacks import (
 )
 from segformer_pl.callbacks.history import RunConfig, keep_history
 from segformer_pl.callbacks.progress import StepProgressBar
+from segformer_pl.checkpoints.facts import check_facts
+from segformer_pl.checkpoints.networks import function_arguments
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.checkpoint import read_checkpoint
 from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
@@ -55,8 +57,6 @@ from segformer_pl.data import DataError, LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.label_mapping import check_labels
 from segformer_pl.doctor import examine, examine_settings
-from segformer_pl.checkpoints.facts import check_facts
-from segformer_pl.checkpoints.networks import function_arguments
 from segformer_pl.task import SegmentationTask
 
 

@@ -15,15 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from segformer_pl.divergence import DivergenceWatch, divergence
-from segformer_pl.inference import Inference
-from segformer_pl.losses import CrossEntropy
-from segformer_pl.metrics import (
-    BoundaryIoU,
-    CalibrationError,
-    SegmentationScores,
-    as_classes,
-)
 from segformer_pl.checkpoints import (
     LoadReport,
     MatchClasses,
@@ -37,6 +28,15 @@ from segformer_pl.checkpoints.training_state import (
     check_tensors,
     check_training_state,
     tensors_of,
+)
+from segformer_pl.divergence import DivergenceWatch, divergence
+from segformer_pl.inference import Inference
+from segformer_pl.losses import CrossEntropy
+from segformer_pl.metrics import (
+    BoundaryIoU,
+    CalibrationError,
+    SegmentationScores,
+    as_classes,
 )
 from segformer_pl.models.mit import NormEps
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from segformer_pl.checkpoints import load_network
 from segformer_pl.cli import main
 from segformer_pl.models import segformer_b0
-from segformer_pl.checkpoints import load_network
 
 
 @pytest.fixture

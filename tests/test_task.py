@@ -5,9 +5,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from segformer_pl.checkpoints import export_weights, load_weights
 from segformer_pl.inference import Inference
 from segformer_pl.models import segformer_b0
-from segformer_pl.checkpoints import export_weights, load_weights
 from segformer_pl.models.mit import NormEps
 from segformer_pl.optim import poly_factor
 from segformer_pl.task import SegmentationTask

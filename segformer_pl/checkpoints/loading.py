@@ -12,7 +12,6 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from segformer_pl.models import mit
 from segformer_pl.checkpoints.facts import (
     MatchClasses,
     normalization_difference,
@@ -33,6 +32,7 @@ from segformer_pl.checkpoints.layouts import (
     to_parts,
 )
 from segformer_pl.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.models import mit
 from segformer_pl.models.mit import MixTransformer, NormEps, default_paddings
 from segformer_pl.models.segformer import SegFormer
 

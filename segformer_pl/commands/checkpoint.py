@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.checkpoints import WeightsError, load_file
 from segformer_pl.checkpoints.facts import class_difference
 from segformer_pl.checkpoints.training_state import check_content, check_tensors
+from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.task import SegmentationTask
 
 

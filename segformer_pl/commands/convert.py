@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from segformer_pl.atomic import make_writable_folder
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.checkpoints import export_weights, load_network, read_weights
 from segformer_pl.checkpoints.export import LAYOUTS, check_destination
+from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 
 
 def convert(arguments: list[str]) -> None:

@@ -29,11 +29,11 @@ from segformer_pl.analysis.erf.plots import (
 )
 from segformer_pl.analysis.erf.words import recipe_in_words
 from segformer_pl.atomic import atomic_write, make_writable_folder
+from segformer_pl.checkpoints import load_network, read_weights
 from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.labels import DataError
-from segformer_pl.checkpoints import load_network, read_weights
 from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
 
 DPI = 300

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from segformer_pl.models.decode_head import AllMLPHead
 from segformer_pl.models.mit import (
-    MixTransformer,
     mit_b0,
     mit_b1,
     mit_b2,

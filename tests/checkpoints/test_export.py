@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from segformer_pl.models import SegFormer, mit_b0, segformer_b0
 from segformer_pl.checkpoints import (
     WeightsError,
     export_weights,
@@ -15,6 +14,7 @@ from segformer_pl.checkpoints import (
     read_weights,
 )
 from segformer_pl.checkpoints.networks import build, spec_of
+from segformer_pl.models import SegFormer, mit_b0, segformer_b0
 from segformer_pl.models.mit import MixTransformer, NormEps
 
 FORMS = {"huggingface": "folder", "smp": "folder", "nvlabs": "w.pth", "native": "w.safetensors"}

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from segformer_pl.models import SegFormer
 from segformer_pl.checkpoints import (
     WeightsError,
     export_weights,
@@ -15,6 +14,7 @@ from segformer_pl.checkpoints import (
     read_weights,
 )
 from segformer_pl.checkpoints.facts import class_difference, match_names
+from segformer_pl.models import SegFormer
 from segformer_pl.models.mit import MixTransformer, NormEps
 
 NAMES = ["sky", "road", "car"]

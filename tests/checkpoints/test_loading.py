@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from segformer_pl.models import SegFormer, mit_b0, segformer_b0, segformer_b1
 from segformer_pl.checkpoints import WeightsError, load_weights
 from segformer_pl.checkpoints.layouts import (
     NATIVE,
@@ -17,6 +16,7 @@ from segformer_pl.checkpoints.layouts import (
     from_parts,
 )
 from segformer_pl.checkpoints.loading import parts_of
+from segformer_pl.models import SegFormer, mit_b0, segformer_b0, segformer_b1
 from segformer_pl.models.mit import MixTransformer, NormEps
 
 STEM = "encoder.stages.0.patch_embed.proj.weight"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from segformer_pl.models import mit_b0
 from segformer_pl.checkpoints import WeightsError, load_weights, read_weights
+from segformer_pl.models import mit_b0
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

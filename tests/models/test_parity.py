@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from segformer_pl.models import decode_head, mit, segformer
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.layouts import detect, to_parts
 from segformer_pl.checkpoints.loading import parts_of
+from segformer_pl.models import decode_head, mit, segformer
 from segformer_pl.models.mit import NormEps
 
 NUM_CLASSES = 5

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from segformer_pl.models import mit
 from segformer_pl.checkpoints import load_weights
+from segformer_pl.models import mit
 from segformer_pl.models.mit import NormEps
 
 TOLERANCE = 1e-11  # rounding is about 1e-15, the smallest planted fault 1e-7

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from segformer_pl.models import segformer_b0
 from segformer_pl.checkpoints.layouts import detect, to_parts
+from segformer_pl.models import segformer_b0
 from segformer_pl.optim import parameter_groups, poly_factor
 
 LR, WEIGHT_DECAY = 6e-5, 0.01
