@@ -47,7 +47,7 @@ class Network(Protocol):
         ...
 
     def spec(self) -> dict[str, Any]:
-        """Return ``{"class_path": ..., "init_args": ...}``, as an experiment file names a network."""
+        """Return ``{"class_path": ..., "init_args": ...}``, the form of an experiment file."""
         cls = type(self)
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": self.init_args()}
 
