@@ -21,9 +21,9 @@ from segformer_pl.analysis.configuration import (
     differences,
     is_data_known,
     plain,
-    training_configuration,
 )
 from segformer_pl.analysis.evaluation import Evaluation, load_evaluation
+from segformer_pl.analysis.run import Run
 from segformer_pl.analysis.run_groups import Group, group_runs
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 
@@ -77,8 +77,7 @@ def compare(arguments: list[str]) -> None:
     runs: list[Path] = options.runs
     if len(runs) < 2:
         raise ValueError(f"there is nothing to compare '{runs[0]}' with; give two or more runs")
-    evaluations = [load_evaluation(run) for run in runs]
-    configurations = [training_configuration(run, e.step) for run, e in zip(runs, evaluations)]
+    evaluations, configurations = zip(*map(_read, runs))
     if len(runs) == 2:
         known, text = _two(runs, evaluations, configurations, options.block_size)
     else:
@@ -93,6 +92,17 @@ def compare(arguments: list[str]) -> None:
         }
         text = _grouped(groups, caveat, len(evaluations[0].ids), options.block_size)
     sys.stdout.write((json.dumps(known, indent=2) if options.json else "\n".join(text)) + "\n")
+
+
+def _read(source: Path) -> tuple[Evaluation, Configuration | None]:
+    """An evaluation, and what the network was trained with, if that is known.
+
+    Args:
+        source: Run folder, whose last evaluation is meant; or an npz file.
+    """
+    run = Run(source) if source.is_dir() else Run.of(source)
+    evaluation = Run(source).last_evaluation() if source.is_dir() else load_evaluation(source)
+    return evaluation, run.configuration(evaluation.step) if run else None
 
 
 def _two(

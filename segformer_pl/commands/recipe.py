@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from segformer_pl.analysis.configuration import read_config
 from segformer_pl.analysis.recipe import departures, remarks, scope
+from segformer_pl.analysis.run import Run
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.errors import UserError
 
 Resolve = Callable[[list[str]], dict[str, Any]]
 
@@ -34,10 +35,11 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
         nargs="+",
         help="run folder; or YAML files, merged in this order as --config merges them",
     )
-    sources = parser.parse_args(arguments).sources
-    files = [_config_of(Path(source)) for source in sources]
+    sources = [Path(source) for source in parser.parse_args(arguments).sources]
+    files = [str(_config_file(source)) for source in sources]
     # A run's own file is complete. The command line would fill in what it did not know then.
-    config = read_config(Path(files[0])) if sources != files and len(files) == 1 else resolve(files)
+    is_run = len(sources) == 1 and sources[0].is_dir()
+    config = Run(sources[0]).configs[0] if is_run else resolve(files)
     sys.stdout.write(table(config) + "\n")
 
 
@@ -56,12 +58,14 @@ def table(config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _config_of(source: Path) -> str:
+def _config_file(source: Path) -> Path:
+    """The configuration of a run folder; any other path is taken for a YAML file."""
     if not source.is_dir():
-        return str(source)
-    if not (source / "config.yaml").is_file():
-        raise ValueError(
-            f"{str(source)!r} holds no config.yaml; give the folder of one run, such as "
+        return source
+    file = Run(source).config_file
+    if not file.is_file():
+        raise UserError(
+            f"{str(source)!r} holds no {file.name}; give the folder of one run, such as "
             "runs/demo/version_0, or YAML files"
         )
-    return str(source / "config.yaml")
+    return file
