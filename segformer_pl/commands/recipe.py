@@ -33,13 +33,23 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        help="run folder; or YAML files, merged in this order as --config merges them",
+        help="run folder, or a checkpoint in one; or YAML files, merged in this order as --config "
+        "merges them",
     )
     sources = [Path(source) for source in parser.parse_args(arguments).sources]
-    files = [str(_config_file(source)) for source in sources]
-    # A run's own file is complete. The command line would fill in what it did not know then.
-    is_run = len(sources) == 1 and sources[0].is_dir()
-    config = Run(sources[0]).configs[0] if is_run else resolve(files)
+    runs = [_run_of(source) for source in sources]
+    if len(runs) == 1 and runs[0] is not None:
+        # A run's own file is complete. The command line would fill in what it did not know then.
+        config = runs[0].configs[0]
+    else:
+        files = [str(run.config_file if run else file) for run, file in zip(runs, sources)]
+        try:
+            config = resolve(files)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{', '.join(map(repr, files))}: not all are YAML files ({error.reason}); give the "
+                "folder of a run, a checkpoint in one, or YAML files"
+            ) from error
     sys.stdout.write(table(config) + "\n")
 
 
@@ -58,14 +68,14 @@ def table(config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _config_file(source: Path) -> Path:
-    """The configuration of a run folder; any other path is taken for a YAML file."""
+def _run_of(source: Path) -> Run | None:
+    """The run of a folder, or of a checkpoint in one; None for any other file."""
     if not source.is_dir():
-        return source
-    file = Run(source).config_file
-    if not file.is_file():
+        return Run.of(source) if source.is_file() else None
+    run = Run(source)
+    if not run.config_file.is_file():
         raise UserError(
-            f"{str(source)!r} holds no {file.name}; give the folder of one run, such as "
+            f"{str(source)!r} holds no {run.config_file.name}; give the folder of one run, such as "
             "runs/demo/version_0, or YAML files"
         )
-    return file
+    return run
