@@ -18,7 +18,6 @@ from lightning.pytorch.loggers import CSVLogger
 from segformer_pl.analysis.run import Run
 from segformer_pl.callbacks.history import RunHistory, RunLogger, keep_history, rewind
 from segformer_pl.cli import main
-from segformer_pl.commands.run_folder import DEFAULT_LOGGER, find_continuation
 from segformer_pl.data import shapes
 
 
@@ -236,29 +235,6 @@ def test_rewinding_sets_aside_what_comes_after_a_step(tmp_path):
     (tmp_path / removed[0]).touch()
     assert rewind(tmp_path, 2) == tmp_path / "superseded_after_step_0000002_2"
     assert Run(aside).metrics["a,\nb"].value.tolist() == [3]
-
-
-@pytest.mark.parametrize("is_elsewhere", [True, False])
-def test_an_older_checkpoint_does_not_go_on_in_the_folder_of_its_run(tmp_path, is_elsewhere):
-    """The rows of the steps after it were deleted: the last one was elsewhere, or unreadable."""
-    run_dir, elsewhere = tmp_path / "runs" / "unnamed" / "version_0", tmp_path / "elsewhere"
-    for folder in (run_dir / "checkpoints", elsewhere):
-        folder.mkdir(parents=True)
-    dirpath = str(elsewhere) if is_elsewhere else None
-    config = {"trainer": {"logger": DEFAULT_LOGGER}, "last_checkpoint": {"dirpath": dirpath}}
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
-    best = run_dir / "checkpoints" / "best.ckpt"
-    torch.save({"global_step": 2}, best)
-    last = (elsewhere if is_elsewhere else best.parent) / "last.ckpt"
-    assert find_continuation(str(best), 2, DEFAULT_LOGGER).run_dir == run_dir
-    torch.save({"global_step": 9}, last)
-    answer = find_continuation(str(best), 2, DEFAULT_LOGGER)
-    assert answer.run_dir is None
-    assert "its run has gone on to step 9" in answer.sentence
-    last.write_bytes(last.read_bytes()[:99])
-    answer = find_continuation(str(best), 2, DEFAULT_LOGGER)
-    assert answer.run_dir is None
-    assert f"{last} cannot be read" in answer.sentence
 
 
 class Line(pl.LightningModule):

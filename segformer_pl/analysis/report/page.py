@@ -53,7 +53,7 @@ def write_report(run: Run) -> Path:
             style=style,
             run_name=run.name,
             facts=_facts(config),
-            scores=results,
+            results=results,
             details=details,
             unreadable=[*unreadable, *unread],
             colors=class_colors(run),
