@@ -26,8 +26,8 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from segformer_pl.analysis.charts import printable
-from segformer_pl.analysis.run_history import resumed_config_name
+from segformer_pl.analysis.run import resumed_config_name
+from segformer_pl.analysis.style import printable
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import (
     AtomicCheckpointIO,

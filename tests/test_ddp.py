@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from segformer_pl.analysis.evaluation import load_evaluation
+from segformer_pl.analysis.run import Run
 from segformer_pl.data import shapes
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,9 @@ def test_validation_on_two_ranks_equals_one(folder, tmp_path):
     for key in compared:
         expected = pytest.approx(float(rows[0][key]), rel=1e-5, nan_ok=True)
         assert float(rows[1][key]) == expected, key
-    one, two = (load_evaluation(next((tmp_path / str(n)).glob("*/version_0"))) for n in (1, 2))
+    one, two = (
+        Run(next((tmp_path / str(n)).glob("*/version_0"))).last_evaluation() for n in (1, 2)
+    )
     assert one.ids == two.ids  # in stored order, whichever rank had them
     assert (one.counts == two.counts).all()
     assert (one.confusion == two.confusion).all()

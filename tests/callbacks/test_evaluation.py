@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from segformer_pl.analysis.evaluation import load_evaluation
+from segformer_pl.analysis.run import Run
 from segformer_pl.callbacks import EvaluationRecord
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
@@ -54,7 +54,7 @@ def test_record_holds_what_was_logged(tmp_path, task, split, batch_size):
     run = trainer.validate if split == "val" else trainer.test
     run(task, DataLoader(samples(6), batch_size=batch_size), verbose=False)
     logged = trainer.callback_metrics
-    record = load_evaluation(tmp_path / "run" / "version_0")
+    record = Run(tmp_path / "run" / "version_0").last_evaluation()
     assert record.split == split
     assert record.ids == [f"picture-{number}" for number in range(6)]
     for name in ("miou", "macc", "aacc", "fwiou"):
@@ -83,7 +83,7 @@ def test_a_pass_of_its_own_says_how_long_its_checkpoint_was_trained(tmp_path, ta
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = make_trainer(tmp_path, EvaluationRecord())
     again.validate(task, loader, ckpt_path=tmp_path / "run.ckpt", verbose=False, weights_only=False)
-    assert load_evaluation(tmp_path / "run" / "version_1").step == 3
+    assert Run(tmp_path / "run" / "version_1").last_evaluation().step == 3
 
 
 def test_skipped_pictures_are_left_out(tmp_path, task):
@@ -93,7 +93,7 @@ def test_skipped_pictures_are_left_out(tmp_path, task):
 
     loader = DataLoader(samples(4), batch_size=2, collate_fn=collate)
     make_trainer(tmp_path, EvaluationRecord()).validate(task, loader, verbose=False)
-    assert load_evaluation(tmp_path / "run/version_0").ids == [
+    assert Run(tmp_path / "run/version_0").last_evaluation().ids == [
         "picture-0",
         "picture-2",
         "picture-3",
@@ -111,7 +111,7 @@ def test_a_file_for_each_validation_of_a_training(tmp_path, task):
         files = sorted((tmp_path / "run" / "version_0" / folder).iterdir())
         prefix = "val_step" if folder == "evaluation" else "step"
         assert [f.name for f in files] == [f"{prefix}_000000{n}.{suffix}" for n in (2, 4)]
-    assert load_evaluation(tmp_path / "run" / "version_0").step == 4
+    assert Run(tmp_path / "run" / "version_0").last_evaluation().step == 4
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_the_worst_pictures_are_shown_worst_first(tmp_path, task, monkeypatch):
     monkeypatch.setattr(evaluation, "plot_predictions", plot)
     loader = DataLoader(samples(7, (1024, 64)), batch_size=3)
     make_trainer(tmp_path, EvaluationRecord(3)).validate(task, loader, verbose=False)
-    record = load_evaluation(tmp_path / "run" / "version_0")
+    record = Run(tmp_path / "run" / "version_0").last_evaluation()
     order = np.argsort(-np.nan_to_num(record.loss, nan=-1))[:3]
     assert [title.split(":")[0] for title, *_ in shown] == [record.ids[index] for index in order]
     for _, image, label, prediction in shown:

@@ -13,7 +13,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 
-from segformer_pl.analysis.charts import INK, SKY
 from segformer_pl.analysis.erf.extent import smallest_area_ratio
 from segformer_pl.analysis.erf.full_image import RadiusMap
 from segformer_pl.analysis.erf.result import ERF, LayerERF
@@ -29,6 +28,7 @@ from segformer_pl.analysis.erf.sheet import (
     wrap,
 )
 from segformer_pl.analysis.erf.words import rows_of
+from segformer_pl.analysis.style import INK, SKY
 
 DECADES = (3, 5)  # of the colour scale: least and most
 ZOOM = 8  # a zoom box shows one eighth of the picture's longer side

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
-from segformer_pl.analysis.charts import (
+from segformer_pl.analysis.style import (
     BLUE,
     FAINT,
     GREEN,

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from segformer_pl.analysis.comparison import miou_interval
 from segformer_pl.analysis.evaluation import INTERSECTION, LABELLED, Evaluation
-from segformer_pl.analysis.evaluation_charts import (
+from segformer_pl.analysis.report.evaluation_charts import (
     MAX_MATRIX_CLASSES,
     MAX_NARROW_CLASSES,
     confusion_shares,

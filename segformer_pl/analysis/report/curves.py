@@ -2,29 +2,29 @@
 
 import re
 from collections.abc import Sequence
-from io import StringIO
 from typing import Any
 
-import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from segformer_pl.analysis.run_metrics import Series, num_steps_trained
-
-# Okabe and Ito's palette, told apart by every kind of colour vision.
-BLUE, SKY, ORANGE, GREEN, VERMILLION, PURPLE = (
-    "#0072B2",
-    "#56B4E9",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
+from segformer_pl.analysis.run import Series, num_steps_trained
+from segformer_pl.analysis.style import (
+    BLUE,
+    CHART_SIZE,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    inline_svg,
+    legend_above,
+    printable,
+    style_axes,
 )
-INK, FAINT = "#333333", "#dddddd"
-CHART_SIZE = (5.6, 4.1)  # inches, at 72 px an inch in the SVG
+
 CROSS_ENTROPY = "CrossEntropy"
 MAX_SMOOTHED_POINTS = 300
 MAX_VECTOR_POINTS = 5000
@@ -44,14 +44,14 @@ def draw_charts(
     """
     figures = {}
     if "train/loss" in columns or "val/loss" in columns:
-        figures["Loss"] = _loss_figure(columns, loss_name)
+        figures["Loss"] = loss_figure(columns, loss_name)
     if "val/miou" in columns:
         figures["Mean intersection over union"] = _miou_figure(columns)
     if any(ERF_RADIUS.fullmatch(name) for name in columns):
         figures["Effective receptive field"] = _erf_figure(columns)
     for figure in figures.values():
         _mark_resumptions(figure, resumed_at)
-    return [{"title": title, "svg": svg(figure)} for title, figure in figures.items()]
+    return [{"title": title, "svg": inline_svg(figure)} for title, figure in figures.items()]
 
 
 def _mark_resumptions(figure: Figure, resumed_at: Sequence[int]) -> None:
@@ -69,70 +69,13 @@ def _marker(series: Series) -> dict[str, Any]:
     return {"marker": "o", "markersize": 5} if np.isfinite(series.value).sum() == 1 else {}
 
 
-def printable(text: str, max_length: int = 200) -> str:
-    """Text that is not ours, such as an id or a class name, for one line of a figure.
-
-    What does not print (line breaks, control characters, those that turn the direction of writing,
-    halves of surrogate pairs) becomes an escape, ``\\n``; a long text loses its middle. For
-    matplotlib, which takes what stands between two ``$`` for mathematics, pass ``parse_math=False``
-    along with it.
-    """
-    if len(text) > max_length:
-        half = (max_length - 1) // 2
-        text = f"{text[:half]}\u2026{text[-half:]}"
-    return "".join(
-        # The zero-width (non-)joiner belongs to the spelling of several languages.
-        letter if letter.isprintable() or letter in "\u200c\u200d" else ascii(letter)[1:-1]
-        for letter in text
-    )
-
-
-def svg(figure: Figure) -> Markup:
-    """The figure as an element of a page, in the page's own font."""
-    buffer = StringIO()
-    # Text stays text: small, searchable, in the fonts of the page.
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
-
-
-def style(axes: Axes) -> None:
-    """What the charts of the report have in common."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.grid(True, color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9, length=3)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-
-
 def _style_over_steps(axes: Axes) -> None:
-    style(axes)
+    style_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 
-def legend(axes: Axes, num_columns: int = 3) -> None:
-    """Above the axes, where it hides nothing."""
-    drawn = axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        borderaxespad=0.2,
-        ncols=num_columns,
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        handlelength=1.6,
-        columnspacing=1.4,
-    )
-    for text in drawn.get_texts():
-        text.set_parse_math(False)
-
-
-def _loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
+def loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
     """Training and validation loss; the learning rate below on the same steps, where logged."""
     rates = _learning_rates(columns)
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
@@ -191,7 +134,7 @@ def _loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
         axes.set_ylabel("loss (nats, log scale)" if is_same else "loss (log scale)")
     else:
         axes.set_ylabel("loss (nats)" if is_same else "loss")
-    legend(axes, num_columns=3 if is_same else 1)
+    legend_above(axes, num_columns=3 if is_same else 1)
     return figure
 
 
@@ -232,7 +175,7 @@ def _draw_learning_rates(axes: Axes, rates: Sequence[tuple[str, Series]]) -> Non
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
     axes.set_ylabel("learning rate")
     if len(rates) > 1:
-        legend(axes)
+        legend_above(axes)
 
 
 def _miou_figure(columns: dict[str, Series]) -> Figure:
@@ -278,7 +221,7 @@ def _miou_figure(columns: dict[str, Series]) -> Figure:
     axes.set_xlabel("training step")
     axes.set_ylabel("validation mIoU (%)")
     if axes.get_legend_handles_labels()[1]:
-        legend(axes)
+        legend_above(axes)
     return figure
 
 
@@ -305,5 +248,5 @@ def _erf_figure(columns: dict[str, Series]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("training step")
     axes.set_ylabel("radius with half of the field (pixels)")
-    legend(axes)
+    legend_above(axes)
     return figure

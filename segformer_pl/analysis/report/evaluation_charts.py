@@ -9,19 +9,19 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from segformer_pl.analysis.charts import (
+from segformer_pl.analysis.evaluation import Evaluation
+from segformer_pl.analysis.style import (
     BLUE,
     CHART_SIZE,
     FAINT,
     INK,
     SKY,
     VERMILLION,
-    legend,
+    inline_svg,
+    legend_above,
     printable,
-    style,
-    svg,
+    style_axes,
 )
-from segformer_pl.analysis.evaluation import Evaluation
 
 MAX_NARROW_CLASSES = 12  # so many fit into half of a page
 MAX_PRINTED_CLASSES = 20  # so many leave room for values in the cells
@@ -61,7 +61,7 @@ def draw_confusion(evaluation: Evaluation) -> Markup:
     bar.ax.tick_params(colors=INK, labelsize=9, length=3)
     if len(names) <= MAX_PRINTED_CLASSES:
         _print_values(axes, percent, colors(norm(percent)))
-    return svg(figure)
+    return inline_svg(figure)
 
 
 def confusion_shares(confusion: npt.NDArray[np.int64]) -> Floats:
@@ -89,7 +89,7 @@ def draw_calibration(evaluation: Evaluation) -> Markup:
 
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
     axes, share_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
-    style(axes)
+    style_axes(axes)
     axes.plot([0, 100], [0, 100], color=INK, linestyle="--", linewidth=1.2, label="calibrated")
     axes.vlines(
         mean_confidence,
@@ -106,10 +106,10 @@ def draw_calibration(evaluation: Evaluation) -> Markup:
     for text, (x, y, side) in corners.items():
         axes.text(x, y, text, transform=axes.transAxes, ha=side, color="#666666", fontsize=9)
     axes.set_ylim(0, 104)
-    legend(axes)
+    legend_above(axes)
     axes.set_ylabel("accuracy (%)")
 
-    style(share_axes)
+    style_axes(share_axes)
     share_axes.bar(
         edges[:-1],
         100 * bins[:, 0] / max(bins[:, 0].sum(), 1),
@@ -126,4 +126,4 @@ def draw_calibration(evaluation: Evaluation) -> Markup:
     share_axes.set_xlim(0, 100)
     share_axes.set_ylabel("pixels (%, log)")
     share_axes.set_xlabel("confidence (%)")
-    return svg(figure)
+    return inline_svg(figure)
