@@ -34,7 +34,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "task": {"models", "checkpoints", "losses", "metrics", "optim", "inference", "divergence"},
     "callbacks": {"analysis"},
     "cli": EVERYTHING,
-    "doctor": {"analysis", "data", "task"},
+    "doctor": {"analysis", "data", "models", "task"},
     "commands": EVERYTHING - {"cli", "doctor"},
     "__main__": {"cli"},
     "__init__": EVERYTHING,  # what it may load is measured below
