@@ -325,6 +325,7 @@ class MixTransformer(Encoder):
             )
 
         self.in_channels = in_channels
+        self.drop_path_rate = drop_path_rate
         self.out_channels = tuple(embed_dims)
         self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
         self.min_size = _min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
@@ -413,7 +414,6 @@ class MixTransformer(Encoder):
             image_size = (grid - 1) * stem.stride[0] + stem.kernel_size[0] - 2 * padding
         elif isinstance(first[0].mlp.dwconv, nn.Identity):
             pos_encoding = "none"
-        last = cast(Block, stages[-1].blocks[-1])
         return {
             "embed_dims": self.out_channels,
             "depths": tuple(len(stage.blocks) for stage in stages),
@@ -427,7 +427,7 @@ class MixTransformer(Encoder):
             "pos_encoding": pos_encoding,
             "image_size": image_size,
             "in_channels": self.in_channels,
-            "drop_path_rate": last.drop_path.drop_prob,
+            "drop_path_rate": self.drop_path_rate,
             "norm_eps": self.norm_eps.norm,
             "conv_norm_eps": self.norm_eps.conv_norm,
         }
