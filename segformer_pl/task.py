@@ -22,7 +22,7 @@ from segformer_pl.checkpoints import (
     load_weights,
     non_finite,
 )
-from segformer_pl.checkpoints.facts import check_facts, checked_eps
+from segformer_pl.checkpoints.facts import check_facts, checked_constants
 from segformer_pl.checkpoints.training_state import (
     check_content,
     check_tensors,
@@ -30,6 +30,7 @@ from segformer_pl.checkpoints.training_state import (
     tensors_of,
 )
 from segformer_pl.divergence import DivergenceWatch, divergence
+from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.metrics import (
@@ -38,7 +39,7 @@ from segformer_pl.metrics import (
     SegmentationScores,
     as_classes,
 )
-from segformer_pl.models.mit import NormEps
+from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -65,8 +66,7 @@ class SegmentationTask(pl.LightningModule):
     network again, ``load_from_checkpoint(file, network=...)``.
 
     Args:
-        network: The segmenter: ``encoder`` attribute, ``forward(images) -> logits``,
-            ``feature_maps(images) -> dict``.
+        network: The segmenter, see :mod:`segformer_pl.models.segmenter`.
         class_names: Names by train id; linked from the data set on the command line.
         palette: RGB 0-255 by train id; linked.
         ignore_index: Label that neither trains nor scores; linked.
@@ -81,9 +81,10 @@ class SegmentationTask(pl.LightningModule):
             classifier is drawn anew. ``"by_name"``: the classifier is reordered, and drawn anew
             for classes that ``weights`` do not have. ``"by_index"``: class i is class i, whatever
             they are called. A classifier that is drawn anew can be trained and not scored.
-        loss: The training loss, of :mod:`segformer_pl.losses` or yours: called as ``loss(logits,
-            labels, ignore_index)`` with logits at the network's stride. Default: the paper's,
-            ``CrossEntropy()``.
+        loss: The training loss per pixel, of :mod:`segformer_pl.losses` or yours: called as
+            ``loss(logits, labels, ignore_index)`` with logits at the network's stride. Default:
+            the paper's, ``CrossEntropy()``. Refused for a network that trains with a loss of its
+            own.
         inference: How pictures are looked at in validation, test and prediction. Default: whole,
             once, at their own size, ``Inference()``.
         lr: Base learning rate, of the encoder.
@@ -100,11 +101,11 @@ class SegmentationTask(pl.LightningModule):
 
     image_mean: Tensor
     image_std: Tensor
-    network: Any  # a segmenter, see models
+    network: Segmenter
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         class_names: list[str],
         palette: list[list[int]],
         ignore_index: int = 255,
@@ -145,6 +146,11 @@ class SegmentationTask(pl.LightningModule):
                 raise ValueError(f"model.{name} is {value}; give a number of at least 0")
         if loss is not None:
             _check_loss(loss)
+            if not network.takes_criterion:
+                raise UserError(
+                    f"model.loss is given, but {type(network).__name__} trains with a loss of its "
+                    "own; leave model.loss out"
+                )
         # The command line adds the texts that describe these (see cli.py). Objects must not go
         # in: they would be pickled into checkpoints and spelled out in hparams.yaml.
         self.save_hyperparameters(ignore=["network", "loss", "inference"])
@@ -158,8 +164,8 @@ class SegmentationTask(pl.LightningModule):
         self.encoder_weights = encoder_weights
         self.match_classes = match_classes
         self._weights_are_set = weights is None and encoder_weights is None
-        # The epsilons came with the weights, so no argument tells them: checkpoints must.
-        self._norm_eps_is_from_weights = False
+        # Constants that came with weights are in no argument, so checkpoints must store them.
+        self._constants_are_from_weights = False
         self.trained_steps = 0  # of the checkpoint that was loaded
         # (global step, buffers) when the first of the batches was begun that the next step takes
         self._before_step: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -193,12 +199,22 @@ class SegmentationTask(pl.LightningModule):
         """Images in 0 to 1 -> what the network was trained on."""
         return (images - self.image_mean) / self.image_std
 
+    def training_loss(self, images: Tensor, target: Tensor) -> Tensor:
+        """Return the scalar that training minimises.
+
+        Args:
+            images: (B, C, H, W) in 0 to 1.
+            target: (B, H, W) int64 train ids.
+        """
+        images = self.normalize(images)
+        return self.network.training_loss(images, target, self.loss, self.ignore_index)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         # What the network draws (drop path, dropout) belongs to the batch's first sample, as its
         # augmentation does: the same in a resumed run, and on another number of devices.
         if "seed" in batch:
             torch.manual_seed(batch["seed"][0])
-        loss = self.loss(self(batch["image"]), batch["label"], self.ignore_index)
+        loss = self.training_loss(batch["image"], batch["label"])
         self.log("train/loss", loss, prog_bar=True)
         self._last_loss = loss.detach()
         return loss
@@ -361,7 +377,7 @@ class SegmentationTask(pl.LightningModule):
         for name in report.reinitialized:
             drawn[name].data.copy_(self.trainer.strategy.broadcast(drawn[name].data.cpu()))
         self._weights_are_set = True
-        self._norm_eps_is_from_weights = True
+        self._constants_are_from_weights = True
         rank_zero_info(str(report))
 
     def on_fit_start(self) -> None:
@@ -411,8 +427,8 @@ class SegmentationTask(pl.LightningModule):
             # An average of weights keeps the weights themselves apart.
             state = checkpoint.get("current_model_state", checkpoint["state_dict"])
             state.update({name: buffer for name, buffer in buffers.items() if name in state})
-        if self._norm_eps_is_from_weights:
-            checkpoint["norm_eps"] = list(self.network.encoder.norm_eps)
+        if self._constants_are_from_weights:
+            checkpoint["weight_constants"] = self.network.weight_constants()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = "the checkpoint"
@@ -426,9 +442,9 @@ class SegmentationTask(pl.LightningModule):
             check_training_state(checkpoint, self._parameter_groups(), name)
         self._weights_are_set = True
         self.trained_steps = checkpoint.get("global_step", 0)
-        if (eps := checked_eps(name, checkpoint.get("norm_eps"))) is not None:
-            self.network.encoder.norm_eps = NormEps(*eps)
-            self._norm_eps_is_from_weights = True
+        if constants := checked_constants(name, checkpoint):
+            self.network.set_weight_constants(constants)
+            self._constants_are_from_weights = True
 
     def on_train_start(self) -> None:
         # A resumed run gets the checkpoint's optimiser settings back together with its state. The
@@ -444,7 +460,6 @@ class SegmentationTask(pl.LightningModule):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(
             self.network,
-            self.network.encoder,
             self.lr,
             self.weight_decay,
             self.head_lr_mult,

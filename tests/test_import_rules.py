@@ -34,7 +34,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "task": {"models", "checkpoints", "losses", "metrics", "optim", "inference", "divergence"},
     "callbacks": {"analysis"},
     "cli": EVERYTHING,
-    "doctor": {"analysis", "data", "task"},
+    "doctor": {"analysis", "data", "models", "task"},
     "commands": EVERYTHING - {"cli", "doctor"},
     "__main__": {"cli"},
     "__init__": EVERYTHING,  # what it may load is measured below
@@ -135,6 +135,54 @@ def test_planted_violation_is_found(path, source):
 )
 def test_permitted_import_is_not_reported(path, source):
     assert violations(f"segformer_pl/{path}", source) == []
+
+
+ARCHITECTURES = {"SegFormer", "MixTransformer", "AllMLPHead"}
+
+
+def asks_for_an_architecture(source):
+    """Lines that ask for a class of network, or for an attribute that some networks have."""
+    for node in ast.walk(ast.parse(source)):
+        is_check = (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in {"isinstance", "issubclass"}
+            and ARCHITECTURES & {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+        )
+        is_attribute = isinstance(node, ast.Attribute) and node.attr == "encoder"
+        is_text = (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in {"getattr", "hasattr"}
+            and isinstance(node.args[1], ast.Constant)
+            and node.args[1].value in {"encoder", "stages", "blocks"}
+        )
+        if is_check or is_attribute or is_text:
+            yield node.lineno
+
+
+def test_only_models_and_foreign_layouts_know_architectures():
+    """Everyone else reads the contract, segformer_pl.models.segmenter."""
+    found = [
+        f"{file.relative_to(PACKAGE)}:{line}"
+        for file in sorted(PACKAGE.rglob("*.py"))
+        if file.relative_to(PACKAGE).parts[0] not in {"models", "checkpoints"}
+        for line in asks_for_an_architecture(file.read_text())
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "isinstance(network, SegFormer)",
+        "isinstance(network, (nn.Linear, models.mit and MixTransformer))",
+        "network.encoder.norm_eps",
+        "getattr(network, 'encoder', None)",
+    ],
+)
+def test_asking_for_an_architecture_is_found(source):
+    assert list(asks_for_an_architecture(source)) == [1]
 
 
 def test_importing_the_package_is_cheap():

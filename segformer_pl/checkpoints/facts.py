@@ -61,6 +61,28 @@ def checked_eps(name: str, stated: Any) -> tuple[float, float] | None:
     return stated[0], stated[1]
 
 
+def checked_constants(name: str, checkpoint: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a run's checkpoint states as its network's ``weight_constants()``.
+
+    Earlier versions stated the two LayerNorm epsilons alone, as ``norm_eps``.
+
+    Raises:
+        WeightsError: They are not finite numbers by name.
+    """
+    if (eps := checked_eps(name, checkpoint.get("norm_eps"))) is not None:
+        return {"norm_eps": eps[0], "conv_norm_eps": eps[1]}
+    stated = checkpoint.get("weight_constants") or {}
+    is_right = isinstance(stated, Mapping) and all(
+        isinstance(key, str) and type(value) in (int, float) and math.isfinite(value)
+        for key, value in stated.items()
+    )
+    if not is_right:
+        raise WeightsError(
+            f"{name} states weight_constants as {_brief(stated)}; it has to be numbers by name"
+        )
+    return dict(stated)
+
+
 def _is_network(value: Any) -> bool:
     return (
         isinstance(value, Mapping)

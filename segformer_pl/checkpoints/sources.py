@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from segformer_pl.checkpoints.facts import (
+    checked_constants,
     checked_eps,
     checked_facts,
     names_from_id2label,
@@ -158,7 +159,8 @@ def _from_content(name: str, content: Any) -> Weights:
     data = beside.get("StreamingSegmentationData") or {}
     if not isinstance(data, Mapping):
         raise WeightsError(f"{name} describes its data by a {type(data).__name__}, not by names")
-    eps = checked_eps(name, beside.get("norm_eps"))
+    constants = checked_constants(name, beside)
+    eps = (constants["norm_eps"], constants["conv_norm_eps"]) if "norm_eps" in constants else None
     return Weights(name, tensors, task=task, data=data, norm_eps=eps)
 
 

@@ -1,13 +1,17 @@
 """The argument parser of every command."""
 
 import inspect
+import pkgutil
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl import models
 from segformer_pl.data import DataError
+from segformer_pl.errors import UserError
+from segformer_pl.models.segmenter import Segmenter
 
 PROG = "python -m segformer_pl"
 
@@ -20,6 +24,33 @@ def segmenter_names() -> list[str]:
         if inspect.isfunction(build := getattr(models, name))
         and "num_classes" in inspect.signature(build).parameters
     ]
+
+
+def find_segmenter(name: str) -> Callable[..., Segmenter]:
+    """Return the class or function that builds a network.
+
+    Args:
+        name: One of :func:`segmenter_names`, or an import path such as ``package.module.Class``.
+
+    Raises:
+        UserError: There is nothing of that name, or it cannot be called with ``num_classes``.
+    """
+    if name in segmenter_names():
+        return getattr(models, name)
+    try:
+        build = pkgutil.resolve_name(name)
+        parameters = inspect.signature(build).parameters
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"there is no network {name!r} ({error}); give an import path such as "
+            f"package.module.Class, or one of {', '.join(segmenter_names())}"
+        ) from error
+    if "num_classes" not in parameters:
+        raise UserError(
+            f"{name!r} has no argument num_classes and is no segmentation network of this package; "
+            "see segformer_pl.models.segmenter"
+        )
+    return build
 
 
 class SegformerArgumentParser(LightningArgumentParser):

@@ -1,5 +1,6 @@
 """The All-MLP decode head of SegFormer (Xie et al. 2021, Sec. 3.2), computed in folded form."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segformer_pl.models.mit import to_channels_first, to_tokens
+from segformer_pl.models.mit import convolution_macs, to_channels_first, to_tokens
 
 
 class AllMLPHead(nn.Module):
@@ -114,6 +115,24 @@ class AllMLPHead(nn.Module):
             units = above * (1 - down) + below * down  # (B, n, C_i)
             total = total + F.linear(units, weight)
         return F.relu(self.bn(total.transpose(1, 2)[..., None]))[..., 0]
+
+    def paper_macs(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return the multiply-adds of the head that the paper describes, which is not folded:
+        projections at each stage's resolution, a fuse convolution of 4C to C channels at stride 4.
+
+        Args:
+            sizes: (H_i, W_i) of every feature map.
+        """
+        num_fused = math.prod(sizes[0])
+        projections = cast(list[nn.Linear], list(self.projections))
+        macs = sum(
+            projection.weight.numel() * math.prod(sizes[index])
+            for index, projection in zip(self.in_indices, projections)
+        )
+        if self.fuse is not None:
+            macs += convolution_macs(self.fuse, num_fused)
+        macs += self.bn.num_features * num_fused  # ReLU
+        return macs + convolution_macs(self.classifier, num_fused)
 
     def folded_projections(self) -> tuple[list[Tensor], Tensor]:
         """The products F_i W_i, one (C, C_i) matrix per stage used, and the sum of F_i b_i (C,)."""
