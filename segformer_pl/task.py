@@ -22,7 +22,7 @@ from segformer_pl.checkpoints import (
     load_weights,
     non_finite,
 )
-from segformer_pl.checkpoints.facts import check_facts, checked_eps
+from segformer_pl.checkpoints.facts import check_facts, checked_constants
 from segformer_pl.checkpoints.training_state import (
     check_content,
     check_tensors,
@@ -30,7 +30,7 @@ from segformer_pl.checkpoints.training_state import (
     tensors_of,
 )
 from segformer_pl.divergence import DivergenceWatch, divergence
-from segformer_pl.inference import Inference
+from segformer_pl.inference import Inference, predict_classes, predict_pixels
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.metrics import (
     BoundaryIoU,
@@ -38,11 +38,8 @@ from segformer_pl.metrics import (
     SegmentationScores,
     as_classes,
 )
-from segformer_pl.models.mit import NormEps
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class SegmentationTask(pl.LightningModule):
@@ -234,7 +231,7 @@ class SegmentationTask(pl.LightningModule):
         """(B, H, W) int64 train ids at the size of the images."""
         images = batch["image"]
         size = (images.shape[2], images.shape[3])
-        return self.inference.labels(self.network, images, size, self.normalize)
+        return predict_classes(self.network, images, size, self.inference, self.normalize)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
@@ -244,8 +241,8 @@ class SegmentationTask(pl.LightningModule):
 
     def _score(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
         images, labels = batch["image"], batch["label"]
-        found = self.inference.pixels(
-            self.network, images, labels, self.ignore_index, self.normalize
+        found = predict_pixels(
+            self.network, images, labels, self.ignore_index, self.inference, self.normalize
         )
         classes = as_classes(found.labels, labels, len(self.class_names), self.ignore_index)
         scores = getattr(self, f"{split}_scores")
@@ -412,7 +409,7 @@ class SegmentationTask(pl.LightningModule):
             state = checkpoint.get("current_model_state", checkpoint["state_dict"])
             state.update({name: buffer for name, buffer in buffers.items() if name in state})
         if self._norm_eps_is_from_weights:
-            checkpoint["norm_eps"] = list(self.network.encoder.norm_eps)
+            checkpoint["weight_constants"] = self.network.weight_constants()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = "the checkpoint"
@@ -426,8 +423,8 @@ class SegmentationTask(pl.LightningModule):
             check_training_state(checkpoint, self._parameter_groups(), name)
         self._weights_are_set = True
         self.trained_steps = checkpoint.get("global_step", 0)
-        if (eps := checked_eps(name, checkpoint.get("norm_eps"))) is not None:
-            self.network.encoder.norm_eps = NormEps(*eps)
+        if constants := checked_constants(name, checkpoint):
+            self.network.set_weight_constants(constants)
             self._norm_eps_is_from_weights = True
 
     def on_train_start(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from segformer_pl.analysis.run_history import changes, read_configs, run_dir_of
-from segformer_pl.commands.checkpoint import read_checkpoint
+from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 
 NAMED = ("last", "best", "hpc")
 # What makes two runs one experiment: what trains, on what, and how each step is made.

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from segformer_pl.commands.checkpoint import load_task
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.cli import main
-from segformer_pl.commands.checkpoint import load_task
 from segformer_pl.commands.predict import _inference, find_pictures, predict
 from segformer_pl.data import shapes
 from segformer_pl.inference import Inference

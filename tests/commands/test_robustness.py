@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from segformer_pl.commands.checkpoint import load_data, load_task
 
 from segformer_pl.cli import main
-from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.robustness import SETTINGS, robustness
 from segformer_pl.data import DataError, shapes
 from segformer_pl.data.order import StoredOrder
