@@ -113,7 +113,7 @@ def erf(arguments: list[str]) -> None:
     if checkpoint is not None:
         subjects = [_trained(checkpoint, options.ckpt)]
     elif options.weights is not None:
-        subjects = [_from_file(options.weights)]
+        subjects = [subject_from_file(options.weights)]
     else:
         subjects = [_random(options.model, data)]
     if options.against is not None:
@@ -151,7 +151,7 @@ def _trained(checkpoint: RunCheckpoint, source: str) -> Subject:
     )
 
 
-def _from_file(source: str) -> Subject:
+def subject_from_file(source: str) -> Subject:
     """Weights of any layout, which may be those of an encoder alone."""
     weights = read_weights(source)
     network, _ = load_network(weights)

@@ -82,7 +82,9 @@ def predict(arguments: list[str]) -> None:
         _return_large_blocks()
         predictor = Predictor.from_weights(RunCheckpoint.read(options.ckpt).weights()).to(device)
         _check_channels(predictor)
-        predictor.protocol = _changed(predictor.protocol, changes.as_dict() if changes else {})
+        predictor.protocol = changed_protocol(
+            predictor.protocol, changes.as_dict() if changes else {}
+        )
     except ValueError as error:
         parser.error(str(error))
     kinds = (MASKS, OVERLAYS, *([PROBABILITIES] if options.probabilities else []))
@@ -189,8 +191,8 @@ def _check_channels(predictor: Predictor) -> None:
         )
 
 
-def _changed(of_the_run: Inference, changes: dict[str, Any]) -> Inference:
-    """The run's own protocol with some arguments changed."""
+def changed_protocol(of_the_run: Inference, changes: dict[str, Any]) -> Inference:
+    """Return a run's own protocol with some arguments changed."""
     arguments = {field.name: getattr(of_the_run, field.name) for field in fields(of_the_run)}
     if "window" in changes:  # these belong to the run's windows
         del arguments["stride"], arguments["window_weights"]

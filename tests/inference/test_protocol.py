@@ -48,7 +48,7 @@ class Holder:
         [
             "--model.inference=Inference",
             "--model.inference.window=[32,48]",
-            "--model.inference.flip=1",
+            "--model.inference.flip=true",
         ],
         [
             "--model.inference={class_path: segformer_pl.inference.Inference, "
