@@ -42,8 +42,8 @@ from segformer_pl.callbacks.history import RunConfig, keep_history
 from segformer_pl.callbacks.progress import StepProgressBar
 from segformer_pl.checkpoints.facts import check_facts
 from segformer_pl.checkpoints.networks import function_arguments
+from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 from segformer_pl.commands import COMMANDS
-from segformer_pl.commands.checkpoint import read_checkpoint
 from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.recipe import recipe

@@ -31,7 +31,7 @@ from segformer_pl.checkpoints.training_state import (
 )
 from segformer_pl.divergence import DivergenceWatch, divergence
 from segformer_pl.errors import UserError
-from segformer_pl.inference import Inference
+from segformer_pl.inference import Inference, predict_classes, predict_pixels
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.metrics import (
     BoundaryIoU,
@@ -40,10 +40,8 @@ from segformer_pl.metrics import (
     as_classes,
 )
 from segformer_pl.models.segmenter import Segmenter
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class SegmentationTask(pl.LightningModule):
@@ -250,7 +248,7 @@ class SegmentationTask(pl.LightningModule):
         """(B, H, W) int64 train ids at the size of the images."""
         images = batch["image"]
         size = (images.shape[2], images.shape[3])
-        return self.inference.labels(self.network, images, size, self.normalize)
+        return predict_classes(self.network, images, size, self.inference, self.normalize)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
@@ -260,8 +258,8 @@ class SegmentationTask(pl.LightningModule):
 
     def _score(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
         images, labels = batch["image"], batch["label"]
-        found = self.inference.pixels(
-            self.network, images, labels, self.ignore_index, self.normalize
+        found = predict_pixels(
+            self.network, images, labels, self.ignore_index, self.inference, self.normalize
         )
         classes = as_classes(found.labels, labels, len(self.class_names), self.ignore_index)
         scores = getattr(self, f"{split}_scores")

@@ -6,7 +6,7 @@ from typing import Any
 
 from segformer_pl.analysis.configuration import changes
 from segformer_pl.analysis.run import LAST_CHECKPOINT, Run
-from segformer_pl.commands.checkpoint import read_checkpoint
+from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 from segformer_pl.errors import UserError
 
 NAMED = ("last", "best", "hpc")

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from segformer_pl.analysis.complexity import as_dict, complexity, measure_latency, table
+from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import (
     PROG,
     SegformerArgumentParser,
@@ -68,8 +69,7 @@ def profile(arguments: list[str]) -> None:
     device, dtype = options.pop("device"), getattr(torch, options.pop("dtype"))
     if min(height, width, options["num_classes"]) < 1:
         raise ValueError("--size and --num-classes: give integers of at least 1")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
+    device = resolve_device(device)
     network = build(**options)
     if not isinstance(network, Segmenter):
         raise UserError(

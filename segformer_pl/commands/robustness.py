@@ -1,6 +1,5 @@
 """``robustness --ckpt FILE --output DIR``: mIoU on corrupted pictures, the paper's Table 5."""
 
-import hashlib
 import json
 import operator
 import sys
@@ -28,7 +27,9 @@ from segformer_pl.analysis.robustness import (
     write_scores,
 )
 from segformer_pl.atomic import atomic_write, atomic_write_text, make_writable_folder
-from segformer_pl.commands.checkpoint import load_data, load_task
+from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
+from segformer_pl.checkpoints.run_data import load_data
+from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.predict import INTERRUPTED
 from segformer_pl.data import StreamingSegmentationData
@@ -37,8 +38,8 @@ from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.inference import Predictor
 from segformer_pl.metrics import SegmentationScores, as_classes
-from segformer_pl.task import SegmentationTask
 
 Setting = tuple[str, str, int]  # group, corruption, severity
 SETTINGS: list[Setting] = [
@@ -80,11 +81,11 @@ def robustness(arguments: list[str]) -> None:
         help="where the network runs",
     )
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
-    task = load_task(options.ckpt).to(options.device)
-    data = load_data(options.ckpt, path=options.data.path, num_workers=options.num_workers)
-    result = _score_all(task, data, options.ckpt, options.num_images, options.output)
+    device = resolve_device(options.device)
+    checkpoint = RunCheckpoint.read(options.ckpt)
+    predictor = Predictor.from_weights(checkpoint.weights()).to(device)
+    data = load_data(checkpoint, path=options.data.path, num_workers=options.num_workers)
+    result = _score_all(predictor, data, checkpoint.digest, options.num_images, options.output)
     for name, text in {
         PAGE: markdown(result),
         NUMBERS: json.dumps(without_nan(as_dict(result)), indent=2) + "\n",
@@ -100,9 +101,9 @@ def robustness(arguments: list[str]) -> None:
 
 
 def _score_all(
-    task: SegmentationTask,
+    predictor: Predictor,
     data: StreamingSegmentationData,
-    ckpt: str,
+    checkpoint: str,
     num_images: int | None,
     output: Path,
 ) -> Robustness:
@@ -120,7 +121,7 @@ def _score_all(
         "num_images": num_images,
         "dataset": data.entry.name,
         "fingerprint": source.fingerprint,
-        "checkpoint": _digest(Path(ckpt)),
+        "checkpoint": checkpoint,
     }
     make_writable_folder(output, "--output")
     file = output / SCORES
@@ -137,7 +138,10 @@ def _score_all(
             for group, name, severity in missing:
                 progress.set_description(f"{name} {severity}" if severity else name)
                 miou = _score(
-                    task, data, islice(batches, -(-num_images // data.eval_batch_size)), progress
+                    predictor,
+                    data,
+                    islice(batches, -(-num_images // data.eval_batch_size)),
+                    progress,
                 )
                 scores[group, name, severity] = Score(group, name, severity, miou, **origin)
                 write_scores(file, [scores[key] for key in SETTINGS if key in scores])
@@ -202,24 +206,19 @@ def _loader(
 
 
 def _score(
-    task: SegmentationTask,
+    predictor: Predictor,
     data: StreamingSegmentationData,
     batches: Iterable[dict[str, Any]],
     progress: "tqdm[Any]",
 ) -> float:
     """mIoU as ``validate`` has it: the labels that ``predict`` gives, over all the batches."""
-    num_classes = len(task.class_names)
-    scores = SegmentationScores(num_classes).to(task.device)
+    num_classes, ignore_index = len(predictor.class_names), data.entry.labels.ignore_index
+    scores = SegmentationScores(num_classes).to(predictor.device)
     with torch.inference_mode():
-        for number, batch in enumerate(batches):
+        for batch in batches:
             batch = data.on_before_batch_transfer(batch, 0)  # says what was skipped
-            batch = task.transfer_batch_to_device(batch, task.device, 0)
-            found = task.predict_step(batch, number)
-            scores.update(*as_classes(found, batch["label"], num_classes, task.ignore_index))
+            found = predictor.predict_batch(batch["image"])
+            label = batch["label"].to(predictor.device)
+            scores.update(*as_classes(found, label, num_classes, ignore_index))
             progress.update(len(batch["id"]))
     return scores.compute()["miou"].item()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

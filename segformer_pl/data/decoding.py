@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -113,6 +114,19 @@ class EncodedImage:
             and header.mode in ("RGB", "L")
             and self.orientation == 1
         )
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read an image file.
+
+        Raises:
+            DataError: It cannot be read, or is no image; see the class.
+        """
+        try:
+            encoded = file.read_bytes()
+        except OSError as error:
+            raise DataError(f"{file}: it cannot be read ({error.strerror})") from error
+        return cls(encoded, str(file))
 
     def decode(self, reduce: int = 1) -> npt.NDArray[np.uint8]:
         """The pixels, (H, W, 3) RGB, upright.

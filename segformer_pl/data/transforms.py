@@ -15,12 +15,13 @@ import numpy.typing as npt
 import torch
 
 from segformer_pl.data.decoding import EncodedImage
+from segformer_pl.normalization import IMAGENET_MEAN
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 TrainIds = npt.NDArray[np.integer]  # (H, W)
 Sample = tuple[torch.Tensor, torch.Tensor]
 
-PADDING = (0.485, 0.456, 0.406)  # ImageNet's mean colour, which the task normalises to 0
+PADDING = IMAGENET_MEAN  # the colour that the task normalises to 0
 CAT_MAX_RATIO = 0.75
 CROP_TRIES = 10  # crops that are checked; the one after them is taken as it is
 WARP_COST = 6  # measured: time per pixel of warpAffine over that of resize

@@ -34,6 +34,8 @@ class SegFormer(Segmenter):
         dropout: Channel dropout before the classifier.
     """
 
+    classifier_path = "head.classifier"
+
     def __init__(
         self,
         encoder: Encoder,

@@ -152,12 +152,16 @@ class Segmenter(Network):
         output: ``"logits"``, of which a softmax over the classes makes probabilities, or
             ``"scores"``, non-negative values that are compared as they are (MaskFormer's sum over
             queries).
+        classifier_path: Path of the submodule whose parameters have the classes as their first
+            dimension. Weights of other classes are reordered there, or initialised again. None:
+            there is no such module.
         takes_criterion: Whether :meth:`training_loss` uses its ``criterion``. The task refuses a
             configured loss where it does not.
     """
 
     num_classes: int
     output: Output = "logits"
+    classifier_path: str | None = None
     takes_criterion: bool = True
 
     @abstractmethod

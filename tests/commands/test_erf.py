@@ -12,7 +12,7 @@ from PIL import Image
 from segformer_pl import __version__
 from segformer_pl.analysis.erf import NoFieldError, load_erf
 from segformer_pl.cli import main
-from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 FIGURES = ("png", "pdf")
 
@@ -75,7 +75,7 @@ def test_random_weights(run):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures):
+def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures, reads_of):
     main(
         [
             *("fit", "--model.network", "segformer_pl.models.segformer_b0"),
@@ -86,16 +86,19 @@ def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures):
         ]
     )
     (ckpt,) = (tmp_path / "runs").rglob("last.ckpt")
-    text, folder = run(
-        *("--ckpt", str(ckpt), "--against", "timm:resnet18", "--num-images", "2"),
-        *("--size", "128", "128", "--gradient", "relu", "--layers", "stage2", "stage4"),
-    )
+    with reads_of(ckpt) as reads:
+        text, folder = run(
+            *("--ckpt", str(ckpt), "--against", "timm:resnet18", "--num-images", "2"),
+            *("--size", "128", "128", "--gradient", "relu", "--layers", "stage2", "stage4"),
+        )
+    assert reads == {"opened": 1, "loaded": 1}
     assert all((folder / f"erf_difference.{kind}").is_file() for kind in FIGURES)
     first, second = load_erf(folder / "erf"), load_erf(folder / "against")
     assert list(first.layers) == list(second.layers) == ["stage2", "stage4"]
     assert first.recipe == second.recipe
     assert first.recipe["image_size"] == [128, 128]
     assert first.about["weights"] == "trained, step 1"
+    assert first.about["mean"] == list(IMAGENET_MEAN)
     assert second.about["weights"] == "random weights"
     assert "timm resnet18 (random weights)" in text
 

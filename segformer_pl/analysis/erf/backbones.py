@@ -7,6 +7,7 @@ import timm
 from torch import Tensor, nn
 
 from segformer_pl.analysis.erf.taps import channels_first
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 STAGES = {4: "stage1", 8: "stage2", 16: "stage3", 32: "stage4"}  # by stride
 
@@ -69,8 +70,8 @@ class TimmStages(nn.Module):
             raise ValueError(f"timm:{name} has no feature map of stride 4, 8, 16 or 32")
         self.channels: list[int] = network.feature_info.channels()
         config: dict[str, Any] = getattr(network, "pretrained_cfg", {})
-        self.mean = tuple(config.get("mean", (0.485, 0.456, 0.406)))
-        self.std = tuple(config.get("std", (0.229, 0.224, 0.225)))
+        self.mean = tuple(config.get("mean", IMAGENET_MEAN))
+        self.std = tuple(config.get("std", IMAGENET_STD))
 
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> ``stage1`` ... ``stage4``, (B, C_i, H_i, W_i).

@@ -6,13 +6,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from segformer_pl import upsampling
-from segformer_pl.inference import Inference, _windows
+from segformer_pl.inference import (
+    Inference,
+    engine,
+    predict_classes,
+    predict_pixels,
+    predict_probabilities,
+)
 
 IGNORED = 255
 
 
 class Network(nn.Module):
     """Three classes at stride 4; sees a little beyond its cell, so that borders matter."""
+
+    num_classes = 3
+    output = "logits"
 
     def __init__(self):
         super().__init__()
@@ -78,12 +87,12 @@ def hann(rows, columns):
 
 def equal(inference, network, images, size, expected):
     """Labels, probabilities and losses all follow from the expected probabilities."""
-    found = inference.probabilities(network, images, size)
+    found = predict_probabilities(network, images, size, inference)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert torch.equal(inference.labels(network, images, size), expected.argmax(1))
+    assert torch.equal(predict_classes(network, images, size, inference), expected.argmax(1))
     labels = torch.randint(3, (len(images), *size))
     labels[:, :3] = IGNORED
-    pixels = inference.pixels(network, images, labels, IGNORED)
+    pixels = predict_pixels(network, images, labels, IGNORED, inference)
     losses = -expected.gather(1, labels.clamp(max=2)[:, None])[:, 0].log()
     torch.testing.assert_close(
         pixels.losses, losses.where(labels != IGNORED, 0.0), rtol=1e-9, atol=1e-12
@@ -124,7 +133,7 @@ def test_fitted_into_the_base_size_and_resized_to_multiples(network):
 )
 def test_sizes_are_rounded_as_in_mmcv(size, scale, expected):
     base = (2048, 1024) if size == (1024, 2048) else (2048, 512)
-    assert Inference(base_size=base)._view_size(size, scale) == expected
+    assert engine.view_size(size, scale, base) == expected
 
 
 @pytest.mark.usefixtures("_band")
@@ -140,7 +149,7 @@ def test_sliding_windows(network, name, weights, size):
 def test_windows_of_cityscapes(network):
     """1024 x 2048 in windows of 1024 with a step of 768: three, the last one moved back."""
     small = Inference(window=(32, 32), stride=(24, 24))
-    small.labels(network, pictures(32, 64, 1), (32, 64))
+    predict_classes(network, pictures(32, 64, 1), (32, 64), small)
     assert network.sizes == [(32, 32)] * 3
 
 
@@ -191,18 +200,17 @@ def test_padding_is_cut_off_again(network):
 def test_of_the_windows_only_a_few_are_held(network, monkeypatch):
     """The memory does not grow with the height of the picture."""
     monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", 8 * 32 * 3)
-    from segformer_pl import inference
-
     held = []
-    logits = inference._View.logits
+    class_maps = engine.View.class_maps
 
     def watched(view, rows):
-        result = logits(view, rows)
+        result = class_maps(view, rows)
         held.append(len(view.opened))
         return result
 
-    monkeypatch.setattr(inference._View, "logits", watched)
-    Inference(window=(16, 32), stride=(12, 32)).labels(network, pictures(400, 32, 1), (400, 32))
+    monkeypatch.setattr(engine.View, "class_maps", watched)
+    narrow = Inference(window=(16, 32), stride=(12, 32))
+    predict_classes(network, pictures(400, 32, 1), (400, 32), narrow)
     assert len(network.sizes) == 33  # each window once
     assert max(held) <= 3
 
@@ -219,11 +227,14 @@ def test_the_network_is_given_a_large_image_window_by_window(network):
         return part / 255 - 0.5
 
     settings = Inference(window=(32, 40), stride=(24, 32), flip=True)
-    found = settings.labels(network.float(), images, (96, 2000), preprocess, torch.uint8)
+    given = network.float(), images, (96, 2000), settings, preprocess
+    found = predict_classes(*given, torch.uint8)
     assert found.dtype == torch.uint8
     assert set(seen) == {(32, 40)}
-    assert torch.equal(found, settings.labels(network, preprocess(images), (96, 2000)).byte())
-    axes = _windows(8000, 512, 512, 8000, "uniform")
+    assert torch.equal(
+        found, predict_classes(network, preprocess(images), (96, 2000), settings).byte()
+    )
+    axes = engine.window_axes(8000, 512, 512, 8000, "uniform")
     assert {axis.place().shape for axis in axes} == {(512, 512)}
 
 
@@ -238,7 +249,7 @@ def test_bands_hold_no_full_size_map_of_all_classes(network, monkeypatch):
 
     monkeypatch.setattr(upsampling.SeparableMap, "band", watched)
     monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", 5000)
-    Inference(scales=(1.0, 0.5)).labels(network, pictures(128, 128, 1), (128, 128))
+    predict_classes(network, pictures(128, 128, 1), (128, 128), Inference(scales=(1.0, 0.5)))
     assert max(seen) <= 5000 < 128 * 128 * 3
 
 
@@ -247,23 +258,22 @@ def test_logits_are_upsampled_before_the_decision():
     # would never find it.
     logits = torch.tensor([[[[3.0, 0.0]], [[0.0, 3.0]], [[2.4, 2.4]]]])
     assert logits.argmax(dim=1).tolist() == [[[0, 1]]]
-    labels = Inference().labels(lambda images: logits, torch.zeros(1, 3, 4, 8), (1, 4))
+    labels = predict_classes(Given(logits), torch.zeros(1, 3, 4, 8), (1, 4))
     assert labels.tolist() == [[[0, 2, 2, 1]]]
 
 
 def test_a_loss_beyond_the_range_of_probabilities_is_exact():
     logits = torch.tensor([[[[0.0]], [[200.0]]]])
-    pixels = Inference().pixels(
-        lambda images: logits, torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 1).long(), IGNORED
+    pixels = predict_pixels(
+        Given(logits), torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 1).long(), IGNORED
     )
     assert pixels.losses.item() == 200.0
 
 
 def test_half_precision_logits_are_read_in_single(network):
     network.float()
-    half = Inference().probabilities(
-        lambda images: network(images).bfloat16(), pictures().float(), (40, 56)
-    )
+    network.register_forward_hook(lambda *call: call[2].bfloat16())
+    half = predict_probabilities(network, pictures().float(), (40, 56))
     assert half.dtype == torch.float32
 
 
@@ -273,28 +283,47 @@ def test_every_window_runs_in_the_precision_asked_for(network):
     network.float().conv.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         inference = Inference(window=(16, 16), stride=(16, 16), scales=(1.0, 2.0))
-        found = inference.probabilities(network, pictures(48, 32).float(), (48, 32))
+        found = predict_probabilities(network, pictures(48, 32).float(), (48, 32), inference)
     assert set(seen) == {torch.bfloat16}
     assert found.dtype == torch.float32
 
 
 def test_windows_that_no_output_pixel_lies_in_are_left_out(network):
     images = pictures(128, 128, 1)
-    labels = Inference(window=(16, 16), stride=(16, 16)).labels(network, images, (2, 2))
+    windows = Inference(window=(16, 16), stride=(16, 16))
+    labels = predict_classes(network, images, (2, 2), windows)
     expected = resize(sliding(network, images, (16, 16), (16, 16), uniform), (2, 2)).argmax(1)
     assert torch.equal(labels, expected)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"resize_to": 32, "pad_to": 32}, "two ways to the same end"),
-        ({"stride": (8, 8)}, "there is no window"),
-        ({"window_weights": "hann"}, "there is no window"),
-        ({"window": (8, 8), "stride": (9, 8)}, "leaves gaps between windows"),
-        ({"scales": ()}, "scales is empty"),
-    ],
-)
-def test_contradictions_are_refused(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        Inference(**arguments)
+class Given:
+    """A network that returns the same class maps whatever it is given."""
+
+    def __init__(self, class_maps, output="logits"):
+        self.class_maps, self.output, self.num_classes = class_maps, output, class_maps.shape[1]
+
+    def __call__(self, images):
+        return self.class_maps
+
+
+def test_scores_are_normalised_by_their_sum_and_not_by_a_softmax():
+    scores = torch.tensor([[[[3.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.0]]]])
+    images, target = torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 1]]])
+    network = Given(scores, "scores")
+    found = predict_probabilities(network, images, (1, 2))
+    assert found[0, :, 0, 0].tolist() == [0.75, 0.25, 0.0]
+    assert found[0, :, 0, 1].tolist() == [0.0, 0.0, 0.0]  # and not nan, where no class has a score
+    pixels = predict_pixels(network, images, target, IGNORED)
+    assert pixels.labels.tolist() == [[[0, 0]]]
+    assert pixels.confidence.tolist() == [[[0.75, 0.0]]]
+    assert pixels.losses[0, 0, 0].item() == pytest.approx(-torch.tensor(0.75).log().item())
+    assert pixels.losses.isfinite().all()
+    # Views are averaged as probabilities: here both views are the same.
+    both = predict_probabilities(network, images, (1, 2), Inference(scales=(1.0, 1.0)))
+    assert torch.equal(both, found)
+
+
+def test_the_network_runs_once_for_every_window_and_never_to_learn_its_classes(network):
+    protocol = Inference(window=(24, 32), stride=(16, 24), scales=(1.0, 0.5), flip=True)
+    predict_classes(network, pictures(40, 56), (40, 56), protocol)
+    assert len(network.sizes) == 2 * (2 * 2) + 2 * 1  # windows of scale 1, whole images of 0.5
