@@ -36,7 +36,7 @@ class PredictionPanel(pl.Callback):
             return
         images, labels, predictions = (
             pictures[:missing].cpu()
-            for pictures in (batch["image"], batch["label"], outputs["prediction"])
+            for pictures in (batch["image"], batch["label"], outputs["pred"])
         )
         self.shown.extend(zip(batch["id"], images, labels, predictions))
 

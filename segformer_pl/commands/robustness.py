@@ -37,7 +37,13 @@ from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
-from segformer_pl.metrics import SegmentationScores, as_classes
+from segformer_pl.metrics import (
+    as_classes,
+    class_counts,
+    class_iou,
+    confusion_matrices,
+    mean_present,
+)
 from segformer_pl.task import SegmentationTask
 
 Setting = tuple[str, str, int]  # group, corruption, severity
@@ -207,17 +213,18 @@ def _score(
     batches: Iterable[dict[str, Any]],
     progress: "tqdm[Any]",
 ) -> float:
-    """mIoU as ``validate`` has it: the labels that ``predict`` gives, over all the batches."""
+    """mIoU as ``validate`` has it, of the predictions that ``predict`` makes."""
     num_classes = len(task.class_names)
-    scores = SegmentationScores(num_classes).to(task.device)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=task.device)
     with torch.inference_mode():
         for number, batch in enumerate(batches):
             batch = data.on_before_batch_transfer(batch, 0)  # says what was skipped
             batch = task.transfer_batch_to_device(batch, task.device, 0)
-            found = task.predict_step(batch, number)
-            scores.update(*as_classes(found, batch["label"], num_classes, task.ignore_index))
+            pred = task.predict_step(batch, number)
+            classes = as_classes(pred, batch["label"], num_classes, task.ignore_index)
+            confusion += confusion_matrices(*classes, num_classes).sum(0)
             progress.update(len(batch["id"]))
-    return scores.compute()["miou"].item()
+    return mean_present(class_iou(class_counts(confusion.double()))).item()
 
 
 def _digest(file: Path) -> str:
