@@ -134,6 +134,7 @@ class EvaluationRecord(pl.Callback):
                 trainer,
                 lambda: plot_predictions(shown, pl_module.class_names, pl_module.palette),
                 "worst",
+                evaluation.step,
             )
 
 

@@ -47,4 +47,5 @@ class PredictionPanel(pl.Callback):
                 trainer,
                 lambda: plot_predictions(shown, pl_module.class_names, pl_module.palette),
                 "predictions",
+                pl_module.trained_steps,
             )
