@@ -223,7 +223,10 @@ class SegformerCLI(LightningCLI):
     def _print_metrics(self, results: Sequence[Mapping[str, float]], verbose: bool) -> None:
         if verbose and self.trainer.is_global_zero:
             rows = [
-                (printable(name, 60), value) for part in results for name, value in part.items()
+                (printable(name, 60), value)
+                for part in results
+                for name, value in part.items()
+                if name != "step"  # of the loggers' row, not a metric
             ]
             width = max((len(name) for name, _ in rows), default=0)
             sys.stdout.writelines(f"{name:<{width}}  {value:.6g}\n" for name, value in rows)

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import SumMetric
 
 from segformer_pl.checkpoints import (
     LoadReport,
@@ -33,12 +32,7 @@ from segformer_pl.divergence import DivergenceWatch, divergence
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, predict_classes, predict_pixels
 from segformer_pl.losses import CrossEntropy
-from segformer_pl.metrics import (
-    BoundaryIoU,
-    CalibrationError,
-    SegmentationScores,
-    as_classes,
-)
+from segformer_pl.metrics import SegmentationMetrics, StepOutput
 from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
@@ -164,7 +158,7 @@ class SegmentationTask(pl.LightningModule):
         self._weights_are_set = weights is None and encoder_weights is None
         # Constants that came with weights are in no argument, so checkpoints must store them.
         self._constants_are_from_weights = False
-        self.trained_steps = 0  # of the checkpoint that was loaded
+        self.trained_steps = 0  # training steps that the network has had, before a checkpoint too
         # (global step, buffers) when the first of the batches was begun that the next step takes
         self._before_step: tuple[int, dict[str, Tensor]] = (-1, {})
         self._watch = DivergenceWatch()
@@ -181,13 +175,8 @@ class SegmentationTask(pl.LightningModule):
         # Not in the checkpoint's tensors: they are in its hyperparameters.
         self.register_buffer("image_mean", torch.tensor(image_mean).view(-1, 1, 1), False)
         self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1), False)
-        for split in ("val", "test"):
-            # A sum, because a MeanMetric that skips its nan check (a wait for the GPU in every
-            # batch) also ignores its weights in torchmetrics 1.9.
-            self.add_module(f"{split}_loss", SumMetric(nan_strategy="disable"))
-            self.add_module(f"{split}_scores", SegmentationScores(len(class_names)))
-            self.add_module(f"{split}_boundary", BoundaryIoU(len(class_names)))
-            self.add_module(f"{split}_calibration", CalibrationError(len(class_names)))
+        self.val_metrics = SegmentationMetrics(len(class_names), ignore_index)
+        self.test_metrics = SegmentationMetrics(len(class_names), ignore_index)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0 to 1 -> logits (B, num_classes, h, w) at the network's stride."""
@@ -224,25 +213,19 @@ class SegmentationTask(pl.LightningModule):
         step = self.trainer.global_step
         if step == self._last_step or self._last_loss is None or self._last_lr is None:
             return  # gradients are being accumulated
-        self._last_step = step
+        self._last_step = self.trained_steps = step
         self._watch.observe(self.network, step, self._last_loss, self._last_lr)
 
     def on_train_end(self) -> None:
         self._watch.settle()
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Score a batch.
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> StepOutput:
+        """Predict a batch and add it to the metrics of the split."""
+        return self._evaluate(batch, self.val_metrics)
 
-        Returns:
-            What callbacks may want, of every picture: ``prediction`` (B, H, W) int64 train ids at
-            the size of the labels, ``counts`` (B, num_classes, 3) int64 pixels of intersection,
-            label and prediction, ``loss`` (B,) mean over its labelled pixels, nan without any.
-        """
-        return self._score(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> StepOutput:
         """As :meth:`validation_step`."""
-        return self._score(batch, "test")
+        return self._evaluate(batch, self.test_metrics)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """(B, H, W) int64 train ids at the size of the images."""
@@ -251,44 +234,30 @@ class SegmentationTask(pl.LightningModule):
         return predict_classes(self.network, images, size, self.inference, self.normalize)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
+        self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
+        self._log_metrics("test", self.test_metrics)
 
-    def _score(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
-        images, labels = batch["image"], batch["label"]
-        found = predict_pixels(
-            self.network, images, labels, self.ignore_index, self.inference, self.normalize
+    def _evaluate(self, batch: dict[str, Any], metrics: SegmentationMetrics) -> StepOutput:
+        images, target = batch["image"], batch["label"]
+        pixels = predict_pixels(
+            self.network, images, target, self.ignore_index, self.inference, self.normalize
         )
-        classes = as_classes(found.labels, labels, len(self.class_names), self.ignore_index)
-        scores = getattr(self, f"{split}_scores")
-        scores.update(*classes)
-        getattr(self, f"{split}_boundary").update(*classes)
-        getattr(self, f"{split}_calibration").update(*classes, found.confidence)
-        losses = found.losses.sum(dim=(1, 2), dtype=torch.float64)
-        getattr(self, f"{split}_loss").update(losses.sum())
-        num_labelled = (labels != self.ignore_index).sum(dim=(1, 2))
-        return {
-            "prediction": found.labels,
-            "counts": scores.picture_counts,
-            "loss": losses / num_labelled,
-        }
+        counts = metrics.update(pixels.labels, target, pixels.confidence, pixels.losses)
+        return {"pred": pixels.labels, **counts}
 
-    def _log_scores(self, split: str) -> None:
+    def _log_metrics(self, split: str, metrics: SegmentationMetrics) -> None:
         # Here and not in the step: every rank gets here, also one that had no batch at all, so
         # the sums over ranks cannot wait for ever.
-        parts = ("loss", "scores", "boundary", "calibration")
-        loss, scores, boundary, calibration = (getattr(self, f"{split}_{part}") for part in parts)
-        values = scores.compute()
-        per_class = values.pop("iou").reshape(-1)  # torchmetrics makes a scalar of one class
-        num_labelled = values.pop("num_labelled")
+        values = metrics.compute()
+        metrics.reset()
+        iou, num_labelled = values.pop("iou"), values.pop("num_labelled")
         if not num_labelled and not self.trainer.sanity_checking:
             raise ValueError(
                 f"not one pixel of the {split} images carries a label, so there is nothing to "
                 "score; check labels.ignored of the data set and the label files"
             )
-        values["loss"] = loss.compute() / num_labelled
         if not values["loss"].isfinite() and not self.trainer.sanity_checking:
             sentence = (
                 f"the network's outputs for the {split} images hold nan or infinity (mean loss "
@@ -300,21 +269,19 @@ class SegmentationTask(pl.LightningModule):
                     "in 16 bits"
                 )
             rank_zero_warn(sentence)  # DivergenceWatch ends a training whose weights are not finite
-        values["boundary_iou"], values["ece"] = boundary.compute(), calibration.compute()
-        for metric in (loss, scores, boundary, calibration):
-            metric.reset()
         self.log_dict(
             {f"{split}/{key}": value.float() for key, value in values.items()},
             prog_bar=True,
             sync_dist=True,
         )
         self.log_dict(
-            {
-                f"{split}/iou/{name}": value.float()
-                for name, value in zip(self.class_names, per_class)
-            },
+            {f"{split}/iou/{name}": value.float() for name, value in zip(self.class_names, iou)},
             sync_dist=True,
         )
+        if self.trainer.state.fn != TrainerFn.FITTING and self.trained_steps:
+            # Lightning takes the step of a row from a metric of this name, and from the fit loop
+            # otherwise, which stands at 0. As in training, a step is logged by its index.
+            self.log("step", float(self.trained_steps - 1), rank_zero_only=True)
         # Scores that the data set knows of itself, such as a ceiling, belong beside the run's.
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "reference_scores"):

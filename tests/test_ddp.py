@@ -7,12 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from segformer_pl.analysis.run import Run
 from segformer_pl.data import shapes
 
 pytestmark = pytest.mark.slow
 
-# All pictures, wherever they are: the maps are averaged over the ranks.
+# All images, wherever they are: the maps are averaged over the ranks.
 ERF = (
     "--trainer.callbacks+=segformer_pl.callbacks.EffectiveReceptiveField",
     "--trainer.callbacks.num_images=16",
@@ -50,6 +49,11 @@ def run(subcommand, folder, runs, devices, *arguments, timeout=300):
     return list(csv.DictReader(metrics.open()))
 
 
+def record_of(runs):
+    (file,) = runs.glob("*/version_0/evaluation/*.npz")
+    return load_evaluation(file)
+
+
 def test_validation_on_two_ranks_equals_one(folder, tmp_path):
     rows = [run("validate", folder, tmp_path / str(n), n, *ERF)[-1] for n in (1, 2)]
     assert rows[0].keys() == rows[1].keys()
@@ -58,9 +62,7 @@ def test_validation_on_two_ranks_equals_one(folder, tmp_path):
     for key in compared:
         expected = pytest.approx(float(rows[0][key]), rel=1e-5, nan_ok=True)
         assert float(rows[1][key]) == expected, key
-    one, two = (
-        Run(next((tmp_path / str(n)).glob("*/version_0"))).last_evaluation() for n in (1, 2)
-    )
+    one, two = (record_of(tmp_path / str(n)) for n in (1, 2))
     assert one.ids == two.ids  # in stored order, whichever rank had them
     assert (one.counts == two.counts).all()
     assert (one.confusion == two.confusion).all()
@@ -68,14 +70,20 @@ def test_validation_on_two_ranks_equals_one(folder, tmp_path):
     np.testing.assert_allclose(one.calibration, two.calibration, rtol=1e-5)
 
 
-def test_a_rank_without_a_picture_does_not_hang_validation(tmp_path):
+def test_a_rank_without_an_image_does_not_hang_validation(tmp_path):
     shapes.generate(tmp_path / "one", {"train": 1, "validation": 1})
     rows = [run("validate", tmp_path / "one", tmp_path / str(n), n, *ERF)[-1] for n in (1, 2)]
     assert float(rows[1]["val/erf/head/radius50"]) > 0
     assert float(rows[1]["val/loss"]) == pytest.approx(float(rows[0]["val/loss"]), rel=1e-5)
+    one, two = (record_of(tmp_path / str(n)) for n in (1, 2))
+    assert one.ids == two.ids
+    assert (one.counts == two.counts).all()
+    assert (one.confusion == two.confusion).all()
+    assert one.confusion.sum() == one.counts[..., 1].sum() > 0
+    np.testing.assert_allclose(one.calibration, two.calibration, rtol=1e-5)
 
 
-def test_a_rank_without_a_picture_does_not_hang_fit(tmp_path):
+def test_a_rank_without_an_image_does_not_hang_fit(tmp_path):
     """In ``fit`` a validation step is one of DDP's module, whose first pass waits for all ranks."""
     shapes.generate(tmp_path / "one", {"train": 1, "validation": 1})
     steps = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", *ERF]
@@ -85,6 +93,8 @@ def test_a_rank_without_a_picture_does_not_hang_fit(tmp_path):
     # Scored with the running statistics that the checkpoint holds.
     (last,) = tmp_path.glob("2/*/version_0/checkpoints/last.ckpt")
     alone = run("validate", tmp_path / "one", tmp_path / "1", 1, f"--ckpt_path={last}")[-1]
+    assert alone["step"] == scored[-1]["step"]
+    assert record_of(tmp_path / "1").step == 4
     assert float(scored[-1]["val/loss"]) == pytest.approx(float(alone["val/loss"]), rel=1e-5)
 
 

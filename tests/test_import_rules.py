@@ -29,10 +29,10 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "losses": {"upsampling"},
     "inference": {"models", "upsampling"},  # of models the contract
     "checkpoints": {"models"},
-    "analysis": {"models"},
+    "analysis": {"models", "metrics"},
     "divergence": {"checkpoints"},
     "task": {"models", "checkpoints", "losses", "metrics", "optim", "inference", "divergence"},
-    "callbacks": {"analysis"},
+    "callbacks": {"analysis", "metrics"},
     "cli": EVERYTHING,
     "doctor": {"analysis", "data", "models", "task"},
     "commands": EVERYTHING - {"cli", "doctor"},

@@ -5,14 +5,19 @@ import torch
 
 from segformer_pl.metrics import (
     NUM_BINS,
-    BoundaryIoU,
-    CalibrationError,
-    SegmentationScores,
+    SegmentationMetrics,
     as_classes,
     boundary_counts,
     calibration_counts,
+    class_accuracy,
+    class_counts,
+    class_iou,
     confusion_matrices,
+    expected_calibration_error,
+    frequency_weighted_iou,
+    mean_present,
     near_others,
+    pixel_accuracy,
 )
 
 IGNORED = 255
@@ -20,30 +25,27 @@ NAN = float("nan")
 
 # Four classes. 0: two of three right. 1: one of two right. 2: predicted once, never there.
 # 3: neither labelled nor predicted.
-LABELS = torch.tensor([[[0, 0, 0], [1, 1, IGNORED]]])
-PREDICTIONS = torch.tensor([[[0, 0, 1], [1, 2, 3]]])
-CLASSES = as_classes(PREDICTIONS, LABELS, 4, IGNORED)
+TARGET = torch.tensor([[[0, 0, 0], [1, 1, IGNORED]]])
+PRED = torch.tensor([[[0, 0, 1], [1, 2, 3]]])
 
 
-def sure(predictions):
-    return torch.full(predictions.shape, 0.5)
+def update(metrics, pred, target, confidence=None):
+    """Add a batch, with a confidence of one half and a loss of one where they do not matter."""
+    if confidence is None:
+        confidence = torch.full(pred.shape, 0.5)
+    return metrics.update(pred, target, confidence, (target != metrics.ignore_index).float())
 
 
-def scores_of(*batches, num_classes=4, ignore_index=IGNORED):
-    """All scores of a set, by name."""
-    scores, boundary = SegmentationScores(num_classes), BoundaryIoU(num_classes)
-    calibration = CalibrationError(num_classes)
-    for predictions, labels in batches:
-        classes = as_classes(predictions, labels, num_classes, ignore_index)
-        scores.update(*classes)
-        boundary.update(*classes)
-        calibration.update(*classes, sure(predictions))
-    found = {"boundary_iou": boundary.compute(), "ece": calibration.compute()}
-    return scores.compute() | found
+def metrics_of(*batches, num_classes=4, ignore_index=IGNORED):
+    """All metrics of a set, by name."""
+    metrics = SegmentationMetrics(num_classes, ignore_index)
+    for batch in batches:
+        update(metrics, *batch)
+    return metrics.compute()
 
 
 def test_by_hand():
-    result = scores_of((PREDICTIONS, LABELS))
+    result = metrics_of((PRED, TARGET))
     iou = torch.tensor([2 / 3, 1 / 3, 0, NAN], dtype=torch.float64)
     torch.testing.assert_close(result["iou"], iou, equal_nan=True)
     # A class that is only predicted scores 0; one that is nowhere is left out. Accuracy has
@@ -52,84 +54,158 @@ def test_by_hand():
     assert result["macc"].item() == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert result["aacc"].item() == pytest.approx(3 / 5)
     assert result["fwiou"].item() == pytest.approx((3 * 2 / 3 + 2 * 1 / 3) / 5)
-    # All pictures are narrower than the bands: boundary IoU is plain IoU.
+    # All images are narrower than the bands: boundary IoU is plain IoU.
     assert result["boundary_iou"].item() == pytest.approx(1 / 3)
     assert result["ece"].item() == pytest.approx(3 / 5 - 0.5)
+    assert result["loss"].item() == 1
     assert result["num_labelled"].item() == 5
     assert {value.dtype for value in result.values()} == {torch.float64}
 
 
-def test_rows_are_labels():
-    scores = SegmentationScores(4)
-    scores.update(*CLASSES)
-    expected = torch.zeros(4, 4, dtype=torch.int64)
+def test_update_returns_the_counts_of_the_batch():
+    batch = update(SegmentationMetrics(4, IGNORED), PRED, TARGET)
+    expected = torch.zeros(4, 4, dtype=torch.int64)  # rows are the target
     expected[0, 0], expected[0, 1], expected[1, 1], expected[1, 2] = 2, 1, 1, 1
-    torch.testing.assert_close(scores.counts, expected)
+    torch.testing.assert_close(batch["confusion"], expected)
     counts = [[2, 3, 2], [1, 2, 2], [0, 0, 1], [0, 0, 0]]
-    assert scores.picture_counts.tolist() == [counts]
+    assert batch["counts"].tolist() == [counts]
+    assert batch["calibration"][7].tolist() == [5, 2.5, 3]  # 0.5 * 15 = 7.5
+    assert batch["calibration"].sum(0).tolist() == [5, 2.5, 3]
+    assert batch["loss"].tolist() == [1]
+
+
+def test_loss_of_an_image_is_the_mean_over_its_labelled_pixels():
+    metrics = SegmentationMetrics(2, IGNORED)
+    target = torch.tensor([[[0, 1, 1]], [[IGNORED, 0, 1]], [[IGNORED] * 3]])
+    loss = torch.tensor([[[1.0, 2.0, 6.0]], [[0.0, 1.0, 4.0]], [[0.0] * 3]])
+    pred = torch.zeros_like(target)
+    batch = metrics.update(pred, target, torch.ones(pred.shape), loss)
+    expected = torch.tensor([3, 2.5, NAN], dtype=torch.float64)
+    torch.testing.assert_close(batch["loss"], expected, equal_nan=True)
+    assert metrics.compute()["loss"].item() == pytest.approx(14 / 5)
+
+
+def test_counts_of_batches_add_up_to_the_metrics():
+    """A record of an evaluation is made from what the updates return."""
+    metrics = SegmentationMetrics(6, IGNORED)
+    pred, target, confidence = noisy_maps()
+    batches = [
+        update(metrics, pred[part], target[part], confidence[part])
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    counts = torch.cat([batch["counts"] for batch in batches]).sum(0)
+    confusion = sum(batch["confusion"] for batch in batches)
+    torch.testing.assert_close(class_counts(confusion), counts)
+    result = metrics.compute()
+    assert mean_present(class_iou(counts.double())).item() == result["miou"].item()
+    calibration = sum(batch["calibration"] for batch in batches)
+    assert expected_calibration_error(calibration).item() == result["ece"].item()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (7, 5, 3), (0, 5, 3), (150, 3)])
+def test_arrays_and_tensors_have_the_same_metrics(shape):
+    """One definition serves the metrics of a training, the report and the bootstrap."""
+    generator = np.random.default_rng(0)
+    target, pred = generator.integers(1, 50, (2, *shape[:-1]))
+    counts = np.stack([generator.integers(0, np.minimum(target, pred) + 1), target, pred], axis=-1)
+    counts[..., 2, :] = 0  # absent
+    counts[..., 3, :2] = 0  # only predicted
+    tensor = torch.from_numpy(counts).double()
+    for metric in (class_iou, class_accuracy, pixel_accuracy, frequency_weighted_iou):
+        ours = metric(counts)
+        assert ours.dtype == np.float64
+        np.testing.assert_allclose(metric(tensor).numpy(), ours, rtol=1e-14)
+    means = mean_present(class_iou(counts))
+    np.testing.assert_allclose(mean_present(class_iou(tensor)).numpy(), means, rtol=1e-14)
+    assert np.isnan(class_iou(counts)[..., 2]).all()
+    assert (class_iou(counts)[..., 3] == 0).all()
+    assert np.isnan(class_accuracy(counts)[..., 3]).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_absent_classes_are_left_out_without_a_warning():
+    values = np.array([[0.5, NAN, 1.0], [NAN, NAN, NAN]])
+    np.testing.assert_array_equal(mean_present(values), [0.75, NAN])
+    nothing = np.zeros((4, 3), np.int64)
+    assert np.isnan(mean_present(class_iou(nothing)))
+    assert np.isnan(pixel_accuracy(nothing))
+    assert np.isnan(frequency_weighted_iou(nothing))
+    assert np.isnan(expected_calibration_error(np.zeros((15, 3))))
 
 
 def test_batches_of_any_size_give_the_scores_of_one():
-    labels = torch.randint(4, (6, 5, 7))
+    target = torch.randint(4, (6, 5, 7))
     # One class lives in a single image: a mean of per-batch scores would differ.
-    labels[1:][labels[1:] == 3] = 0
-    labels[torch.rand(6, 5, 7) < 0.2] = IGNORED
-    predictions = torch.randint(4, (6, 5, 7))
-    whole = scores_of((predictions, labels))
-    parts = scores_of(*zip(predictions.split([1, 2, 3]), labels.split([1, 2, 3])))
+    target[1:][target[1:] == 3] = 0
+    target[torch.rand(6, 5, 7) < 0.2] = IGNORED
+    pred = torch.randint(4, (6, 5, 7))
+    whole = metrics_of((pred, target))
+    parts = metrics_of(*zip(pred.split([1, 2, 3]), target.split([1, 2, 3])))
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
-    separate = [scores_of((p[None], y[None]))["miou"] for p, y in zip(predictions, labels)]
+    separate = [metrics_of((p[None], y[None]))["miou"] for p, y in zip(pred, target)]
     assert not torch.allclose(torch.stack(separate).mean(), whole["miou"])
 
 
 def test_prediction_under_ignored_pixels_does_not_matter():
-    changed = PREDICTIONS.clone()
-    changed[LABELS == IGNORED] = 0
+    changed = PRED.clone()
+    changed[TARGET == IGNORED] = 0
     torch.testing.assert_close(
-        scores_of((changed, LABELS)), scores_of((PREDICTIONS, LABELS)), equal_nan=True
+        metrics_of((changed, TARGET)), metrics_of((PRED, TARGET)), equal_nan=True
     )
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")  # before any update, on purpose
-@pytest.mark.parametrize("batches", [[], [(PREDICTIONS, torch.full_like(LABELS, IGNORED))]])
+@pytest.mark.parametrize("batches", [[], [(PRED, torch.full_like(TARGET, IGNORED))]])
 def test_nothing_labelled_has_no_score(batches):
-    result = scores_of(*batches)
+    result = metrics_of(*batches)
     assert result.pop("num_labelled").item() == 0
-    assert result.keys() == {"miou", "macc", "aacc", "fwiou", "boundary_iou", "ece", "iou"}
+    names = {"miou", "macc", "aacc", "fwiou", "boundary_iou", "ece", "iou", "loss"}
+    assert result.keys() == names
     assert all(value.isnan().all() for value in result.values())
 
 
 def test_ranks_add_up():
     # What a sum over ranks does to the state, without the processes.
-    for make in (SegmentationScores, BoundaryIoU, CalibrationError):
-        one, other = make(4), make(4)
-        for metric, row in ((one, slice(0, 1)), (other, slice(1, 2))):
-            parts = [*CLASSES] + [sure(PREDICTIONS)] * (make is CalibrationError)
-            metric.update(*(part[:, row] for part in parts))
-        both = torch.stack([one.counts, other.counts])
-        assert one._reductions["counts"](both).equal(both[0] + both[1])
+    one, other, whole = (SegmentationMetrics(4, IGNORED) for _ in range(3))
+    update(one, PRED[:, :1], TARGET[:, :1])
+    update(other, PRED[:, 1:], TARGET[:, 1:])
+    update(whole, PRED, TARGET)
+    for name in ("confusion", "boundary", "calibration", "loss"):
+        parts = [getattr(metrics, name) for metrics in (one, other, whole)]
+        (state,) = parts[0]._reductions
+        values = [getattr(part, state) for part in parts]
+        summed = parts[0]._reductions[state](torch.stack(values[:2]))
+        assert summed.equal(values[0] + values[1])
+        if name != "boundary":  # the parts are images of their own, with borders of their own
+            assert summed.equal(values[2])
 
 
 def test_reset_forgets():
-    scores = SegmentationScores(4)
-    scores.update(*CLASSES)
-    scores.reset()
-    assert not scores.counts.any()
+    metrics = SegmentationMetrics(4, IGNORED)
+    update(metrics, TARGET.masked_fill(TARGET == IGNORED, 0), TARGET)
+    metrics.reset()
+    assert not metrics.confusion.total.any()
+    update(metrics, PRED, TARGET)
+    torch.testing.assert_close(metrics.compute(), metrics_of((PRED, TARGET)), equal_nan=True)
+
+
+def test_metrics_are_no_part_of_a_checkpoint():
+    assert not SegmentationMetrics(4, IGNORED).state_dict()
 
 
 @pytest.mark.parametrize("wrong", [4, -1])
 def test_label_outside_the_classes_is_not_counted_as_another(wrong):
     # The reference's histogram puts a label equal to num_classes into the last bin.
-    labels = torch.where(LABELS == 0, wrong, LABELS)
+    target = torch.where(TARGET == 0, wrong, TARGET)
     with pytest.raises(ValueError, match=f"label {wrong} is not a train id: there are 4 classes"):
-        scores_of((PREDICTIONS, labels))
+        metrics_of((PRED, target))
     with pytest.raises(ValueError, match=f"prediction {wrong} is not a train id"):
-        scores_of((torch.where(LABELS == 0, wrong, PREDICTIONS), LABELS))
+        metrics_of((torch.where(TARGET == 0, wrong, PRED), TARGET))
 
 
 def test_one_class():
-    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
-    result = scores_of((labels, labels), num_classes=1)
+    target = torch.zeros(1, 4, 4, dtype=torch.int64)
+    result = metrics_of((target, target), num_classes=1)
     assert [result[key].item() for key in ("miou", "macc", "aacc", "fwiou", "boundary_iou")] == [
         1
     ] * 5
@@ -138,18 +214,16 @@ def test_one_class():
 
 def test_more_than_255_classes():
     """255 is then a class, and the ignored label lies above all of them."""
-    labels = torch.randint(300, (2, 20, 20))
-    labels[0, :3] = 255
-    predictions = labels.clone()
-    predictions[0, 0] = 299
-    labels[1, :5] = 300
-    result = scores_of((predictions, labels), num_classes=300, ignore_index=300)
-    counted = labels != 300
+    target = torch.randint(300, (2, 20, 20))
+    target[0, :3] = 255
+    pred = target.clone()
+    pred[0, 0] = 299
+    target[1, :5] = 300
+    result = metrics_of((pred, target), num_classes=300, ignore_index=300)
+    counted = target != 300
     assert result["num_labelled"].item() == counted.sum()
-    assert result["aacc"].item() == pytest.approx(
-        (predictions == labels)[counted].double().mean().item()
-    )
-    truth, found = labels[counted] == 255, predictions[counted] == 255
+    assert result["aacc"].item() == pytest.approx((pred == target)[counted].double().mean().item())
+    truth, found = target[counted] == 255, pred[counted] == 255
     assert result["iou"][255].item() == pytest.approx(
         ((truth & found).sum() / (truth | found).sum()).item()
     )
@@ -161,29 +235,29 @@ def blobs(*shape, num_classes=4, side=5):
 
 
 def masked_pair():
-    labels = blobs(3, 9, 11)
-    noise = torch.randint(4, labels.shape)
-    predictions = torch.where(torch.rand(labels.shape) < 0.9, labels, noise)
-    labels[0, :7] = IGNORED
-    return predictions, labels
+    target = blobs(3, 9, 11)
+    noise = torch.randint(4, target.shape)
+    pred = torch.where(torch.rand(target.shape) < 0.9, target, noise)
+    target[0, :7] = IGNORED
+    return pred, target
 
 
-def test_confusion_of_every_picture():
-    predictions, labels = masked_pair()
-    matrices = confusion_matrices(*as_classes(predictions, labels, 4, IGNORED), 4)
-    for matrix, prediction, label in zip(matrices, predictions, labels):
+def test_confusion_of_every_image():
+    pred, target = masked_pair()
+    matrices = confusion_matrices(*as_classes(pred, target, 4, IGNORED), 4)
+    for matrix, image_pred, image_target in zip(matrices, pred, target):
         expected = torch.zeros(4, 4, dtype=torch.int64)
-        for truth, found in zip(label.ravel().tolist(), prediction.ravel().tolist()):
-            if truth != IGNORED:
-                expected[truth, found] += 1
+        for row, column in zip(image_target.ravel().tolist(), image_pred.ravel().tolist()):
+            if row != IGNORED:
+                expected[row, column] += 1
         assert torch.equal(matrix, expected)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5])
 def test_boundary_bands_are_what_erosion_leaves_out(width):
     """Cheng et al. 2021: a mask without its erosion by a square, the border counting as outside."""
-    predictions, labels = masked_pair()
-    truth, found = as_classes(predictions, labels, 4, IGNORED)
+    pred, target = masked_pair()
+    classes = as_classes(pred, target, 4, IGNORED)
 
     def band(mask):
         mask = cv2.copyMakeBorder(mask.numpy().astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT)
@@ -191,24 +265,24 @@ def test_boundary_bands_are_what_erosion_leaves_out(width):
         return (mask - eroded)[1:-1, 1:-1] > 0
 
     expected = np.zeros((4, 3), int)
-    for one, other in zip(truth, found):
+    for image_pred, image_target in zip(*classes):
         for train_id in range(4):
-            in_truth, in_found = band(one == train_id), band(other == train_id)
-            both = (in_truth & in_found).sum()
-            expected[train_id] += [both, in_truth.sum(), in_found.sum()]
-    assert np.array_equal(boundary_counts(truth, found, 4, width), expected)
+            in_pred, in_target = band(image_pred == train_id), band(image_target == train_id)
+            both = (in_pred & in_target).sum()
+            expected[train_id] += [both, in_target.sum(), in_pred.sum()]
+    assert np.array_equal(boundary_counts(*classes, 4, width), expected)
 
 
 def test_boundary_iou_feels_a_shift_that_iou_hardly_does():
-    labels = torch.zeros(1, 100, 100, dtype=torch.int64)
-    labels[:, 20:80, 20:80] = 1
-    result = scores_of((labels.roll(2, 2), labels), num_classes=2)
+    target = torch.zeros(1, 100, 100, dtype=torch.int64)
+    target[:, 20:80, 20:80] = 1
+    result = metrics_of((target.roll(2, 2), target), num_classes=2)
     assert result["miou"] > 0.9
     assert result["boundary_iou"] < 0.75
-    assert scores_of((labels, labels), num_classes=2)["boundary_iou"] == 1
+    assert metrics_of((target, target), num_classes=2)["boundary_iou"] == 1
 
 
-def test_near_others_in_a_plain_picture_is_its_border():
+def test_near_others_in_a_plain_image_is_its_border():
     near = near_others(torch.zeros(1, 7, 9), 2)
     assert not near[:, 2:-2, 2:-2].any()
     near[:, 2:-2, 2:-2] = True
@@ -217,24 +291,24 @@ def test_near_others_in_a_plain_picture_is_its_border():
 
 def test_calibration_by_hand():
     # Confidence 0.9 and right in 3 of 4; 0.55 and right in 1 of 2; the ignored pixel is not there.
-    labels = torch.tensor([[[0, 0, 0, 0, 1, 1, IGNORED]]])
-    predictions = torch.tensor([[[0, 0, 0, 1, 1, 0, 0]]])
+    target = torch.tensor([[[0, 0, 0, 0, 1, 1, IGNORED]]])
+    pred = torch.tensor([[[0, 0, 0, 1, 1, 0, 0]]])
     confidence = torch.tensor([[[0.9, 0.9, 0.9, 0.9, 0.55, 0.55, 1.0]]], dtype=torch.float64)
-    counts = calibration_counts(*as_classes(predictions, labels, 2, IGNORED), confidence, 2)
+    counts = calibration_counts(*as_classes(pred, target, 2, IGNORED), confidence, 2)
     expected = torch.zeros(NUM_BINS, 3, dtype=torch.float64)
     expected[13] = torch.tensor([4, 3.6, 3])  # 0.9 * 15 = 13.5
     expected[8] = torch.tensor([2, 1.1, 1])
     torch.testing.assert_close(counts, expected)
-    error = CalibrationError(2)
-    error.update(*as_classes(predictions, labels, 2, IGNORED), confidence)
-    assert error.compute().item() == pytest.approx((0.6 + 0.1) / 6)
+    assert expected_calibration_error(counts).item() == pytest.approx((0.6 + 0.1) / 6)
+    result = metrics_of((pred, target, confidence), num_classes=2)
+    assert result["ece"].item() == pytest.approx((0.6 + 0.1) / 6)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0])
 def test_the_ends_of_confidence_have_a_bin(confidence):
-    labels = torch.zeros(1, 2, 2, dtype=torch.int64)
-    truth, found = as_classes(labels, labels, 1, IGNORED)
-    counts = calibration_counts(truth, found, torch.full(labels.shape, confidence), 1)
+    target = torch.zeros(1, 2, 2, dtype=torch.int64)
+    classes = as_classes(target, target, 1, IGNORED)
+    counts = calibration_counts(*classes, torch.full(target.shape, confidence), 1)
     assert counts[-1 if confidence else 0, 0] == 4
 
 
@@ -242,75 +316,94 @@ def test_a_calibrated_prediction_has_no_error():
     generator = torch.Generator().manual_seed(0)
     confidence = torch.rand(1, 400, 500, generator=generator)
     right = torch.rand(1, 400, 500, generator=generator) < confidence
-    labels = torch.where(right, 0, 1)
-    classes = as_classes(torch.zeros_like(labels), labels, 2, IGNORED)
-    error = CalibrationError(2)
-    error.update(*classes, confidence)
-    assert error.compute() < 0.006
-    error.reset()
-    error.update(*classes, confidence.sqrt())  # overconfident
-    assert error.compute() > 0.1
+    target = torch.where(right, 0, 1)
+    pred = torch.zeros_like(target)
+    assert metrics_of((pred, target, confidence), num_classes=2)["ece"] < 0.006
+    overconfident = metrics_of((pred, target, confidence.sqrt()), num_classes=2)
+    assert overconfident["ece"] > 0.1
 
 
 # Against libraries
 
 
 def noisy_maps(num_classes=6):
-    """(4, 30, 40) predictions, labels, and the confidence of the predictions; a fifth is ignored,
+    """(4, 30, 40) predictions, targets, and the confidence of the predictions; a fifth is ignored,
     one class is only predicted, one only labelled and one nowhere."""
     generator = torch.Generator().manual_seed(0)
     shape = (4, 30, 40)
-    labels = torch.randint(num_classes - 2, shape, generator=generator)
-    predictions = torch.randint(num_classes - 1, shape, generator=generator)
+    target = torch.randint(num_classes - 2, shape, generator=generator)
+    pred = torch.randint(num_classes - 1, shape, generator=generator)
     confidence = torch.rand(shape, generator=generator, dtype=torch.float64)
     # Too sure above one half, not sure enough below it.
     is_right = torch.rand(shape, generator=generator) < torch.where(confidence < 0.5, 0.7, 0.4)
-    predictions = torch.where(is_right, labels, predictions)
-    predictions[predictions == num_classes - 3] = 0
-    labels[torch.rand(shape, generator=generator) < 0.2] = IGNORED
-    return predictions, labels, confidence
+    pred = torch.where(is_right, target, pred)
+    pred[pred == num_classes - 3] = 0
+    target[torch.rand(shape, generator=generator) < 0.2] = IGNORED
+    return pred, target, confidence
 
 
 @pytest.mark.slow
-def test_scores_of_scikit_learn():
+def test_metrics_of_scikit_learn():
     from sklearn import metrics
 
-    predictions, labels, _ = noisy_maps()
-    counted = labels != IGNORED
-    truth, found = labels[counted].numpy(), predictions[counted].numpy()
-    scores = SegmentationScores(6)
-    for prediction, label in zip(predictions, labels):
-        scores.update(*as_classes(prediction[None], label[None], 6, IGNORED))
-    assert np.array_equal(scores.counts, metrics.confusion_matrix(truth, found, labels=range(6)))
-    result = scores.compute()
-    present = sorted({*truth, *found})
+    pred, target, _ = noisy_maps()
+    counted = target != IGNORED
+    y_true, y_pred = target[counted].numpy(), pred[counted].numpy()
+    ours = SegmentationMetrics(6, IGNORED)
+    parts = [update(ours, pred[i : i + 1], target[i : i + 1]) for i in range(len(pred))]
+    confusion = sum(part["confusion"] for part in parts)
+    assert np.array_equal(confusion, metrics.confusion_matrix(y_true, y_pred, labels=range(6)))
+    assert np.array_equal(ours.confusion.total, confusion)
+    result = ours.compute()
+    present = sorted({*y_true, *y_pred})
     assert present == [0, 1, 2, 3, 4]
-    iou = metrics.jaccard_score(truth, found, labels=present, average=None)
+    iou = metrics.jaccard_score(y_true, y_pred, labels=present, average=None)
     np.testing.assert_allclose(result["iou"][present], iou, rtol=1e-14)
     assert result["iou"][5].isnan()
     assert result["miou"].item() == pytest.approx(
-        metrics.jaccard_score(truth, found, labels=present, average="macro"), rel=1e-14
+        metrics.jaccard_score(y_true, y_pred, labels=present, average="macro"), rel=1e-14
     )
     assert result["fwiou"].item() == pytest.approx(
-        metrics.jaccard_score(truth, found, average="weighted"), rel=1e-14
+        metrics.jaccard_score(y_true, y_pred, average="weighted"), rel=1e-14
     )
-    recall = metrics.recall_score(truth, found, labels=sorted({*truth}), average="macro")
+    recall = metrics.recall_score(y_true, y_pred, labels=sorted({*y_true}), average="macro")
     assert result["macc"].item() == pytest.approx(recall, rel=1e-14)
-    assert result["aacc"].item() == pytest.approx(metrics.accuracy_score(truth, found), rel=1e-14)
+    assert result["aacc"].item() == pytest.approx(metrics.accuracy_score(y_true, y_pred), rel=1e-14)
     # Another mean: with the class that is nowhere as 0.
-    wrong = metrics.jaccard_score(truth, found, labels=range(6), average="macro", zero_division=0)
+    wrong = metrics.jaccard_score(y_true, y_pred, labels=range(6), average="macro", zero_division=0)
     assert result["miou"].item() != pytest.approx(wrong, rel=1e-3)
+
+
+def test_metrics_of_torchmetrics():
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_confusion_matrix,
+        multiclass_jaccard_index,
+    )
+
+    pred, target, _ = noisy_maps()
+    given = (pred, target, 6)
+    confusion = confusion_matrices(*as_classes(pred, target, 6, IGNORED), 6).sum(0)
+    assert confusion.equal(multiclass_confusion_matrix(*given, ignore_index=IGNORED))
+    result = metrics_of((pred, target), num_classes=6)
+    # It counts in float32.
+    iou = multiclass_jaccard_index(*given, ignore_index=IGNORED, average="none")
+    np.testing.assert_allclose(result["iou"][:5], iou[:5], rtol=1e-6)
+    weighted = multiclass_jaccard_index(*given, ignore_index=IGNORED, average="weighted").item()
+    assert result["fwiou"].item() == pytest.approx(weighted, rel=1e-6)
+    accuracy = multiclass_accuracy(*given, ignore_index=IGNORED, average="micro").item()
+    assert result["aacc"].item() == pytest.approx(accuracy, rel=1e-6)
 
 
 @pytest.mark.slow
 def test_bins_of_scikit_learns_calibration_curve():
     from sklearn.calibration import calibration_curve
 
-    predictions, labels, confidence = noisy_maps()
-    counted = labels != IGNORED
-    right = (predictions == labels)[counted].numpy()
+    pred, target, confidence = noisy_maps()
+    counted = target != IGNORED
+    right = (pred == target)[counted].numpy()
     shares, means = calibration_curve(right, confidence[counted].numpy(), n_bins=NUM_BINS)
-    counts = calibration_counts(*as_classes(predictions, labels, 6, IGNORED), confidence, 6)
+    counts = calibration_counts(*as_classes(pred, target, 6, IGNORED), confidence, 6)
     np.testing.assert_allclose(counts[:, 1] / counts[:, 0], means, rtol=1e-12)
     np.testing.assert_allclose(counts[:, 2] / counts[:, 0], shares, rtol=1e-12)
 
@@ -318,17 +411,16 @@ def test_bins_of_scikit_learns_calibration_curve():
 def test_calibration_error_of_torchmetrics():
     from torchmetrics.functional.classification import binary_calibration_error
 
-    predictions, labels, confidence = noisy_maps()
-    counted = labels != IGNORED
-    error = CalibrationError(6)
-    for prediction, label, sure_of in zip(predictions, labels, confidence):
-        error.update(*as_classes(prediction[None], label[None], 6, IGNORED), sure_of[None])
-    right = (predictions == labels)[counted].int()
+    pred, target, confidence = noisy_maps()
+    counted = target != IGNORED
+    batches = [[maps[i : i + 1] for maps in (pred, target, confidence)] for i in range(len(pred))]
+    ece = metrics_of(*batches, num_classes=6)["ece"].item()
+    right = (pred == target)[counted].int()
 
     def theirs(num_bins):
         # Of one probability and whether it came true, whatever the number of classes was.
         return binary_calibration_error(confidence[counted], right, n_bins=num_bins).item()
 
     # It sums in float32.
-    assert error.compute().item() == pytest.approx(theirs(15), rel=1e-5)
-    assert error.compute().item() != pytest.approx(theirs(10), rel=1e-3)
+    assert ece == pytest.approx(theirs(15), rel=1e-5)
+    assert ece != pytest.approx(theirs(10), rel=1e-3)

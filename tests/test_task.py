@@ -143,7 +143,7 @@ def test_scores_are_taken_at_the_size_of_the_labels():
     }
     batch["label"][1] = 255
     found = task.validation_step(batch, 0)
-    assert found["prediction"].shape == (2, 50, 41)
+    assert found["pred"].shape == (2, 50, 41)
     assert found["counts"].sum(1).tolist()[0][1] == 50 * 41
     assert found["counts"][1].sum() == 0
     assert found["loss"][0] > 0

@@ -1,11 +1,11 @@
-"""One update of the scores, beside torchmetrics' MulticlassJaccardIndex.
+"""One update of the metrics, beside torchmetrics' MulticlassJaccardIndex.
 
     python experiments/benchmarks/metric_update.py [--size H W] [--num-classes N] [--batch N]
         [--rounds N]
 
-In turn in one process on the same predictions and labels: `SegmentationScores`, checks included;
-that with `BoundaryIoU` and `CalibrationError`, which is all that a validation counts; and
-MulticlassJaccardIndex as it comes and without its checks. Their mIoU must agree.
+In turn in one process on the same predictions and labels: the confusion matrix alone, checks
+included; `SegmentationMetrics`, which is all that a validation counts; and MulticlassJaccardIndex
+as it comes and without its checks. Their mIoU must agree.
 """
 
 import argparse
@@ -18,12 +18,7 @@ import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 from tqdm import tqdm
 
-from segformer_pl.metrics import (
-    BoundaryIoU,
-    CalibrationError,
-    SegmentationScores,
-    as_classes,
-)
+from segformer_pl.metrics import SegmentationMetrics, as_classes, confusion_matrices
 
 IGNORED = 255
 
@@ -47,25 +42,20 @@ def main() -> None:
     noise = torch.randint(num_classes, labels.shape)
     predictions = torch.where(torch.rand(labels.shape) < 0.8, labels, noise)
     labels[:, : size[0] // 10] = IGNORED
-    confidence = torch.rand(labels.shape)
+    confidence, losses = torch.rand(labels.shape), torch.rand(labels.shape)
 
-    scores = SegmentationScores(num_classes)
-    boundary, calibration = BoundaryIoU(num_classes), CalibrationError(num_classes)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    metrics = SegmentationMetrics(num_classes, IGNORED)
     checked = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
     unchecked = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED, validate_args=False)
 
-    def update_scores() -> None:
-        scores.update(*as_classes(predictions, labels, num_classes, IGNORED))
-
-    def update_everything() -> None:
+    def update_confusion() -> None:
         classes = as_classes(predictions, labels, num_classes, IGNORED)
-        scores.update(*classes)
-        boundary.update(*classes)
-        calibration.update(*classes, confidence)
+        confusion.add_(confusion_matrices(*classes, num_classes).sum(0))
 
     ways: dict[str, Callable[[], object]] = {
-        "scores": update_scores,
-        "with boundary and calibration": update_everything,
+        "confusion matrix": update_confusion,
+        "all metrics": lambda: metrics.update(predictions, labels, confidence, losses),
         "torchmetrics": lambda: checked.update(predictions, labels),
         "torchmetrics, unchecked": lambda: unchecked.update(predictions, labels),
     }
@@ -77,7 +67,7 @@ def main() -> None:
             if number:  # the first round warms up
                 times[name].append(time.perf_counter() - begin)
 
-    ours, theirs = scores.compute()["miou"].item(), checked.compute().item()
+    ours, theirs = metrics.compute()["miou"].item(), checked.compute().item()
     sys.stdout.write(
         f"batch {options.batch}, {num_classes} classes, {size[0]}x{size[1]}, {options.threads} "
         f"threads, torch {torch.__version__}; mIoU {ours:.6f} and {theirs:.6f}\n"

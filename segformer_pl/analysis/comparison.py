@@ -15,13 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from segformer_pl.analysis.evaluation import (
-    INTERSECTION,
-    LABELLED,
-    PREDICTED,
-    Evaluation,
-    mean_present,
-)
+from segformer_pl.analysis.evaluation import Evaluation
+from segformer_pl.metrics import INTERSECTION, PRED, TARGET, mean_present, ratio
 
 NUM_RESAMPLES = 10_000
 ALPHA = 0.05  # level of the tests; intervals hold the rest, 95 %
@@ -257,7 +252,7 @@ def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -
         )
     rows = [row_of[image] for image in a.ids]
     ordered = replace(b, ids=a.ids, counts=b.counts[rows], loss=b.loss[rows])
-    labelled_a, labelled_b = a.counts[..., LABELLED], ordered.counts[..., LABELLED]
+    labelled_a, labelled_b = a.counts[..., TARGET], ordered.counts[..., TARGET]
     if (differs := (labelled_a != labelled_b).any(axis=1)).any():
         raise ValueError(
             f"the labels of {differs.sum()} of {len(a.ids)} images are not the same in {names[0]} "
@@ -275,7 +270,7 @@ def _overlaps(evaluation: Evaluation) -> Floats:
     """(N, C, 2) intersection and union; doubles hold these whole numbers exactly."""
     counts = evaluation.counts.astype(np.float64)
     intersection = counts[..., INTERSECTION]
-    union = counts[..., LABELLED] + counts[..., PREDICTED] - intersection
+    union = counts[..., TARGET] + counts[..., PRED] - intersection
     return np.stack([intersection, union], axis=-1)
 
 
@@ -346,8 +341,7 @@ def _weighted_iou(weights: npt.NDArray[np.int64], blocks: Floats) -> Floats:
 
 
 def _iou(overlaps: Floats) -> Floats:
-    with np.errstate(invalid="ignore"):  # 0 / 0 is nan, which marks an absent class
-        return overlaps[..., 0] / overlaps[..., 1]
+    return ratio(overlaps[..., 0], overlaps[..., 1])
 
 
 def _interval(drawn: Floats) -> Floats:
@@ -364,7 +358,7 @@ def _class_differences(
     a: Evaluation, b: Evaluation, drawn: Floats, p_values: Floats
 ) -> tuple[ClassDifference, ...]:
     iou_a, iou_b = a.iou, b.iou
-    num_pictures = (a.counts[..., LABELLED] > 0).sum(axis=0)
+    num_pictures = (a.counts[..., TARGET] > 0).sum(axis=0)
     differences = [
         ClassDifference(
             name=name,

@@ -1,4 +1,4 @@
-"""What one pass over a validation or test set leaves behind, picture by picture, as one file."""
+"""The evaluation of a validation or test set, with the counts of every image, as one file."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,10 +9,10 @@ from zlib import error as ZlibError
 import numpy as np
 import numpy.typing as npt
 
+from segformer_pl import metrics
 from segformer_pl.atomic import atomic_write
 
 EVALUATION_FOLDER = "evaluation"
-INTERSECTION, LABELLED, PREDICTED = range(3)
 # What numpy raises for bytes that are cut short or changed, for other formats (a text file is
 # taken for a pickle, an .npy file gives an array without names), and for other contents.
 DAMAGES = (
@@ -30,23 +30,23 @@ DAMAGES = (
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Counts of pixels over N pictures and C classes. Pixels with the ignored label never count.
+    """Counts of pixels over N images and C classes. Pixels with the ignored label never count.
 
-    Scores are those of :class:`segformer_pl.metrics.SegmentationScores`, fractions: a class that
-    is neither labelled nor predicted anywhere has none (nan) and is left out of the means.
+    :mod:`segformer_pl.metrics` defines the metrics, all fractions: a class that is neither
+    labelled nor predicted anywhere has none (nan) and is left out of the means.
 
     Attributes:
         split: ``val`` or ``test``.
-        step: Training steps done.
+        step: Training steps that the network has had.
         class_names: C names by train id.
-        ids: N names of pictures, in stored order.
-        counts: (N, C, 3) pixels of each picture and class: intersection, labelled, predicted.
-        loss: (N,) mean cross-entropy over a picture's labelled pixels, nats; nan without any.
-        confusion: (C, C) pixels of the whole set, rows label, columns prediction.
+        ids: Names of the N images, in stored order.
+        counts: (N, C, 3) pixels of each image and class: intersection, target, prediction.
+        loss: (N,) mean cross-entropy over an image's labelled pixels, nats; nan without any.
+        confusion: (C, C) pixels of the whole set, rows target, columns prediction.
         calibration: (bins, 3) by confidence: pixels, sum of confidence, pixels that are right.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: The shapes do not fit together.
     """
 
     split: str
@@ -59,10 +59,10 @@ class Evaluation:
     calibration: npt.NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        num_pictures, num_classes = len(self.ids), len(self.class_names)
+        num_images, num_classes = len(self.ids), len(self.class_names)
         expected = {
-            "counts": (num_pictures, num_classes, 3),
-            "loss": (num_pictures,),
+            "counts": (num_images, num_classes, 3),
+            "loss": (num_images,),
             "confusion": (num_classes, num_classes),
             "calibration": (len(self.calibration), 3),
         }
@@ -70,45 +70,42 @@ class Evaluation:
             given = getattr(self, name).shape
             if given != shape:
                 raise ValueError(
-                    f"{name} has shape {given}, but {num_pictures} ids and {num_classes} class "
+                    f"{name} has shape {given}, but {num_images} ids and {num_classes} class "
                     f"names ask for {shape}; give one row for each"
                 )
 
     @property
     def iou(self) -> npt.NDArray[np.float64]:
         """(C,) intersection over union of the whole set, nan where a class is absent."""
-        return iou_of(self.counts.sum(axis=0))
+        return metrics.class_iou(self.counts.sum(axis=0))
 
     @property
     def miou(self) -> float:
         """Mean of :attr:`iou` over the classes present."""
-        return float(mean_present(self.iou))
+        return float(metrics.mean_present(self.iou))
 
     @property
     def macc(self) -> float:
         """Mean over the labelled classes of the share of their pixels that is right."""
-        total = self.counts.sum(axis=0)
-        return float(mean_present(_ratio(total[:, INTERSECTION], total[:, LABELLED])))
+        return float(metrics.mean_present(metrics.class_accuracy(self.counts.sum(axis=0))))
 
     @property
     def aacc(self) -> float:
         """Share of all labelled pixels that is right."""
-        total = self.counts.sum(axis=(0, 1))
-        return float(_ratio(total[INTERSECTION], total[LABELLED]))
+        return float(metrics.pixel_accuracy(self.counts.sum(axis=0)))
 
     @property
     def fwiou(self) -> float:
         """Mean of :attr:`iou` weighted with the labelled pixels of each class."""
-        labelled = self.counts[..., LABELLED].sum(axis=0)
-        return float(_ratio(np.nansum(labelled * self.iou), labelled.sum()))
+        return float(metrics.frequency_weighted_iou(self.counts.sum(axis=0)))
 
     @property
-    def picture_miou(self) -> npt.NDArray[np.float64]:
-        """(N,) mIoU of each picture by itself, over the classes labelled or predicted in it.
+    def image_miou(self) -> npt.NDArray[np.float64]:
+        """(N,) mIoU of each image by itself, over the classes labelled or predicted in it.
 
-        For finding the worst pictures. Its mean is not :attr:`miou`.
+        Ranks the images. Its mean is not :attr:`miou`.
         """
-        return mean_present(iou_of(self.counts))
+        return metrics.mean_present(metrics.class_iou(self.counts))
 
     def save(self, file: Path) -> None:
         """Write a compressed npz file; the folder is made, and the file appears whole or not.
@@ -154,21 +151,3 @@ def load_evaluation(file: Path) -> Evaluation:
         raise ValueError(
             f"'{file}' is no evaluation of a run, or is damaged; validate again, or give another"
         ) from error
-
-
-def iou_of(counts: npt.NDArray[np.number]) -> npt.NDArray[np.float64]:
-    """Intersection over union of (..., 3) counts: (...), nan where a class is absent."""
-    intersection = counts[..., INTERSECTION]
-    return _ratio(intersection, counts[..., LABELLED] + counts[..., PREDICTED] - intersection)
-
-
-def mean_present(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Mean over the last axis without its nan; nan where there is nothing else."""
-    is_present = ~np.isnan(scores)
-    return _ratio(np.where(is_present, scores, 0).sum(axis=-1), is_present.sum(axis=-1))
-
-
-def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """0 / 0 is nan, which marks what is absent."""
-    with np.errstate(invalid="ignore"):
-        return np.divide(part, whole, dtype=np.float64)

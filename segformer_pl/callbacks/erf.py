@@ -73,8 +73,8 @@ class EffectiveReceptiveField(pl.Callback):
         if trainer.sanity_checking:
             return
         self.is_complete = True
-        step, last = trainer.global_step, self.last_step
-        if None not in (self.every_n_steps, last) and 0 < step - last < self.every_n_steps:  # type: ignore[operator]
+        step, last = pl_module.trained_steps, self.last_step
+        if None not in (self.every_n_steps, last) and 0 < step - last < self.every_n_steps:
             return
         self.last_step = step
         erf = self._measure(trainer, pl_module)
@@ -93,7 +93,7 @@ class EffectiveReceptiveField(pl.Callback):
         if trainer.is_global_zero:
             height, width = erf.recipe["image_size"]
             title = f"mean of {erf.num_images} validation pictures of {height}x{width}, step {step}"
-            publish(trainer, lambda: plot_erf(erf, title), "erf")
+            publish(trainer, lambda: plot_erf(erf, title), "erf", step)
 
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> ERF | None:
         """Of all ranks together; None if nowhere was a picture."""

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in the run folder: counts by picture, and the worst pictures."""
+"""What an evaluation leaves in the run folder: counts by image, and the worst images."""
 
 import heapq
 from typing import Any
@@ -16,31 +16,40 @@ from segformer_pl.analysis.overlays import plot_predictions
 from segformer_pl.analysis.style import printable
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks.figures import leaves_files, publish, run_folder
+from segformer_pl.metrics import StepOutput
 
-SHOWN_SIDE = 512  # pixels; larger pictures are shown smaller
+MAX_SIDE = 512  # pixels; larger images are shrunk for the figure
 
 
 class EvaluationRecord(pl.Callback):
     """After every validation and test, writes ``evaluation/<split>_step_<n>.npz``.
 
     The file (:class:`~segformer_pl.analysis.evaluation.Evaluation`) is what the report's confusion
-    matrix and calibration are drawn from, and what ``compare`` tests differences with. The pictures
+    matrix and calibration are drawn from, and what ``compare`` tests differences with. The images
     with the highest loss go to ``worst/`` as a figure, and to the loggers that take images.
-    Pictures that were skipped are left out. Rank 0 writes, for all ranks.
+    Images that were skipped are left out. Rank 0 writes, for all ranks.
+
+    The step n is the number of training steps that the network has had, whether it is evaluated
+    during a training or loaded from a checkpoint. A second evaluation of one step in one run
+    folder replaces the first: it comes from steps that were trained again, or from the same
+    weights.
 
     Args:
-        num_worst: How many pictures the figure shows; 0 for none.
+        num_worst: Number of images in the figure; 0 for none.
     """
 
     def __init__(self, num_worst: int = 6) -> None:
         self.num_worst = num_worst
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.ids: list[str] = []
         self.counts: list[Tensor] = []
         self.losses: list[float] = []
-        # (loss, number, (id, image, label, prediction)), the least bad one first
+        # Sums over the batches of this rank; None where it had none.
+        self.confusion: Tensor | None = None
+        self.calibration: Tensor | None = None
+        # (loss, -number of the image, (id, image, target, pred)), the lowest loss first
         self.worst: list[tuple[float, int, tuple[str, Tensor, Tensor, Tensor]]] = []
 
     def on_validation_batch_end(
@@ -54,25 +63,26 @@ class EvaluationRecord(pl.Callback):
     ) -> None:
         if trainer.sanity_checking:
             return
-        counts, losses = outputs["counts"].cpu(), outputs["loss"].tolist()
+        step: StepOutput = outputs
+        self.confusion = _add(self.confusion, step["confusion"])
+        self.calibration = _add(self.calibration, step["calibration"])
+        counts, losses = step["counts"].cpu(), step["loss"].tolist()
         for index, name in enumerate(batch["id"]):
-            if name in batch.get("skipped", {}):  # a blank in place of a picture
+            if name in batch.get("skipped", {}):  # a blank in place of an image
                 continue
             self.ids.append(name)
             self.counts.append(counts[index])
             self.losses.append(losses[index])
-            self._keep_if_bad(losses[index], batch, outputs["prediction"], index)
+            self._keep_if_bad(losses[index], batch, step["pred"], index)
 
     on_test_batch_end = on_validation_batch_end
 
-    def _keep_if_bad(
-        self, loss: float, batch: dict[str, Any], prediction: Tensor, index: int
-    ) -> None:
+    def _keep_if_bad(self, loss: float, batch: dict[str, Any], pred: Tensor, index: int) -> None:
         full = len(self.worst) >= self.num_worst
         if not np.isfinite(loss) or not self.num_worst or (full and loss <= self.worst[0][0]):
             return
-        image, label = batch["image"][index], batch["label"][index]
-        shown = (batch["id"][index], *(_smaller(x) for x in (image, label, prediction[index])))
+        image, target = batch["image"][index], batch["label"][index]
+        shown = (batch["id"][index], *(_shrink(x) for x in (image, target, pred[index])))
         entry = (loss, -len(self.ids), shown)  # of two alike, the earlier is shown
         (heapq.heappushpop if full else heapq.heappush)(self.worst, entry)
 
@@ -85,27 +95,23 @@ class EvaluationRecord(pl.Callback):
     def _finish(self, trainer: pl.Trainer, pl_module: Any, split: str) -> None:
         if trainer.sanity_checking:
             return
-        # Counts of this rank; the task sums and resets them after the callbacks.
-        scores = getattr(pl_module, f"{split}_scores")
-        calibration = getattr(pl_module, f"{split}_calibration")
-        mine = {
+        own = {
             "ids": self.ids,
             "counts": [counts.numpy() for counts in self.counts],
             "losses": self.losses,
             "worst": self.worst,
-            "confusion": scores.counts.cpu().numpy(),
-            "calibration": calibration.counts.cpu().numpy(),
+            "confusion": None if self.confusion is None else self.confusion.cpu().numpy(),
+            "calibration": None if self.calibration is None else self.calibration.cpu().numpy(),
         }
-        self._forget()
-        parts = _gather(mine)
-        ids = [name for part in parts for name in part["ids"]]
-        if not trainer.is_global_zero or not ids or not leaves_files(trainer):
+        self._reset()
+        parts = [part for part in _gather(own) if part["ids"]]
+        if not trainer.is_global_zero or not parts or not leaves_files(trainer):
             return
         evaluation = Evaluation(
             split=split,
-            step=trainer.global_step or pl_module.trained_steps,
+            step=pl_module.trained_steps,
             class_names=list(pl_module.class_names),
-            ids=ids,
+            ids=[name for part in parts for name in part["ids"]],
             counts=np.stack([counts for part in parts for counts in part["counts"]]),
             loss=np.array([loss for part in parts for loss in part["losses"]], np.float64),
             confusion=np.sum([part["confusion"] for part in parts], axis=0),
@@ -113,7 +119,7 @@ class EvaluationRecord(pl.Callback):
         )
         folder = run_folder(trainer) / EVALUATION_FOLDER
         try:
-            evaluation.save(folder / f"{split}_step_{trainer.global_step:07d}.npz")
+            evaluation.save(folder / f"{split}_step_{evaluation.step:07d}.npz")
         except WriteError as error:
             if trainer.state.fn != "fit":  # it is what the command was started for
                 raise
@@ -121,36 +127,41 @@ class EvaluationRecord(pl.Callback):
         worst = sorted((entry for part in parts for entry in part["worst"]), reverse=True)
         if worst and split == "val":
             shown = [
-                (f"{printable(name, 26)}: {loss:.2f} nats", *pictures)
-                for loss, _, (name, *pictures) in worst[: self.num_worst]
+                (f"{printable(name, 26)}: {loss:.2f} nats", *maps)
+                for loss, _, (name, *maps) in worst[: self.num_worst]
             ]
             publish(
                 trainer,
                 lambda: plot_predictions(shown, pl_module.class_names, pl_module.palette),
                 "worst",
+                evaluation.step,
             )
 
 
-def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
+def _add(total: Tensor | None, value: Tensor) -> Tensor:
+    return value if total is None else total + value
+
+
+def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
     """What every rank has, in the order of the ranks; on all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
+        return [own]
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, own)
     return parts
 
 
-def _smaller(picture: Tensor) -> Tensor:
-    """(C, H, W) or (H, W), at most SHOWN_SIDE pixels a side, on the CPU."""
-    height, width = picture.shape[-2:]
-    factor = min(SHOWN_SIDE / max(height, width), 1.0)
+def _shrink(image: Tensor) -> Tensor:
+    """(C, H, W) or (H, W), at most MAX_SIDE pixels a side, on the CPU."""
+    height, width = image.shape[-2:]
+    factor = min(MAX_SIDE / max(height, width), 1.0)
     if factor == 1.0:
-        return picture.cpu()
+        return image.cpu()
     size = [max(round(side * factor), 1) for side in (height, width)]
-    if picture.is_floating_point():
-        return F.interpolate(picture[None], size=size, mode="area")[0].cpu()
+    if image.is_floating_point():
+        return F.interpolate(image[None], size=size, mode="area")[0].cpu()
     rows, columns = (
-        torch.arange(new, device=picture.device) * old // new
+        torch.arange(new, device=image.device) * old // new
         for new, old in zip(size, (height, width))
     )
-    return picture[rows][:, columns].cpu()
+    return image[rows][:, columns].cpu()

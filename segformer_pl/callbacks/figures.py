@@ -24,14 +24,14 @@ def leaves_files(trainer: Trainer) -> bool:
     return not getattr(trainer, "fast_dev_run", False)
 
 
-def publish(trainer: Trainer, draw: Callable[[], Figure], name: str) -> None:
+def publish(trainer: Trainer, draw: Callable[[], Figure], name: str, step: int) -> None:
     """Write ``<run folder>/<name>/step_<n>.png`` and log it as ``val/<name>``. Rank 0 only.
 
     A figure never ends a run: if it cannot be drawn or written, there is a warning in its place.
     """
     if not leaves_files(trainer):
         return
-    file = run_folder(trainer) / name / f"step_{trainer.global_step:07d}.png"
+    file = run_folder(trainer) / name / f"step_{step:07d}.png"
     try:
         with atomic_write(file) as stream:
             draw().savefig(stream, format="png", dpi=DPI)

@@ -36,7 +36,7 @@ class PredictionPanel(pl.Callback):
             return
         images, labels, predictions = (
             pictures[:missing].cpu()
-            for pictures in (batch["image"], batch["label"], outputs["prediction"])
+            for pictures in (batch["image"], batch["label"], outputs["pred"])
         )
         self.shown.extend(zip(batch["id"], images, labels, predictions))
 
@@ -47,4 +47,5 @@ class PredictionPanel(pl.Callback):
                 trainer,
                 lambda: plot_predictions(shown, pl_module.class_names, pl_module.palette),
                 "predictions",
+                pl_module.trained_steps,
             )

@@ -39,7 +39,13 @@ from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.inference import Predictor
-from segformer_pl.metrics import SegmentationScores, as_classes
+from segformer_pl.metrics import (
+    as_classes,
+    class_counts,
+    class_iou,
+    confusion_matrices,
+    mean_present,
+)
 
 Setting = tuple[str, str, int]  # group, corruption, severity
 SETTINGS: list[Setting] = [
@@ -211,14 +217,15 @@ def _score(
     batches: Iterable[dict[str, Any]],
     progress: "tqdm[Any]",
 ) -> float:
-    """mIoU as ``validate`` has it: the labels that ``predict`` gives, over all the batches."""
+    """mIoU as ``validate`` computes it, of the predictions that ``predict`` makes."""
     num_classes, ignore_index = len(predictor.class_names), data.entry.labels.ignore_index
-    scores = SegmentationScores(num_classes).to(predictor.device)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=predictor.device)
     with torch.inference_mode():
         for batch in batches:
             batch = data.on_before_batch_transfer(batch, 0)  # says what was skipped
-            found = predictor.predict_batch(batch["image"])
-            label = batch["label"].to(predictor.device)
-            scores.update(*as_classes(found, label, num_classes, ignore_index))
+            pred = predictor.predict_batch(batch["image"])
+            target = batch["label"].to(predictor.device)
+            classes = as_classes(pred, target, num_classes, ignore_index)
+            confusion += confusion_matrices(*classes, num_classes).sum(0)
             progress.update(len(batch["id"]))
-    return scores.compute()["miou"].item()
+    return mean_present(class_iou(class_counts(confusion.double()))).item()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from segformer_pl.analysis.comparison import compare_evaluations, holm, miou_interval
-from segformer_pl.analysis.evaluation import Evaluation, iou_of, mean_present
+from segformer_pl.analysis.evaluation import Evaluation
+from segformer_pl.metrics import class_iou, mean_present
 
 NAN = float("nan")
 ACCURACY = np.array([0.85, 0.7, 0.5])
@@ -53,7 +54,7 @@ def draw(generator, num_pictures, num_runs=1, gain=0.0):
 
 
 def miou_of(counts):
-    return float(mean_present(iou_of(counts)))
+    return float(mean_present(class_iou(counts)))
 
 
 @pytest.fixture
@@ -122,8 +123,8 @@ def test_mean_over_pictures_is_another_quantity():
     # What is tempting, since it has a textbook interval: it misses by ten times its width.
     (run,) = draw(np.random.default_rng(0), 20_000)
     assert run.miou == pytest.approx(TRUE_MIOU, abs=2e-3)
-    standard_error = run.picture_miou.std() / np.sqrt(20_000)
-    assert abs(run.picture_miou.mean() - TRUE_MIOU) > 10 * standard_error
+    standard_error = run.image_miou.std() / np.sqrt(20_000)
+    assert abs(run.image_miou.mean() - TRUE_MIOU) > 10 * standard_error
 
 
 def test_two_runs_of_one_quality_rarely_differ():

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from segformer_pl.analysis.evaluation import Evaluation, load_evaluation
-from segformer_pl.metrics import SegmentationScores, as_classes
+from segformer_pl.metrics import SegmentationMetrics
 
 NAN = float("nan")
 
-# Two pictures, four classes: intersection, labelled, predicted. Class 0 is in both, class 1 in the
+# Two images, four classes: intersection, target, prediction. Class 0 is in both, class 1 in the
 # first, class 2 is only predicted, class 3 is nowhere.
 COUNTS = [
     [[2, 3, 2], [1, 2, 2], [0, 0, 1], [0, 0, 0]],
@@ -34,32 +34,31 @@ def evaluation(counts=COUNTS, **changes):
     return Evaluation(**values | changes)
 
 
-def test_scores_by_hand():
+def test_metrics_by_hand():
     result = evaluation(confusion=np.array(CONFUSION))
     np.testing.assert_allclose(result.iou, [7 / 8, 1 / 3, 0, NAN])
     assert result.miou == pytest.approx((7 / 8 + 1 / 3 + 0) / 3)
     assert result.macc == pytest.approx((7 / 8 + 1 / 2) / 2)
     assert result.aacc == pytest.approx(8 / 10)
     assert result.fwiou == pytest.approx(8 / 10 * 7 / 8 + 2 / 10 * 1 / 3)
-    np.testing.assert_allclose(result.picture_miou, [(2 / 3 + 1 / 3 + 0) / 3, 1])
-    assert result.picture_miou.mean() > result.miou + 0.2  # another quantity
+    np.testing.assert_allclose(result.image_miou, [(2 / 3 + 1 / 3 + 0) / 3, 1])
+    assert result.image_miou.mean() > result.miou + 0.2  # another quantity
 
 
-def test_scores_are_those_of_the_metric():
+def test_metrics_are_those_of_the_task():
     num_classes, ignored = 5, 255
-    labels = torch.randint(4, (6, 9, 7))
-    labels[2:][labels[2:] == 3] = 0
-    labels[torch.rand(6, 9, 7) < 0.2] = ignored
-    labels[5] = ignored
-    predictions = torch.randint(num_classes, (6, 9, 7))
-    metric = SegmentationScores(num_classes)
-    metric.update(*as_classes(predictions, labels, num_classes, ignored))
-    counts = metric.picture_counts.numpy()
-    result, expected = evaluation(counts), metric.compute()
+    target = torch.randint(4, (6, 9, 7))
+    target[2:][target[2:] == 3] = 0
+    target[torch.rand(6, 9, 7) < 0.2] = ignored
+    target[5] = ignored
+    pred = torch.randint(num_classes, (6, 9, 7))
+    metrics = SegmentationMetrics(num_classes, ignored)
+    batch = metrics.update(pred, target, torch.rand(6, 9, 7), torch.rand(6, 9, 7))
+    result, expected = evaluation(batch["counts"].numpy()), metrics.compute()
     np.testing.assert_allclose(result.iou, expected["iou"], rtol=1e-14)
     for name in ("miou", "macc", "aacc", "fwiou"):
         assert getattr(result, name) == pytest.approx(expected[name].item(), rel=1e-14)
-    assert np.isnan(result.picture_miou[5])
+    assert np.isnan(result.image_miou[5])
 
 
 @pytest.mark.parametrize("counts", [np.zeros((2, 3, 3), np.int64), np.zeros((0, 3, 3), np.int64)])
@@ -67,7 +66,7 @@ def test_nothing_labelled_has_no_score(counts):
     result = evaluation(counts)
     assert np.isnan([result.miou, result.macc, result.aacc, result.fwiou]).all()
     assert np.isnan(result.iou).all()
-    assert np.isnan(result.picture_miou).all()
+    assert np.isnan(result.image_miou).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""What an evaluation leaves: the same numbers as the log, picture by picture."""
+"""What an evaluation leaves: the same numbers as the log, image by image."""
+
+import csv
 
 import lightning.pytorch as pl
 import numpy as np
@@ -7,7 +9,6 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from segformer_pl.analysis.run import Run
 from segformer_pl.callbacks import EvaluationRecord
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
@@ -19,14 +20,14 @@ IGNORED = 255
 
 def samples(count, size=(32, 48)):
     generator = torch.Generator().manual_seed(0)
-    pictures = []
+    images = []
     for number in range(count):
         label = torch.randint(0, 2, size, generator=generator)
         label[:4] = IGNORED
         image = torch.rand(3, *size, generator=generator)
-        pictures.append({"image": image, "label": label, "id": f"picture-{number}"})
-    pictures[2]["label"].fill_(IGNORED)
-    return pictures
+        images.append({"image": image, "label": label, "id": f"image-{number}"})
+    images[2]["label"].fill_(IGNORED)
+    return images
 
 
 @pytest.fixture
@@ -47,6 +48,18 @@ def make_trainer(tmp_path, callback, **arguments):
     )
 
 
+def only_record(run_dir, name):
+    """The one evaluation of a run folder, whose file has this name."""
+    (file,) = (run_dir / "evaluation").iterdir()
+    assert file.name == f"{name}.npz"
+    return load_evaluation(file)
+
+
+def logged_rows(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_record_holds_what_was_logged(tmp_path, task, split, batch_size):
@@ -54,9 +67,10 @@ def test_record_holds_what_was_logged(tmp_path, task, split, batch_size):
     run = trainer.validate if split == "val" else trainer.test
     run(task, DataLoader(samples(6), batch_size=batch_size), verbose=False)
     logged = trainer.callback_metrics
-    record = Run(tmp_path / "run" / "version_0").last_evaluation()
+    record = only_record(tmp_path / "run" / "version_0", f"{split}_step_0000000")
     assert record.split == split
-    assert record.ids == [f"picture-{number}" for number in range(6)]
+    assert record.step == 0
+    assert record.ids == [f"image-{number}" for number in range(6)]
     for name in ("miou", "macc", "aacc", "fwiou"):
         assert getattr(record, name) == pytest.approx(logged[f"{split}/{name}"].item()), name
     total = record.counts.sum(axis=0)
@@ -76,28 +90,65 @@ def test_record_holds_what_was_logged(tmp_path, task, split, batch_size):
 
 
 @pytest.mark.slow
-def test_a_pass_of_its_own_says_how_long_its_checkpoint_was_trained(tmp_path, task):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_evaluation_of_a_checkpoint_has_the_checkpoints_step(tmp_path, task, split):
+    """In the record, in the names of file and figure, and in the row of the log."""
     loader = DataLoader(samples(4), batch_size=2)
     trainer = make_trainer(tmp_path, EvaluationRecord(), max_steps=3, limit_val_batches=0)
     trainer.fit(task, DataLoader(samples(8), batch_size=2))
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = make_trainer(tmp_path, EvaluationRecord())
-    again.validate(task, loader, ckpt_path=tmp_path / "run.ckpt", verbose=False, weights_only=False)
-    assert Run(tmp_path / "run" / "version_1").last_evaluation().step == 3
+    run = again.validate if split == "val" else again.test
+    run(task, loader, ckpt_path=tmp_path / "run.ckpt", verbose=False, weights_only=False)
+    run_dir = tmp_path / "run" / "version_1"
+    assert only_record(run_dir, f"{split}_step_0000003").step == 3
+    figures = [file.name for file in run_dir.glob("worst/*")]
+    assert figures == (["step_0000003.png"] if split == "val" else [])
+    (row,) = logged_rows(run_dir)
+    assert row["step"] == "2"  # as in training, the index of the last step made
+    assert float(row[f"{split}/miou"]) == pytest.approx(again.callback_metrics[f"{split}/miou"])
 
 
-def test_skipped_pictures_are_left_out(tmp_path, task):
-    def collate(pictures):
-        batch = torch.utils.data.default_collate(pictures)
-        return batch | {"skipped": {"picture-1": "a blank"}}
+@pytest.mark.slow
+def test_an_evaluation_after_a_training_has_the_step_of_its_weights(tmp_path, task):
+    """Those of the training, or those of a checkpoint that is loaded into it."""
+    loader = DataLoader(samples(4), batch_size=2)
+    trainer = make_trainer(
+        tmp_path, EvaluationRecord(0), max_steps=4, val_check_interval=2, limit_val_batches=1
+    )
+    trainer.fit(task, DataLoader(samples(8), batch_size=2), loader)
+    trainer.test(task, loader, verbose=False)
+    run_dir = tmp_path / "run" / "version_0"
+    names = {"val_step_0000002.npz", "val_step_0000004.npz", "test_step_0000004.npz"}
+    assert {file.name for file in (run_dir / "evaluation").iterdir()} == names
+    steps = [row["step"] for row in logged_rows(run_dir) if row["val/miou"] or row["test/miou"]]
+    assert steps == ["1", "3", "3"]
+
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=False)
+    torch.save(checkpoint | {"global_step": 1}, tmp_path / "earlier.ckpt")
+    trainer.test(task, loader, tmp_path / "earlier.ckpt", verbose=False, weights_only=False)
+    assert (run_dir / "evaluation" / "test_step_0000001.npz").is_file()
+
+
+def test_a_second_evaluation_of_a_step_replaces_the_first(tmp_path, task):
+    trainer = make_trainer(tmp_path, EvaluationRecord(0))
+    for count in (4, 3):
+        trainer.validate(task, DataLoader(samples(count), batch_size=2), verbose=False)
+    record = only_record(tmp_path / "run" / "version_0", "val_step_0000000")
+    assert len(record.ids) == 3
+    assert record.confusion.sum() == record.counts[..., 1].sum()  # of the second alone
+
+
+def test_skipped_images_are_left_out(tmp_path, task):
+    def collate(images):
+        batch = torch.utils.data.default_collate(images)
+        return batch | {"skipped": {"image-1": "a blank"}}
 
     loader = DataLoader(samples(4), batch_size=2, collate_fn=collate)
     make_trainer(tmp_path, EvaluationRecord()).validate(task, loader, verbose=False)
-    assert Run(tmp_path / "run/version_0").last_evaluation().ids == [
-        "picture-0",
-        "picture-2",
-        "picture-3",
-    ]
+    record = only_record(tmp_path / "run" / "version_0", "val_step_0000000")
+    assert record.ids == ["image-0", "image-2", "image-3"]
 
 
 @pytest.mark.slow
@@ -111,16 +162,21 @@ def test_a_file_for_each_validation_of_a_training(tmp_path, task):
         files = sorted((tmp_path / "run" / "version_0" / folder).iterdir())
         prefix = "val_step" if folder == "evaluation" else "step"
         assert [f.name for f in files] == [f"{prefix}_000000{n}.{suffix}" for n in (2, 4)]
-    assert Run(tmp_path / "run" / "version_0").last_evaluation().step == 4
+    for step in (2, 4):
+        file = tmp_path / "run" / "version_0" / "evaluation" / f"val_step_000000{step}.npz"
+        record = load_evaluation(file)
+        assert record.step == step
+        # Neither the sanity check nor another validation is counted in.
+        assert record.confusion.sum() == record.counts[..., 1].sum() == 2 * 28 * 48
 
 
 @pytest.mark.slow
-def test_the_worst_pictures_are_shown_worst_first(tmp_path, task, monkeypatch):
+def test_the_worst_images_are_shown_worst_first(tmp_path, task, monkeypatch):
     shown = []
 
-    def plot(pictures, class_names, palette):
-        shown.extend(pictures)
-        return original(pictures, class_names, palette)
+    def plot(images, class_names, palette):
+        shown.extend(images)
+        return original(images, class_names, palette)
 
     from segformer_pl.callbacks import evaluation
 
@@ -128,7 +184,7 @@ def test_the_worst_pictures_are_shown_worst_first(tmp_path, task, monkeypatch):
     monkeypatch.setattr(evaluation, "plot_predictions", plot)
     loader = DataLoader(samples(7, (1024, 64)), batch_size=3)
     make_trainer(tmp_path, EvaluationRecord(3)).validate(task, loader, verbose=False)
-    record = Run(tmp_path / "run" / "version_0").last_evaluation()
+    record = only_record(tmp_path / "run" / "version_0", "val_step_0000000")
     order = np.argsort(-np.nan_to_num(record.loss, nan=-1))[:3]
     assert [title.split(":")[0] for title, *_ in shown] == [record.ids[index] for index in order]
     for _, image, label, prediction in shown:

@@ -67,11 +67,11 @@ def test_a_figure_that_fails_is_a_warning(tmp_path):
 
     trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "run")
     with pytest.warns(UserWarning, match=r"no figure .*run/erf/step_0000000.png: .*no such glyph"):
-        publish(trainer, broken, "erf")
+        publish(trainer, broken, "erf", 0)
     assert list((tmp_path / "run" / "erf").iterdir()) == []
     (tmp_path / "run" / "worst").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot write"):
-        publish(trainer, lambda: Figure(figsize=(1, 1)), "worst")
+        publish(trainer, lambda: Figure(figsize=(1, 1)), "worst", 0)
 
 
 @pytest.mark.slow

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from segformer_pl.data import shapes
-from segformer_pl.metrics import SegmentationScores, as_classes
+from segformer_pl.metrics import (
+    as_classes,
+    class_counts,
+    class_iou,
+    confusion_matrices,
+    mean_present,
+)
 
 NUM_CLASSES = len(shapes.CLASS_NAMES)
 BLUE, ORANGE = (shapes.CLASS_NAMES.index(name) for name in shapes.BEACON_COLORS)
@@ -123,7 +129,7 @@ def scores_of_local_guessing(folder, share_blue, seed=0):
     stream = datasets.load_dataset(
         "parquet", data_files=str(folder / "validation*.parquet"), split="train", streaming=True
     )
-    scores = SegmentationScores(NUM_CLASSES)
+    confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
     for row in stream:
         label = np.asarray(row["label"]).astype(np.int64)
         rings = np.isin(label, [BLUE, ORANGE])
@@ -131,8 +137,9 @@ def scores_of_local_guessing(folder, share_blue, seed=0):
         guess = np.where(rng.random(label.shape) < share_blue, BLUE, ORANGE)
         prediction[rings] = guess[rings]
         pair = torch.from_numpy(prediction)[None], torch.from_numpy(label)[None]
-        scores.update(*as_classes(*pair, NUM_CLASSES, shapes.UNLABELLED))
-    return scores.compute()["miou"].item()
+        classes = as_classes(*pair, NUM_CLASSES, shapes.UNLABELLED)
+        confusion += confusion_matrices(*classes, NUM_CLASSES)[0]
+    return mean_present(class_iou(class_counts(confusion.double()))).item()
 
 
 @pytest.mark.slow

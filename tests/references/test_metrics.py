@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.metrics import CalibrationError, SegmentationScores, as_classes
+from segformer_pl.metrics import SegmentationMetrics
 
 NUM_CLASSES, IGNORED = 7, 255
 
@@ -26,11 +26,17 @@ def label_maps(seed=0, num_classes=NUM_CLASSES):
     return predictions, labels
 
 
-def our_scores(predictions, labels, num_classes=NUM_CLASSES):
-    scores = SegmentationScores(num_classes)
+def update(metrics, pred, target, confidence=None):
+    """Add a batch, with a confidence and a loss of one where they do not matter."""
+    ones = torch.ones(pred.shape)
+    metrics.update(pred, target, ones if confidence is None else confidence, ones)
+
+
+def our_metrics(predictions, labels, num_classes=NUM_CLASSES):
+    metrics = SegmentationMetrics(num_classes, IGNORED)
     for prediction, label in zip(predictions, labels):
-        scores.update(*as_classes(prediction[None], label[None], num_classes, IGNORED))
-    return scores.compute()
+        update(metrics, prediction[None], label[None])
+    return metrics.compute()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def iou_metric(mmseg):
 def test_mmsegmentation(iou_metric):
     predictions, labels = label_maps()
     exact, reported, sums = iou_metric(predictions, labels)
-    scores = our_scores(predictions, labels)
+    scores = our_metrics(predictions, labels)
     np.testing.assert_allclose(scores["iou"], exact["IoU"], rtol=1e-14)
     assert scores["aacc"].item() == pytest.approx(float(exact["aAcc"]), rel=1e-14)
     for name in ("miou", "macc", "aacc"):
@@ -72,15 +78,15 @@ def test_mmsegmentation(iou_metric):
 def test_the_comparison_notices_another_rule(iou_metric):
     predictions, labels = label_maps()
     exact, _, _ = iou_metric(predictions, labels)
-    iou = our_scores(predictions, labels)["iou"]
+    iou = our_metrics(predictions, labels)["iou"]
     # A class that is nowhere counted as 0, and one that is only predicted left out.
     assert iou.nan_to_num().mean().item() != pytest.approx(np.nanmean(exact["IoU"]), rel=1e-3)
     assert iou[iou > 0].mean().item() != pytest.approx(np.nanmean(exact["IoU"]), rel=1e-3)
     # Means over images instead of over the set; ignored pixels that count as wrong.
-    separate = [our_scores(p[None], y[None])["miou"] for p, y in zip(predictions, labels)]
+    separate = [our_metrics(p[None], y[None])["miou"] for p, y in zip(predictions, labels)]
     assert torch.stack(separate).mean().item() != pytest.approx(np.nanmean(exact["IoU"]), rel=1e-6)
     counted = labels.masked_fill(labels == IGNORED, 0)
-    wrong = our_scores(predictions, counted)["miou"].item()
+    wrong = our_metrics(predictions, counted)["miou"].item()
     assert wrong != pytest.approx(np.nanmean(exact["IoU"]), rel=1e-3)
 
 
@@ -93,7 +99,7 @@ def test_cityscapesscripts(cityscapes_evaluation, tmp_path):
     train_id = {name: number for number, name in enumerate(entry.labels.names)}
     scored = sorted(key for key, name in names.items() if name in train_id)
     files = {"prediction": [], "label": []}
-    ours = SegmentationScores(len(train_id))
+    ours = SegmentationMetrics(len(train_id), entry.labels.ignore_index)
     for number in range(3):
         label = generator.choice(sorted(names), (60, 80)).astype(np.uint8)
         guess = generator.choice(scored[:-1], label.shape).astype(np.uint8)  # never a bicycle
@@ -107,7 +113,7 @@ def test_cityscapesscripts(cityscapes_evaluation, tmp_path):
             torch.from_numpy(entry.labels.to_train_ids(array, "here").astype(np.int64))[None]
             for array in (prediction, label)
         )
-        ours.update(*as_classes(*trained, len(train_id), entry.labels.ignore_index))
+        update(ours, *trained)
 
     settings = cityscapes_evaluation.args
     arguments = SimpleNamespace(**vars(settings))
@@ -133,17 +139,15 @@ def test_calibration_error_of_netcal():
     is_right = torch.rand(confidence.shape, generator=generator) < accuracy
     labels = torch.where(is_right, predictions, (predictions + 1) % NUM_CLASSES)
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORED
-    ours = CalibrationError(NUM_CLASSES)
-    ours.update(*as_classes(predictions, labels, NUM_CLASSES, IGNORED), confidence)
+    ours = SegmentationMetrics(NUM_CLASSES, IGNORED)
+    update(ours, predictions, labels, confidence)
     counted = labels != IGNORED
     given = probabilities[counted].numpy(), labels[counted].numpy()
     expected = netcal.ECE(bins=15).measure(*given)
     assert expected > 0.01
-    assert ours.compute().item() == pytest.approx(expected, rel=1e-12)
+    assert ours.compute()["ece"].item() == pytest.approx(expected, rel=1e-12)
     # Another number of bins, and with the ignored pixels, is another number.
     assert netcal.ECE(bins=10).measure(*given) != pytest.approx(expected, rel=1e-3)
-    everything = CalibrationError(NUM_CLASSES)
-    everything.update(
-        *as_classes(predictions, labels.masked_fill(~counted, 0), NUM_CLASSES, IGNORED), confidence
-    )
-    assert everything.compute().item() != pytest.approx(expected, rel=1e-3)
+    everything = SegmentationMetrics(NUM_CLASSES, IGNORED)
+    update(everything, predictions, labels.masked_fill(~counted, 0), confidence)
+    assert everything.compute()["ece"].item() != pytest.approx(expected, rel=1e-3)

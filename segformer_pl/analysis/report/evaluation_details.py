@@ -1,13 +1,12 @@
 """What the report shows of one evaluation: interval, classes, mistakes, confidence."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
 
 from segformer_pl.analysis.comparison import miou_interval
-from segformer_pl.analysis.evaluation import INTERSECTION, LABELLED, Evaluation
+from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.report.evaluation_charts import (
     MAX_MATRIX_CLASSES,
     MAX_NARROW_CLASSES,
@@ -15,13 +14,14 @@ from segformer_pl.analysis.report.evaluation_charts import (
     draw_calibration,
     draw_confusion,
 )
+from segformer_pl.metrics import TARGET, class_accuracy, expected_calibration_error
 
 NUM_CONFUSIONS = 12
 NUM_WORST = 10
 
 
 @dataclass(frozen=True)
-class ClassPixels:
+class ClassShare:
     """Accuracy of one class, nan if nothing is labelled so; its share of all labelled pixels."""
 
     accuracy: float
@@ -72,7 +72,7 @@ class Details:
 
     interval: tuple[float, float]
     num_pictures: int
-    classes: dict[str, ClassPixels]
+    classes: dict[str, ClassShare]
     confusion_matrix: Markup | None
     is_matrix_wide: bool
     confusions: list[Confusion]
@@ -83,18 +83,16 @@ class Details:
 def describe(evaluation: Evaluation) -> Details:
     """Everything that the report shows of one evaluation."""
     total = evaluation.counts.sum(axis=0)
-    num_labelled = max(total[:, LABELLED].sum(), 1)
+    accuracy, target = class_accuracy(total), total[:, TARGET]
+    share = target / max(target.sum(), 1)
     num_classes = len(evaluation.class_names)
     has_matrix = num_classes <= MAX_MATRIX_CLASSES and evaluation.confusion.any()
     return Details(
         interval=miou_interval(evaluation),
         num_pictures=len(evaluation.ids),
         classes={
-            name: ClassPixels(
-                accuracy=counts[INTERSECTION] / counts[LABELLED] if counts[LABELLED] else math.nan,
-                share=counts[LABELLED] / num_labelled,
-            )
-            for name, counts in zip(evaluation.class_names, total.tolist(), strict=True)
+            name: ClassShare(float(accuracy[c]), float(share[c]))
+            for c, name in enumerate(evaluation.class_names)
         },
         confusion_matrix=draw_confusion(evaluation) if has_matrix else None,
         is_matrix_wide=num_classes > MAX_NARROW_CLASSES,
@@ -125,7 +123,7 @@ def _calibration(evaluation: Evaluation) -> Calibration | None:
         return None
     return Calibration(
         chart=draw_calibration(evaluation),
-        ece=float(np.abs(confidence - right).sum() / total),
+        ece=float(expected_calibration_error(evaluation.calibration)),
         confidence=float(confidence.sum() / total),
         accuracy=float(right.sum() / total),
     )
@@ -133,7 +131,7 @@ def _calibration(evaluation: Evaluation) -> Calibration | None:
 
 def _worst_pictures(evaluation: Evaluation) -> list[BadPicture]:
     """Those of the highest loss; pictures without a labelled pixel have none."""
-    loss, miou = evaluation.loss, evaluation.picture_miou
+    loss, miou = evaluation.loss, evaluation.image_miou
     order = np.argsort(-loss, kind="stable")[:NUM_WORST]  # nan last
     return [
         BadPicture(evaluation.ids[number], float(loss[number]), float(miou[number]))
