@@ -28,6 +28,7 @@ from segformer_pl.analysis.robustness import (
     write_scores,
 )
 from segformer_pl.atomic import atomic_write, atomic_write_text, make_writable_folder
+from segformer_pl.batch import Batch
 from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.predict import INTERRUPTED
@@ -35,7 +36,7 @@ from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedPictures
 from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
-from segformer_pl.data.streaming import Samples, Transforms, collate
+from segformer_pl.data.streaming import Sample, Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.metrics import SegmentationScores, as_classes
 from segformer_pl.task import SegmentationTask
@@ -165,7 +166,7 @@ def _check_origin(file: Path, there: dict[str, Any], here: dict[str, Any]) -> No
             )
 
 
-class CorruptedSamples(Dataset[dict[str, Any]]):
+class CorruptedSamples(Dataset[Sample]):
     """Samples by (number of the setting, position): one loader reads for all settings."""
 
     def __init__(self, samples: Samples, settings: list[Setting], seed: int) -> None:
@@ -178,7 +179,7 @@ class CorruptedSamples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.transforms) * self.samples.order.num_rows
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         setting, position = key
         self.samples.transforms = self.transforms[setting]
         return self.samples[position]
@@ -186,7 +187,7 @@ class CorruptedSamples(Dataset[dict[str, Any]]):
 
 def _loader(
     corrupted: CorruptedSamples, data: StreamingSegmentationData, positions: list[int]
-) -> DataLoader[dict[str, Any]]:
+) -> DataLoader[Sample]:
     """Batches setting by setting; none of them holds pictures of two."""
     size = data.eval_batch_size
     return DataLoader(
@@ -204,7 +205,7 @@ def _loader(
 def _score(
     task: SegmentationTask,
     data: StreamingSegmentationData,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     progress: "tqdm[Any]",
 ) -> float:
     """mIoU as ``validate`` has it: the labels that ``predict`` gives, over all the batches."""
