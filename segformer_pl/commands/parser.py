@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl import models
-from segformer_pl.data import DataError
+from segformer_pl.errors import find_user_error
 
 PROG = "python -m segformer_pl"
 
@@ -32,10 +32,8 @@ class SegformerArgumentParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        cause: BaseException | None = ex
-        while cause is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__ or cause.__context__
-        sentence = " ".join(line.strip() for line in str(cause or message).splitlines())
+        text = str(find_user_error(ex) or message)
+        sentence = " ".join(line.strip() for line in text.splitlines())
         sys.stderr.write(f"error: {sentence} (what is accepted: {self.prog} --help)\n")
         self.exit(2)
 

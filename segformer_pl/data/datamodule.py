@@ -24,6 +24,7 @@ from segformer_pl.data.sources import Source, Split, open_split
 from segformer_pl.data.streaming import OnBadSample, RankSampler, Sample, Samples, collate
 from segformer_pl.data.transforms import TrainTransforms, to_tensors
 from segformer_pl.errors import UserError
+from segformer_pl.lightning_workarounds import replaces_samplers, set_batches_that_stepped
 
 UNLABELLED_SAMPLES = 256  # on each device: without a label training ends, with one class it warns
 SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # in log keys, in file names
@@ -169,6 +170,12 @@ class StreamingSegmentationData(pl.LightningDataModule):
         return self._loader(samples, self.eval_batch_size)
 
     def _loader(self, samples: Samples, batch_size: int, **start: Any) -> DataLoader[Sample]:
+        if self.trainer is not None and replaces_samplers(self.trainer):
+            raise UserError(
+                "trainer.use_distributed_sampler is true, so the trainer would replace the sampler "
+                "that gives each rank its own samples, and read others in another order; give "
+                "Trainer(use_distributed_sampler=False)"
+            )
         rank = self.trainer.global_rank if self.trainer else 0
         return DataLoader(
             samples,
@@ -338,7 +345,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
             count.ready = count.started = count.processed = num  # type: ignore[attr-defined]
             count.completed = max(num - 1, 0)
         progress.is_last_batch = False
-        loop._batches_that_stepped = max(self.trainer.global_step - 1, 0)
+        set_batches_that_stepped(self.trainer, max(self.trainer.global_step - 1, 0))
         if not current:
             self.trainer.fit_loop.restarting = False
 

@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import DistributedSampler, default_collate
+from torch.utils.data import Sampler, default_collate
 
 from segformer_pl.batch import Batch
 from segformer_pl.data.catalog import DatasetEntry
@@ -197,7 +197,7 @@ class Samples(torch.utils.data.Dataset[Sample]):
         return *self.transforms(image, train_ids, rng), told, palettes
 
 
-class RankSampler(DistributedSampler[int]):
+class RankSampler(Sampler[int]):
     """The positions that one rank reads, in its order.
 
     In training every global batch holds the next ``world_size * batch_size`` positions, and rank r
@@ -206,7 +206,8 @@ class RankSampler(DistributedSampler[int]):
     evaluation each rank takes one run of the rows; their lengths differ by one at most, and no
     row is taken twice.
 
-    It is a ``DistributedSampler`` for the sake of Lightning, which replaces any other.
+    Give the trainer ``use_distributed_sampler=False``, as the command line does: by default it
+    would replace this sampler on several ranks.
 
     Args:
         order: The order of the samples.
@@ -253,9 +254,6 @@ class RankSampler(DistributedSampler[int]):
         if isinstance(self.order, StoredOrder):
             return -(-self.order.num_rows // self.world_size)
         raise TypeError("training has no end; trainer.max_steps sets its length")
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls it; the epoch follows from the position."""
 
 
 def collate(samples: list[Sample]) -> Batch:
