@@ -99,9 +99,7 @@ def test_a_weight_that_is_no_number_ends_the_training_at_its_step(tmp_path, accu
 def test_no_writer_writes_over_finite_weights(tmp_path):
     file = tmp_path / "last.ckpt"
     trainer = make_trainer(tmp_path, max_steps=9, callbacks=[Poison(3), Write(file)])
-    with pytest.raises(
-        UserError, match=r"there is nan or infinity in .*, in the weights or in"
-    ):
+    with pytest.raises(UserError, match=r"there is nan or infinity in .*, in the weights or in"):
         trainer.fit(make_task(), loader())
     content = torch.load(file, weights_only=False)
     assert content["global_step"] == 3

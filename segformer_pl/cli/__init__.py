@@ -5,12 +5,12 @@ would run (doctor.py), the other commands are in the package ``commands``.
 """
 
 import sys
-from functools import partial
 
 from segformer_pl.cli.doctor import doctor
 from segformer_pl.cli.exits import exits
 from segformer_pl.cli.training import SegformerCLI, resolve
 from segformer_pl.commands import COMMANDS
+from segformer_pl.commands.parser import current_spelling
 from segformer_pl.commands.recipe import recipe
 
 __all__ = ["SegformerCLI", "main", "resolve"]
@@ -25,9 +25,14 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
             run, and what was built is returned with nothing run: ``main([...], run=False).model``.
     """
     arguments = sys.argv[1:] if args is None else args
-    commands = COMMANDS | {"doctor": doctor, "recipe": partial(recipe, resolve=resolve)}
+    command, options = (arguments[0], arguments[1:]) if run and arguments else ("", [])
     with exits():
-        if run and arguments and arguments[0] in commands:
-            commands[arguments[0]](arguments[1:])
-            return None
-        return SegformerCLI(args, run)
+        if command in COMMANDS:
+            COMMANDS[command](current_spelling(options))
+        elif command == "doctor":
+            doctor(options)
+        elif command == "recipe":
+            recipe(options, resolve)
+        else:
+            return SegformerCLI(args, run)
+    return None

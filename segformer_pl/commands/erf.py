@@ -1,6 +1,5 @@
 """``erf``: what each layer of a network really sees."""
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -33,7 +32,6 @@ from segformer_pl.checkpoints import load_network, read_weights
 from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 from segformer_pl.data import StreamingSegmentationData
-from segformer_pl.data.labels import DataError
 from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
 
 DPI = 300
@@ -81,9 +79,11 @@ def erf(arguments: list[str]) -> None:
         help="second row: a checkpoint, a model name (random weights), or a network of timm: "
         "timm:NAME (random weights), timm:NAME:pretrained, timm:NAME:FILE",
     )
-    parser.add_argument("--data", help="data set of the catalogue; default the checkpoint's")
-    parser.add_argument("--path", help="where the data set is stored, as data.path of a run")
-    parser.add_argument("--num-images", type=int, default=100, help="the paper averages over 100")
+    parser.add_argument(
+        "--data.dataset", help="data set of the catalogue; default the checkpoint's"
+    )
+    parser.add_argument("--data.path", help="where the data set is stored")
+    parser.add_argument("--num_images", type=int, default=100, help="the paper averages over 100")
     parser.add_argument(
         "--size",
         type=int,
@@ -96,7 +96,7 @@ def erf(arguments: list[str]) -> None:
         "--reduction", default="relu", help="relu, l1, sum, random, or a channel's number"
     )
     parser.add_argument("--gradient", default="abs", choices=["abs", "relu"])
-    parser.add_argument("--batch-size", type=int, help="pictures in a pass; bounds the memory")
+    parser.add_argument("--batch_size", type=int, help="pictures in a pass; bounds the memory")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -126,14 +126,16 @@ def erf(arguments: list[str]) -> None:
 
 
 def _data(options: Any) -> StreamingSegmentationData:
-    changes = {"dataset": options.data, "path": options.path, "num_workers": 0}
+    changes = {"dataset": options.data.dataset, "path": options.data.path, "num_workers": 0}
     if options.ckpt is not None:
-        if options.data is not None and options.path is None:
+        if options.data.dataset is not None and options.data.path is None:
             # The run's own path belongs to the run's own data set.
-            return StreamingSegmentationData(dataset=options.data, num_workers=0)
+            return StreamingSegmentationData(dataset=options.data.dataset, num_workers=0)
         return load_data(options.ckpt, **changes)
-    if options.data is None:
-        raise ValueError("--data: say which data set's pictures to take; --ckpt brings its own")
+    if options.data.dataset is None:
+        raise ValueError(
+            "--data.dataset: say which data set's pictures to take; --ckpt brings its own"
+        )
     return StreamingSegmentationData(**changes)
 
 
@@ -176,12 +178,8 @@ def _pictures(
     """Batches of validation pictures spread evenly over the split, for stored order can be by
     class or place; the same ones each time."""
     if num_images < 1:
-        raise ValueError("--num-images: give an integer of at least 1")
-    try:
-        samples: Any = data.val_dataloader().dataset
-    except DataError as error:
-        # A run's arguments have longer names than this command's.
-        raise DataError(re.sub(r"(--)?data\.path", "--path", str(error))) from error
+        raise ValueError("--num_images: give an integer of at least 1")
+    samples: Any = data.val_dataloader().dataset
     num_rows = samples.order.num_rows
     count = min(num_images, num_rows)
     images: list[Tensor] = []

@@ -11,6 +11,29 @@ from segformer_pl.errors import find_user_error
 
 PROG = "python -m segformer_pl"
 
+# Options as the project's own commands had them in the release before, and as they have them now:
+# with underscores, and by the names that `fit` has for the same thing.
+OLD_SPELLINGS = {
+    "--batch-size": "--batch_size",
+    "--block-size": "--block_size",
+    "--data": "--data.dataset",
+    "--num-classes": "--num_classes",
+    "--num-images": "--num_images",
+    "--num-workers": "--data.num_workers",
+    "--path": "--data.path",
+}
+
+
+def current_spelling(arguments: list[str]) -> list[str]:
+    """Replace old spellings of options in the arguments of a command, with a notice for each."""
+    current = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option in OLD_SPELLINGS:
+            sys.stderr.write(f"{option} is now {OLD_SPELLINGS[option]}\n")
+        current.append(OLD_SPELLINGS.get(option, option) + equals + value)
+    return current
+
 
 def segmenter_names() -> list[str]:
     """The networks that can be named on the command line: functions that take ``num_classes``."""

@@ -67,12 +67,12 @@ def robustness(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--data.path", type=str, help="where the data is, if not as trained")
     parser.add_argument(
-        "--num-images",
+        "--num_images",
         type=PositiveInt,
         help="pictures to score, evenly spaced over the split; all of them by default",
     )
     parser.add_argument(
-        "--num-workers", type=NonNegativeInt, help="loader processes, if not as trained"
+        "--data.num_workers", type=NonNegativeInt, help="loader processes, if not as trained"
     )
     parser.add_argument(
         "--device",
@@ -84,7 +84,7 @@ def robustness(arguments: list[str]) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
     task = load_task(options.ckpt).to(options.device)
-    data = load_data(options.ckpt, path=options.data.path, num_workers=options.num_workers)
+    data = load_data(options.ckpt, path=options.data.path, num_workers=options.data.num_workers)
     result = _score_all(task, data, options.ckpt, options.num_images, options.output)
     for name, text in {
         PAGE: markdown(result),
@@ -112,7 +112,7 @@ def _score_all(
     order = StoredOrder(source.group_rows)
     if num_images is not None and num_images > order.num_rows:
         raise ValueError(
-            f"--num-images {num_images}: the validation split has {order.num_rows} pictures; give "
+            f"--num_images {num_images}: the validation split has {order.num_rows} pictures; give "
             "at most so many, or leave it out"
         )
     num_images = num_images or order.num_rows
