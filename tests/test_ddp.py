@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.data import shapes
 
 pytestmark = pytest.mark.slow

@@ -98,7 +98,7 @@ def test_a_run_and_what_is_made_of_it(data, tmp_path, capsys):
     against.write_bytes(checkpoint.read_bytes())
     main(
         [
-            *("erf", f"--ckpt={checkpoint}", f"--against={against}", "--num-images=1"),
+            *("erf", f"--ckpt={checkpoint}", f"--against={against}", "--num_images=1"),
             f"--output={tmp_path / 'erf'}",
         ]
     )

@@ -65,7 +65,7 @@ def compare(arguments: list[str]) -> None:
         "configuration",
     )
     parser.add_argument(
-        "--block-size",
+        "--block_size",
         type=PositiveInt,
         default=1,
         help="contiguous images, in stored order, that are drawn together. Neighbouring images "
@@ -299,7 +299,7 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
     if comparison.block_size == 1:
         yield (
             "Images are taken for independent of each other. If neighbours resemble each other, "
-            "as in a video, give --block-size; otherwise intervals are too narrow and p too small."
+            "as in a video, give --block_size; otherwise intervals are too narrow and p too small."
         )
     else:
         yield "Blocks of neighbouring images are taken for independent of each other."

@@ -1,6 +1,5 @@
 """``erf``: what each layer of a network really sees."""
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,7 +34,7 @@ from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 from segformer_pl.data import StreamingSegmentationData
-from segformer_pl.data.labels import DataError
+from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
 from segformer_pl.inference.predictor import normalization_of
 from segformer_pl.normalization import Normalization
@@ -79,9 +78,11 @@ def erf(arguments: list[str]) -> None:
         help="second row: a checkpoint, a model name (random weights), or a network of timm: "
         "timm:NAME (random weights), timm:NAME:pretrained, timm:NAME:FILE",
     )
-    parser.add_argument("--data", help="data set of the catalogue; default the checkpoint's")
-    parser.add_argument("--path", help="where the data set is stored, as data.path of a run")
-    parser.add_argument("--num-images", type=int, default=100, help="the paper averages over 100")
+    parser.add_argument(
+        "--data.dataset", help="data set of the catalogue; default the checkpoint's"
+    )
+    parser.add_argument("--data.path", help="where the data set is stored")
+    parser.add_argument("--num_images", type=int, default=100, help="the paper averages over 100")
     parser.add_argument(
         "--size",
         type=int,
@@ -94,7 +95,7 @@ def erf(arguments: list[str]) -> None:
         "--reduction", default="relu", help="relu, l1, sum, random, or a channel's number"
     )
     parser.add_argument("--gradient", default="abs", choices=["abs", "relu"])
-    parser.add_argument("--batch-size", type=int, help="pictures in a pass; bounds the memory")
+    parser.add_argument("--batch_size", type=int, help="pictures in a pass; bounds the memory")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -129,14 +130,16 @@ def erf(arguments: list[str]) -> None:
 
 
 def _data(options: Any, checkpoint: RunCheckpoint | None) -> StreamingSegmentationData:
-    changes = {"dataset": options.data, "path": options.path, "num_workers": 0}
+    changes = {"dataset": options.data.dataset, "path": options.data.path, "num_workers": 0}
     if checkpoint is not None:
-        if options.data is not None and options.path is None:
+        if options.data.dataset is not None and options.data.path is None:
             # The run's own path belongs to the run's own data set.
-            return StreamingSegmentationData(dataset=options.data, num_workers=0)
+            return StreamingSegmentationData(dataset=options.data.dataset, num_workers=0)
         return load_data(checkpoint, **changes)
-    if options.data is None:
-        raise ValueError("--data: say which data set's pictures to take; --ckpt brings its own")
+    if options.data.dataset is None:
+        raise UserError(
+            "--data.dataset: say which data set's images to take; --ckpt brings its own"
+        )
     return StreamingSegmentationData(**changes)
 
 
@@ -184,12 +187,8 @@ def _pictures(
     """Batches of validation pictures spread evenly over the split, for stored order can be by
     class or place; the same ones each time."""
     if num_images < 1:
-        raise ValueError("--num-images: give an integer of at least 1")
-    try:
-        samples: Any = data.val_dataloader().dataset
-    except DataError as error:
-        # A run's arguments have longer names than this command's.
-        raise DataError(re.sub(r"(--)?data\.path", "--path", str(error))) from error
+        raise ValueError("--num_images: give an integer of at least 1")
+    samples: Any = data.val_dataloader().dataset
     num_rows = samples.order.num_rows
     count = min(num_images, num_rows)
     images: list[Tensor] = []

@@ -41,7 +41,7 @@ def profile(arguments: list[str]) -> None:
         metavar=("H", "W"),
         help="image in pixels",
     )
-    parser.add_argument("--num-classes", type=int, default=150, help="the paper's tables have 150")
+    parser.add_argument("--num_classes", type=int, default=150, help="the paper's tables have 150")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--device",
@@ -68,7 +68,7 @@ def profile(arguments: list[str]) -> None:
     name, (height, width), in_json = options.pop("model"), options.pop("size"), options.pop("json")
     device, dtype = options.pop("device"), getattr(torch, options.pop("dtype"))
     if min(height, width, options["num_classes"]) < 1:
-        raise ValueError("--size and --num-classes: give integers of at least 1")
+        raise UserError("--size and --num_classes: give integers of at least 1")
     device = resolve_device(device)
     network = build(**options)
     if not isinstance(network, Segmenter):

@@ -27,6 +27,7 @@ from segformer_pl.analysis.robustness import (
     write_scores,
 )
 from segformer_pl.atomic import atomic_write, atomic_write_text, make_writable_folder
+from segformer_pl.batch import Batch
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
@@ -36,7 +37,7 @@ from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedPictures
 from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
-from segformer_pl.data.streaming import Samples, Transforms, collate
+from segformer_pl.data.streaming import Sample, Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.inference import Predictor
 from segformer_pl.metrics import (
@@ -73,12 +74,12 @@ def robustness(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--data.path", type=str, help="where the data is, if not as trained")
     parser.add_argument(
-        "--num-images",
+        "--num_images",
         type=PositiveInt,
         help="pictures to score, evenly spaced over the split; all of them by default",
     )
     parser.add_argument(
-        "--num-workers", type=NonNegativeInt, help="loader processes, if not as trained"
+        "--data.num_workers", type=NonNegativeInt, help="loader processes, if not as trained"
     )
     parser.add_argument(
         "--device",
@@ -90,7 +91,7 @@ def robustness(arguments: list[str]) -> None:
     device = resolve_device(options.device)
     checkpoint = RunCheckpoint.read(options.ckpt)
     predictor = Predictor.from_weights(checkpoint.weights()).to(device)
-    data = load_data(checkpoint, path=options.data.path, num_workers=options.num_workers)
+    data = load_data(checkpoint, path=options.data.path, num_workers=options.data.num_workers)
     result = _score_all(predictor, data, checkpoint.digest, options.num_images, options.output)
     for name, text in {
         PAGE: markdown(result),
@@ -118,7 +119,7 @@ def _score_all(
     order = StoredOrder(source.group_rows)
     if num_images is not None and num_images > order.num_rows:
         raise ValueError(
-            f"--num-images {num_images}: the validation split has {order.num_rows} pictures; give "
+            f"--num_images {num_images}: the validation split has {order.num_rows} pictures; give "
             "at most so many, or leave it out"
         )
     num_images = num_images or order.num_rows
@@ -175,7 +176,7 @@ def _check_origin(file: Path, there: dict[str, Any], here: dict[str, Any]) -> No
             )
 
 
-class CorruptedSamples(Dataset[dict[str, Any]]):
+class CorruptedSamples(Dataset[Sample]):
     """Samples by (number of the setting, position): one loader reads for all settings."""
 
     def __init__(self, samples: Samples, settings: list[Setting], seed: int) -> None:
@@ -188,7 +189,7 @@ class CorruptedSamples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.transforms) * self.samples.order.num_rows
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         setting, position = key
         self.samples.transforms = self.transforms[setting]
         return self.samples[position]
@@ -196,7 +197,7 @@ class CorruptedSamples(Dataset[dict[str, Any]]):
 
 def _loader(
     corrupted: CorruptedSamples, data: StreamingSegmentationData, positions: list[int]
-) -> DataLoader[dict[str, Any]]:
+) -> DataLoader[Sample]:
     """Batches setting by setting; none of them holds pictures of two."""
     size = data.eval_batch_size
     return DataLoader(
@@ -214,7 +215,7 @@ def _loader(
 def _score(
     predictor: Predictor,
     data: StreamingSegmentationData,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     progress: "tqdm[Any]",
 ) -> float:
     """mIoU as ``validate`` computes it, of the predictions that ``predict`` makes."""

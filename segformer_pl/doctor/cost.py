@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from segformer_pl.analysis.complexity import complexity
+from segformer_pl.batch import Batch
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.order import EpochShuffle
 from segformer_pl.data.streaming import collate
@@ -111,7 +112,7 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _time_step(task: SegmentationTask, batch: dict[str, Any], device: torch.device) -> float:
+def _time_step(task: SegmentationTask, batch: Batch, device: torch.device) -> float:
     """Median seconds of forward and backward on one device; the task is left as it was."""
     task = copy.deepcopy(task).to(device).train()
     images, target = batch["image"].to(device), batch["label"].to(device)

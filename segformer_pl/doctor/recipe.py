@@ -7,6 +7,7 @@ from torch import nn
 
 from segformer_pl.data import DataError, StreamingSegmentationData
 from segformer_pl.doctor.findings import Examination
+from segformer_pl.lightning_workarounds import synchronizes_batch_norm
 from segformer_pl.task import SegmentationTask
 
 
@@ -79,8 +80,7 @@ def examine_recipe(
             "model.image_mean and model.image_std are for pixels of 0 to 255, but batches hold 0 "
             "to 1; divide them by 255",
         )
-    # Lightning keeps what --trainer.sync_batchnorm asked for nowhere else.
-    synchronized = getattr(trainer.strategy, "_layer_sync", None) is not None
+    synchronized = synchronizes_batch_norm(trainer)
     if synchronized and trainer.strategy.root_device.type != "cuda":
         found.error(
             "recipe",

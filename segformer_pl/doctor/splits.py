@@ -12,7 +12,7 @@ from segformer_pl.data import DataError, StreamingSegmentationData
 from segformer_pl.data.decoding import FirstColors, PaletteColors
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import Source, Split
-from segformer_pl.data.streaming import Samples, Transforms
+from segformer_pl.data.streaming import Sample, Samples, Transforms
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.models.segmenter import Segmenter
@@ -157,7 +157,7 @@ def examine_split(
 
 def _read(
     data: StreamingSegmentationData, look: Look, split: Split
-) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+) -> Iterator[tuple[int, Sample | None, str]]:
     # Skipping says which errors a run could pass over; others, as of a network, are raised.
     order = StoredOrder(look.source.group_rows)
     samples = Samples(data.entry, look.source, order, to_tensors, on_bad_sample="skip")

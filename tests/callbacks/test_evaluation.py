@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.callbacks import EvaluationRecord
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask

@@ -131,7 +131,10 @@ def test_pictures_are_spread_over_the_split(run, monkeypatch):
         (["--model", "segformer_b0", "--reduction", "mean"], "give one of relu, l1, sum, random"),
         (["--model", "segformer_b0", "--size", "0", "64"], "at least 1 pixel"),
         (["--model", "segformer_b0", "--num-images", "1", "--layers", "x"], "no layer 'x'"),
-        (["--model", "segformer_b0", "--path", "nowhere"], "--path: there is no folder 'nowhere'"),
+        (
+            ["--model", "segformer_b0", "--data.path", "nowhere"],
+            "data.path: there is no folder 'nowhere",
+        ),
     ],
 )
 def test_refusals_are_one_sentence(run, arguments, message):
@@ -190,7 +193,7 @@ def test_a_file_in_the_place_of_the_folder_is_found_before_measuring(
 def test_a_data_set_without_a_place_asks_for_this_commands_own_argument(tmp_path):
     with pytest.raises(SystemExit) as exit_:
         main(["erf", "--model", "segformer_b0", "--data", "camvid", "--output", str(tmp_path)])
-    assert "give --path with a folder" in exit_.value.code
+    assert "give --data.path with a folder" in exit_.value.code
     assert "data.path" not in exit_.value.code
 
 

@@ -201,7 +201,7 @@ def test_pictures_are_spread_over_the_split(few, checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-images=7"], "--num-images 7: the validation split has 6 pictures; give at most"),
+        (["--num_images=7"], "--num_images 7: the validation split has 6 pictures; give at most"),
         (["--ckpt=nowhere.ckpt"], "--ckpt: there is no file 'nowhere.ckpt'"),
         (["--data.path=nowhere"], "data.path: there is no folder 'nowhere'"),
     ],
