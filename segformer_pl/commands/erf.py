@@ -20,13 +20,13 @@ from segformer_pl.analysis.erf import (
     weights_hash,
 )
 from segformer_pl.analysis.erf.backbones import TimmStages
+from segformer_pl.analysis.erf.captions import describe_settings
 from segformer_pl.analysis.erf.plots import (
     plot_area_ratios,
     plot_difference,
     plot_erf,
     plot_radial_profiles,
 )
-from segformer_pl.analysis.erf.words import recipe_in_words
 from segformer_pl.atomic import atomic_write, make_writable_folder
 from segformer_pl.checkpoints import load_network, read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
@@ -255,10 +255,10 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
         f"{subject.label} ({subject.weights})": result for subject, result in zip(subjects, results)
     }
     first = results[0]
-    height, width = first.recipe["image_size"]
+    height, width = first.settings["image_size"]
     title = (
         f"mean of {first.num_images} validation pictures of {first.about['data']}, "
-        f"{height}x{width} pixels; {recipe_in_words(first.recipe)}"
+        f"{height}x{width} pixels; {describe_settings(first.settings)}"
     )
     plots = {"erf": plot_erf, "erf_profile": plot_radial_profiles, "erf_area": plot_area_ratios}
     files = []
@@ -291,7 +291,7 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 
 def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
     """Numbers with their 95 % intervals over pictures, as text."""
-    about, size = result.about, result.recipe["image_size"]
+    about, size = result.about, result.settings["image_size"]
     lines = [
         f"{about['model']} ({about['weights']}), {result.num_images} "
         f"{'picture' if result.num_images == 1 else 'pictures'} of "

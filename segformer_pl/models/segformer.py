@@ -1,23 +1,13 @@
 """SegFormer = a hierarchical encoder and the All-MLP decode head (Xie et al. 2021, Fig. 2)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from segformer_pl.models.decode_head import AllMLPHead
-from segformer_pl.models.mit import (
-    mit_b0,
-    mit_b1,
-    mit_b2,
-    mit_b3,
-    mit_b4,
-    mit_b5,
-    to_tokens,
-)
+from segformer_pl.models.mit import mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5
 from segformer_pl.models.segmenter import Encoder, Segmenter
-
-UnitPlaces = Callable[[tuple[int, int]], tuple[list[int], list[int]]]
 
 
 class SegFormer(Segmenter):
@@ -119,24 +109,6 @@ class SegFormer(Segmenter):
         if of_encoder is None:
             return None
         return of_encoder + self.head.paper_macs(self.encoder.out_sizes(height, width))
-
-    def unit_features(self, images: Tensor, units: UnitPlaces) -> dict[str, Tensor]:
-        """Single units of :meth:`feature_maps`, without computing the head anywhere else.
-
-        Args:
-            images: (B, in_channels, H, W); the network in evaluation mode.
-            units: Grid (h, w) of a map -> the rows and the columns of the n units wanted of it.
-
-        Returns:
-            The names of :meth:`feature_maps` -> (B, C_i, n).
-        """
-        features = self.encoder(images)
-        named = {}
-        for i, feature in enumerate(features, start=1):
-            rows, columns = units((feature.shape[2], feature.shape[3]))
-            named[f"stage{i}"] = to_tokens(feature)[:, rows, columns].transpose(1, 2)
-        rows, columns = units((features[0].shape[2], features[0].shape[3]))
-        return named | {"head": self.head.fuse_units(features, rows, columns)}
 
 
 def segformer_b0(

@@ -65,7 +65,7 @@ def test_random_weights(run):
     assert "segformer_b0 (random weights), 3 pictures of 64x96 pixels" in text
     assert "stage4, head are wider than the picture" in text
     assert "95 % intervals" in text
-    numbers = [name.split("/")[-1].split(".")[0] for name in known["pictures"]]
+    numbers = [name.split("/")[-1].split(".")[0] for name in known["image_ids"]]
     assert numbers == ["0", "2", "4"]
     assert known["about"]["source"] == "segformer_b0"
     assert known["about"]["segformer_pl"] == __version__
@@ -95,8 +95,8 @@ def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures, reads_o
     assert all((folder / f"erf_difference.{kind}").is_file() for kind in FIGURES)
     first, second = load_erf(folder / "erf"), load_erf(folder / "against")
     assert list(first.layers) == list(second.layers) == ["stage2", "stage4"]
-    assert first.recipe == second.recipe
-    assert first.recipe["image_size"] == [128, 128]
+    assert first.settings == second.settings
+    assert first.settings["image_size"] == [128, 128]
     assert first.about["weights"] == "trained, step 1"
     assert first.about["mean"] == list(IMAGENET_MEAN)
     assert second.about["weights"] == "random weights"
@@ -166,7 +166,7 @@ def refusal_before_measuring(run, monkeypatch, *arguments):
         (["--layers", "head", "--against", "timm:resnet18"], "no layer 'head'"),
         (
             ["--against", "timm:maxvit_tiny_tf_224"],
-            "timm:maxvit_tiny_tf_224 takes no pictures of 64x96 pixels",
+            "timm:maxvit_tiny_tf_224 accepts no images of 64x96 pixels",
         ),
         (["--reduction", "sum"], "ends in a LayerNorm"),
         (["--reduction", "40", "--layers", "stage4", "stage1"], "has channels 0 to 31"),

@@ -1,7 +1,13 @@
-"""Catching the feature maps of any network, without leaving a trace on it.
+"""Reading the feature maps of any network, without leaving a trace on it.
 
-A layer is named by a key of the network's ``feature_maps`` (the project's segmenters), by the
-dotted name of a module as in ``named_modules``, or ``output`` for what the network returns.
+A layer is named by a key of the network's ``feature_maps`` (the segmenters of this package), by the
+dotted name of a module as in ``named_modules``, or by ``output`` for what the network returns.
+Three roads lead to a layer, and all share one forward pass where they can::
+
+    layer                           road
+    "stage2", "head"                feature_maps(images)["stage2"], or an adapter of head_units.py
+    "encoder.stages.1.blocks.0"     forward hook on that module
+    "output"                        network(images)
 """
 
 import difflib
@@ -14,16 +20,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from segformer_pl.analysis.erf.units import Pixels, units_of
+from segformer_pl.analysis.erf.head_units import ChooseUnits, UnitAdapter, adapter_for
+from segformer_pl.analysis.erf.units import PixelList, units_at_pixels
 
-Layout = Literal["auto", "channels_first", "channels_last", "tokens"]
+AxisLayout = Literal["auto", "channels_first", "channels_last", "tokens"]
 OUTPUT = "output"
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens of vision transformers
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, gradients on, full precision; afterwards mode and random state as before."""
+def measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluate in full precision with gradients; restore mode and random state afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -42,17 +49,22 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = True
 
 
-def place_of(model: nn.Module, fallback: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Where the network computes, and in which precision its ERF is measured: float32, or
-    float64 if its parameters are."""
+def device_and_dtype(model: nn.Module, fallback: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Return where a network computes, and the precision in which its ERF is measured.
+
+    The precision is float64 if the parameters have it, and float32 otherwise. A network without
+    parameters takes both from ``fallback``.
+    """
     floating = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     tensor = next(floating, fallback)
     return tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def norms_of_the_batch(model: nn.Module) -> list[str]:
-    """Names of the BatchNorms that look at the batch in evaluation mode too, because they keep no
-    running statistics."""
+def batch_dependent_norms(model: nn.Module) -> list[str]:
+    """Return the names of the BatchNorms without running statistics.
+
+    In evaluation mode, too, they normalise with the statistics of the batch.
+    """
     return [
         name or type(module).__name__
         for name, module in model.named_modules()
@@ -60,27 +72,27 @@ def norms_of_the_batch(model: nn.Module) -> list[str]:
     ]
 
 
-class Taps:
-    """Runs a network and returns the named feature maps as (B, C, h, w).
+class FeatureExtractor:
+    """Runs a network and returns named feature maps as (B, C, h, w).
 
-    Parameters and buffers stand in detached and in full precision, so that a backward pass goes to
-    the picture alone and nothing of the network is changed.
+    The network runs on detached copies of its parameters and buffers in full precision. So a
+    backward pass reaches the images alone and changes nothing of the network.
 
     Args:
         model: The network.
-        layers: Names; default all of ``feature_maps``.
-        layout: Of the layers that are modules, where the sizes do not tell.
+        layers: Names of the layers; all of ``feature_maps`` by default.
+        layout: Order of the axes of layers that are modules, where their sizes leave it open.
 
     Raises:
-        ValueError: there is no such layer, or none is named and the network has no
+        ValueError: The names or the layout are not valid, or none are given and the network has no
             ``feature_maps``.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[str] | None = None, layout: Layout = "auto"
+        self, model: nn.Module, layers: Sequence[str] | None = None, layout: AxisLayout = "auto"
     ) -> None:
-        if layout not in get_args(Layout):
-            raise ValueError(f"layout={layout!r}: give one of {', '.join(get_args(Layout))}")
+        if layout not in get_args(AxisLayout):
+            raise ValueError(f"layout={layout!r}: give one of {', '.join(get_args(AxisLayout))}")
         if layers is not None and (
             isinstance(layers, str) or not layers or len(set(layers)) != len(layers)
         ):
@@ -89,27 +101,26 @@ class Taps:
         self.layers = None if layers is None else list(layers)
         self.layout = layout
         self.modules = dict(model.named_modules())
-        # Single units of feature maps at less cost, where the network knows how.
-        self.gives_units = hasattr(model, "unit_features") and not any(
-            "." in name or name == OUTPUT for name in layers or ()
-        )
+        # Modules and the output need a forward pass of the whole network anyway.
+        needs_forward = any("." in name or name == OUTPUT for name in layers or ())
+        self.adapter = None if needs_forward else adapter_for(model)
         if layers is None and not hasattr(model, "feature_maps"):
             some = [name for name in self.modules if name.count(".") < 2 and name][:12]
             raise ValueError(
-                f"layers: {type(model).__name__} has no feature_maps, so name the modules to look "
-                f"at, as in named_modules(); the first are {', '.join(some) or 'none'}"
+                f"layers: {type(model).__name__} has no feature_maps, so name modules, as in "
+                f"named_modules(); the first are {', '.join(some) or 'none'}"
             )
 
     def __call__(self, images: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Feature maps (B, C, h, w) of pictures (B, C_in, H, W), by layer, in the order asked for.
+        """Images (B, C_in, H, W) -> feature maps (B, C, h, w) by layer, in the order asked for.
 
         Args:
-            images: In the precision of ``state``.
-            state: From :meth:`state`.
+            images: Normalised images in the precision of ``state``.
+            state: What :meth:`state` returned.
 
         Raises:
-            ValueError: a layer did not run, ran twice, returned no tensor, or its layout cannot
-                be told.
+            ValueError: A layer does not exist, did not run, ran twice, returned no tensor, or the
+                order of its axes is ambiguous.
         """
         maps: dict[str, Tensor] = {}
         caught: dict[str, Tensor] = {}
@@ -142,40 +153,52 @@ class Taps:
 
     @property
     def may_name_maps(self) -> bool:
-        """Whether a layer can be a key of ``feature_maps``. One that is wins over the module of
-        the same name: SegFormer's ``head`` is the fused map, its module returns logits."""
+        """Whether a layer can be a key of ``feature_maps``.
+
+        Such a key wins over the module of the same name: the feature map ``head`` of SegFormer is
+        the fused map, while its module ``head`` returns logits.
+        """
         return self.layers is None or any("." not in n and n != OUTPUT for n in self.layers)
 
     def units(
-        self, images: Tensor, state: dict[str, Tensor], pixels: Pixels
+        self, images: Tensor, state: dict[str, Tensor], pixels: PixelList
     ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-        """Layer -> ((B, C, n) of the units that n pixels belong to, grid of the layer).
+        """Return the units that n pixels select, by layer.
+
+        Args:
+            images: As for :meth:`__call__`.
+            state: As for :meth:`__call__`.
+            pixels: The n pixels.
+
+        Returns:
+            Layer -> the vectors of its units (B, C, n), and the grid (h, w) of the layer.
 
         Raises:
-            ValueError: see :meth:`__call__`.
+            ValueError: As for :meth:`__call__`.
         """
         size = (images.shape[2], images.shape[3])
-        if self.gives_units:
+        if self.adapter is not None:
             grids: list[tuple[int, int]] = []
 
-            def places(grid: tuple[int, int]) -> tuple[list[int], list[int]]:
+            def choose(grid: tuple[int, int]) -> tuple[list[int], list[int]]:
                 grids.append(grid)
-                return units_of(pixels, size, grid)
+                return units_at_pixels(pixels, size, grid)
 
-            vectors = functional_call(_UnitFeatures(self.model), state, (images, places))
-            found = dict(zip(vectors, grids, strict=True))
-            if found.keys() >= set(self.layers or ()):
-                return {name: (vectors[name], found[name]) for name in self.layers or vectors}
-            self.gives_units = False  # the rest are modules, or mistakes
+            network = _SingleUnits(self.model, self.adapter)
+            vectors = functional_call(network, state, (images, choose))
+            grid_of = dict(zip(vectors, grids, strict=True))
+            if grid_of.keys() >= set(self.layers or ()):
+                return {name: (vectors[name], grid_of[name]) for name in self.layers or vectors}
+            self.adapter = None  # the rest are modules, or misspelled
         return {
             name: (feature[:, :, rows, columns], grid)
             for name, feature in self(images, state).items()
             for grid in [(feature.shape[2], feature.shape[3])]
-            for rows, columns in [units_of(pixels, size, grid)]
+            for rows, columns in [units_at_pixels(pixels, size, grid)]
         }
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Parameters and buffers, detached, floating-point ones in ``dtype``."""
+        """Return parameters and buffers, detached, floating-point ones in ``dtype``."""
         tensors = (*self.model.named_parameters(), *self.model.named_buffers())
         return {
             f"model.{name}": t.detach().to(dtype) if t.is_floating_point() else t.detach()
@@ -195,7 +218,7 @@ class Taps:
 
 
 class _Forward(nn.Module):
-    """A network one level down, as ``functional_call`` wants it."""
+    """A network as the submodule ``model``: ``functional_call`` calls ``forward`` only."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -210,9 +233,13 @@ class _FeatureMaps(_Forward):
         return self.model.feature_maps(images)
 
 
-class _UnitFeatures(_Forward):
-    def forward(self, images: Tensor, places: Any) -> Any:  # type: ignore[override]
-        return self.model.unit_features(images, places)
+class _SingleUnits(_Forward):
+    def __init__(self, model: nn.Module, adapter: UnitAdapter) -> None:
+        super().__init__(model)
+        self.adapter = adapter
+
+    def forward(self, images: Tensor, choose: ChooseUnits) -> Any:  # type: ignore[override]
+        return self.adapter(self.model, images, choose)
 
 
 @contextmanager
@@ -226,7 +253,7 @@ def _hooks(modules: dict[str, nn.Module], caught: dict[str, Tensor]) -> Iterator
                     f"layer {name!r} runs more than once in a forward pass, so it has no one "
                     "feature map; name the module around it"
                 )
-            # A copy: the next module may work in place.
+            # Clone it, because the next module may work in place.
             caught[name] = _tensor_of(output, name).clone()
 
         return hook
@@ -255,8 +282,10 @@ def _tensor_of(output: Any, name: str) -> Tensor:
 
 
 def is_convolutional(module: nn.Module) -> bool:
-    """Whether a module is, or is made of, 2-d convolutions, and not of layers that work on the
-    last axis: what it returns has its channels first."""
+    """Return whether a module consists of 2-d convolutions and of no layers on the last axis.
+
+    Then its output has the channels first.
+    """
     inner = list(module.modules())
     on_last = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
     two_d = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm)
@@ -268,19 +297,30 @@ def is_convolutional(module: nn.Module) -> bool:
 def channels_first(
     tensor: Tensor,
     size: tuple[int, int],
-    layout: Layout,
+    layout: AxisLayout,
     name: str,
     of_convolutions: bool = False,
 ) -> Tensor:
-    """A view (B, C, h, w) of a layer's output.
+    """Return a view (B, C, h, w) of the output of a layer.
 
-    Four axes are channels first or last, three are tokens (B, N, C), row by row, those in front of
-    the grid (class token, registers) left out. The grid is the one whose sides are those of the
-    picture over one stride. Where both axes of a map could be the channels, those of a layer
-    ``of_convolutions`` come first.
+    Four axes have the channels first or last. Three axes are tokens (B, N, C), row by row; tokens
+    in front of the grid (class token, registers) are left out. The grid is the one whose sides are
+    those of the image divided by one stride. Of 64x96 pixels::
+
+        (1, 32, 16, 24)   stride 4, channels first
+        (1, 16, 24, 32)   stride 4, channels last
+        (1, 25, 192)      stride 16: 4x6 tokens behind one class token
+
+    Args:
+        tensor: Output of the layer.
+        size: Height and width of the images.
+        layout: Order of the axes, or ``auto``.
+        name: Name of the layer, for messages.
+        of_convolutions: Whether the layer is made of convolutions. If so, and if both axes could
+            be the channels, they come first.
 
     Raises:
-        ValueError: that fits in no way, or in two.
+        ValueError: The shape fits in no way, or in two.
     """
     if tensor.dim() == 4 and layout != "tokens":
         first = _is_grid(tensor.shape[2:], size)
@@ -304,22 +344,22 @@ def channels_first(
             )
             raise ValueError(
                 f"layer {name!r}: its {tensor.shape[1]} tokens can be read as {ways}; give "
-                "pictures of another size"
+                "images of another size"
             )
         for grid in grids:
             tokens = tensor[:, tensor.shape[1] - grid[0] * grid[1] :]
             return tokens.transpose(1, 2).reshape(len(tensor), -1, *grid)
     raise ValueError(
-        f"layer {name!r}: its shape {tuple(tensor.shape)} is no feature map of pictures of "
+        f"layer {name!r}: its shape {tuple(tensor.shape)} is no feature map of images of "
         f"{size[0]}x{size[1]} pixels with layout={layout!r}; name another layer"
     )
 
 
 def _token_grids(num_tokens: int, size: tuple[int, int]) -> set[tuple[int, int]]:
-    """Grids (h, w) that so many tokens of a picture can be.
+    """Return the grids (h, w) that a number of tokens can be.
 
-    Patches behind other tokens divide the picture; padded ones stand alone. A grid of one unit is
-    taken only if there is no other.
+    Patches behind prefix tokens divide the image; padded ones have no prefix tokens. A grid of one
+    unit counts only if there is no other.
     """
     grids = set()
     for stride in range(1, max(size) + 1):
@@ -332,8 +372,10 @@ def _token_grids(num_tokens: int, size: tuple[int, int]) -> set[tuple[int, int]]
 
 
 def _is_grid(grid: Sequence[int], size: tuple[int, int]) -> bool:
-    """Whether both sides are those of the picture over the same stride, rounded, give or take a
-    row or column for what padding adds or takes away."""
+    """Return whether both sides are those of the image divided by one stride.
+
+    Padding may add a row or a column, or take one away.
+    """
     for stride in range(1, max(size) + 1):
         if all(abs(side - pixels / stride) <= 1 for side, pixels in zip(grid, size)):
             return True

@@ -1,4 +1,4 @@
-"""Catching feature maps of any network, and leaving it alone."""
+"""Feature maps of any network, which stays unchanged."""
 
 import numpy as np
 import pytest
@@ -6,21 +6,20 @@ import torch
 from torch import nn
 
 from segformer_pl.analysis.erf import effective_receptive_field
-from segformer_pl.analysis.erf.backbones import TimmStages
-from segformer_pl.analysis.erf.taps import Taps, channels_first
+from segformer_pl.analysis.erf.feature_extractor import FeatureExtractor, channels_first
 from segformer_pl.models import segformer_b0
 
 
-def caught(model, images, layers, layout="auto"):
-    taps = Taps(model.eval(), layers, layout)
-    return taps(images, taps.state(torch.float32))
+def feature_maps(model, images, layers, layout="auto"):
+    extractor = FeatureExtractor(model.eval(), layers, layout)
+    return extractor(images, extractor.state(torch.float32))
 
 
 def test_feature_maps_modules_and_the_output_in_the_order_asked_for():
     model = segformer_b0(5)
     images = torch.rand(1, 3, 64, 96)
     layers = ["output", "stage2", "encoder.stages.0.blocks", "head.classifier", "stage1"]
-    maps = caught(model, images, layers)
+    maps = feature_maps(model, images, layers)
     assert list(maps) == layers
     with torch.no_grad():
         expected = model.feature_maps(images)
@@ -38,7 +37,7 @@ def test_a_feature_map_wins_over_the_module_of_its_name(layers):
     model = segformer_b0(5).eval()
     images = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(
-        caught(model, images, layers)["head"], model.feature_maps(images)["head"]
+        feature_maps(model, images, layers)["head"], model.feature_maps(images)["head"]
     )
     alone = effective_receptive_field(model, images, layers=layers)["head"]
     together = effective_receptive_field(model, images)["head"]
@@ -57,7 +56,7 @@ def test_one_forward_pass_serves_all_layers():
 def test_a_map_is_kept_as_it_was_when_the_next_module_works_in_place():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
     images = torch.randn(1, 3, 8, 8)
-    assert torch.equal(caught(model, images, ["0"])["0"], nn.Conv2d.forward(model[0], images))
+    assert torch.equal(feature_maps(model, images, ["0"])["0"], nn.Conv2d.forward(model[0], images))
 
 
 class VisionTransformer(nn.Module):
@@ -77,7 +76,7 @@ class VisionTransformer(nn.Module):
 def test_tokens_with_a_class_token_become_a_grid():
     model = VisionTransformer()
     images = torch.randn(2, 3, 32, 48)
-    maps = caught(model, images, ["block"])
+    maps = feature_maps(model, images, ["block"])
     assert maps["block"].shape == (2, 16, 4, 6)
     torch.testing.assert_close(maps["block"][:, :, 1, 2], model.eval()(images)[:, 1 + 6 + 2])
     erf = effective_receptive_field(model, images, layers=["block"])
@@ -96,7 +95,7 @@ def test_layouts():
     as_said = channels_first(cube, (64, 64), "channels_last", "x")
     assert torch.equal(as_said[0, :, 2, 3], cube[0, 2, 3])
     for shape in ((1, 5, 40, 3), (4, 5), (1, 500, 8)):
-        with pytest.raises(ValueError, match="is no feature map of pictures of 64x96"):
+        with pytest.raises(ValueError, match="is no feature map of images of 64x96"):
             channels_first(torch.rand(shape), size, "auto", "x")
 
 
@@ -120,10 +119,10 @@ def test_maps_of_convolutions_have_their_channels_first():
     model[1] = nn.Identity()
     model[4] = nn.Linear(64, 64)
     images = torch.randn(1, 3, 256, 256)
-    caught_map = caught(model, images, ["0"])["0"]
-    torch.testing.assert_close(caught_map, model[0].eval()(images))
+    feature = feature_maps(model, images, ["0"])["0"]
+    torch.testing.assert_close(feature, model[0].eval()(images))
     with pytest.raises(ValueError, match="channels first or last; say which"):
-        caught(model, images, ["4"])
+        feature_maps(model, images, ["4"])
 
 
 class Odd(nn.Module):
@@ -139,7 +138,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (None, "Odd has no feature_maps, so name the modules.*relu, unused, many"),
+        (None, "Odd has no feature_maps, so name modules.*relu, unused, many"),
         (["relu"], "'relu' runs more than once"),
         (["unused"], "'unused' did not run"),
         (["many"], "'many' returns a list and not one tensor"),
@@ -151,55 +150,6 @@ class Odd(nn.Module):
 def test_layers_that_cannot_be_caught(layers, message):
     with pytest.raises(ValueError, match=message):
         effective_receptive_field(Odd(), torch.rand(1, 3, 32, 32), layers=layers)
-
-
-def test_stages_of_timm_networks():
-    model = TimmStages("resnet18")
-    maps = model.eval().feature_maps(torch.rand(1, 3, 64, 64))
-    assert {name: tuple(m.shape[1:]) for name, m in maps.items()} == {
-        "stage1": (64, 16, 16),
-        "stage2": (128, 8, 8),
-        "stage3": (256, 4, 4),
-        "stage4": (512, 2, 2),
-    }
-    with pytest.raises(ValueError, match=r"no network 'resnet17x'"):
-        TimmStages("resnet17x")
-    with pytest.raises(ValueError, match=r"there is no file 'w\.pth'"):
-        TimmStages("resnet18", "w.pth")
-
-
-@pytest.mark.slow
-def test_timms_channels_last_stages():
-    model = TimmStages("swin_tiny_patch4_window7_224")
-    maps = model.eval().feature_maps(torch.rand(1, 3, 224, 224))
-    assert tuple(maps["stage2"].shape) == (1, 192, 28, 28)
-
-
-def test_random_residual_branches_do_not_begin_at_zero():
-    """timm's do, and leave a ResNet the field of its shortcuts: 6 pixels in place of 125."""
-    resnet = TimmStages("resnet18").network
-    assert resnet.layer4[1].bn2.weight.min() > 0
-    convnext = TimmStages("convnext_atto")
-    gammas = [p for name, p in convnext.named_parameters() if name.endswith("gamma")]
-    assert gammas
-    assert all(gamma.min() > 0.5 for gamma in gammas)
-
-
-@pytest.mark.slow
-def test_timms_vision_transformers_take_pictures_of_other_sizes():
-    maps = TimmStages("vit_tiny_patch16_224").eval().feature_maps(torch.rand(1, 3, 64, 96))
-    assert tuple(maps["stage3"].shape) == (1, 192, 4, 6)
-    with pytest.raises(ValueError, match=r"maxvit_tiny_tf_224 takes no pictures of 64x96.*--size"):
-        TimmStages("maxvit_tiny_tf_224").eval().feature_maps(torch.rand(1, 3, 64, 96))
-
-
-def test_timm_weights_from_a_file(tmp_path):
-    import timm
-
-    source = timm.create_model("resnet18")
-    torch.save(source.state_dict(), tmp_path / "w.pth")
-    model = TimmStages("resnet18", str(tmp_path / "w.pth"))
-    torch.testing.assert_close(model.network.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
 
 
 def test_network_gradients_mode_and_randomness_are_left_alone():
