@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from segformer_pl.divergence import PATIENCE
 from segformer_pl.errors import UserError
+from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.task import SegmentationTask
 
 NAMES = ["background", "left half", "never there"]
@@ -35,14 +36,24 @@ def make_trainer(tmp_path, **arguments):
     )
 
 
-class Tiny(nn.Module):
+class Tiny(Segmenter):
     def __init__(self):
         super().__init__()
+        self.in_channels, self.num_classes = 3, 3
         self.encoder = nn.Conv2d(3, 4, 3, stride=2, padding=1)
         self.head = nn.Conv2d(4, 3, 1)
 
     def forward(self, images):
-        return self.head(self.encoder(images))
+        return self.head(self.feature_maps(images)["encoder"])
+
+    def feature_maps(self, images):
+        return {"encoder": self.encoder(images)}
+
+    def init_args(self):
+        return {}
+
+    def layer_ids(self):
+        return {"encoder.weight": 0, "encoder.bias": 0}
 
 
 def make_task(**arguments):

@@ -85,12 +85,14 @@ def test_it_loads_in_python(checkpoint, expected):
         assert logits_of(loaded, task) == pytest.approx(expected["logits"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_validated(checkpoint, expected, options):
     cli = main(["validate", *options, f"--ckpt_path={checkpoint}"])
     known = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
     assert known == pytest.approx(expected["validate"], rel=1e-4, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_it_is_resumed(checkpoint, expected, options, tmp_path):
     cli = main(["fit", *options, "--trainer.max_steps=6", f"--ckpt_path={checkpoint}"])
     known = {name: cli.trainer.callback_metrics[name].item() for name in expected["resumed"]}

@@ -103,12 +103,14 @@ def test_load_from_checkpoint(network):
     assert network.init_args() == {"num_classes": 6, "width": 6, "in_channels": 3}
 
 
+@pytest.mark.slow
 def test_validate(run, checkpoint, again):
     cli = main(["validate", *again, f"--ckpt_path={checkpoint}"])
     (row,) = (row for row in csv.DictReader((run / "metrics.csv").open()) if row["val/loss"])
     assert cli.trainer.callback_metrics["val/loss"].item() == pytest.approx(float(row["val/loss"]))
 
 
+@pytest.mark.slow
 def test_resume(data, tmp_path, checkpoint):
     width = {"model__network__width": 6}
     longer = options(data, tmp_path, trainer__max_steps=4, **width)
@@ -125,6 +127,7 @@ def test_another_network_is_refused_on_resume(data, tmp_path, checkpoint):
         main(["fit", *options(data, tmp_path), f"--ckpt_path={checkpoint}"])
 
 
+@pytest.mark.slow
 def test_layer_decay(data, tmp_path):
     changes = {"model__layer_decay": 0.5, "trainer__limit_val_batches": 0}
     cli = main(["fit", *options(data, tmp_path, trainer__max_steps=1, **changes)])
@@ -148,6 +151,7 @@ def test_predict(tmp_path, checkpoint, task):
         assert (mask == task.predict_step({"image": images}, 0)[0].numpy()).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_profile(capsys):
     size = ["--size", "32", "48", "--num-classes", "3", "--device", "cpu", "--json"]
     main(["profile", TOY, *size, "--width", "4", "--in_channels", "2"])
@@ -175,6 +179,7 @@ def test_profile_refuses_what_is_no_segmenter():
             main(["profile", name])
 
 
+@pytest.mark.slow
 def test_erf(tmp_path, capsys, checkpoint, monkeypatch):
     monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "DPI", 30)
     arguments = ["--num-images", "2", "--device", "cpu", "--output", str(tmp_path / "erf")]
@@ -192,6 +197,7 @@ def test_recipe_diff(run, capsys):
     assert "no recipe" in text
 
 
+@pytest.mark.slow
 def test_doctor(data, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["doctor", *options(data, tmp_path, data__crop_size="[6,64]"), "--json"])
@@ -225,6 +231,7 @@ def test_native_convert_and_load(native, network):
         assert torch.equal(loaded.eval()(images), network(images))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_native_weights(data, tmp_path, native, network):
     start = {"model__network__width": 6, "trainer__max_steps": 1, "model__lr": 0}
     start |= {"trainer__limit_val_batches": 0, "model__weights": native}

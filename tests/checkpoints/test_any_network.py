@@ -21,7 +21,7 @@ from segformer_pl.models.segmenter import Segmenter
 NAMES = ["sky", "road", "car"]
 
 
-class Tiny(nn.Module, Segmenter):
+class Tiny(Segmenter):
     """A stem with a BatchNorm, which is the encoder, and a classifier; a constant of its own."""
 
     classifier_path = "predict.1"
