@@ -74,7 +74,7 @@ class EffectiveReceptiveField(pl.Callback):
             return
         self.is_complete = True
         step, last = pl_module.trained_steps, self.last_step
-        if None not in (self.every_n_steps, last) and 0 < step - last < self.every_n_steps:  # type: ignore[operator]
+        if None not in (self.every_n_steps, last) and 0 < step - last < self.every_n_steps:
             return
         self.last_step = step
         erf = self._measure(trainer, pl_module)
