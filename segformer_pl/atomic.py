@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from segformer_pl.errors import UserError
+
 PARTIAL_SUFFIX = ".partial"
 # No room: on the disk, for this user, or for a file as large.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -33,9 +35,10 @@ OF_THE_NAME = (
 )
 
 
-class WriteError(OSError):
+class WriteError(OSError, UserError):
     """A file could not be written; the message is one sentence, and the old file is intact.
 
+    It is an ``OSError`` too, for callers that go on when one of several files cannot be written.
     ``errno`` is that of the cause, if it had one.
     """
 

@@ -9,14 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from segformer_pl.checkpoints import describe_non_finite, non_finite
+from segformer_pl.errors import UserError
 
 # A loss that is not finite once can be one bad batch in float16, whose step the gradient scaler
 # skips. Scalers halve their scale with every skip: after so many in a row nothing is left of it.
 PATIENCE = 40
-
-
-class DivergenceError(ValueError):
-    """A training that diverged; the message names the step, the loss and the learning rate."""
 
 
 class DivergenceWatch:
@@ -46,7 +43,7 @@ class DivergenceWatch:
             lr: Its largest learning rate.
 
         Raises:
-            DivergenceError: a step left weights that are not finite, or none of the last
+            UserError: A step left weights that are not finite, or none of the last
                 ``PATIENCE`` losses was.
         """
         self.settle()
@@ -66,7 +63,7 @@ class DivergenceWatch:
         """Judge the last step that was observed.
 
         Raises:
-            DivergenceError: see :meth:`observe`.
+            UserError: See :meth:`observe`.
         """
         if self._pending is None:
             return
@@ -82,12 +79,12 @@ class DivergenceWatch:
             raise divergence(f"the last {PATIENCE} losses were nan or infinite", step, loss, lr)
 
 
-def divergence(what: str, step: int, loss: Tensor | None, lr: float | None) -> DivergenceError:
+def divergence(what: str, step: int, loss: Tensor | None, lr: float | None) -> UserError:
     """The error for a training that diverged, in one sentence."""
     known = [f"loss {loss.item():g}"] if loss is not None else []
     known += [f"largest learning rate {lr:g}"] if lr is not None else []
     described = f" ({', '.join(known)})" if known else ""
-    return DivergenceError(
+    return UserError(
         f"the training diverged: after step {step}{described} {what}; what was written before "
         "is kept as it is: go on from an earlier checkpoint, or start anew if there is none, with "
         "a smaller --model.lr, a longer --model.warmup_steps or --trainer.gradient_clip_val 1, or "

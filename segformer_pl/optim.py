@@ -6,98 +6,93 @@ fine-tune transformers). A moving average of the weights is Lightning's callback
 ``lightning.pytorch.callbacks.EMAWeightAveraging``.
 """
 
-from typing import Any, Literal, cast, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, cast, get_args
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 WARMUP_RATIO = 1e-6  # of the base rate, at step 0
 
 Schedule = Literal["paper", "mmseg1"]
 
 
+class HasOptimizerHints(Protocol):
+    """What :func:`parameter_groups` reads of a segmenter."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def layer_ids(self) -> dict[str, int]:
+        """Name -> depth of every parameter outside the head, 0 next to the image."""
+        ...
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not decayed."""
+        ...
+
+
 def parameter_groups(
-    network: nn.Module,
-    encoder: nn.Module,
+    network: HasOptimizerHints,
     lr: float,
     weight_decay: float,
     head_lr_mult: float,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Three groups, each parameter in exactly one of them.
+    """Return parameter groups for AdamW, each parameter in exactly one of them.
 
-    - ``encoder``: weights, and also the biases, of the encoder: ``lr``, decayed;
-    - ``encoder_no_decay``: its norms and learned position tables: ``lr``, not decayed;
-    - ``head``: everything outside the encoder, norms included: ``lr * head_lr_mult``, decayed.
+    - ``encoder``, the parameters in the network's ``layer_ids()``: ``lr``, decayed;
+    - ``encoder_no_decay``, those of them that are in its ``no_weight_decay()``: ``lr``, not
+      decayed;
+    - ``head`` and ``head_no_decay``, all others likewise: ``lr * head_lr_mult``.
 
-    With ``layer_decay`` below 1 the encoder's two groups become two for each of its layers, such
-    as ``encoder_03``: the rate of a layer is ``lr * layer_decay ** (number of layers above it)``.
-    A layer is a block with what leads to it (the stage's patch embedding and position table) or
-    comes after it (the stage's norm); see :func:`layers`.
+    With ``layer_decay`` below 1 the encoder has two groups for each of its layers, such as
+    ``encoder_03`` and ``encoder_03_no_decay``: the rate of a layer is
+    ``lr * layer_decay ** (number of layers above it)``. Groups without parameters are left out.
+    Inside a group parameters keep the order of ``named_parameters()``, by which an optimiser's
+    state is stored.
 
     Raises:
-        ValueError: ``layer_decay`` is not in (0, 1], or the encoder has no layers that are known.
+        ValueError: ``layer_decay`` is not in (0, 1], the network has fewer than two layers for it,
+            or its hints name parameters that it does not have.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(
             f"layer_decay={layer_decay}: give a factor above 0 and at most 1; 1 is no decay"
         )
-    parts = [("encoder", list(encoder.parameters()), lr)]
-    if layer_decay < 1:
-        found = layers(encoder)
-        parts = [
-            (f"encoder_{number:02d}", parameters, lr * layer_decay ** (len(found) - 1 - number))
-            for number, parameters in enumerate(found)
-        ]
-    undecayed = {
-        id(parameter)
-        for module in encoder.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, NORMS) or name == "pos_embed"
-    }
-    groups = []
-    for name, members, rate in parts:
-        for suffix, decay, is_member in (
-            ("", weight_decay, lambda p: id(p) not in undecayed),
-            ("_no_decay", 0.0, lambda p: id(p) in undecayed),
-        ):
-            params = [parameter for parameter in members if is_member(parameter)]
-            groups.append(
-                {"name": name + suffix, "params": params, "lr": rate, "weight_decay": decay}
-            )
-    inside = {id(parameter) for parameter in encoder.parameters()}
-    head = [parameter for parameter in network.parameters() if id(parameter) not in inside]
-    return [
-        *groups,
-        {"name": "head", "params": head, "lr": lr * head_lr_mult, "weight_decay": weight_decay},
-    ]
-
-
-def layers(encoder: nn.Module) -> list[list[nn.Parameter]]:
-    """The encoder's parameters layer by layer, from the image upwards, each in one layer.
-
-    Raises:
-        ValueError: it has parameters outside ``stages`` with ``blocks``.
-    """
-    found: list[list[nn.Parameter]] = []
-    for stage in getattr(encoder, "stages", []):
-        blocks, norm = list(getattr(stage, "blocks", [])), getattr(stage, "norm", nn.Identity())
-        inside = {id(p) for module in (*blocks, norm) for p in module.parameters()}
-        before = [p for p in stage.parameters() if id(p) not in inside]
-        for block in blocks:
-            found.append([*before, *block.parameters()])
-            before = []
-        if blocks:
-            found[-1] += norm.parameters()
-    missing = {id(p) for p in encoder.parameters()} - {id(p) for layer in found for p in layer}
-    if missing:
+    kind = type(network).__name__
+    parameters = dict(network.named_parameters())
+    layers, undecayed = network.layer_ids(), network.no_weight_decay()
+    if unknown := sorted((layers.keys() | undecayed) - parameters.keys()):
         raise ValueError(
-            f"layer_decay is for encoders that are stages of blocks and nothing else, and "
-            f"{type(encoder).__name__} has {len(missing)} parameters elsewhere: leave it at 1"
+            f"{kind} has no parameter {unknown[0]!r}, which its layer_ids() or no_weight_decay() "
+            "names; correct them"
         )
-    return found
+    num_layers = max(layers.values(), default=-1) + 1
+    if layer_decay < 1 and num_layers < 2:
+        raise ValueError(
+            f"layer_decay={layer_decay} is for encoders of several layers, and {kind} tells of "
+            f"{num_layers}: leave it at 1"
+        )
+    groups: list[dict[str, Any]] = []
+
+    def add(name: str, members: list[str], rate: float) -> None:
+        for suffix, decay, is_undecayed in (("", weight_decay, False), ("_no_decay", 0.0, True)):
+            params = [parameters[m] for m in members if (m in undecayed) == is_undecayed]
+            if params:
+                groups.append(
+                    {"name": name + suffix, "params": params, "lr": rate, "weight_decay": decay}
+                )
+
+    if layer_decay == 1:
+        add("encoder", [name for name in parameters if name in layers], lr)
+    else:
+        for layer in range(num_layers):
+            members = [name for name in parameters if layers.get(name) == layer]
+            rate = lr * layer_decay ** (num_layers - 1 - layer)
+            add(f"encoder_{layer:02d}", members, rate)
+    add("head", [name for name in parameters if name not in layers], lr * head_lr_mult)
+    return groups
 
 
 def poly_factor(

@@ -21,7 +21,7 @@ from segformer_pl.checkpoints import (
     load_weights,
     non_finite,
 )
-from segformer_pl.checkpoints.facts import check_facts, checked_eps
+from segformer_pl.checkpoints.facts import check_facts, checked_constants
 from segformer_pl.checkpoints.training_state import (
     check_content,
     check_tensors,
@@ -29,14 +29,13 @@ from segformer_pl.checkpoints.training_state import (
     tensors_of,
 )
 from segformer_pl.divergence import DivergenceWatch, divergence
-from segformer_pl.inference import Inference
+from segformer_pl.errors import UserError
+from segformer_pl.inference import Inference, predict_classes, predict_pixels
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.metrics import SegmentationMetrics, StepOutput
-from segformer_pl.models.mit import NormEps
+from segformer_pl.models.segmenter import Segmenter
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class SegmentationTask(pl.LightningModule):
@@ -59,8 +58,7 @@ class SegmentationTask(pl.LightningModule):
     network again, ``load_from_checkpoint(file, network=...)``.
 
     Args:
-        network: The segmenter: ``encoder`` attribute, ``forward(images) -> logits``,
-            ``feature_maps(images) -> dict``.
+        network: The segmenter, see :mod:`segformer_pl.models.segmenter`.
         class_names: Names by train id; linked from the data set on the command line.
         palette: RGB 0-255 by train id; linked.
         ignore_index: Label that neither trains nor scores; linked.
@@ -75,9 +73,10 @@ class SegmentationTask(pl.LightningModule):
             classifier is drawn anew. ``"by_name"``: the classifier is reordered, and drawn anew
             for classes that ``weights`` do not have. ``"by_index"``: class i is class i, whatever
             they are called. A classifier that is drawn anew can be trained and not scored.
-        loss: The training loss, of :mod:`segformer_pl.losses` or yours: called as ``loss(logits,
-            labels, ignore_index)`` with logits at the network's stride. Default: the paper's,
-            ``CrossEntropy()``.
+        loss: The training loss per pixel, of :mod:`segformer_pl.losses` or yours: called as
+            ``loss(logits, labels, ignore_index)`` with logits at the network's stride. Default:
+            the paper's, ``CrossEntropy()``. Refused for a network that trains with a loss of its
+            own.
         inference: How pictures are looked at in validation, test and prediction. Default: whole,
             once, at their own size, ``Inference()``.
         lr: Base learning rate, of the encoder.
@@ -94,11 +93,11 @@ class SegmentationTask(pl.LightningModule):
 
     image_mean: Tensor
     image_std: Tensor
-    network: Any  # a segmenter, see models
+    network: Segmenter
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         class_names: list[str],
         palette: list[list[int]],
         ignore_index: int = 255,
@@ -139,6 +138,11 @@ class SegmentationTask(pl.LightningModule):
                 raise ValueError(f"model.{name} is {value}; give a number of at least 0")
         if loss is not None:
             _check_loss(loss)
+            if not network.takes_criterion:
+                raise UserError(
+                    f"model.loss is given, but {type(network).__name__} trains with a loss of its "
+                    "own; leave model.loss out"
+                )
         # The command line adds the texts that describe these (see cli.py). Objects must not go
         # in: they would be pickled into checkpoints and spelled out in hparams.yaml.
         self.save_hyperparameters(ignore=["network", "loss", "inference"])
@@ -152,8 +156,8 @@ class SegmentationTask(pl.LightningModule):
         self.encoder_weights = encoder_weights
         self.match_classes = match_classes
         self._weights_are_set = weights is None and encoder_weights is None
-        # The epsilons came with the weights, so no argument tells them: checkpoints must.
-        self._norm_eps_is_from_weights = False
+        # Constants that came with weights are in no argument, so checkpoints must store them.
+        self._constants_are_from_weights = False
         self.trained_steps = 0  # training steps that the network has had, before a checkpoint too
         # (global step, buffers) when the first of the batches was begun that the next step takes
         self._before_step: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -182,12 +186,22 @@ class SegmentationTask(pl.LightningModule):
         """Images in 0 to 1 -> what the network was trained on."""
         return (images - self.image_mean) / self.image_std
 
+    def training_loss(self, images: Tensor, target: Tensor) -> Tensor:
+        """Return the scalar that training minimises.
+
+        Args:
+            images: (B, C, H, W) in 0 to 1.
+            target: (B, H, W) int64 train ids.
+        """
+        images = self.normalize(images)
+        return self.network.training_loss(images, target, self.loss, self.ignore_index)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         # What the network draws (drop path, dropout) belongs to the batch's first sample, as its
         # augmentation does: the same in a resumed run, and on another number of devices.
         if "seed" in batch:
             torch.manual_seed(batch["seed"][0])
-        loss = self.loss(self(batch["image"]), batch["label"], self.ignore_index)
+        loss = self.training_loss(batch["image"], batch["label"])
         self.log("train/loss", loss, prog_bar=True)
         self._last_loss = loss.detach()
         return loss
@@ -217,7 +231,7 @@ class SegmentationTask(pl.LightningModule):
         """(B, H, W) int64 train ids at the size of the images."""
         images = batch["image"]
         size = (images.shape[2], images.shape[3])
-        return self.inference.labels(self.network, images, size, self.normalize)
+        return predict_classes(self.network, images, size, self.inference, self.normalize)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics)
@@ -227,8 +241,8 @@ class SegmentationTask(pl.LightningModule):
 
     def _evaluate(self, batch: dict[str, Any], metrics: SegmentationMetrics) -> StepOutput:
         images, target = batch["image"], batch["label"]
-        pixels = self.inference.pixels(
-            self.network, images, target, self.ignore_index, self.normalize
+        pixels = predict_pixels(
+            self.network, images, target, self.ignore_index, self.inference, self.normalize
         )
         counts = metrics.update(pixels.labels, target, pixels.confidence, pixels.losses)
         return {"pred": pixels.labels, **counts}
@@ -328,7 +342,7 @@ class SegmentationTask(pl.LightningModule):
         for name in report.reinitialized:
             drawn[name].data.copy_(self.trainer.strategy.broadcast(drawn[name].data.cpu()))
         self._weights_are_set = True
-        self._norm_eps_is_from_weights = True
+        self._constants_are_from_weights = True
         rank_zero_info(str(report))
 
     def on_fit_start(self) -> None:
@@ -378,8 +392,8 @@ class SegmentationTask(pl.LightningModule):
             # An average of weights keeps the weights themselves apart.
             state = checkpoint.get("current_model_state", checkpoint["state_dict"])
             state.update({name: buffer for name, buffer in buffers.items() if name in state})
-        if self._norm_eps_is_from_weights:
-            checkpoint["norm_eps"] = list(self.network.encoder.norm_eps)
+        if self._constants_are_from_weights:
+            checkpoint["weight_constants"] = self.network.weight_constants()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = "the checkpoint"
@@ -393,9 +407,9 @@ class SegmentationTask(pl.LightningModule):
             check_training_state(checkpoint, self._parameter_groups(), name)
         self._weights_are_set = True
         self.trained_steps = checkpoint.get("global_step", 0)
-        if (eps := checked_eps(name, checkpoint.get("norm_eps"))) is not None:
-            self.network.encoder.norm_eps = NormEps(*eps)
-            self._norm_eps_is_from_weights = True
+        if constants := checked_constants(name, checkpoint):
+            self.network.set_weight_constants(constants)
+            self._constants_are_from_weights = True
 
     def on_train_start(self) -> None:
         # A resumed run gets the checkpoint's optimiser settings back together with its state. The
@@ -411,7 +425,6 @@ class SegmentationTask(pl.LightningModule):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(
             self.network,
-            self.network.encoder,
             self.lr,
             self.weight_decay,
             self.head_lr_mult,

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from segformer_pl.analysis.evaluation import load_evaluation
+from segformer_pl.analysis.run import Run
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
 from segformer_pl.models import segformer_b0
@@ -392,7 +392,7 @@ def test_skipped_pictures_do_not_score(broken_copy, tmp_path):
     (metrics,) = tmp_path.glob("*/version_*/metrics.csv")
     (scores,) = csv.DictReader(metrics.open())
     assert 0 < float(scores["val/loss"]) < 10
-    evaluation = load_evaluation(metrics.parent)
+    evaluation = Run(metrics.parent).last_evaluation()
     assert evaluation.ids == [f"validation-{n:05d}" for n in range(3)]
 
 

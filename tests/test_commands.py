@@ -67,7 +67,7 @@ def test_profile_of_an_ablation(run):
         ],
         *["--in_channels", "4", "--decoder_dim", "32"],
     )
-    assert text.startswith("segformer_b1, one picture of 64x96 pixels, 3 classes")
+    assert text.startswith("segformer_b1, one image of 64x96 pixels, 3 classes")
     stage1 = next(line for line in text.splitlines() if line.startswith("stage1"))
     assert stage1.split()[-2:] == ["384", "24"]
 
@@ -75,7 +75,7 @@ def test_profile_of_an_ablation(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("segformer_b9", "invalid choice: 'segformer_b9'"),
+        ("segformer_b9", "there is no network 'segformer_b9'"),
         ("segformer_b0 --size 20 20", "sr_ratio 8 is larger than the 5x5 token grid"),
         ("segformer_b0 --size 0 64", "give integers of at least 1"),
         ("segformer_b0 --sr_ratio [1,1,1,1]", "unrecognized arguments: --sr_ratio"),

@@ -290,7 +290,10 @@ FAULTS = {
         r"error splits \d+ of the pictures looked at are in train and in validation",
     ),
     "one id for all": ({"rows": same_ids}, "warning ids 1 ids stand for several train samples"),
-    "pictures too small": ({"rows": small}, "error sizes train pictures are down to 20 pixels"),
+    "pictures too small": (
+        {"rows": small},
+        "error sizes train images are down to 20 pixels on a side, but SegFormer needs 29",
+    ),
     "validation sizes in one batch": (
         {"rows": mixed("validation"), "data": {"eval_batch_size": 4}},
         "error sizes validation pictures have 2 sizes.*eval_batch_size 1",
@@ -307,7 +310,10 @@ FAULTS = {
         {"data": {"crop_size": (256, 256)}},
         "warning sizes pictures at scale 1 fill 5% of the crops",
     ),
-    "crops too small": ({"data": {"crop_size": (16, 16)}}, "error sizes crops of .16, 16. pixels"),
+    "crops too small": (
+        {"data": {"crop_size": (28, 28)}},
+        "error sizes crops of .28, 28. pixels are smaller than the 29 that SegFormer needs",
+    ),
     "fewer pictures than a batch": (
         {"data": {"batch_size": 64}},
         "warning plan one batch over all devices takes 64 samples, but there are 60",
@@ -331,7 +337,7 @@ FAULTS = {
     ),
     "one picture a batch": (
         {"data": {"batch_size": 1}},
-        "warning recipe the head's BatchNorm sees one picture",
+        "warning recipe BatchNorm sees one image at a time",
     ),
     "weights that are not there": (
         {"model": {"weights": "nowhere.pth"}},

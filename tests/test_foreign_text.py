@@ -8,9 +8,9 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from segformer_pl.analysis.charts import printable
-from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.analysis.overlays import draw_overlay
+from segformer_pl.analysis.run import Run
+from segformer_pl.analysis.style import printable
 from segformer_pl.cli import main
 
 CLASSES = [
@@ -72,8 +72,8 @@ def test_a_run_and_what_is_made_of_it(data, tmp_path, capsys):
     run_dir = tmp_path / "unnamed" / "version_0"
     for name in ("predictions", "worst", "erf"):
         assert (run_dir / name / "step_0000002.png").is_file(), name
-    assert load_evaluation(run_dir).ids == IDS
-    assert load_evaluation(run_dir).class_names == CLASSES
+    assert Run(run_dir).last_evaluation().ids == IDS
+    assert Run(run_dir).last_evaluation().class_names == CLASSES
     page = (run_dir / "report.html").read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -98,7 +98,7 @@ def test_a_run_and_what_is_made_of_it(data, tmp_path, capsys):
     against.write_bytes(checkpoint.read_bytes())
     main(
         [
-            *("erf", f"--ckpt={checkpoint}", f"--against={against}", "--num-images=1"),
+            *("erf", f"--ckpt={checkpoint}", f"--against={against}", "--num_images=1"),
             f"--output={tmp_path / 'erf'}",
         ]
     )

@@ -1,17 +1,36 @@
+import hashlib
+import json
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
+from segformer_pl import models
 from segformer_pl.models import segformer_b0
-from segformer_pl.optim import layers, parameter_groups, poly_factor, poly_with_warmup
+from segformer_pl.optim import parameter_groups, poly_factor, poly_with_warmup
 
 
-def groups_of(network):
-    groups = parameter_groups(
-        network, network.encoder, lr=6e-5, weight_decay=0.01, head_lr_mult=10.0
-    )
+def groups_of(network, **settings):
+    defaults = {"lr": 6e-5, "weight_decay": 0.01, "head_lr_mult": 10.0}
+    groups = parameter_groups(network, **defaults | settings)
     return {group["name"]: group for group in groups}
+
+
+class Hinted(nn.Module):
+    """A network of linear layers with the hints that are given."""
+
+    def __init__(self, layers, undecayed=(), **modules):
+        super().__init__()
+        self.layers, self.undecayed = layers, set(undecayed)
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def layer_ids(self):
+        return self.layers
+
+    def no_weight_decay(self):
+        return self.undecayed
 
 
 def names_in(network, group):
@@ -120,10 +139,7 @@ def test_an_unknown_schedule_is_refused():
 def test_layer_decay_falls_from_block_to_block():
     with torch.device("meta"):
         network = segformer_b0(19)
-    groups = {
-        group["name"]: group
-        for group in parameter_groups(network, network.encoder, 1.0, 0.01, 10.0, layer_decay=0.5)
-    }
+    groups = groups_of(network, lr=1.0, layer_decay=0.5)
     assert list(groups) == [
         *(f"encoder_{n:02d}{suffix}" for n in range(8) for suffix in ("", "_no_decay")),
         "head",
@@ -151,28 +167,115 @@ def test_layer_decay_falls_from_block_to_block():
 def test_layer_decay_with_position_tables():
     with torch.device("meta"):
         network = segformer_b0(19, pos_encoding="learned", image_size=64)
-    found = [len(parameters) for parameters in layers(network.encoder)]
-    assert sum(found) == len(list(network.encoder.parameters()))
+    groups = groups_of(network, layer_decay=0.5)
+    encoder = [
+        name
+        for key, group in groups.items()
+        if key.startswith("encoder_")
+        for name in names_in(network, group)
+    ]
+    assert sorted(encoder) == sorted(f"encoder.{n}" for n, _ in network.encoder.named_parameters())
+    for stage in range(4):
+        first_block = groups[f"encoder_{2 * stage:02d}_no_decay"]
+        assert f"encoder.stages.{stage}.pos_embed" in names_in(network, first_block)
+
+
+# SHA-256 of names, rates, decays and the order of parameters, as version 0.1 of the package made
+# them from the modules' types: the optimiser state of its checkpoints is stored in this order.
+STORED_ORDER = {
+    "b0 mix_ffn 1.0": "2834ce96da2c7a66",
+    "b0 mix_ffn 0.9": "aeaa9acbe6adb282",
+    "b0 learned 1.0": "566674a939413aea",
+    "b0 learned 0.9": "1fffb4b9b7f935a2",
+    "b1 mix_ffn 1.0": "2834ce96da2c7a66",
+    "b1 mix_ffn 0.9": "aeaa9acbe6adb282",
+    "b1 learned 1.0": "566674a939413aea",
+    "b1 learned 0.9": "1fffb4b9b7f935a2",
+    "b2 mix_ffn 1.0": "03633af6fdd74c47",
+    "b2 mix_ffn 0.9": "64b812914f6b2a18",
+    "b2 learned 1.0": "42f10cf0bdeddaa7",
+    "b2 learned 0.9": "80ec7aa1413943d4",
+    "b3 mix_ffn 1.0": "ef865251abc0a14e",
+    "b3 mix_ffn 0.9": "3a8fedaef7e53778",
+    "b3 learned 1.0": "c992fa4e64425950",
+    "b3 learned 0.9": "837f9a00da5d3504",
+    "b4 mix_ffn 1.0": "4c44227df1a3e140",
+    "b4 mix_ffn 0.9": "fd56542cb81710b9",
+    "b4 learned 1.0": "711cd80deb81ce5a",
+    "b4 learned 0.9": "6166e3d72ba13b9e",
+    "b5 mix_ffn 1.0": "7a75038938d7773a",
+    "b5 mix_ffn 0.9": "1a708e8faa4e83f1",
+    "b5 learned 1.0": "1b3ee717a305deb8",
+    "b5 learned 0.9": "6aae62d0226146aa",
+}
+
+
+@pytest.mark.parametrize("case", STORED_ORDER)
+def test_groups_are_those_of_stored_checkpoints(case):
+    variant, pos_encoding, layer_decay = case.split()
+    tables = {"image_size": 64} if pos_encoding == "learned" else {}
+    with torch.device("meta"):
+        build = getattr(models, f"segformer_{variant}")
+        network = build(19, pos_encoding=pos_encoding, **tables)
+    groups = parameter_groups(network, 6e-5, 0.01, 10.0, float(layer_decay))
+    content = [[g["name"], g["lr"], g["weight_decay"], names_in(network, g)] for g in groups]
+    assert hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16] == STORED_ORDER[case]
+
+
+def test_groups_follow_the_hints_and_empty_ones_are_left_out():
+    network = Hinted(
+        {"stem.weight": 0, "stem.bias": 0, "top.weight": 2},
+        {"stem.bias", "top.bias"},
+        stem=nn.Linear(2, 2),
+        top=nn.Linear(2, 2),
+    )
+    named = {key: names_in(network, group) for key, group in groups_of(network).items()}
+    assert named == {
+        "encoder": ["stem.weight", "top.weight"],
+        "encoder_no_decay": ["stem.bias"],
+        "head_no_decay": ["top.bias"],
+    }
+    groups = groups_of(network, lr=1.0, layer_decay=0.5)
+    assert {key: (g["lr"], g["weight_decay"]) for key, g in groups.items()} == {
+        "encoder_00": (0.25, 0.01),  # nothing lies at depth 1, which counts all the same
+        "encoder_00_no_decay": (0.25, 0.0),
+        "encoder_02": (1.0, 0.01),
+        "head_no_decay": (10.0, 0.0),
+    }
+    # Without hints everything is the head.
+    assert list(groups_of(Hinted({}, only=nn.Linear(2, 2)))) == ["head"]
 
 
 def test_layer_decay_is_refused_where_there_are_no_layers():
-    encoder = torch.nn.Conv2d(3, 4, 3)
-    with pytest.raises(ValueError, match="Conv2d has 2 parameters elsewhere: leave it at 1"):
-        parameter_groups(encoder, encoder, 1.0, 0.01, 10.0, layer_decay=0.9)
-    # One that has some outside: they would be in no group, and never trained.
-    partly = segformer_b0(2).encoder
-    partly.register_module("last", torch.nn.LayerNorm(4))
-    with pytest.raises(ValueError, match="MixTransformer has 2 parameters elsewhere"):
-        layers(partly)
+    for layers, count in (({}, 0), ({"only.weight": 0, "only.bias": 0}, 1)):
+        network = Hinted(layers, only=nn.Linear(2, 2))
+        with pytest.raises(ValueError, match=f"Hinted tells of {count}: leave it at 1"):
+            groups_of(network, layer_decay=0.9)
     for wrong in (0.0, 1.1):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
-            parameter_groups(encoder, encoder, 1.0, 0.01, 10.0, layer_decay=wrong)
+            groups_of(network, layer_decay=wrong)
+
+
+def test_hints_that_do_not_fit_the_network_are_refused():
+    for hints in (({"onyl.weight": 0},), ({}, {"onyl.weight"})):
+        with pytest.raises(ValueError, match=r"Hinted has no parameter 'onyl\.weight'"):
+            groups_of(Hinted(*hints, only=nn.Linear(2, 2)))
+    # Parameters of an encoder that are in no layer would train at the head's rate.
+    network = segformer_b0(2)
+    network.encoder.register_module("last", nn.LayerNorm(4))
+    for layer_decay in (0.9, 1.0):
+        with pytest.raises(ValueError, match=r"leaves out 2 parameters, such as last\.bias"):
+            groups_of(network, layer_decay=layer_decay)
 
 
 def test_scheduler_keeps_the_ratio_of_the_groups():
-    network = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
-    groups = parameter_groups(network, network["encoder"], 6e-5, 0.01, head_lr_mult=10.0)
-    optimizer = torch.optim.AdamW(groups)
+    network = Hinted(
+        {"encoder.weight": 0, "encoder.bias": 0},
+        {"encoder.bias"},
+        encoder=nn.Linear(2, 2),
+        head=nn.Linear(2, 2),
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(network, 6e-5, 0.01, head_lr_mult=10.0))
     scheduler = poly_with_warmup(optimizer, max_steps=20, warmup_steps=4, power=0.9)
     for step in range(21):
         factor = poly_factor(step, 20, 4, power=0.9)

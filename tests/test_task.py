@@ -6,9 +6,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from segformer_pl.checkpoints import export_weights, load_weights
+from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference
+from segformer_pl.losses import CrossEntropy
 from segformer_pl.models import segformer_b0
 from segformer_pl.models.mit import NormEps
+from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.optim import poly_factor
 from segformer_pl.task import SegmentationTask
 
@@ -238,18 +241,78 @@ def test_a_run_without_max_steps_is_refused(tmp_path):
         trainer.fit(make_task(), DataLoader(samples(), batch_size=2))
 
 
+class Tiny(Segmenter):
+    """A segmenter without the attributes that SegFormer happens to have."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels, self.num_classes = 3, len(NAMES)
+        self.features = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.classifier = nn.Conv2d(4, len(NAMES), 1)
+
+    def feature_maps(self, images):
+        return {"features": self.features(images)}
+
+    def forward(self, images):
+        return self.classifier(self.features(images))
+
+    def init_args(self):
+        return {}
+
+
+class OwnLoss(Tiny):
+    """Trains with a loss of its own, as mask classification does."""
+
+    takes_criterion = False
+
+    def training_loss(self, images, target, criterion, ignore_index):
+        assert (images.min().item(), images.max().item()) == (-1.0, 1.0)  # normalised
+        assert (target.dtype, ignore_index) == (torch.int64, 255)
+        return 0 * self(images).sum() + 7
+
+
+def test_a_network_may_have_a_loss_of_its_own(tmp_path):
+    palette = [[0, 0, 0]] * 3
+    half = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+    trainer = make_trainer(tmp_path, max_steps=1)
+    loader = DataLoader(samples(2), batch_size=2)
+    trainer.fit(SegmentationTask(OwnLoss(), NAMES, palette, **half), loader, loader)
+    assert trainer.callback_metrics["train/loss"] == 7
+    assert 0 < trainer.callback_metrics["val/loss"] < 7  # cross-entropy, as for every network
+    with pytest.raises(UserError, match="OwnLoss trains with a loss of its own; leave"):
+        SegmentationTask(OwnLoss(), NAMES, palette, loss=CrossEntropy())
+
+
+def test_a_network_may_apply_the_loss_to_several_outputs(tmp_path):
+    class Auxiliary(Tiny):
+        def training_loss(self, images, target, criterion, ignore_index):
+            main = self(images)
+            return criterion(main, target, ignore_index) + 2 * criterion(
+                main[:, :, ::2, ::2], target, ignore_index
+            )
+
+    class Height(nn.Module):
+        def forward(self, logits, labels, ignore_index):
+            return 0 * logits.sum() + logits.shape[2]
+
+    trainer = make_trainer(tmp_path, max_steps=1)
+    task = SegmentationTask(Auxiliary(), NAMES, [[0, 0, 0]] * 3, loss=Height())
+    trainer.fit(task, DataLoader(samples(2), batch_size=2))
+    assert trainer.callback_metrics["train/loss"] == 16 + 2 * 8
+
+
+def test_the_training_loss_of_segformer_is_the_criterion_of_its_logits():
+    task = make_task(head_lr_mult=1.0)
+    batch = {"image": torch.rand(2, 3, 32, 32), "label": torch.randint(0, 3, (2, 32, 32))}
+    torch.manual_seed(1)
+    loss = task.training_loss(batch["image"], batch["label"])
+    torch.manual_seed(1)
+    assert torch.equal(loss, task.loss(task(batch["image"]), batch["label"], 255))
+
+
 @pytest.mark.slow
 def test_any_segmenter_can_be_trained(tmp_path):
     """The task knows the contract, not the model."""
-
-    class Tiny(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = nn.Conv2d(3, 4, 3, stride=2, padding=1)
-            self.head = nn.Conv2d(4, 3, 1)
-
-        def forward(self, images):
-            return self.head(self.encoder(images))
 
     trainer = make_trainer(tmp_path, max_steps=2)
     task = SegmentationTask(Tiny(), NAMES, [[0, 0, 0]] * 3)
@@ -300,7 +363,8 @@ def test_weights_are_read_when_fit_starts_and_never_with_a_checkpoint(tmp_path):
     )
     assert again.network.encoder.norm_eps == (1e-6, 1e-5)
     network = segformer_b0(len(NAMES), norm_eps=0.5)
-    assert load_weights(network, tmp_path / "second.ckpt").norm_eps == (1e-6, 1e-5)
+    constants = {"norm_eps": 1e-6, "conv_norm_eps": 1e-5}
+    assert load_weights(network, tmp_path / "second.ckpt").constants == constants
 
 
 def test_whole_weights_can_be_scored_without_training(tmp_path):

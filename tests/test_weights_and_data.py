@@ -10,7 +10,9 @@ import yaml
 from PIL import Image
 
 from segformer_pl.cli import main
+from segformer_pl.commands.erf import subject_from_file
 from segformer_pl.data import shapes
+from segformer_pl.inference import Predictor
 
 pytestmark = pytest.mark.slow
 NAMES = list(shapes.CLASS_NAMES)
@@ -316,11 +318,9 @@ def test_a_training_that_diverges_says_so_and_leaves_its_report(run, fail, tmp_p
 
 
 def test_the_erf_of_weights_takes_their_normalisation(run, tmp_path):
-    from segformer_pl.commands.erf import _subject
-    from segformer_pl.data import StreamingSegmentationData
-
     main(["convert", str(run / "last.ckpt"), str(tmp_path / "hf"), "--to", "huggingface"])
     file = tmp_path / "hf" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.4, 0.3]}))
-    subject = _subject("weights", str(tmp_path / "hf"), StreamingSegmentationData())
-    assert list(subject.mean) == [0.5, 0.4, 0.3]
+    normalization = subject_from_file(str(tmp_path / "hf")).normalization
+    assert normalization == Predictor.load(tmp_path / "hf").normalization
+    assert normalization.mean == (0.5, 0.4, 0.3)

@@ -1,14 +1,14 @@
-"""Seconds for the receptive fields of stage 1 to 4 and the head, beside passes of their own.
+"""Time the receptive fields of stage 1 to 4 and the head against separate passes.
 
     python experiments/benchmarks/erf.py [--model segformer_b0] [--size H W] [--images N]
                                          [--batch-size N] [--rounds N] [--threads N]
 
-In turn, in one process, on the same pictures: the project's measurement, and two plain routes that
-make five separate forward and backward passes, one for each layer, one picture at a time. `grad`
-asks autograd for the gradient of the picture alone, as RepLKNet's script does; `backward` calls
-`backward()`, which also fills the gradients of all parameters. All three give the same maps, which
-is checked. Printed are the medians over the rounds, wall and CPU time, and the most memory that
-the process held.
+Compares three routes in turn, in one process, on the same images: the project's measurement, and
+two plain ones that make five separate forward and backward passes, one for each layer, one image at
+a time. `grad` asks autograd for the gradient of the image alone, as RepLKNet's script does;
+`backward` calls `backward()`, which also fills the gradients of all parameters. The script checks
+that all three give the same maps. It prints medians over the rounds of wall and CPU time, and the
+peak memory of the process.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Maps = dict[str, Tensor]
 
 
 def separate(network: torch.nn.Module, images: Tensor, fill_parameters: bool) -> Maps:
-    """Five forward and five backward passes for each picture."""
+    """Run five forward and five backward passes for each image."""
     maps = {layer: torch.zeros(images.shape[2:]) for layer in LAYERS}
     for image in images:
         for layer in LAYERS:
@@ -48,7 +48,7 @@ def separate(network: torch.nn.Module, images: Tensor, fill_parameters: bool) ->
 
 
 def backward_alone(network: torch.nn.Module, images: Tensor) -> float:
-    """CPU seconds of the five backward passes of `grad`, without any forward pass."""
+    """Return the CPU seconds of the five backward passes of `grad`, without the forward passes."""
     seconds = 0.0
     for image in images:
         inputs = image[None].clone().requires_grad_()
@@ -102,7 +102,7 @@ def main() -> None:
             memory.setdefault(name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     alone = [backward_alone(network, images) for _ in range(options.rounds)]
     sys.stdout.write(
-        f"{options.model}, {options.images} pictures of {options.size[0]}x{options.size[1]}, "
+        f"{options.model}, {options.images} images of {options.size[0]}x{options.size[1]}, "
         f"batches of {options.batch_size}, {options.threads} threads, torch {torch.__version__}; "
         f"medians of {options.rounds} rounds\n"
         f"{'':<10}{'wall, s':>10}{'CPU, s':>10}{'x project':>11}{'x, CPU':>9}{'so far, GB':>12}\n"

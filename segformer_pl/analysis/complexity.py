@@ -1,11 +1,11 @@
 """What a network costs: parameters, multiply-adds, activation memory, latency.
 
 Counts come from one forward pass on fake tensors (shapes without data), so they need neither time
-nor memory at any size of picture. Latency is measured on real ones.
+nor memory at any size of image. Latency is measured on real ones.
 
-One MAC is one multiplication and one addition. What the paper calls "FLOPs" are MACs as its tools
-count them, see :func:`paper_macs`; the MACs that are really executed are fewer, because the decode
-head is folded (:mod:`segformer_pl.models.decode_head`).
+One MAC is one multiplication and one addition. What papers call "FLOPs" are MACs as their tools
+count them, see :meth:`segformer_pl.models.SegFormer.paper_macs`; the MACs that SegFormer executes
+are fewer, because its decode head is folded (:mod:`segformer_pl.models.decode_head`).
 """
 
 import math
@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from segformer_pl.models import SegFormer
+from segformer_pl.models.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
 class PartCost:
-    """One part of a network: a stage of the encoder, or the head.
+    """One part of a network, such as a stage of the encoder or the head.
 
     Attributes:
-        name: ``stage1`` ... ``stage4``, ``head``, or the attribute's name.
+        name: Its name in the network's ``parts()``.
         num_parameters: Its parameters.
-        output_shape: Of the last tensor it returns, batch included.
+        output_shape: Of the last tensor it returns, batch included; None if a forward pass in
+            evaluation mode does not use it.
         macs: MACs executed in it.
         attention_macs: Of these, in attention: the products of queries with keys and of weights
             with values, without the projections around them.
@@ -45,7 +46,7 @@ class PartCost:
 
     name: str
     num_parameters: int
-    output_shape: tuple[int, ...]
+    output_shape: tuple[int, ...] | None
     macs: int
     attention_macs: int
     query_length: int | None
@@ -73,15 +74,15 @@ class Latency:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What :func:`complexity` counted, for one picture.
+    """What :func:`complexity` counted, for one image.
 
     Attributes:
         image_shape: (C, H, W).
         num_classes: Channels of the logits.
-        num_parameters: All; ``encoder_parameters`` and ``head_parameters`` (everything outside the
-            encoder) make it up.
+        num_parameters: All; ``encoder_parameters`` (those of the network's ``layer_ids()``) and
+            ``head_parameters`` (all others) make it up.
         macs: MACs executed in a forward pass.
-        paper_macs: What the paper's "FLOPs" column counts; None for other networks than SegFormer.
+        paper_macs: What the "FLOPs" column of the network's paper counts; None if there is none.
         activation_bytes: Memory of the tensors that a forward pass in training mode keeps for the
             backward pass, in the parameters' dtype, parameters not counted.
         parts: The costs part by part, in order.
@@ -98,25 +99,25 @@ class Complexity:
     parts: tuple[PartCost, ...]
 
 
-def complexity(network: Any, height: int, width: int, in_channels: int = 3) -> Complexity:
-    """Count what one picture costs in a segmenter.
+def complexity(network: Segmenter, height: int, width: int) -> Complexity:
+    """Count what one image costs in a segmenter, which is left as it is.
 
     Args:
-        network: A segmenter: ``encoder`` attribute, ``forward(images) -> logits``. Left as it is.
-        height, width: Of the picture, in pixels.
-        in_channels: Of the picture.
+        network: The segmenter.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
 
     Raises:
-        ValueError: the network refuses pictures of this size.
+        ValueError: The network refuses images of this size.
     """
-    parts = dict(_parts(network))
+    parts = {name: (path, network.get_submodule(path)) for name, path in network.parts().items()}
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
         state: dict[str, Tensor] = {
             name: fake.from_tensor(tensor)
             for name, tensor in (*network.named_parameters(), *network.named_buffers())
         }
         dtype = next(network.parameters()).dtype
-        images = torch.zeros(1, in_channels, height, width, dtype=dtype)
+        images = torch.zeros(1, network.in_channels, height, width, dtype=dtype)
         # Matrix-vector products are the one kind that torch's counter leaves out.
         flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv_flops})
         lengths = _AttentionLengths()
@@ -135,7 +136,7 @@ def complexity(network: Any, height: int, width: int, in_channels: int = 3) -> C
         PartCost(
             name,
             num_parameters=_num_parameters(module),
-            output_shape=shapes[name],
+            output_shape=shapes.get(name),
             macs=_macs(counts, f"{root}.{path}"),
             attention_macs=lengths.macs[name],
             query_length=lengths.longest.get(name, (None, None))[0],
@@ -143,84 +144,43 @@ def complexity(network: Any, height: int, width: int, in_channels: int = 3) -> C
         )
         for name, (path, module) in parts.items()
     )
-    encoder_parameters = _num_parameters(network.encoder)
+    encoder = network.layer_ids()
+    encoder_parameters = sum(
+        parameter.numel() for name, parameter in network.named_parameters() if name in encoder
+    )
     return Complexity(
-        image_shape=(in_channels, height, width),
+        image_shape=(network.in_channels, height, width),
         num_classes=logits.shape[1],
         num_parameters=_num_parameters(network),
         encoder_parameters=encoder_parameters,
         head_parameters=_num_parameters(network) - encoder_parameters,
         macs=flops.get_total_flops() // 2,
-        paper_macs=paper_macs(network, height, width) if isinstance(network, SegFormer) else None,
+        paper_macs=network.paper_macs(height, width),
         activation_bytes=kept.num_bytes,
         parts=costs,
     )
 
 
-def paper_macs(network: SegFormer, height: int, width: int) -> int:
-    """The paper's "FLOPs" (Tables 1 and 2), which are multiply-adds counted by its own recipe.
-
-    Counted are: convolutions with their bias additions, Linear layers without, the elements that
-    go through ReLU, and 2 N (N / R) C in every attention for N tokens, R = sr_ratio squared. Not
-    counted: norms, GELU, softmax, interpolation. The head is the one that the paper describes:
-    projections at each stage's resolution, a fuse convolution of 4C to C channels at stride 4.
-
-    With 150 classes this gives every FLOPs value of Table 1a: 512x512 for ADE20K (640x640 for B5)
-    and COCO-Stuff, 1024x2048 for Cityscapes. The recipe is that of the reference code's
-    ``tools/get_flops.py`` with mmcv's counter.
-    """
-    encoder, head = cast(Any, network.encoder), cast(Any, network.head)
-    total = 0.0
-    sizes: list[tuple[int, int]] = []
-    grid = (height, width)
-    for stage in encoder.stages:
-        convolution = stage.patch_embed.proj
-        grid = _output_size(convolution, grid)
-        sizes.append(grid)
-        num_tokens = math.prod(grid)
-        total += _convolution(convolution, num_tokens)
-        for block in stage.blocks:
-            attention, mlp = block.attn, block.mlp
-            num_keys = num_tokens / attention.sr_ratio**2
-            if attention.sr_ratio > 1:
-                total += _convolution(attention.sr, math.prod(_output_size(attention.sr, grid)))
-            total += attention.q.weight.numel() * num_tokens
-            total += attention.kv.weight.numel() * num_keys
-            total += 2 * num_tokens * num_keys * attention.proj.out_features
-            total += attention.proj.weight.numel() * num_tokens
-            total += (mlp.fc1.weight.numel() + mlp.fc2.weight.numel()) * num_tokens
-            if isinstance(mlp.dwconv, nn.Conv2d):
-                total += _convolution(mlp.dwconv, num_tokens)
-    fused = math.prod(sizes[0])
-    for index, projection in zip(head.in_indices, head.projections):
-        total += projection.weight.numel() * math.prod(sizes[index])
-    if head.fuse is not None:
-        total += _convolution(head.fuse, fused)
-    total += head.bn.num_features * fused  # ReLU
-    total += _convolution(head.classifier, fused)
-    return round(total)
-
-
 def measure_latency(
-    network: nn.Module,
+    network: Segmenter,
     height: int,
     width: int,
-    in_channels: int = 3,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     min_seconds: float = 3.0,
 ) -> Latency:
-    """Time forward passes of one picture in evaluation mode, without gradients, eagerly.
+    """Time forward passes of one image in evaluation mode, without gradients, eagerly.
 
     Args:
-        network: Moved to ``device`` and ``dtype``.
-        height, width, in_channels: Of the picture.
+        network: The segmenter. It is moved to ``device`` and ``dtype``.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
         device: ``cpu`` or ``cuda``.
-        dtype: Of weights and picture.
-        min_seconds: Runs go on for so long, at least one.
+        dtype: Data type of weights and image.
+        min_seconds: Least time of the measurement in seconds; there is at least one pass.
     """
     network = network.to(device, dtype).eval()
-    images = torch.randn(1, in_channels, height, width, device=device, dtype=dtype)
+    images = torch.randn(1, network.in_channels, height, width, device=device, dtype=dtype)
     num_warmup = 3
     with torch.inference_mode():
         for _ in range(num_warmup):
@@ -257,7 +217,7 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
     """Everything for people, in lines of at most 100 characters."""
     _, height, width = cost.image_shape
     lines = [
-        f"{name}, one picture of {height}x{width} pixels, {cost.num_classes} classes",
+        f"{name}, one image of {height}x{width} pixels, {cost.num_classes} classes",
         "",
         f"parameters    {cost.num_parameters / 1e6:10.2f} M   encoder "
         f"{cost.encoder_parameters / 1e6:.2f} M, head {cost.head_parameters / 1e6:.2f} M",
@@ -265,8 +225,8 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
     ]
     if cost.paper_macs is not None:
         lines.append(
-            f"paper's FLOPs {cost.paper_macs / 1e9:10.2f} G   multiply-adds by the paper's recipe, "
-            "head not folded"
+            f"paper's FLOPs {cost.paper_macs / 1e9:10.2f} G   multiply-adds as the paper counts "
+            "them"
         )
     lines += [
         f"activations   {cost.activation_bytes / 1e6:10.1f} MB  kept for the backward pass",
@@ -279,8 +239,9 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
     ]
     for part in cost.parts:
         attention = f"{part.attention_macs / part.macs:.0%}" if part.query_length else "-"
+        shape = "x".join(map(str, part.output_shape[1:])) if part.output_shape else "-"
         lines.append(
-            f"{part.name:<10}{'x'.join(map(str, part.output_shape[1:])):>18}"
+            f"{part.name:<10}{shape:>18}"
             f"{part.num_parameters:>12,}{part.macs / 1e9:>9.2f}{part.macs / cost.macs:>8.0%}"
             f"{attention:>11}{part.query_length or '-':>9}{part.key_length or '-':>7}"
         )
@@ -290,17 +251,6 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
         "its largest attention. Norms, softmax, GELU and interpolation are not multiply-adds.",
     ]
     return "\n".join(lines)
-
-
-def _parts(network: Any) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
-    """Name in the table -> path and module: the encoder's stages, if it has any, and the rest."""
-    for path, child in network.named_children():
-        stages = getattr(child, "stages", None)
-        if child is network.encoder and isinstance(stages, nn.ModuleList):
-            for s, stage in enumerate(stages):
-                yield f"stage{s + 1}", (f"{path}.stages.{s}", stage)
-        else:
-            yield path, (path, child)
 
 
 def _mv_flops(matrix: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
@@ -313,21 +263,6 @@ def _macs(counts: dict[str, dict[Any, int]], path: str) -> int:
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _output_size(convolution: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
-    kernel, stride, padding = (
-        convolution.kernel_size[0],
-        convolution.stride[0],
-        int(convolution.padding[0]),
-    )
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
-    return height, width
-
-
-def _convolution(convolution: nn.Conv2d, num_outputs: int) -> int:
-    bias = 0 if convolution.bias is None else convolution.out_channels
-    return (convolution.weight.numel() + bias) * num_outputs
 
 
 class _AttentionLengths(TorchFunctionMode):

@@ -1,26 +1,17 @@
-"""What a run was trained with, and in which settings runs differ."""
+"""The settings that a run was trained with, and in which of them runs differ: plain data."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import yaml
-
-from segformer_pl.analysis.evaluation import EVALUATION_FOLDER
-from segformer_pl.analysis.run_history import (
-    CALLBACKS,
-    CONFIG_FILE,
-    config_files,
-    leaves,
-    read_training_data,
-    without_parts,
-)
 
 SEED = "seed_everything"
 DATA = "training data"
 DATA_PATH = "data.path"
+CALLBACKS = "trainer.callbacks."
+# Of where a part of a run is stored and what it starts from, not of how it trains.
+NOT_OF_A_PART = ("ckpt_path", "trainer.logger.", "trainer.default_root_dir")
 # Where a run is kept and how it is executed, which does not change what is trained: the order of
 # the samples does not depend on the number of loader processes.
 NOT_COMPARED = (
@@ -97,77 +88,94 @@ class Configuration:
         return self.settings == other.settings and self.has_data_of(other)
 
 
-def training_configuration(source: Path, step: int) -> Configuration | None:
-    """What the network was trained with that a run folder, or a file of its evaluations, scored.
+def is_evaluation(config: Mapping[str, Any]) -> bool:
+    """Whether this is the configuration of a ``validate`` or ``test``."""
+    return EVALUATES in config
 
-    The folder of a ``fit`` tells it. That of a ``validate`` or ``test`` tells how the network was
-    scored, and by ``--ckpt_path`` in which run it was trained.
+
+def training_configuration(
+    parts: Mapping[int, Mapping[str, Any]],
+    data: TrainingData | None,
+    evaluated_with: Mapping[str, Any] | None = None,
+) -> Configuration | None:
+    """One configuration of all parts of a training.
 
     Args:
-        source: Run folder, or an .npz file of its evaluation folder.
-        step: Training steps before the evaluation; what was changed after them does not count.
+        parts: Configuration of the start, and of each resumption, by the step that it holds from.
+        data: The images that the run was trained on, if they are known.
+        evaluated_with: Settings of the model with which another run evaluated the network.
 
     Returns:
-        None where that is not known: there is no ``config.yaml``, or the run that was trained is
-        not where the checkpoint was.
-
-    Raises:
-        ValueError: a ``config.yaml`` cannot be read.
+        None if this is no training.
     """
-    folder = source
-    if not source.is_dir():
-        if source.parent.name != EVALUATION_FOLDER:
-            return None
-        folder = source.parent.parent
-    file = folder / CONFIG_FILE
-    if not file.is_file():
+    if any(is_evaluation(part) for part in parts.values()):
         return None
-    config, protocol = read_config(file), None
-    is_evaluation = EVALUATES in config
-    if is_evaluation:
-        checkpoint = config.get("ckpt_path")
-        folder = Path(str(checkpoint)).parent.parent  # RUN/checkpoints/FILE
-        if checkpoint is None or not (folder / CONFIG_FILE).is_file():
-            return None
-        protocol = (config.get("model") or {}).get("inference")
-    parts = {
-        start: read_config(part)
-        for start, part in config_files(folder).items()
-        if start == 0 or start < step
-    }
-    if any(EVALUATES in part for part in parts.values()):
-        return None
+    first = parts[0]
+    merged = {}
     for start, part in parts.items():
+        merged[start] = dict(part)
         if start:
-            part["ckpt_path"] = parts[0].get("ckpt_path")  # the run's own
-        if is_evaluation:
-            part["model"] = {**(part.get("model") or {}), "inference": protocol}
-    seed, data = parts[0].get(SEED), read_training_data(folder)
-    if data is not None:
-        # The layout before the dash holds names of files; contents are hashed after it, if at all.
-        data["fingerprint"] = str(data["fingerprint"]).rpartition("-")[2]
+            merged[start]["ckpt_path"] = first.get("ckpt_path")  # the run's own
+        if evaluated_with is not None:
+            merged[start]["model"] = {**(part.get("model") or {}), **evaluated_with}
+    seed = first.get(SEED)
     return Configuration(
-        _merged(parts),
+        _merged(merged),
         None if isinstance(seed, bool) else seed,
-        TrainingData(**data) if data else None,
-        (parts[0].get("data") or {}).get("path"),
+        data,
+        (first.get("data") or {}).get("path"),
     )
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The settings in a ``config.yaml``, as plain data.
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ between two configurations, each with both values."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    return without_parts(
+        {
+            key: (before.get(key), after.get(key))
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key) and not f"{key}.".startswith(NOT_OF_A_PART)
+        }
+    )
 
-    Raises:
-        ValueError: it is no YAML file, or holds something else.
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration by dotted key.
+
+    Callbacks go by the names of their classes rather than by their places in the list, which
+    another callback changes: ``trainer.callbacks.ModelCheckpoint`` is the path of the class, and
+    its arguments follow below that key. A second one of a class is ``ModelCheckpoint.2``.
     """
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"'{file}' cannot be read as YAML ({reason}); give another run") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"'{file}' does not hold the settings of a run; give another run")
-    return config
+    if prefix == CALLBACKS:
+        yield from _callbacks(tree)
+    elif isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, f"{prefix}{key}.")
+    elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        for number, value in enumerate(tree):
+            yield from leaves(value, f"{prefix}{number}.")
+    else:
+        yield prefix.rstrip("."), tree
+
+
+def _callbacks(tree: Any) -> Iterator[tuple[str, Any]]:
+    count: Counter[str] = Counter()
+    for callback in tree if isinstance(tree, list) else [tree]:
+        if not isinstance(callback, dict) or "class_path" not in callback:
+            continue
+        path = str(callback["class_path"])
+        name = path.rpartition(".")[2]
+        count[name] += 1
+        key = f"{CALLBACKS}{name}" + (f".{count[name]}" if count[name] > 1 else "")
+        yield key, path
+        if arguments := callback.get("init_args"):
+            yield from leaves(arguments, f"{key}.")
+
+
+def without_parts(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the arguments of a callback that is listed itself."""
+    listed = tuple(f"{key}." for key in settings if key.startswith(CALLBACKS))
+    return {key: value for key, value in settings.items() if not key.startswith(listed)}
 
 
 def differences(configurations: Sequence[Configuration]) -> dict[str, list[Any]]:

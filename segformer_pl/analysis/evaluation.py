@@ -1,6 +1,5 @@
 """The evaluation of a validation or test set, with the counts of every image, as one file."""
 
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -123,19 +122,16 @@ class Evaluation:
             np.savez_compressed(stream, **arrays)
 
 
-def load_evaluation(path: Path) -> Evaluation:
-    """The last evaluation of a run folder, or that of one npz file.
-
-    The last is the one with the most training steps; at equal steps ``val`` comes before ``test``.
+def load_evaluation(file: Path) -> Evaluation:
+    """Read the evaluation in one npz file; :class:`~.run.Run` finds those of a run folder.
 
     Raises:
-        ValueError: there is no such folder or file, the folder holds no evaluation, or the file is
-            damaged or something else; one sentence says which.
+        ValueError: There is no such file, or it is damaged or something else; one sentence says
+            which.
     """
-    file = _last_evaluation(path) if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
-            f"there is no run folder or file '{path}'; give a run folder, such as "
+            f"there is no run folder or file '{file}'; give a run folder, such as "
             f"runs/demo/version_0, or an .npz file of its {EVALUATION_FOLDER} folder"
         )
     try:
@@ -155,18 +151,3 @@ def load_evaluation(path: Path) -> Evaluation:
         raise ValueError(
             f"'{file}' is no evaluation of a run, or is damaged; validate again, or give another"
         ) from error
-
-
-def _last_evaluation(run_dir: Path) -> Path:
-    found = [
-        (int(match[2]), match[1] == "val", file)
-        for file in (run_dir / EVALUATION_FOLDER).glob("*.npz")
-        if (match := re.fullmatch(r"(val|test)_step_(\d+)\.npz", file.name))
-    ]
-    if not found:
-        raise ValueError(
-            f"'{run_dir}' holds no {EVALUATION_FOLDER}/val_step_*.npz, which every validation "
-            "leaves in the folder of its run; give the folder of one run, such as "
-            "runs/demo/version_0, or that of `python -m segformer_pl validate`"
-        )
-    return max(found)[-1]

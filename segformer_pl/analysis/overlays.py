@@ -16,12 +16,18 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from segformer_pl.analysis.charts import INK, printable
+from segformer_pl.analysis.style import (
+    INK,
+    UNLABELLED_COLOR,
+    Palette,
+    colorize,
+    css_color,
+    printable,
+)
 
 LISTED_CLASSES = 31  # in the legend of a panel
 MAX_NAME_LENGTH = 40  # letters of a class name in a legend
 MAX_TITLE_LENGTH = 40  # letters of a title above a panel
-UNLABELLED_COLOR = (255, 255, 255)
 OPACITY = 0.5  # of the class colours over the picture
 MIN_LONG_SIDE = 512  # pixels; smaller pictures are enlarged, so that outlines and text fit
 TEXT_SIZE = 1 / 44  # height of the legend's text over the longer side
@@ -31,20 +37,6 @@ DARK = 90  # of 255; ground below that has white outlines
 
 Pixels = npt.NDArray[np.uint8]
 TrainIds = npt.NDArray[np.integer[Any]]
-Palette = Sequence[Sequence[int]]
-
-
-def colorize(train_ids: TrainIds, palette: Palette) -> Pixels:
-    """Train ids (H, W) -> (H, W, 3) RGB; white where the id has no colour (unlabelled).
-
-    Args:
-        train_ids: Class of every pixel, not negative.
-        palette: RGB 0-255 by train id.
-    """
-    colors = np.array([*palette, UNLABELLED_COLOR], np.uint8)
-    # numpy refuses a bound that the type of the ids cannot hold, which they never reach.
-    last = min(len(palette), np.iinfo(train_ids.dtype).max)
-    return colors[np.minimum(train_ids, last)]
 
 
 def draw_overlay(
@@ -240,11 +232,11 @@ def plot_predictions(
     """
     handles = [
         Patch(
-            facecolor=(r / 255, g / 255, b / 255),
+            facecolor=css_color(color),
             edgecolor="0.5",
             label=printable(name, MAX_NAME_LENGTH),
         )
-        for name, (r, g, b) in _panel_legend(shown, class_names, palette)
+        for name, color in _panel_legend(shown, class_names, palette)
     ]
     num_columns = 2 if len(shown) > 1 else 1
     legend_columns = min(len(handles), 4 * num_columns)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
+
 Config = Mapping[str, Any]
 
 PAPER = "paper Sec. 4.1"
@@ -64,8 +66,8 @@ ANY_DATASET = (
     Setting("model.loss.init_args.average", "all", LOSS),
     Setting("model.loss.init_args.class_weights", None, PAPER),
     Setting("model.loss.init_args.label_smoothing", 0, LOSS),
-    Setting("model.image_mean", [0.485, 0.456, 0.406], PIPELINE),
-    Setting("model.image_std", [0.229, 0.224, 0.225], PIPELINE),
+    Setting("model.image_mean", list(IMAGENET_MEAN), PIPELINE),
+    Setting("model.image_std", list(IMAGENET_STD), PIPELINE),
     Setting("data.scale_range", [0.5, 2], PIPELINE),
     Setting("data.photometric", True, PIPELINE),
     Setting("trainer.precision", "32-true", CONFIG, same=(None, 32, "32")),

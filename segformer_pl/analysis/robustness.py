@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from segformer_pl.analysis.charts import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION
+from segformer_pl.analysis.style import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION
 from segformer_pl.atomic import atomic_write_text
 
 CLEAN = "clean"

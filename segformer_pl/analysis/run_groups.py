@@ -19,6 +19,21 @@ from segformer_pl.analysis.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
+class ComparedRun:
+    """An evaluation that is compared with others, and where it comes from.
+
+    Attributes:
+        path: Run folder or file, as it was given.
+        evaluation: Of the trained network, image by image.
+        configuration: What the network was trained with; None if that is not known.
+    """
+
+    path: Path
+    evaluation: Evaluation
+    configuration: Configuration | None
+
+
+@dataclass(frozen=True)
 class ScoredRun:
     """One trained network on the images that all were scored on.
 
@@ -68,43 +83,36 @@ class Group:
         return without_nan(known | {"standard_deviation": self.standard_deviation})
 
 
-def group_runs(
-    paths: Sequence[Path],
-    evaluations: Sequence[Evaluation],
-    configurations: Sequence[Configuration | None],
-    block_size: int = 1,
-) -> tuple[Group, ...]:
+def group_runs(runs: Sequence[ComparedRun], block_size: int = 1) -> tuple[Group, ...]:
     """Group runs whose configurations differ in seed and paths alone.
 
     Args:
-        paths: Of the runs, for messages.
-        evaluations: One of each, of the same images.
-        configurations: What each was trained with.
-        block_size: Of the intervals over images, see
+        runs: Trained networks, evaluated on the same images.
+        block_size: Number of contiguous images in a block of the intervals over images, see
             :func:`~segformer_pl.analysis.comparison.miou_interval`.
 
     Raises:
-        ValueError: classes, images or labels differ; the images make fewer than two blocks; a
-            configuration is not known; one seed of a
-            configuration is there twice; or the runs of one configuration were scored after
-            different numbers of steps. One sentence says which.
+        ValueError: Classes, images or labels differ; the images make fewer than two blocks; a
+            configuration is not known; one seed of a configuration is there twice; or the runs of
+            one configuration were scored after different numbers of steps. One sentence says which.
     """
-    for path, evaluation in zip(paths[1:], evaluations[1:]):
-        matched(evaluations[0], evaluation, (f"'{paths[0]}'", f"'{path}'"))
-    if len(evaluations[0].ids) <= block_size:
+    first = runs[0]
+    for run in runs[1:]:
+        matched(first.evaluation, run.evaluation, (f"'{first.path}'", f"'{run.path}'"))
+    if len(first.evaluation.ids) <= block_size:
         raise ValueError(
-            f"{len(evaluations[0].ids)} images in blocks of {block_size} make one block, and two "
+            f"{len(first.evaluation.ids)} images in blocks of {block_size} make one block, and two "
             "are the least to draw from; give a smaller --block-size or more images"
         )
     known: list[Configuration] = []
-    for path, configuration in zip(paths, configurations):
-        if configuration is None:
+    for run in runs:
+        if run.configuration is None:
             raise ValueError(
-                f"what '{path}' was trained with is not known, and runs are grouped by that: there "
-                "is no config.yaml of a training; give run folders of `fit`, or of a `validate` "
-                "whose --ckpt_path is still where it was"
+                f"what '{run.path}' was trained with is not known, and runs are grouped by that: "
+                "there is no config.yaml of a training; give run folders of `fit`, or of a "
+                "`validate` whose --ckpt_path is still where it was"
             )
-        known.append(configuration)
+        known.append(run.configuration)
     members: list[list[int]] = []
     for number, configuration in enumerate(known):
         for group in members:
@@ -121,21 +129,18 @@ def group_runs(
     differing = differences([known[group[0]] for group in members])
     groups = []
     for index, (name, group) in enumerate(zip(string.ascii_uppercase, members)):
-        runs = [
-            ScoredRun(
-                str(paths[number]),
-                evaluations[number].split,
-                evaluations[number].step,
-                known[number].seed,
-                Estimate(evaluations[number].miou, *miou_interval(evaluations[number], block_size)),
-            )
-            for number in group
-        ]
-        _check_spread(runs)
+        scored = [_scored(runs[number], known[number].seed, block_size) for number in group]
+        _check_spread(scored)
         settings = {key: values[index] for key, values in differing.items()}
-        by_seed = sorted(runs, key=lambda run: (run.seed is None, run.seed))
+        by_seed = sorted(scored, key=lambda run: (run.seed is None, run.seed))
         groups.append(Group(name, settings, tuple(by_seed)))
     return tuple(groups)
+
+
+def _scored(run: ComparedRun, seed: int | None, block_size: int) -> ScoredRun:
+    evaluation = run.evaluation
+    miou = Estimate(evaluation.miou, *miou_interval(evaluation, block_size))
+    return ScoredRun(str(run.path), evaluation.split, evaluation.step, seed, miou)
 
 
 def _check_spread(runs: Sequence[ScoredRun]) -> None:

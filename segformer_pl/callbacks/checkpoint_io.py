@@ -12,6 +12,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from segformer_pl.atomic import atomic_write
 
 
+def is_local(path: str | Path) -> bool:
+    """Whether a path is one of this machine's file systems, not a URL such as ``s3://``."""
+    return isinstance(url_to_fs(str(path))[0], LocalFileSystem)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target, syncs it and renames it over the previous one.
 
@@ -30,12 +35,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             WriteError: The disk is full, the folder is read-only, or the like; the previous file
                 is intact.
         """
-        file_system, local_path = url_to_fs(str(path))
-        if storage_options is not None or not isinstance(file_system, LocalFileSystem):
+        if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         # In memory first: torch's writer turns a full disk into an error of its own.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        with atomic_write(local_path) as stream:
+        with atomic_write(url_to_fs(str(path))[1]) as stream:
             stream.write(buffer.getbuffer())

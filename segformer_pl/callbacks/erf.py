@@ -91,7 +91,7 @@ class EffectiveReceptiveField(pl.Callback):
                 rank_zero_only=True,
             )
         if trainer.is_global_zero:
-            height, width = erf.recipe["image_size"]
+            height, width = erf.settings["image_size"]
             title = f"mean of {erf.num_images} validation pictures of {height}x{width}, step {step}"
             publish(trainer, lambda: plot_erf(erf, title), "erf", step)
 
@@ -125,7 +125,7 @@ class EffectiveReceptiveField(pl.Callback):
         # Every rank counts the same parts and so leaves out the same ones.
         sizes = Counter[tuple[int, int]]()
         for part in measured:
-            sizes[tuple(part.recipe["image_size"])] += part.num_images
+            sizes[tuple(part.settings["image_size"])] += part.num_images
         size, num_images = sizes.most_common(1)[0]
         if len(sizes) > 1:
             rank_zero_warn(
@@ -133,7 +133,7 @@ class EffectiveReceptiveField(pl.Callback):
                 f"which cannot be averaged; the {num_images} of {size[0]}x{size[1]} pixels are "
                 "taken"
             )
-        erf = merge([part for part in measured if tuple(part.recipe["image_size"]) == size])
+        erf = merge([part for part in measured if tuple(part.settings["image_size"]) == size])
         if erf.not_finite:
             rank_zero_warn(
                 "EffectiveReceptiveField: value or gradient was not finite, left out: "

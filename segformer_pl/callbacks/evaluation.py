@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
-from segformer_pl.analysis.charts import printable
 from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, Evaluation
 from segformer_pl.analysis.overlays import plot_predictions
+from segformer_pl.analysis.style import printable
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks.figures import leaves_files, publish, run_folder
 from segformer_pl.metrics import StepOutput

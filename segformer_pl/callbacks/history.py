@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from lightning.pytorch.utilities.rank_zero import (
 )
 from torch import Tensor
 
-from segformer_pl.analysis.run_history import (
+from segformer_pl.analysis.evaluation import EVALUATION_FOLDER
+from segformer_pl.analysis.run import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
+    FIGURE_FOLDERS,
     FINDINGS_FILE,
+    METRICS_FILE,
     TRAINING_DATA,
     TRAINING_DATA_FILE,
-    rewind,
-    run_dir_of,
+    Run,
+    numbered_files,
+    read_table,
 )
-from segformer_pl.analysis.run_metrics import read_table
 from segformer_pl.atomic import WriteError, atomic_write_text, make_writable_folder
 from segformer_pl.callbacks.figures import run_folder
 
@@ -122,10 +126,10 @@ class RunHistory(pl.Callback):
     """Makes a resumed run one history with what came before it, in the same folder.
 
     When training starts from a checkpoint, what the folder holds of later steps is set aside
-    (:func:`~segformer_pl.analysis.run_history.rewind`): it comes from steps that are trained again.
-    Logged values are on the disk soon after each checkpoint, so that no value between two
-    checkpoints is lost when the process is killed. What the data module says of the training data
-    is kept in ``training_data.json``, by which runs are compared.
+    (:func:`rewind`): it comes from steps that are trained again. Logged values are on the disk
+    soon after each checkpoint, so that no value between two checkpoints is lost when the process is
+    killed. What the data module says of the training data is kept in ``training_data.json``, by
+    which runs are compared.
 
     What its checkpoint callbacks know of the best checkpoints holds as well, also if the folder was
     moved.
@@ -152,17 +156,18 @@ class RunHistory(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        run_dir = run_dir_of(trainer.ckpt_path) if trainer.ckpt_path else None
-        if trainer.state.fn != TrainerFn.FITTING or run_dir is None:
+        run = Run.of(trainer.ckpt_path) if trainer.ckpt_path else None
+        if trainer.state.fn != TrainerFn.FITTING or run is None:
             return
-        if run_dir.resolve() != run_folder(trainer).resolve():
+        if run.folder.resolve() != run_folder(trainer).resolve():
             return
         # Lightning forgets which checkpoint is the best, and writes a worse one over it, where the
         # folder is spelt in another way than before: it was relative, or the run was moved.
+        checkpoints = run.folder.resolve() / CHECKPOINT_FOLDER
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
             folder = getattr(callback, "dirpath", None)
-            if state and folder and Path(folder).resolve() == run_dir.resolve() / CHECKPOINT_FOLDER:
+            if state and folder and Path(folder).resolve() == checkpoints:
                 checkpoint["callbacks"][callback.state_key] = _in_folder(state, folder)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -196,6 +201,48 @@ class RunHistory(pl.Callback):
             for logger in trainer.loggers:
                 logger.save()
             self._is_unsaved = False
+
+
+def rewind(run_dir: Path, step: int) -> Path | None:
+    """Set aside what a run left behind after this step, of which training goes on.
+
+    Nothing is lost: rows and files are moved into a folder of their own in that of the run.
+
+    Returns:
+        That folder; None if nothing was left behind.
+
+    Raises:
+        WriteError: A file cannot be written.
+    """
+    aside = _unused_folder(run_dir / f"superseded_after_step_{step:07d}")
+    metrics = run_dir / METRICS_FILE
+    if metrics.is_file():
+        table = read_table(metrics)
+        later = [row.cells for row in table.rows if row.num_steps > step]
+        if later:
+            make_writable_folder(aside)
+            atomic_write_text(aside / METRICS_FILE, _as_csv(table.header, later))
+        kept = [row.cells for row in table.rows if row.num_steps <= step]
+        atomic_write_text(metrics, _as_csv(table.header, kept))
+    for name in (".", EVALUATION_FOLDER, *FIGURE_FOLDERS):
+        for number, file in numbered_files(run_dir / name):
+            # The configuration of a resumption at this very step is that of the one at hand.
+            if number > step:
+                make_writable_folder(aside / name)
+                file.rename(aside / name / file.name)
+    return aside if aside.is_dir() else None
+
+
+def _unused_folder(folder: Path) -> Path:
+    """This one, or one with a number after it: a run can be killed again before it gets ahead."""
+    names = (folder.with_name(f"{folder.name}_{number}") for number in count(2))
+    return next(one for one in chain([folder], names) if not one.exists())
+
+
+def _as_csv(header: list[str], rows: list[list[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    return text.getvalue()
 
 
 class RunConfig(SaveConfigCallback):

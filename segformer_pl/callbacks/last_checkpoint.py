@@ -5,12 +5,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse.typing import PositiveInt
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from segformer_pl.atomic import remove_partial_files
+from segformer_pl.callbacks.checkpoint_io import is_local
 from segformer_pl.callbacks.signals import StopOnSignal
+from segformer_pl.errors import UserError
+from segformer_pl.lightning_workarounds import is_accumulating, run_missed_validation
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -40,9 +42,14 @@ class LastCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         return Path(self.dirpath) / "last.ckpt"
 
+    @property
+    def has_saved(self) -> bool:
+        """Whether this run saved the checkpoint, or was resumed from it."""
+        return self._last_global_step_saved != 0
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.strategy.broadcast(trainer.ckpt_path) != trainer.ckpt_path:
-            raise ValueError(
+            raise UserError(
                 f"ckpt_path: rank {trainer.global_rank} was given {trainer.ckpt_path!r} and rank 0 "
                 "another file; give all ranks one and the same"
             )
@@ -50,25 +57,16 @@ class LastCheckpoint(ModelCheckpoint):
             # This run is their only writer, so what lies there is left of one that was killed.
             for callback in trainer.checkpoint_callbacks:
                 folder = getattr(callback, "dirpath", None)
-                if folder and _is_local_file_protocol(folder):
+                if folder and is_local(folder):
                     remove_partial_files(folder)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        loop = trainer.fit_loop.epoch_loop
-        step = trainer.global_step
-        if not loop.restarting:
+        if not trainer.fit_loop.epoch_loop.restarting:
             return
-        self._last_global_step_saved = step  # it is what was loaded
-        if self._validated_step == step:
-            return
-        assert trainer.fit_loop._data_fetcher is not None
-        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
-            # The validation that follows the step was interrupted; the trainer would leave it out.
-            trainer.validating = True
-            loop.val_loop.restarting = False
-            loop.val_loop.run()
-            trainer.training = True
+        self._last_global_step_saved = trainer.global_step  # it is what was loaded
+        if self._validated_step != trainer.global_step:
+            run_missed_validation(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
         super().on_train_batch_end(trainer, *arguments)
@@ -81,7 +79,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Before other checkpoints are saved, so that they know it too.
-        if not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+        if not trainer.sanity_checking and not is_accumulating(trainer):
             self._validated_step = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

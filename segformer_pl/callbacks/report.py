@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from segformer_pl.analysis.report import summary, write_report
-from segformer_pl.analysis.run_metrics import METRICS_FILE
+from segformer_pl.analysis.run import Run
 
 
 class RunReport(pl.Callback):
@@ -48,11 +48,11 @@ class RunReport(pl.Callback):
         for logger in trainer.loggers:
             logger.save()
         try:
-            self._write(self.run_dir)
+            self._write(Run(self.run_dir))
         except FileNotFoundError:
             rank_zero_info(
-                f"no report: nothing was logged to {self.run_dir / METRICS_FILE}; {self.remedy}, "
-                "with a CSVLogger as the first logger"
+                f"no report: nothing was logged to {Run(self.run_dir).metrics_file}; "
+                f"{self.remedy}, with a CSVLogger as the first logger"
             )
         except Exception as error:  # the run itself came to its end
             rank_zero_warn(f"The report could not be written: {error}")
@@ -67,11 +67,11 @@ class RunReport(pl.Callback):
         try:
             for logger in trainer.loggers:
                 logger.save()
-            if (self.run_dir / METRICS_FILE).is_file():
-                self._write(self.run_dir)
+            if Run(self.run_dir).metrics_file.is_file():
+                self._write(Run(self.run_dir))
         except Exception as error:  # what the user must see is the exception of the run
             rank_zero_warn(f"The report could not be written: {error}")
 
-    def _write(self, run_dir: Path) -> None:
-        report = write_report(run_dir)
-        rank_zero_info("   ".join(filter(None, [summary(run_dir), f"report: {report}"])))
+    def _write(self, run: Run) -> None:
+        report = write_report(run)
+        rank_zero_info("   ".join(filter(None, [summary(run), f"report: {report}"])))

@@ -4,14 +4,16 @@ import os
 import shlex
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
+
+from segformer_pl.lightning_workarounds import SignalHandlers, is_accumulating, is_end_of_epoch
 
 
 class Interrupted(SystemExit):
@@ -56,10 +58,15 @@ class StopOnSignal(pl.Callback):
     def attach(self, trainer: pl.Trainer) -> None:
         """Be the first callback of a trainer, and receive its signals."""
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
-        trainer._signal_connector = _Signals(trainer, self)
+        # A partial, since launchers that spawn processes pickle the trainer.
+        receive = partial(self.receive, trainer)
+        self._handlers = SignalHandlers(trainer, stop=receive, requeue=self._note_requeue)
+
+    def _note_requeue(self, signum: int) -> None:
+        self._requeue = signum
 
     def receive(self, trainer: pl.Trainer, signum: int) -> None:
-        """The handler."""
+        """Handle SIGTERM or SIGINT."""
         if trainer.state.fn != TrainerFn.FITTING or not self.begun:
             _signal_children(trainer, signum)
             nothing = ", nothing was trained" if trainer.state.fn == TrainerFn.FITTING else ""
@@ -81,7 +88,7 @@ class StopOnSignal(pl.Callback):
         self.begun = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
-        if not trainer.fit_loop._should_accumulate():
+        if not is_accumulating(trainer):
             self._compare(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,11 +112,11 @@ class StopOnSignal(pl.Callback):
         """A disk that is full costs no more than the steps since the last checkpoint; say so."""
         if not isinstance(exception, OSError) or trainer.state.fn != TrainerFn.FITTING:
             return
-        for one in trainer.checkpoint_callbacks:
+        callbacks: list[Any] = trainer.checkpoint_callbacks
+        for callback in callbacks:
             # Not one that another run left in the same place.
-            is_own = getattr(one, "_last_global_step_saved", 0) != 0
-            if is_own and hasattr(one, "file") and one.file.exists():
-                command = [*_without_ckpt_path(self.command), f"--ckpt_path={one.file}"]
+            if getattr(callback, "has_saved", False) and callback.file.exists():
+                command = [*_without_ckpt_path(self.command), f"--ckpt_path={callback.file}"]
                 exception.add_note(f"then go on with\n{shlex.join(command)}")
                 return
 
@@ -125,7 +132,7 @@ class StopOnSignal(pl.Callback):
 
     def _act(self, trainer: pl.Trainer) -> None:
         if self._requeuing:
-            trainer._signal_connector.requeue(self._requeuing)  # type: ignore[attr-defined]
+            self._handlers.save_and_requeue(self._requeuing)
             self._requeuing = self._requeue = 0
         if self.stopping:
             raise _interrupted(trainer, self.stopping, self._how_to_go_on(trainer))
@@ -150,37 +157,8 @@ def _is_last_step(trainer: pl.Trainer) -> bool:
     is_last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= (
         trainer.current_epoch + 1
     )
-    is_end_of_epoch = trainer.fit_loop.epoch_loop._is_training_done
-    return 0 <= trainer.max_steps <= trainer.global_step or (is_last_epoch and is_end_of_epoch)
-
-
-class _Signals(_SignalConnector):
-    """Lightning's handlers, except that they do nothing but tell :class:`StopOnSignal`.
-
-    Lightning's for SIGTERM talks to the other ranks inside the handler, lets the run end with
-    status 0 in the middle of a step, and swallows the signal outside of a training. Its handler
-    for SLURM's signal saves wherever the training happens to be; here it saves between two steps.
-    """
-
-    def __init__(self, trainer: pl.Trainer, stop: StopOnSignal) -> None:
-        super().__init__(trainer)
-        self.stop = stop
-
-    def register_signal_handlers(self) -> None:
-        super().register_signal_handlers()
-        # A process in the background of a script ignores Ctrl-C, and goes on doing so.
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            self._register_signal(signal.SIGINT, self._sigterm_notifier_fn)
-
-    def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
-        self.stop.receive(self.trainer, int(signum))
-
-    def _slurm_sigusr_handler_fn(self, signum: Any, frame: Any) -> None:
-        self.stop._requeue = int(signum)
-
-    def requeue(self, signum: int) -> None:
-        """Save for the requeued job and requeue this one, as Lightning does; on all ranks."""
-        super()._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
+    has_all_steps = 0 <= trainer.max_steps <= trainer.global_step
+    return has_all_steps or (is_last_epoch and is_end_of_epoch(trainer))
 
 
 def _num_common_batches(trainer: pl.Trainer) -> int:

@@ -1,10 +1,16 @@
 """Weights from anywhere, and back again.
 
-``files.py`` reads a file whole or not at all; ``sources.py`` reads tensors from files, folders and
-the hub; ``facts.py`` compares what they mean; ``layouts.py`` knows every code base's names;
-``loading.py`` puts tensors into a network; ``networks.py`` builds the network that weights are for;
-``export.py`` writes a network in another code base's layout; ``training_state.py`` checks what a
-training goes on from.
+- ``files.py`` reads a file whole or not at all;
+- ``sources.py`` reads tensors from files, folders and the hub;
+- ``facts.py`` compares what they mean;
+- ``layouts.py`` knows the names of every code base;
+- ``matching.py`` brings a source and a network under the same names;
+- ``classifier.py`` gives a classifier other classes;
+- ``loading.py`` puts tensors into a network, and ``report.py`` says what that did;
+- ``networks.py`` builds the network that weights are for;
+- ``export.py`` writes a network in another code base's layout;
+- ``run_checkpoint.py`` reads the checkpoint of a run, and ``run_data.py`` opens its data;
+- ``training_state.py`` checks what a training continues from.
 """
 
 from segformer_pl.checkpoints.export import ExportLayout, export_weights
@@ -15,8 +21,9 @@ from segformer_pl.checkpoints.files import (
     load_file,
     non_finite,
 )
-from segformer_pl.checkpoints.loading import LoadReport, load_weights
+from segformer_pl.checkpoints.loading import load_weights
 from segformer_pl.checkpoints.networks import load_network
+from segformer_pl.checkpoints.report import LoadReport
 from segformer_pl.checkpoints.sources import Weights, read_weights
 
 __all__ = [

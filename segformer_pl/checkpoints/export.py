@@ -1,12 +1,13 @@
 """Write a network so that another code base, or this one, opens it."""
 
+import inspect
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -22,25 +23,28 @@ from segformer_pl.checkpoints.layouts import (
     Layout,
     from_parts,
 )
-from segformer_pl.checkpoints.loading import encoder_of, parts_of, variants
-from segformer_pl.checkpoints.networks import (
-    ENCODER_DEFAULTS,
-    encoder_arguments,
-    spec_of,
-)
+from segformer_pl.checkpoints.loading import encoder_arguments, variants
+from segformer_pl.checkpoints.matching import native_prefix, parts_of
+from segformer_pl.checkpoints.report import listed
 from segformer_pl.checkpoints.sources import SUFFIXES
 from segformer_pl.models.mit import MixTransformer
-from segformer_pl.models.segformer import SegFormer
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 ExportLayout = Literal["huggingface", "nvlabs", "smp", "native"]
 
 LAYOUTS = {"huggingface": TRANSFORMERS_DISK, "nvlabs": NVLABS, "smp": SMP, "native": NATIVE}
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILE_SUFFIX = {"nvlabs": ".pth", "native": ".safetensors"}  # the others are folders
+
+# The other code bases have our MiT at these values alone, but for what their layouts state.
+ENCODER_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(MixTransformer).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+} | {"paddings": (3, 1, 1, 1)}
 
 
 def export_weights(
-    model: SegFormer | MixTransformer,
+    model: Any,
     destination: str | Path,
     layout: ExportLayout,
     task: Mapping[str, Any] | None = None,
@@ -54,10 +58,12 @@ def export_weights(
     - ``"smp"``: a folder that ``segmentation_models_pytorch.from_pretrained`` opens;
     - ``"nvlabs"``: a ``.pth`` file with ``state_dict`` and ``meta``; for an encoder alone the bare
       state dict;
-    - ``"native"``: a ``.safetensors`` file of our names that also describes the network.
+    - ``"native"``: a ``.safetensors`` file with the network's own names, for any network of this
+      package. Its metadata state how to build it (``spec()``), what the task knows, and the
+      constants that the weights depend on.
 
     Args:
-        model: A SegFormer or a MixTransformer.
+        model: A segmenter or an encoder. Layouts other than ``"native"`` are for SegFormer and MiT.
         destination: File or folder, which must not exist.
         layout: Whose.
         task: What the weights' source says of classes, pictures and network, see
@@ -75,7 +81,7 @@ def export_weights(
     task = dict(task or {})
     check_destination(destination, layout)
     _check_expressible(model, layout)
-    tensors = _foreign_state(model, layout)
+    tensors = _tensors(model, layout)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         # Beside the destination, so that the last step is a rename: all or nothing.
@@ -84,7 +90,7 @@ def export_weights(
             if layout == "huggingface":
                 remarks = _write_huggingface(model, made, tensors, task, preprocessor or {})
             elif layout == "smp":
-                remarks = _write_smp(cast(SegFormer, model), made, tensors)
+                remarks = _write_smp(model, made, tensors)
             elif layout == "nvlabs":
                 remarks = _write_nvlabs(model, made, tensors, task)
             else:
@@ -121,10 +127,20 @@ def check_destination(destination: str | Path, layout: ExportLayout) -> None:
         )
 
 
-def _foreign_state(model: SegFormer | MixTransformer, layout: ExportLayout) -> dict[str, Tensor]:
+def _tensors(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
+    """Return the network's tensors under the layout's names."""
+    state = model.state_dict() if layout == "native" else _foreign_state(model, layout)
+    # Convolution weights are channels-last in memory here; files keep plain order.
+    return {
+        name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+
+
+def _foreign_state(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
     names: Layout = LAYOUTS[layout]
     segmenter, *alone = names.encoder_prefixes
-    if not isinstance(model, MixTransformer):
+    if is_segmenter(model):
         prefix = segmenter
     elif alone:
         prefix = alone[0]
@@ -133,19 +149,29 @@ def _foreign_state(model: SegFormer | MixTransformer, layout: ExportLayout) -> d
             f"layout {layout} is for whole segmenters, and this is an encoder alone; use nvlabs, "
             "huggingface or native"
         )
-    state, _ = from_parts(names, prefix, parts_of(model))
-    # Convolution weights are channels-last in memory here; files keep plain order.
-    return {
-        name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-    }
+    state, homeless = from_parts(names, prefix, parts_of(model))
+    if homeless:
+        raise WeightsError(
+            f"layout {layout} cannot express this network ({listed(homeless)}); use native"
+        )
+    return state
 
 
-def _check_expressible(model: SegFormer | MixTransformer, layout: ExportLayout) -> None:
+def is_segmenter(model: Any) -> bool:
+    """Whether a network has classes; an encoder has none."""
+    return hasattr(model, "num_classes")
+
+
+def _check_expressible(model: Any, layout: ExportLayout) -> None:
     """Refuse what the other code base would silently compute in another way."""
     if layout == "native":
         return
-    arguments = encoder_arguments(encoder_of(model))
+    if native_prefix(model) is None:
+        raise WeightsError(
+            f"layout {layout} is that of SegFormer, and this is a {type(model).__name__}; use "
+            "native"
+        )
+    arguments = encoder_arguments(model)
     of_weights = {"norm_eps", "conv_norm_eps", "drop_path_rate"}
     if layout == "huggingface":
         free = {"num_heads", "mlp_ratio", "sr_ratios", "patch_sizes", "strides", "in_channels"}
@@ -160,22 +186,22 @@ def _check_expressible(model: SegFormer | MixTransformer, layout: ExportLayout) 
         for name, value in fixed.items()
         if name not in free | of_weights and arguments[name] != value
     ]
-    if isinstance(model, SegFormer) and model.head.in_indices != (0, 1, 2, 3):
-        changed.append(f"in_indices {model.head.in_indices}")
+    if (indices := model.init_args().get("in_indices", (0, 1, 2, 3))) != (0, 1, 2, 3):
+        changed.append(f"in_indices {indices}")
     if changed:
         raise WeightsError(
             f"layout {layout} cannot express this network ({', '.join(changed)}); use native"
         )
 
 
-def _eps_remarks(model: SegFormer | MixTransformer, layout: ExportLayout) -> list[str]:
-    ours, theirs = encoder_of(model).norm_eps, LAYOUTS[layout].norm_eps
-    if theirs in (None, ours):
+def _eps_remarks(model: Any, layout: ExportLayout) -> list[str]:
+    ours, theirs = model.weight_constants(), LAYOUTS[layout].constants
+    if not theirs or theirs == ours:
         return []
     return [
-        f"LayerNorm epsilons are {ours.norm:g} in blocks and stages and {ours.conv_norm:g} after "
-        f"convolutions here, and {theirs.norm:g} and {theirs.conv_norm:g} there: expect logits "
-        "that differ by about 1e-6 of their size"
+        f"LayerNorm epsilons are {ours['norm_eps']:g} in blocks and stages and "
+        f"{ours['conv_norm_eps']:g} after convolutions here, and {theirs['norm_eps']:g} and "
+        f"{theirs['conv_norm_eps']:g} there: expect logits that differ by about 1e-6 of their size"
     ]
 
 
@@ -192,14 +218,14 @@ def _lost_facts(task: Mapping[str, Any], layout: ExportLayout) -> list[str]:
 
 
 def _write_huggingface(
-    model: SegFormer | MixTransformer,
+    model: Any,
     folder: Path,
     tensors: dict[str, Tensor],
     task: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
 ) -> list[str]:
     remarks = []
-    arguments = encoder_arguments(encoder_of(model))
+    arguments = encoder_arguments(model)
     config: dict[str, Any] = {
         "model_type": "segformer",
         "architectures": ["SegformerModel"],
@@ -221,8 +247,8 @@ def _write_huggingface(
         "reshape_last_stage": True,
         "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
     }
-    if isinstance(model, SegFormer):
-        num_classes = model.head.classifier.out_channels
+    if is_segmenter(model):
+        whole, num_classes = model.init_args(), model.num_classes
         names = task.get("class_names", [])
         if len(names) != num_classes:
             if names:
@@ -233,8 +259,8 @@ def _write_huggingface(
             names = [f"LABEL_{n}" for n in range(num_classes)]
         config |= {
             "architectures": ["SegformerForSemanticSegmentation"],
-            "decoder_hidden_size": model.head.classifier.in_channels,
-            "classifier_dropout_prob": model.head.dropout.p,
+            "decoder_hidden_size": whole["decoder_dim"],
+            "classifier_dropout_prob": whole["dropout"],
             "semantic_loss_ignore_index": task.get("ignore_index", 255),
             "id2label": {str(n): name for n, name in enumerate(names)},
             "label2id": {name: n for n, name in enumerate(names)},
@@ -263,16 +289,16 @@ def _write_huggingface(
     return remarks
 
 
-def _write_smp(model: SegFormer, folder: Path, tensors: dict[str, Tensor]) -> list[str]:
-    arguments = encoder_arguments(model.encoder)
+def _write_smp(model: Any, folder: Path, tensors: dict[str, Tensor]) -> list[str]:
+    arguments, whole = encoder_arguments(model), model.init_args()
     config = {
         "_model_class": "Segformer",
         "encoder_name": f"mit_{variants()[arguments['embed_dims'], arguments['depths']]}",
         "encoder_weights": None,
         "encoder_depth": 5,
-        "decoder_segmentation_channels": model.head.classifier.in_channels,
+        "decoder_segmentation_channels": whole["decoder_dim"],
         "in_channels": arguments["in_channels"],
-        "classes": model.head.classifier.out_channels,
+        "classes": whole["num_classes"],
         "activation": None,
         "upsampling": 4,
         "aux_params": None,
@@ -287,12 +313,12 @@ def _write_smp(model: SegFormer, folder: Path, tensors: dict[str, Tensor]) -> li
 
 
 def _write_nvlabs(
-    model: SegFormer | MixTransformer,
+    model: Any,
     file: Path,
     tensors: dict[str, Tensor],
     task: Mapping[str, Any],
 ) -> list[str]:
-    if isinstance(model, MixTransformer):
+    if not is_segmenter(model):
         _save(file, tensors)
         return []
     names = {"CLASSES": "class_names", "PALETTE": "palette"}
@@ -304,16 +330,23 @@ def _write_nvlabs(
 
 
 def _write_native(
-    model: SegFormer | MixTransformer,
+    model: Any,
     file: Path,
     tensors: dict[str, Tensor],
     task: Mapping[str, Any],
 ) -> list[str]:
     known = {
-        "task": {**task, "network": spec_of(model)},
-        "norm_eps": encoder_of(model).norm_eps,
+        "task": {**task, "network": model.spec()},
+        "weight_constants": model.weight_constants(),
     }
-    _write_safetensors(file, tensors, {"segformer_pl": json.dumps(known)})
+    try:
+        text = json.dumps(known)
+    except TypeError as error:
+        raise WeightsError(
+            f"the network or its task is not described by plain data ({error}); return numbers, "
+            "texts and lists from init_args()"
+        ) from error
+    _write_safetensors(file, tensors, {"segformer_pl": text})
     return []
 
 

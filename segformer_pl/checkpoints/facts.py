@@ -45,20 +45,43 @@ def checked_facts(name: str, stated: Any) -> dict[str, Any]:
     return facts
 
 
-def checked_eps(name: str, stated: Any) -> tuple[float, float] | None:
-    """LayerNorm epsilons of blocks and after convolutions, if they are stated.
+def checked_constants(name: str, content: Mapping[str, Any]) -> dict[str, float]:
+    """Return the constants that weights depend on, as a checkpoint or a native file states them.
+
+    Args:
+        name: The source, for messages.
+        content: What stands beside the weights: ``weight_constants`` by name, or ``norm_eps``, the
+            two LayerNorm epsilons of MiT that earlier versions wrote.
+
+    Returns:
+        Value by name (:meth:`segformer_pl.models.segmenter.Network.weight_constants`); empty if
+        nothing is stated.
 
     Raises:
-        WeightsError: they are not two positive numbers.
+        WeightsError: They are not finite numbers, or the epsilons are not two between 0 and 1.
     """
-    if stated is None:
-        return None
-    is_pair = _is_list_of(int, float)(stated) and len(stated) == 2
-    if not is_pair or not all(0 < eps < 1 for eps in stated):
+    stated = content.get("weight_constants")
+    if stated is not None:
+        if not isinstance(stated, Mapping) or not all(map(_is_constant, stated.items())):
+            raise WeightsError(
+                f"{name} states weight_constants as {_brief(stated)}; it has to be numbers by name"
+            )
+        return {key: float(value) for key, value in stated.items()}
+    eps = content.get("norm_eps")
+    if eps is None:
+        return {}
+    is_pair = _is_list_of(int, float)(eps) and len(eps) == 2
+    if not is_pair or not all(0 < value < 1 for value in eps):
         raise WeightsError(
-            f"{name} states norm_eps as {_brief(stated)}; it has to be two numbers between 0 and 1"
+            f"{name} states norm_eps as {_brief(eps)}; it has to be two numbers between 0 and 1"
         )
-    return stated[0], stated[1]
+    return {"norm_eps": eps[0], "conv_norm_eps": eps[1]}
+
+
+def _is_constant(item: tuple[Any, Any]) -> bool:
+    key, value = item
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(key, str) and is_number and math.isfinite(value)
 
 
 def _is_network(value: Any) -> bool:

@@ -13,21 +13,26 @@ Whatever the format, values are looked at where they are used: nan and infinity 
 (:func:`non_finite`). Files are data: a pickle that would run code is refused.
 """
 
+import os
 import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from segformer_pl.errors import UserError
+
 _ZIP = b"PK\x03\x04"
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that cannot be read, or do not fit; the message says which, where and what to do."""
 
 
@@ -38,16 +43,38 @@ def load_file(path: Path) -> Any:
         WeightsError: it is no regular file, cannot be read, is damaged or cut short, or holds
             code.
     """
-    size = check_regular(path)
+    with open_file(path) as stream:
+        return load_stream(stream, path)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BufferedReader]:
+    """Open a regular file.
+
+    Raises:
+        WeightsError: It is something else, or may not be read.
+    """
+    check_regular(path)
     try:
-        with path.open("rb") as stream:
-            is_archive = stream.read(len(_ZIP)) == _ZIP
-        if is_archive and (record := _damaged_record(path)):
+        stream = path.open("rb")
+    except PermissionError as error:
+        raise WeightsError(f"'{path}' cannot be read ({error.strerror}); change that") from error
+    with stream:
+        yield stream
+
+
+def load_stream(stream: BufferedReader, path: Path) -> Any:
+    """As :func:`load_file`, of a file that is open; ``path`` is its name for messages."""
+    size = os.fstat(stream.fileno()).st_size
+    try:
+        is_archive = stream.read(len(_ZIP)) == _ZIP
+        if is_archive and (record := _damaged_record(stream)):
             raise WeightsError(
                 f"'{path}' is damaged: its record {record!r} does not agree with the checksum "
                 "that was written with it; copy the file again or give another"
             )
-        return torch.load(path, weights_only=True, map_location="cpu")
+        stream.seek(0)
+        return torch.load(stream, weights_only=True, map_location="cpu")
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
@@ -58,8 +85,6 @@ def load_file(path: Path) -> Any:
             f"'{path}' holds code ({code[1]}), which reading it would run, so it is refused; have "
             "whoever made it save tensors only: torch.save(model.state_dict(), FILE)"
         ) from error
-    except PermissionError as error:
-        raise WeightsError(f"'{path}' cannot be read ({error.strerror}); change that") from error
     except Exception as error:  # of many types, depending on where the file breaks off
         raise damaged(path, size, error) from error
 
@@ -90,12 +115,12 @@ def damaged(path: Path, size: int, error: Exception) -> WeightsError:
     )
 
 
-def _damaged_record(path: Path) -> str | None:
+def _damaged_record(stream: BufferedReader) -> str | None:
     """The first record of an archive whose bytes do not have its CRC-32.
 
     Takes about half as long as ``torch.load``.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(stream) as archive:
         records = archive.infolist()
         if not any(record.CRC for record in records):
             return None  # written without checksums

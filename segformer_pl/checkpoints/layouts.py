@@ -23,14 +23,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from segformer_pl.models.mit import NormEps
-
 Table = Mapping[str, tuple[str, ...]]
 
 # What each code base computes with, wherever its weights came from.
-REFERENCE_EPS = NormEps(norm=1e-6, conv_norm=1e-5)
-TRANSFORMERS_EPS = NormEps(norm=1e-5, conv_norm=1e-5)  # its config.layer_norm_eps is never read
-MMSEG_EPS = NormEps(norm=1e-6, conv_norm=1e-6)
+REFERENCE_EPS = {"norm_eps": 1e-6, "conv_norm_eps": 1e-5}
+# Its config.layer_norm_eps is never read.
+TRANSFORMERS_EPS = {"norm_eps": 1e-5, "conv_norm_eps": 1e-5}
+MMSEG_EPS = {"norm_eps": 1e-6, "conv_norm_eps": 1e-6}
 
 
 @dataclass(frozen=True, eq=False)  # a layout is itself: hashed by identity
@@ -45,7 +44,8 @@ class Layout:
         encoder: Names inside its encoder -> parts inside ours.
         head: Names at its top level -> parts at our top level. Empty if its head is another
             network.
-        norm_eps: The LayerNorm epsilons that this code base computes with. None: not fixed.
+        constants: The LayerNorm epsilons that this code base computes with, under the names of
+            :meth:`segformer_pl.models.segmenter.Network.weight_constants`. Empty: not fixed.
         dropped: Pattern of names that are left out on purpose -> why.
         other_head: Pattern of the names of a head that is another network than ours.
         open: Names that are in no row are parts themselves.
@@ -56,7 +56,7 @@ class Layout:
     encoder_prefixes: Mapping[str, str]
     encoder: Table
     head: Table
-    norm_eps: NormEps | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     other_head: str | None = None
     open: bool = False
@@ -103,7 +103,7 @@ NVLABS = Layout(
         "decode_head.linear_fuse.bn": ("head.bn",),
         "decode_head.linear_pred": ("head.classifier",),
     },
-    norm_eps=REFERENCE_EPS,
+    constants=REFERENCE_EPS,
     dropped={
         r"head\.(weight|bias)": "the classification head of the ImageNet training",
         r"decode_head\.conv_seg\.(weight|bias)": "built by the reference code and never used",
@@ -136,7 +136,7 @@ TRANSFORMERS_DISK = Layout(
         "decode_head.batch_norm": ("head.bn",),
         "decode_head.classifier": ("head.classifier",),
     },
-    norm_eps=TRANSFORMERS_EPS,
+    constants=TRANSFORMERS_EPS,
     dropped={r"classifier\.(weight|bias)": "the classification head of the ImageNet training"},
 )
 
@@ -172,7 +172,7 @@ TRANSFORMERS_MEMORY = Layout(
         "decode_head.batch_norm": ("head.bn",),
         "decode_head.classifier": ("head.classifier",),
     },
-    norm_eps=TRANSFORMERS_EPS,
+    constants=TRANSFORMERS_EPS,
     dropped={r"classifier\.(weight|bias)": "the classification head of the ImageNet training"},
 )
 
@@ -200,7 +200,7 @@ MMSEG = Layout(
         "layers.{s}.2": ("stages.{s}.norm",),
     },
     head={},
-    norm_eps=MMSEG_EPS,
+    constants=MMSEG_EPS,
     other_head=r"decode_head\..*",
 )
 
@@ -215,7 +215,7 @@ SMP = Layout(
         "decoder.fuse_stage.1": ("head.bn",),
         "segmentation_head.0": ("head.classifier",),
     },
-    norm_eps=REFERENCE_EPS,
+    constants=REFERENCE_EPS,
 )
 
 LAYOUTS = (NATIVE, NVLABS, TRANSFORMERS_DISK, TRANSFORMERS_MEMORY, MMSEG, SMP)

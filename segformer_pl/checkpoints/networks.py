@@ -1,40 +1,35 @@
-"""Build the network that some weights are for, and say in plain data what a network is.
+"""Build the network that some weights are for.
 
-A *network specification* is what an experiment file says of ``model.network``: a ``class_path`` in
-:mod:`segformer_pl.models` and its ``init_args``. A checkpoint of a run states it; otherwise shapes
-tell all but the number of heads and the strides, which transformers' ``config.json`` states and
-which else are those of the published variants.
+A *network specification* is what an experiment file says of ``model.network``: a ``class_path`` and
+its ``init_args``. A checkpoint of a run and a native file state it. For the published SegFormers
+shapes tell all but the number of heads and the strides, which transformers' ``config.json`` states
+and which else are those of the published variants.
 """
 
+import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from segformer_pl import models
 from segformer_pl.checkpoints.files import WeightsError
 from segformer_pl.checkpoints.loading import (
-    CLASSIFIER,
+    FREE_ARGUMENTS,
     STEM,
-    LoadReport,
     dims_and_depths,
+    flat_arguments,
     load_weights,
-    split,
     variants,
 )
+from segformer_pl.checkpoints.matching import split
+from segformer_pl.checkpoints.report import LoadReport
 from segformer_pl.checkpoints.sources import Source, Weights, read_weights
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 
-_PACKAGE = "segformer_pl.models."
-
-ENCODER_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(MixTransformer).parameters.items()
-    if parameter.default is not inspect.Parameter.empty
-} | {"paddings": (3, 1, 1, 1)}
+CLASSIFIER = f"{SegFormer.classifier_path}.weight"
 
 # transformers leaves values out of config.json that equal these (SegformerConfig, 5.23).
 _CONFIG_DEFAULTS: dict[str, Any] = {
@@ -47,168 +42,144 @@ _CONFIG_DEFAULTS: dict[str, Any] = {
 }
 
 
-def load_network(source: Source | Weights) -> tuple[SegFormer | MixTransformer, LoadReport]:
+def load_network(source: Source | Weights) -> tuple[Any, LoadReport]:
     """Build the network that a source holds the weights of, and set them.
 
     Returns:
-        A SegFormer, or a MixTransformer if the source holds no decode head, in the source's
-        dtype; and the report.
+        A segmenter, or an encoder if the source holds no decode head, in the source's dtype; and
+        the report.
 
     Raises:
-        WeightsError: the source cannot be read, or does not say enough to build its network.
+        WeightsError: The source cannot be read, does not say enough to build its network, or
+            describes another one than its tensors are of.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
-    network = cast(SegFormer | MixTransformer, build(network_spec(weights), weights.name))
-    network.to(next(t.dtype for t in weights.tensors.values() if t.is_floating_point()))
-    return network, load_weights(network, weights)
+    network: Any = build(network_spec(weights), weights.name)
+    dtypes = [tensor.dtype for tensor in weights.tensors.values() if tensor.is_floating_point()]
+    network.to(dtypes[0] if dtypes else torch.float32)
+    report = load_weights(network, weights)
+    if adapted := {**report.reinitialized, **report.inflated}:
+        name, reason = next(iter(adapted.items()))
+        raise WeightsError(
+            f"{weights.name} describes another network than the one that its tensors are of "
+            f"({name}: {reason}); correct its description, or build the network yourself and use "
+            "load_weights"
+        )
+    return network, report
 
 
 def build(spec: Mapping[str, Any], name: str) -> nn.Module:
-    """Specification -> network. Classes outside :mod:`segformer_pl.models` are refused: a file of
-    weights must not choose what code runs."""
-    class_path = str(spec.get("class_path"))
-    known = class_path.removeprefix(_PACKAGE)
-    if not class_path.startswith(_PACKAGE) or known not in models.__all__:
-        raise WeightsError(
-            f"{name} was trained in a {class_path}, which is not in segformer_pl.models; build "
-            "the network yourself and use load_weights"
-        )
+    """Build a network from its specification.
+
+    Args:
+        spec: Class path and arguments. An argument that is a specification itself is built first.
+        name: The file that states it, for messages.
+
+    Raises:
+        WeightsError: The class path is not that of a network, or it cannot be built. A file of
+            weights must not choose what other code runs, so only classes of :class:`nn.Module` are
+            called, and functions whose return annotation is one.
+    """
+    factory = _factory(str(spec.get("class_path")), name)
     arguments = {
         key: build(value, name) if isinstance(value, Mapping) and "class_path" in value else value
         for key, value in spec.get("init_args", {}).items()
     }
     try:
-        return getattr(models, known)(**arguments)
-    except (TypeError, ValueError) as error:
+        return factory(**arguments)
+    except Exception as error:  # of any kind, from whatever the arguments are given to
         raise WeightsError(
-            f"{name} describes a network that cannot be built here ({error}); build it yourself "
-            "and use load_weights"
+            f"{name} describes a network that cannot be built here ({brief(error)}); build it "
+            "yourself and use load_weights"
         ) from error
 
 
-def encoder_arguments(encoder: MixTransformer) -> dict[str, Any]:
-    """All arguments of :class:`MixTransformer`, read off an encoder."""
-    stages: Any = list(encoder.stages)
-    first = [stage.blocks[0] for stage in stages]
-    convolutions = [stage.patch_embed.proj for stage in stages]
-    pos_encoding, image_size = "mix_ffn", None
-    if stages[0].pos_embed is not None:
-        pos_encoding, stem = "learned", convolutions[0]
-        grid = stages[0].pos_embed.shape[-1]  # the smallest picture that gives it
-        image_size = (grid - 1) * stem.stride[0] + stem.kernel_size[0] - 2 * stem.padding[0]
-    elif isinstance(first[0].mlp.dwconv, nn.Identity):
-        pos_encoding = "none"
-    return {
-        "embed_dims": encoder.out_channels,
-        "depths": tuple(len(stage.blocks) for stage in stages),
-        "num_heads": tuple(block.attn.num_heads for block in first),
-        "mlp_ratio": first[0].mlp.fc1.out_features // first[0].mlp.fc1.in_features,
-        "sr_ratios": tuple(block.attn.sr_ratio for block in first),
-        "kv_border": first[0].attn.kv_border,
-        "patch_sizes": tuple(convolution.kernel_size[0] for convolution in convolutions),
-        "strides": tuple(convolution.stride[0] for convolution in convolutions),
-        "paddings": tuple(convolution.padding[0] for convolution in convolutions),
-        "pos_encoding": pos_encoding,
-        "image_size": image_size,
-        "in_channels": convolutions[0].in_channels,
-        "drop_path_rate": stages[-1].blocks[-1].drop_path.drop_prob,
-        "norm_eps": encoder.norm_eps.norm,
-        "conv_norm_eps": encoder.norm_eps.conv_norm,
-    }
+def brief(error: Exception) -> str:
+    """The first line of an exception, for a sentence; with its type where that says more."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
 
 
-def spec_of(model: SegFormer | MixTransformer) -> dict[str, Any]:
-    """Network -> specification, from which :func:`build` makes its like."""
-    if isinstance(model, MixTransformer):
-        return _spec(encoder_arguments(model), None)
-    head = {
-        "num_classes": model.head.classifier.out_channels,
-        "decoder_dim": model.head.classifier.in_channels,
-        "in_indices": model.head.in_indices,
-        "dropout": model.head.dropout.p,
-    }
-    return _spec(encoder_arguments(model.encoder), head)
+def _factory(class_path: str, name: str) -> Any:
+    """Import what a class path names, and refuse what is no network."""
+    module_name, _, attribute = class_path.rpartition(".")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:  # the module is not installed, has no such name, or fails
+        raise WeightsError(
+            f"{name} was trained in a {class_path}, which cannot be imported here "
+            f"({brief(error)}); make it importable, or build the network yourself and use "
+            "load_weights"
+        ) from error
+    if not _is_network(factory):
+        raise WeightsError(
+            f"{name} was trained in a {class_path}, which is no class of torch.nn.Module and no "
+            "function that is annotated to return one, so it is not called; build the network "
+            "yourself and use load_weights"
+        )
+    return factory
 
 
-# They change how a network is trained and not what it computes, or follow from the data set.
-_FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes")
+def _is_network(factory: Any) -> bool:
+    if inspect.isfunction(factory):
+        try:
+            factory = get_type_hints(factory).get("return")
+        except (NameError, TypeError):  # annotations that cannot be evaluated
+            return False
+    return inspect.isclass(factory) and issubclass(factory, nn.Module)
 
 
 def function_arguments(spec: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """What a specified network computes by: its arguments, with defaults and what follows from
-    others (``paddings``) filled in; None if it is of classes outside :mod:`segformer_pl.models`.
+    """Return what a specified network computes by: its arguments, with defaults and what follows
+    from others (``paddings``) filled in; None if the network does not state its arguments.
 
     Raises:
-        WeightsError: there cannot be such a network.
+        WeightsError: There cannot be such a network.
     """
-    nested = [value for value in spec.get("init_args", {}).values() if isinstance(value, Mapping)]
-    if not all(str(of.get("class_path")).startswith(_PACKAGE) for of in (spec, *nested)):
-        return None
     with torch.device("meta"):
-        network = build(spec, name)
-    if not isinstance(network, SegFormer | MixTransformer):
+        network: Any = build(spec, name)
+    if not hasattr(network, "spec"):
         return None
-    if isinstance(network, MixTransformer):
-        arguments = encoder_arguments(network)
-    else:
-        arguments = encoder_arguments(network.encoder)
-        arguments["decoder_dim"] = network.head.classifier.in_channels
-        arguments["in_indices"] = tuple(network.head.in_indices)
-    return {key: value for key, value in arguments.items() if key not in _FREE_ARGUMENTS}
+    arguments = flat_arguments(network.spec())
+    return {key: value for key, value in arguments.items() if key not in FREE_ARGUMENTS}
 
 
 def network_spec(weights: Weights) -> dict[str, Any]:
-    """The specification of the network that the weights are for."""
+    """Return the specification of the network that the weights are for."""
     if "network" in weights.task:
         return dict(weights.task["network"])
     parts = split(weights, "all")[2]
     config = weights.config if weights.config.get("model_type") == "segformer" else {}
     _check_config(weights.name, config, parts)
-    head = None
-    if CLASSIFIER[0] in parts:
-        head = {
-            "num_classes": parts[CLASSIFIER[0]].shape[0],
-            "decoder_dim": parts[CLASSIFIER[0]].shape[1],
+    encoder = {
+        "class_path": f"{MixTransformer.__module__}.{MixTransformer.__qualname__}",
+        "init_args": _arguments_from_shapes(weights, parts, config),
+    }
+    if CLASSIFIER not in parts:
+        return encoder
+    return {
+        "class_path": f"{SegFormer.__module__}.{SegFormer.__qualname__}",
+        "init_args": {
+            "encoder": encoder,
+            "num_classes": parts[CLASSIFIER].shape[0],
+            "decoder_dim": parts[CLASSIFIER].shape[1],
             "dropout": (_CONFIG_DEFAULTS | dict(config))["classifier_dropout_prob"],
-        }
-    return _spec(_arguments_from_shapes(weights, parts, config), head)
-
-
-def _spec(encoder: dict[str, Any], head: dict[str, Any] | None) -> dict[str, Any]:
-    """Name the variant if it is one, and leave out what is an encoder's default."""
-    variant = variants().get((encoder["embed_dims"], encoder["depths"]))
-    arguments = {
-        key: value
-        for key, value in encoder.items()
-        if key not in ENCODER_DEFAULTS or value != ENCODER_DEFAULTS[key]
+        },
     }
-    if variant is not None:
-        del arguments["embed_dims"], arguments["depths"]
-        if head is not None:
-            return {
-                "class_path": f"{_PACKAGE}segformer_{variant}",
-                "init_args": head | arguments,
-            }
-    alone = {
-        "class_path": _PACKAGE + (f"mit_{variant}" if variant else "MixTransformer"),
-        "init_args": arguments,
-    }
-    if head is None:
-        return alone
-    return {"class_path": _PACKAGE + "SegFormer", "init_args": {"encoder": alone, **head}}
 
 
 def _check_config(name: str, config: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
-    """What a config.json says of the shapes is what the tensors have: otherwise it belongs to
+    """Compare what a config.json says of the shapes with the tensors: if they differ it belongs to
     other weights, and what only it tells (heads, strides) would be wrong too.
 
     Raises:
-        WeightsError: it is not.
+        WeightsError: They differ.
     """
     dims, depths = dims_and_depths(parts)
     stages = [f"encoder.stages.{s}." for s in range(4)]
     sr_names = [s + "blocks.0.attn.sr.weight" for s in stages]
-    classifier = parts.get(CLASSIFIER[0])
+    classifier = parts.get(CLASSIFIER)
     known: dict[str, Any] = {
         "hidden_sizes": dims,
         "depths": depths,

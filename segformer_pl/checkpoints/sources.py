@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from segformer_pl.checkpoints.facts import (
-    checked_eps,
+    checked_constants,
     checked_facts,
     names_from_id2label,
     normalization_from_preprocessor,
@@ -54,7 +54,8 @@ class Weights:
             it.
         data: What a run's checkpoint says of the data that it was trained on: ``dataset``, the
             name, and ``labels``, what its raw values meant.
-        norm_eps: Epsilons of block and convolution norms, if the source states them.
+        constants: Constants that the weights depend on and that no tensor holds, by name; empty
+            if the source does not state them.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Weights:
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
-    norm_eps: tuple[float, float] | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_weights(source: Source) -> Weights:
@@ -83,7 +84,7 @@ def read_weights(source: Source) -> Weights:
 
 def _read(source: Source) -> Weights:
     if isinstance(source, Mapping):
-        return _from_content("the state dict", source)
+        return weights_from_content("the state dict", source)
     if not isinstance(source, str | os.PathLike):
         raise WeightsError(
             f"weights cannot come from a {type(source).__name__}; give a file, a folder, a hub "
@@ -112,7 +113,7 @@ def _read(source: Source) -> Weights:
 def _read_file(path: Path) -> Weights:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _from_content(f"'{path}'", load_file(path))
+    return weights_from_content(f"'{path}'", load_file(path))
 
 
 def _read_safetensors(path: Path) -> Weights:
@@ -129,16 +130,24 @@ def _read_safetensors(path: Path) -> Weights:
         return Weights(f"'{path}'", tensors)
     try:
         known = json.loads(metadata["segformer_pl"])
-        task, norm_eps = known["task"], known["norm_eps"]
+        task = known["task"]
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, size, error) from error
     name = f"'{path}'"
-    facts, eps = checked_facts(name, task), checked_eps(name, norm_eps)
-    return Weights(name, tensors, task=facts, norm_eps=eps)
+    facts, constants = checked_facts(name, task), checked_constants(name, known)
+    return Weights(name, tensors, task=facts, constants=constants)
 
 
-def _from_content(name: str, content: Any) -> Weights:
-    """Find the state dict in what a file holds, and what stands beside it."""
+def weights_from_content(name: str, content: Any) -> Weights:
+    """Find the state dict in what a file holds, and what stands beside it.
+
+    Args:
+        name: The file, for messages.
+        content: What ``torch.load`` returned.
+
+    Raises:
+        WeightsError: It holds no state dict, or states facts in another form.
+    """
     tensors: Any = content
     beside: Mapping[str, Any] = {}
     for key in ("state_dict", "model"):
@@ -158,8 +167,8 @@ def _from_content(name: str, content: Any) -> Weights:
     data = beside.get("StreamingSegmentationData") or {}
     if not isinstance(data, Mapping):
         raise WeightsError(f"{name} describes its data by a {type(data).__name__}, not by names")
-    eps = checked_eps(name, beside.get("norm_eps"))
-    return Weights(name, tensors, task=task, data=data, norm_eps=eps)
+    constants = checked_constants(name, beside)
+    return Weights(name, tensors, task=task, data=data, constants=constants)
 
 
 def _facts_of_mmcv(content: Mapping[str, Any], name: str) -> dict[str, Any]:

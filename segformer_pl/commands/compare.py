@@ -21,10 +21,10 @@ from segformer_pl.analysis.configuration import (
     differences,
     is_data_known,
     plain,
-    training_configuration,
 )
-from segformer_pl.analysis.evaluation import Evaluation, load_evaluation
-from segformer_pl.analysis.run_groups import Group, group_runs
+from segformer_pl.analysis.evaluation import load_evaluation
+from segformer_pl.analysis.run import Run
+from segformer_pl.analysis.run_groups import ComparedRun, Group, group_runs
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 
 FEW_BLOCKS = 20
@@ -65,7 +65,7 @@ def compare(arguments: list[str]) -> None:
         "configuration",
     )
     parser.add_argument(
-        "--block-size",
+        "--block_size",
         type=PositiveInt,
         default=1,
         help="contiguous images, in stored order, that are drawn together. Neighbouring images "
@@ -77,49 +77,57 @@ def compare(arguments: list[str]) -> None:
     runs: list[Path] = options.runs
     if len(runs) < 2:
         raise ValueError(f"there is nothing to compare '{runs[0]}' with; give two or more runs")
-    evaluations = [load_evaluation(run) for run in runs]
-    configurations = [training_configuration(run, e.step) for run, e in zip(runs, evaluations)]
-    if len(runs) == 2:
-        known, text = _two(runs, evaluations, configurations, options.block_size)
+    compared = [_read(run) for run in runs]
+    num_images = len(compared[0].evaluation.ids)
+    if len(compared) == 2:
+        known, text = _two(compared[0], compared[1], options.block_size)
     else:
-        groups = group_runs(runs, evaluations, configurations, options.block_size)
-        caveat = _spread_caveat(groups, [c for c in configurations if c is not None])
+        groups = group_runs(compared, options.block_size)
+        caveat = _spread_caveat(groups, [c for run in compared if (c := run.configuration)])
         known = {
-            "num_images": len(evaluations[0].ids),
+            "num_images": num_images,
             "block_size": options.block_size,
             "caveat": caveat,
             "groups": [group.as_dict() for group in groups],
             "differences": dict(_differences(groups)),
         }
-        text = _grouped(groups, caveat, len(evaluations[0].ids), options.block_size)
+        text = _grouped(groups, caveat, num_images, options.block_size)
     sys.stdout.write((json.dumps(known, indent=2) if options.json else "\n".join(text)) + "\n")
 
 
-def _two(
-    runs: Sequence[Path],
-    evaluations: Sequence[Evaluation],
-    configurations: Sequence[Configuration | None],
-    block_size: int,
-) -> tuple[dict[str, Any], list[str]]:
+def _read(source: Path) -> ComparedRun:
+    """An evaluation, and what the network was trained with, if that is known.
+
+    Args:
+        source: Run folder, whose last evaluation is meant; or an npz file.
+    """
+    run = Run(source) if source.is_dir() else Run.of(source)
+    evaluation = Run(source).last_evaluation() if source.is_dir() else load_evaluation(source)
+    return ComparedRun(source, evaluation, run.configuration(evaluation.step) if run else None)
+
+
+def _two(a: ComparedRun, b: ComparedRun, block_size: int) -> tuple[dict[str, Any], list[str]]:
     """The paired test of two trained networks, as plain data and as text."""
-    comparison = compare_evaluations(evaluations[0], evaluations[1], block_size)
-    caveat = _caveat(configurations)
-    described = [
-        {"path": str(run), "split": e.split, "step": e.step, "seed": c.seed if c else None}
-        for run, e, c in zip(runs, evaluations, configurations)
-    ]
-    known = {"a": described[0], "b": described[1], "caveat": caveat} | comparison.as_dict()
-    lines = [*_header(runs, evaluations, configurations), "", fill(caveat, 100), ""]
+    comparison = compare_evaluations(a.evaluation, b.evaluation, block_size)
+    caveat = _caveat(a.configuration, b.configuration)
+    known = {"a": _described(a), "b": _described(b), "caveat": caveat} | comparison.as_dict()
+    lines = [_header("A", a), _header("B", b), "", fill(caveat, 100), ""]
     lines += [fill(f"{comparison.verdict}.", 100), "", *_scores(comparison), ""]
     lines += [*_classes(comparison.classes), ""]
     return known, [*lines, *(fill(remark, 100) for remark in _remarks(comparison))]
 
 
-def _caveat(configurations: Sequence[Configuration | None]) -> str:
+def _described(run: ComparedRun) -> dict[str, Any]:
+    evaluation, known = run.evaluation, run.configuration
+    seed = known.seed if known else None
+    path, split, step = str(run.path), evaluation.split, evaluation.step
+    return {"path": path, "split": split, "step": step, "seed": seed}
+
+
+def _caveat(a: Configuration | None, b: Configuration | None) -> str:
     """What the comparison of two runs cannot say."""
-    a, b = configurations
     if a is None or b is None:
-        whose = " and ".join(n for n, c in zip("AB", configurations) if c is None)
+        whose = " and ".join(n for n, c in zip("AB", (a, b)) if c is None)
         return (
             f"What {whose} was trained with is not known: there is no config.yaml of a training. "
             f"{ONE_RUN_EACH}"
@@ -158,14 +166,9 @@ def _seed(configuration: Configuration) -> str:
     return "no seed" if configuration.seed is None else f"seed {configuration.seed}"
 
 
-def _header(
-    runs: Sequence[Path],
-    evaluations: Sequence[Evaluation],
-    configurations: Sequence[Configuration | None],
-) -> Iterator[str]:
-    for letter, run, evaluation, known in zip("AB", runs, evaluations, configurations):
-        seed = "" if known is None else f", {_seed(known)}"
-        yield f"{letter}  {run}: {evaluation.split}, step {evaluation.step:,}{seed}"
+def _header(letter: str, run: ComparedRun) -> str:
+    seed = "" if run.configuration is None else f", {_seed(run.configuration)}"
+    return f"{letter}  {run.path}: {run.evaluation.split}, step {run.evaluation.step:,}{seed}"
 
 
 def _grouped(groups: Sequence[Group], caveat: str, num_images: int, block_size: int) -> list[str]:
@@ -296,7 +299,7 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
     if comparison.block_size == 1:
         yield (
             "Images are taken for independent of each other. If neighbours resemble each other, "
-            "as in a video, give --block-size; otherwise intervals are too narrow and p too small."
+            "as in a video, give --block_size; otherwise intervals are too narrow and p too small."
         )
     else:
         yield "Blocks of neighbouring images are taken for independent of each other."

@@ -1,8 +1,7 @@
 """``erf``: what each layer of a network really sees."""
 
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,20 +20,24 @@ from segformer_pl.analysis.erf import (
     weights_hash,
 )
 from segformer_pl.analysis.erf.backbones import TimmStages
+from segformer_pl.analysis.erf.captions import describe_settings
 from segformer_pl.analysis.erf.plots import (
     plot_area_ratios,
     plot_difference,
     plot_erf,
     plot_radial_profiles,
 )
-from segformer_pl.analysis.erf.words import recipe_in_words
 from segformer_pl.atomic import atomic_write, make_writable_folder
 from segformer_pl.checkpoints import load_network, read_weights
-from segformer_pl.commands.checkpoint import load_data, load_task
+from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
+from segformer_pl.checkpoints.run_data import load_data
+from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
 from segformer_pl.data import StreamingSegmentationData
-from segformer_pl.data.labels import DataError
-from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
+from segformer_pl.errors import UserError
+from segformer_pl.inference import Predictor
+from segformer_pl.inference.predictor import normalization_of
+from segformer_pl.normalization import Normalization
 
 DPI = 300
 PICTURES_IN_A_BATCH = 8  # as read; the measurement takes them apart as it needs
@@ -43,19 +46,13 @@ TIMM = "timm:"
 
 class Subject(NamedTuple):
     """A network to measure; ``label`` names its row, ``weights`` says where they are from,
-    ``source`` how it was asked for, ``mean`` and ``std`` what its pictures are normalised with."""
+    ``source`` how it was asked for, ``normalization`` how its images are normalised."""
 
     network: nn.Module
     label: str
     weights: str
     source: str
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Not ``task.normalize``, whose tensors would have to follow the network to its device."""
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (images - mean) / std
+    normalization: Normalization = Normalization()
 
 
 def erf(arguments: list[str]) -> None:
@@ -81,9 +78,11 @@ def erf(arguments: list[str]) -> None:
         help="second row: a checkpoint, a model name (random weights), or a network of timm: "
         "timm:NAME (random weights), timm:NAME:pretrained, timm:NAME:FILE",
     )
-    parser.add_argument("--data", help="data set of the catalogue; default the checkpoint's")
-    parser.add_argument("--path", help="where the data set is stored, as data.path of a run")
-    parser.add_argument("--num-images", type=int, default=100, help="the paper averages over 100")
+    parser.add_argument(
+        "--data.dataset", help="data set of the catalogue; default the checkpoint's"
+    )
+    parser.add_argument("--data.path", help="where the data set is stored")
+    parser.add_argument("--num_images", type=int, default=100, help="the paper averages over 100")
     parser.add_argument(
         "--size",
         type=int,
@@ -96,7 +95,7 @@ def erf(arguments: list[str]) -> None:
         "--reduction", default="relu", help="relu, l1, sum, random, or a channel's number"
     )
     parser.add_argument("--gradient", default="abs", choices=["abs", "relu"])
-    parser.add_argument("--batch-size", type=int, help="pictures in a pass; bounds the memory")
+    parser.add_argument("--batch_size", type=int, help="pictures in a pass; bounds the memory")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -107,12 +106,17 @@ def erf(arguments: list[str]) -> None:
     given = [key for key in ("ckpt", "weights", "model") if options[key] is not None]
     if len(given) != 1:
         raise ValueError("give one of --ckpt, --weights and --model: whose field to measure")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
+    resolve_device(options.device)
     if options.size is not None and min(options.size) < 1:
         raise ValueError("--size: give height and width of at least 1 pixel")
-    data = _data(options)
-    subjects = [_subject(given[0], options[given[0]], data)]
+    checkpoint = None if options.ckpt is None else RunCheckpoint.read(options.ckpt)
+    data = _data(options, checkpoint)
+    if checkpoint is not None:
+        subjects = [_trained(checkpoint, options.ckpt)]
+    elif options.weights is not None:
+        subjects = [subject_from_file(options.weights)]
+    else:
+        subjects = [_random(options.model, data)]
     if options.against is not None:
         subjects.append(_against(options.against, segmenters, data))
     if options.reduction.isdigit():
@@ -125,49 +129,56 @@ def erf(arguments: list[str]) -> None:
     _write(folder, subjects, results)
 
 
-def _data(options: Any) -> StreamingSegmentationData:
-    changes = {"dataset": options.data, "path": options.path, "num_workers": 0}
-    if options.ckpt is not None:
-        if options.data is not None and options.path is None:
+def _data(options: Any, checkpoint: RunCheckpoint | None) -> StreamingSegmentationData:
+    changes = {"dataset": options.data.dataset, "path": options.data.path, "num_workers": 0}
+    if checkpoint is not None:
+        if options.data.dataset is not None and options.data.path is None:
             # The run's own path belongs to the run's own data set.
-            return StreamingSegmentationData(dataset=options.data, num_workers=0)
-        return load_data(options.ckpt, **changes)
-    if options.data is None:
-        raise ValueError("--data: say which data set's pictures to take; --ckpt brings its own")
+            return StreamingSegmentationData(dataset=options.data.dataset, num_workers=0)
+        return load_data(checkpoint, **changes)
+    if options.data.dataset is None:
+        raise UserError(
+            "--data.dataset: say which data set's images to take; --ckpt brings its own"
+        )
     return StreamingSegmentationData(**changes)
 
 
-def _subject(kind: str, source: str, data: StreamingSegmentationData) -> Subject:
-    if kind == "ckpt":
-        task = load_task(source)
-        step = task.trained_steps
-        label = f"{type(task.network).__name__}, {Path(source).name}"
-        mean, std = (t.flatten().tolist() for t in (task.image_mean, task.image_std))
-        return Subject(task.network, label, f"trained, step {step}", source, mean, std)
-    if kind == "weights":
-        weights = read_weights(source)
-        network, _ = load_network(weights)
-        label = f"{type(network).__name__}, {Path(source).name}"
-        mean, std = (
-            weights.task.get(key, usual)
-            for key, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
-        )
-        return Subject(network.eval(), label, "from a file", source, mean, std)
+def _trained(checkpoint: RunCheckpoint, source: str) -> Subject:
+    predictor = Predictor.from_weights(checkpoint.weights())
+    return Subject(
+        predictor.network,
+        f"{type(predictor.network).__name__}, {Path(source).name}",
+        f"trained, step {checkpoint.step}",
+        source,
+        predictor.normalization,
+    )
+
+
+def subject_from_file(source: str) -> Subject:
+    """Weights of any layout, which may be those of an encoder alone."""
+    weights = read_weights(source)
+    network, _ = load_network(weights)
+    label = f"{type(network).__name__}, {Path(source).name}"
+    return Subject(network.eval(), label, "from a file", source, normalization_of(weights))
+
+
+def _random(name: str, data: StreamingSegmentationData) -> Subject:
     torch.manual_seed(0)  # the same random weights each time
-    network = getattr(models, source)(num_classes=data.entry.labels.num_classes)
-    return Subject(network.eval(), source, "random weights", source)
+    network = getattr(models, name)(num_classes=data.entry.labels.num_classes)
+    return Subject(network.eval(), name, "random weights", name)
 
 
 def _against(source: str, segmenters: list[str], data: StreamingSegmentationData) -> Subject:
     if source in segmenters:
-        return _subject("model", source, data)
+        return _random(source, data)
     if not source.startswith(TIMM):
-        return _subject("ckpt", source, data)
+        return _trained(RunCheckpoint.read(source, "--against"), source)
     name, _, weights = source.removeprefix(TIMM).partition(":")
     torch.manual_seed(0)
     network = TimmStages(name, weights or None).eval()
     known = {"": "random weights", "pretrained": "timm's weights"}.get(weights, "from a file")
-    return Subject(network, f"timm {name}", known, source, network.mean, network.std)
+    normalization = Normalization(network.mean, network.std)
+    return Subject(network, f"timm {name}", known, source, normalization)
 
 
 def _pictures(
@@ -176,12 +187,8 @@ def _pictures(
     """Batches of validation pictures spread evenly over the split, for stored order can be by
     class or place; the same ones each time."""
     if num_images < 1:
-        raise ValueError("--num-images: give an integer of at least 1")
-    try:
-        samples: Any = data.val_dataloader().dataset
-    except DataError as error:
-        # A run's arguments have longer names than this command's.
-        raise DataError(re.sub(r"(--)?data\.path", "--path", str(error))) from error
+        raise ValueError("--num_images: give an integer of at least 1")
+    samples: Any = data.val_dataloader().dataset
     num_rows = samples.order.num_rows
     count = min(num_images, num_rows)
     images: list[Tensor] = []
@@ -225,15 +232,15 @@ def _measure(
         layers=options.layers,
         reduction=options.reduction,
         gradient=options.gradient,
-        preprocess=subject.preprocess,
+        preprocess=subject.normalization,
         batch_size=options.batch_size,
         about={
             "model": subject.label,
             "weights": subject.weights,
             "source": subject.source,
             "weights_hash": weights_hash(network),
-            "mean": subject.mean,
-            "std": subject.std,
+            "mean": subject.normalization.mean,
+            "std": subject.normalization.std,
             "data": data.entry.name,
             "split": "validation",
             "segformer_pl": __version__,
@@ -248,10 +255,10 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
         f"{subject.label} ({subject.weights})": result for subject, result in zip(subjects, results)
     }
     first = results[0]
-    height, width = first.recipe["image_size"]
+    height, width = first.settings["image_size"]
     title = (
         f"mean of {first.num_images} validation pictures of {first.about['data']}, "
-        f"{height}x{width} pixels; {recipe_in_words(first.recipe)}"
+        f"{height}x{width} pixels; {describe_settings(first.settings)}"
     )
     plots = {"erf": plot_erf, "erf_profile": plot_radial_profiles, "erf_area": plot_area_ratios}
     files = []
@@ -284,7 +291,7 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 
 def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
     """Numbers with their 95 % intervals over pictures, as text."""
-    about, size = result.about, result.recipe["image_size"]
+    about, size = result.about, result.settings["image_size"]
     lines = [
         f"{about['model']} ({about['weights']}), {result.num_images} "
         f"{'picture' if result.num_images == 1 else 'pictures'} of "

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from segformer_pl.analysis.run_history import changes, read_configs, run_dir_of
-from segformer_pl.commands.checkpoint import read_checkpoint
+from segformer_pl.analysis.configuration import changes
+from segformer_pl.analysis.run import LAST_CHECKPOINT, Run
+from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
+from segformer_pl.errors import UserError
 
 NAMED = ("last", "best", "hpc")
 # What makes two runs one experiment: what trains, on what, and how each step is made.
@@ -51,25 +53,31 @@ def named_checkpoint(name: str, config: Any, settings: dict[str, Any], is_fit: b
 def _last(name: str, config: Any) -> Path:
     last_checkpoint = config.get("last_checkpoint")
     if last_checkpoint is not None and last_checkpoint.dirpath is not None:
-        folder, pattern = Path(last_checkpoint.dirpath), "last.ckpt"
+        folder = Path(last_checkpoint.dirpath)
+        expected = folder / LAST_CHECKPOINT
+        files = [expected]
     else:
-        folder, pattern = _run_folders(config.trainer), "*/checkpoints/last.ckpt"
-    files = [file for file in folder.glob(pattern) if file.is_file()]
+        folder = _run_folders(config.trainer)
+        expected = Run(folder / "*").last_checkpoint
+        files = [Run(run_dir).last_checkpoint for run_dir in folder.glob("*")]
+    files = [file for file in files if file.is_file()]
     if not files:
         raise ValueError(
             f"ckpt_path: {name!r} needs the last.ckpt of an earlier run, and there is no "
-            f"{str(folder / pattern)!r}; give the checkpoint's path, or leave ckpt_path out to "
-            "start anew"
+            f"{str(expected)!r}; give the checkpoint's path, or leave ckpt_path out to start anew"
         )
     return max(files, key=lambda file: file.stat().st_mtime_ns)
 
 
 def _refuse_another_experiment(last: Path, here: dict[str, Any], is_fit: bool) -> None:
     """Runs of one folder are not always of one experiment: the folder's name has a default."""
-    run_dir = run_dir_of(last)
-    if run_dir is None:
+    run = Run.of(last)
+    if run is None:
         return
-    there = read_configs(run_dir).popitem()[1]  # of its latest part
+    try:
+        there = run.config
+    except UserError:  # nothing is known of it, so that nothing speaks against it
+        return
     if not there:
         return
     compared = SAME_EXPERIMENT if is_fit else SCORED

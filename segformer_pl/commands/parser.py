@@ -1,15 +1,41 @@
 """The argument parser of every command."""
 
 import inspect
+import pkgutil
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl import models
-from segformer_pl.data import DataError
+from segformer_pl.errors import UserError, find_user_error
+from segformer_pl.models.segmenter import Segmenter
 
 PROG = "python -m segformer_pl"
+
+# Options as the project's own commands had them in the release before, and as they have them now:
+# with underscores, and by the names that `fit` has for the same thing.
+OLD_SPELLINGS = {
+    "--batch-size": "--batch_size",
+    "--block-size": "--block_size",
+    "--data": "--data.dataset",
+    "--num-classes": "--num_classes",
+    "--num-images": "--num_images",
+    "--num-workers": "--data.num_workers",
+    "--path": "--data.path",
+}
+
+
+def current_spelling(arguments: list[str]) -> list[str]:
+    """Replace old spellings of options in the arguments of a command, with a notice for each."""
+    current = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option in OLD_SPELLINGS:
+            sys.stderr.write(f"{option} is now {OLD_SPELLINGS[option]}\n")
+        current.append(OLD_SPELLINGS.get(option, option) + equals + value)
+    return current
 
 
 def segmenter_names() -> list[str]:
@@ -22,6 +48,33 @@ def segmenter_names() -> list[str]:
     ]
 
 
+def find_segmenter(name: str) -> Callable[..., Segmenter]:
+    """Return the class or function that builds a network.
+
+    Args:
+        name: One of :func:`segmenter_names`, or an import path such as ``package.module.Class``.
+
+    Raises:
+        UserError: There is nothing of that name, or it cannot be called with ``num_classes``.
+    """
+    if name in segmenter_names():
+        return getattr(models, name)
+    try:
+        build = pkgutil.resolve_name(name)
+        parameters = inspect.signature(build).parameters
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"there is no network {name!r} ({error}); give an import path such as "
+            f"package.module.Class, or one of {', '.join(segmenter_names())}"
+        ) from error
+    if "num_classes" not in parameters:
+        raise UserError(
+            f"{name!r} has no argument num_classes and is no segmentation network of this package; "
+            "see segformer_pl.models.segmenter"
+        )
+    return build
+
+
 class SegformerArgumentParser(LightningArgumentParser):
     """Says what is wrong in one sentence, and lets links reach into a function's arguments."""
 
@@ -32,10 +85,8 @@ class SegformerArgumentParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        cause: BaseException | None = ex
-        while cause is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__ or cause.__context__
-        sentence = " ".join(line.strip() for line in str(cause or message).splitlines())
+        text = str(find_user_error(ex) or message)
+        sentence = " ".join(line.strip() for line in text.splitlines())
         sys.stderr.write(f"error: {sentence} (what is accepted: {self.prog} --help)\n")
         self.exit(2)
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from contextlib import suppress
-from inspect import signature
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 from segformer_pl.analysis.overlays import Palette, Pixels, write_overlay
 from segformer_pl.atomic import WriteError, atomic_write, make_writable_folder
-from segformer_pl.commands.checkpoint import load_task
+from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
+from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data import DataError
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.data.image_folder import PICTURES
-from segformer_pl.inference import Inference
-from segformer_pl.task import SegmentationTask
+from segformer_pl.inference import Inference, Predictor
 
 MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -79,25 +78,27 @@ def predict(arguments: list[str]) -> None:
     changes = parser.parse_args(arguments, defaults=False).get("inference")
     try:
         pictures = find_pictures(options.input, options.output)
-        device = _device(options.device)
+        device = resolve_device(options.device)
         _return_large_blocks()
-        task = load_task(options.ckpt).to(device)
-        _check_channels(task)
-        inference = _inference(task.inference, changes.as_dict() if changes else {})
+        predictor = Predictor.from_weights(RunCheckpoint.read(options.ckpt).weights()).to(device)
+        _check_channels(predictor)
+        predictor.protocol = changed_protocol(
+            predictor.protocol, changes.as_dict() if changes else {}
+        )
     except ValueError as error:
         parser.error(str(error))
     kinds = (MASKS, OVERLAYS, *([PROBABILITIES] if options.probabilities else []))
     for folder in (options.output, *(options.output / kind for kind in kinds)):
         make_writable_folder(folder, "--output")
-    writer = PredictionFiles(options.output, task.class_names, task.palette)
+    writer = PredictionFiles(options.output, predictor.class_names, predictor.palette or [])
     num_written = num_skipped = 0
     progress = tqdm(pictures.items(), "predicting", unit="picture")
     try:
         for file, name in progress:
             try:
-                pixels = EncodedImage(_read(file), str(file)).decode()
+                pixels = EncodedImage.read(file).decode()
                 labels, probabilities = _segment(
-                    task, inference, pixels, options.probabilities, str(file)
+                    predictor, pixels, options.probabilities, str(file)
                 )
             except DataError as error:
                 num_skipped += 1
@@ -181,24 +182,18 @@ def _named(files: list[Path], base: Path) -> dict[Path, Path]:
     }
 
 
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def _check_channels(task: SegmentationTask) -> None:
-    stem = next(part for part in task.network.modules() if isinstance(part, nn.Conv2d))
-    if stem.in_channels != 3:
+def _check_channels(predictor: Predictor) -> None:
+    num_channels = predictor.network.in_channels
+    if num_channels != 3:
         raise ValueError(
-            f"--ckpt: the network takes {stem.in_channels} channels, but pictures are read with 3 "
+            f"--ckpt: the network takes {num_channels} channels, but pictures are read with 3 "
             "(RGB); give a checkpoint of a network with in_channels 3"
         )
 
 
-def _inference(of_the_run: Inference, changes: dict[str, Any]) -> Inference:
-    """The run's own with some arguments changed."""
-    arguments = {name: getattr(of_the_run, name) for name in signature(Inference).parameters}
+def changed_protocol(of_the_run: Inference, changes: dict[str, Any]) -> Inference:
+    """Return a run's own protocol with some arguments changed."""
+    arguments = {field.name: getattr(of_the_run, field.name) for field in fields(of_the_run)}
     if "window" in changes:  # these belong to the run's windows
         del arguments["stride"], arguments["window_weights"]
     return Inference(**arguments | changes)
@@ -215,45 +210,15 @@ def _return_large_blocks() -> None:
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: it cannot be read ({error.strerror})") from error
-
-
 def _segment(
-    task: SegmentationTask,
-    inference: Inference,
-    pixels: Pixels,
-    with_probabilities: bool,
-    where: str,
+    predictor: Predictor, pixels: Pixels, with_probabilities: bool, where: str
 ) -> tuple[TrainIds, npt.NDArray[np.float16] | None]:
     """Train ids (H, W) and, if asked for, probabilities (num_classes, H, W)."""
     height, width = pixels.shape[:2]
-    probabilities = None
-    is_small = len(task.class_names) <= 256
-    dtype = torch.uint8 if is_small else torch.uint16
-    is_finite: list[torch.Tensor] = []  # of every window; known where the results are waited for
-
-    def network(images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = task.network(images)
-        is_finite.append(logits.isfinite().all())
-        return logits
-
     try:
-        with torch.inference_mode():
-            # Of 8 bits until the network sees them, window by window.
-            images = torch.from_numpy(pixels).to(task.device).permute(2, 0, 1)[None]
-            given = (network, images, (height, width), lambda part: task.normalize(part / 255))
-            if not with_probabilities:
-                labels = inference.labels(*given, dtype=dtype)[0].cpu().numpy()
-            else:
-                labels = np.empty((height, width), np.uint8 if is_small else np.uint16)
-                probabilities = np.empty((len(task.class_names), height, width), np.float16)
-                for rows, band in inference.probability_bands(*given):
-                    labels[rows] = band[0].argmax(dim=2).cpu().numpy()
-                    probabilities[:, rows] = band[0].permute(2, 0, 1).half().cpu().numpy()
+        if with_probabilities:
+            return predictor.probabilities(pixels)
+        return predictor(pixels), None
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"{where}: {height}x{width} pixels need more memory than the device has; give "
@@ -261,12 +226,6 @@ def _segment(
         ) from error
     except ValueError as error:  # such as: smaller than the network can take
         raise DataError(f"{where}: {error}") from error
-    if not all(is_finite):
-        raise DataError(
-            f"{where}: the network's outputs hold nan or infinity, so there is no mask; give "
-            "another checkpoint"
-        )
-    return labels, probabilities
 
 
 class PredictionFiles:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from segformer_pl.analysis.configuration import read_config
 from segformer_pl.analysis.recipe import departures, remarks, scope
+from segformer_pl.analysis.run import Run
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.errors import UserError
 
 Resolve = Callable[[list[str]], dict[str, Any]]
 
@@ -32,12 +33,23 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        help="run folder; or YAML files, merged in this order as --config merges them",
+        help="run folder, or a checkpoint in one; or YAML files, merged in this order as --config "
+        "merges them",
     )
-    sources = parser.parse_args(arguments).sources
-    files = [_config_of(Path(source)) for source in sources]
-    # A run's own file is complete. The command line would fill in what it did not know then.
-    config = read_config(Path(files[0])) if sources != files and len(files) == 1 else resolve(files)
+    sources = [Path(source) for source in parser.parse_args(arguments).sources]
+    runs = [_run_of(source) for source in sources]
+    if len(runs) == 1 and runs[0] is not None:
+        # A run's own file is complete. The command line would fill in what it did not know then.
+        config = runs[0].configs[0]
+    else:
+        files = [str(run.config_file if run else file) for run, file in zip(runs, sources)]
+        try:
+            config = resolve(files)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{', '.join(map(repr, files))}: not all are YAML files ({error.reason}); give the "
+                "folder of a run, a checkpoint in one, or YAML files"
+            ) from error
     sys.stdout.write(table(config) + "\n")
 
 
@@ -56,12 +68,14 @@ def table(config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _config_of(source: Path) -> str:
+def _run_of(source: Path) -> Run | None:
+    """The run of a folder, or of a checkpoint in one; None for any other file."""
     if not source.is_dir():
-        return str(source)
-    if not (source / "config.yaml").is_file():
-        raise ValueError(
-            f"{str(source)!r} holds no config.yaml; give the folder of one run, such as "
+        return Run.of(source) if source.is_file() else None
+    run = Run(source)
+    if not run.config_file.is_file():
+        raise UserError(
+            f"{str(source)!r} holds no {run.config_file.name}; give the folder of one run, such as "
             "runs/demo/version_0, or YAML files"
         )
-    return str(source / "config.yaml")
+    return run

@@ -1,6 +1,5 @@
 """``robustness --ckpt FILE --output DIR``: mIoU on corrupted pictures, the paper's Table 5."""
 
-import hashlib
 import json
 import operator
 import sys
@@ -28,15 +27,19 @@ from segformer_pl.analysis.robustness import (
     write_scores,
 )
 from segformer_pl.atomic import atomic_write, atomic_write_text, make_writable_folder
-from segformer_pl.commands.checkpoint import load_data, load_task
+from segformer_pl.batch import Batch
+from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
+from segformer_pl.checkpoints.run_data import load_data
+from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.predict import INTERRUPTED
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedPictures
 from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
-from segformer_pl.data.streaming import Samples, Transforms, collate
+from segformer_pl.data.streaming import Sample, Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.inference import Predictor
 from segformer_pl.metrics import (
     as_classes,
     class_counts,
@@ -44,7 +47,6 @@ from segformer_pl.metrics import (
     confusion_matrices,
     mean_present,
 )
-from segformer_pl.task import SegmentationTask
 
 Setting = tuple[str, str, int]  # group, corruption, severity
 SETTINGS: list[Setting] = [
@@ -72,12 +74,12 @@ def robustness(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--data.path", type=str, help="where the data is, if not as trained")
     parser.add_argument(
-        "--num-images",
+        "--num_images",
         type=PositiveInt,
         help="pictures to score, evenly spaced over the split; all of them by default",
     )
     parser.add_argument(
-        "--num-workers", type=NonNegativeInt, help="loader processes, if not as trained"
+        "--data.num_workers", type=NonNegativeInt, help="loader processes, if not as trained"
     )
     parser.add_argument(
         "--device",
@@ -86,11 +88,11 @@ def robustness(arguments: list[str]) -> None:
         help="where the network runs",
     )
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
-    task = load_task(options.ckpt).to(options.device)
-    data = load_data(options.ckpt, path=options.data.path, num_workers=options.num_workers)
-    result = _score_all(task, data, options.ckpt, options.num_images, options.output)
+    device = resolve_device(options.device)
+    checkpoint = RunCheckpoint.read(options.ckpt)
+    predictor = Predictor.from_weights(checkpoint.weights()).to(device)
+    data = load_data(checkpoint, path=options.data.path, num_workers=options.data.num_workers)
+    result = _score_all(predictor, data, checkpoint.digest, options.num_images, options.output)
     for name, text in {
         PAGE: markdown(result),
         NUMBERS: json.dumps(without_nan(as_dict(result)), indent=2) + "\n",
@@ -106,9 +108,9 @@ def robustness(arguments: list[str]) -> None:
 
 
 def _score_all(
-    task: SegmentationTask,
+    predictor: Predictor,
     data: StreamingSegmentationData,
-    ckpt: str,
+    checkpoint: str,
     num_images: int | None,
     output: Path,
 ) -> Robustness:
@@ -117,7 +119,7 @@ def _score_all(
     order = StoredOrder(source.group_rows)
     if num_images is not None and num_images > order.num_rows:
         raise ValueError(
-            f"--num-images {num_images}: the validation split has {order.num_rows} pictures; give "
+            f"--num_images {num_images}: the validation split has {order.num_rows} pictures; give "
             "at most so many, or leave it out"
         )
     num_images = num_images or order.num_rows
@@ -126,7 +128,7 @@ def _score_all(
         "num_images": num_images,
         "dataset": data.entry.name,
         "fingerprint": source.fingerprint,
-        "checkpoint": _digest(Path(ckpt)),
+        "checkpoint": checkpoint,
     }
     make_writable_folder(output, "--output")
     file = output / SCORES
@@ -143,7 +145,10 @@ def _score_all(
             for group, name, severity in missing:
                 progress.set_description(f"{name} {severity}" if severity else name)
                 miou = _score(
-                    task, data, islice(batches, -(-num_images // data.eval_batch_size)), progress
+                    predictor,
+                    data,
+                    islice(batches, -(-num_images // data.eval_batch_size)),
+                    progress,
                 )
                 scores[group, name, severity] = Score(group, name, severity, miou, **origin)
                 write_scores(file, [scores[key] for key in SETTINGS if key in scores])
@@ -171,7 +176,7 @@ def _check_origin(file: Path, there: dict[str, Any], here: dict[str, Any]) -> No
             )
 
 
-class CorruptedSamples(Dataset[dict[str, Any]]):
+class CorruptedSamples(Dataset[Sample]):
     """Samples by (number of the setting, position): one loader reads for all settings."""
 
     def __init__(self, samples: Samples, settings: list[Setting], seed: int) -> None:
@@ -184,7 +189,7 @@ class CorruptedSamples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.transforms) * self.samples.order.num_rows
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         setting, position = key
         self.samples.transforms = self.transforms[setting]
         return self.samples[position]
@@ -192,7 +197,7 @@ class CorruptedSamples(Dataset[dict[str, Any]]):
 
 def _loader(
     corrupted: CorruptedSamples, data: StreamingSegmentationData, positions: list[int]
-) -> DataLoader[dict[str, Any]]:
+) -> DataLoader[Sample]:
     """Batches setting by setting; none of them holds pictures of two."""
     size = data.eval_batch_size
     return DataLoader(
@@ -208,25 +213,20 @@ def _loader(
 
 
 def _score(
-    task: SegmentationTask,
+    predictor: Predictor,
     data: StreamingSegmentationData,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     progress: "tqdm[Any]",
 ) -> float:
-    """mIoU as ``validate`` has it, of the predictions that ``predict`` makes."""
-    num_classes = len(task.class_names)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=task.device)
+    """mIoU as ``validate`` computes it, of the predictions that ``predict`` makes."""
+    num_classes, ignore_index = len(predictor.class_names), data.entry.labels.ignore_index
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=predictor.device)
     with torch.inference_mode():
-        for number, batch in enumerate(batches):
+        for batch in batches:
             batch = data.on_before_batch_transfer(batch, 0)  # says what was skipped
-            batch = task.transfer_batch_to_device(batch, task.device, 0)
-            pred = task.predict_step(batch, number)
-            classes = as_classes(pred, batch["label"], num_classes, task.ignore_index)
+            pred = predictor.predict_batch(batch["image"])
+            target = batch["label"].to(predictor.device)
+            classes = as_classes(pred, target, num_classes, ignore_index)
             confusion += confusion_matrices(*classes, num_classes).sum(0)
             progress.update(len(batch["id"]))
     return mean_present(class_iou(class_counts(confusion.double()))).item()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

@@ -5,17 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from segformer_pl.analysis.run_history import (
-    CHECKPOINT_FOLDER,
-    CONFIG_FILE,
-    read_config,
-    run_dir_of,
-)
-from segformer_pl.analysis.run_metrics import METRICS_FILE
+from segformer_pl.analysis.run import LAST_CHECKPOINT, Run
+from segformer_pl.errors import UserError
 
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
 DEFAULT_LOGGER = {"class_path": CSV_LOGGER, "init_args": {"save_dir": "runs", "name": "unnamed"}}
-LAST = "last.ckpt"
 
 
 class Continuation(NamedTuple):
@@ -63,20 +57,23 @@ def find_continuation(ckpt_path: str, step: int, logger: Any) -> Continuation:
         step: Its training steps.
         logger: ``trainer.logger`` as plain data.
     """
-    run_dir = run_dir_of(ckpt_path)
+    run = Run.of(ckpt_path)
     new = "this run has a folder and a history of its own"
-    if run_dir is None:
+    if run is None:
         return Continuation(None, f"{ckpt_path} does not lie in the folder of a run: {new}")
-    config = read_config(run_dir / CONFIG_FILE)
+    try:
+        config = run.configs[0]
+    except UserError as error:
+        return Continuation(None, f"{error}: {new}")
     before = (config.get("trainer") or {}).get("logger")
     first = logger[0] if isinstance(logger, list) and logger else logger
     is_csv = isinstance(first, dict) and first.get("class_path") == CSV_LOGGER
-    if not is_csv or not (logger == before or _is_default(logger) or _folder(first) == run_dir):
+    if not is_csv or not (logger == before or _is_default(logger) or _folder(first) == run.folder):
         return Continuation(
-            None, f"trainer.logger names another place than that of {run_dir}: {new}"
+            None, f"trainer.logger names another place than that of {run.folder}: {new}"
         )
     elsewhere = (config.get("last_checkpoint") or {}).get("dirpath")
-    last = Path(elsewhere or run_dir / CHECKPOINT_FOLDER) / LAST
+    last = Path(elsewhere or run.checkpoint_folder) / LAST_CHECKPOINT
     last_step = _step_of(last)
     if last_step is None:
         return Continuation(None, f"{last} cannot be read, which may be of a later step: {new}")
@@ -85,14 +82,14 @@ def find_continuation(ckpt_path: str, step: int, logger: Any) -> Continuation:
             None,
             f"{ckpt_path} is of step {step}, and its run has gone on to step {last_step}: {new}",
         )
-    return Continuation(run_dir, f"the run in {run_dir} goes on from step {step}")
+    return Continuation(run.folder, f"the run in {run.folder} goes on from step {step}")
 
 
 def refuse_used_folder(logger: Any) -> None:
     """Raise ValueError if the logger names, as a version, a folder that holds a history."""
     first = logger[0] if isinstance(logger, list) and logger else logger
     folder = _folder(first) if isinstance(first, dict) else None
-    if folder is not None and (folder / METRICS_FILE).is_file():
+    if folder is not None and Run(folder).metrics_file.is_file():
         raise ValueError(
             f"trainer.logger.init_args.version: {folder} holds the history of a run already; "
             "leave the version out, or go on with that run by --ckpt_path"

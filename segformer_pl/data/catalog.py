@@ -28,7 +28,9 @@ from typing import Any
 import yaml
 
 from segformer_pl.data import shapes
-from segformer_pl.data.labels import DataError, LabelSpec, distinct_colors, is_line
+from segformer_pl.data.class_colors import distinct_colors
+from segformer_pl.data.labels import LabelSpec, is_line
+from segformer_pl.errors import UserError
 
 FOLDER = Path(__file__).parent / "datasets"
 
@@ -91,7 +93,7 @@ def find_dataset(dataset: str) -> DatasetEntry:
         dataset: A name, or a path that ends in ``.yaml`` or ``.yml``.
 
     Raises:
-        DataError: there is none, and the message lists the names; or the file has a mistake, and
+        UserError: there is none, and the message lists the names; or the file has a mistake, and
             the message says where.
     """
     if dataset.endswith((".yaml", ".yml")):
@@ -100,7 +102,7 @@ def find_dataset(dataset: str) -> DatasetEntry:
     if dataset not in names:
         close = difflib.get_close_matches(dataset, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise DataError(
+        raise UserError(
             f"data.dataset: there is no data set {dataset!r} in the catalogue; {hint}"
             f"It holds: {', '.join(names)}; a YAML file describes one of yours"
         )
@@ -111,20 +113,20 @@ def _read(file: Path, **hooks: Any) -> DatasetEntry:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"data.dataset: {file} cannot be read: {error.strerror}") from error
+        raise UserError(f"data.dataset: {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: it is not UTF-8 text; save it as such") from error
+        raise UserError(f"{file}: it is not UTF-8 text; save it as such") from error
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         line = f", line {place.line + 1}" if place else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise DataError(f"{file}{line}: this is not YAML: {problem}") from error
+        raise UserError(f"{file}{line}: this is not YAML: {problem}") from error
     given = _checked(content, "", ENTRY_KEYS, str(file))
     labels = _checked(given.pop("labels"), "labels", LABEL_KEYS, str(file))
     try:
         spec = _spec(**labels)
-    except ValueError as error:
-        raise DataError(f"{file}, labels: {error}") from error
+    except UserError as error:
+        raise UserError(f"{file}, labels: {error}") from error
     if "size" in given:
         given["size"] = tuple(given["size"])
     return DatasetEntry(**{"name": file.stem} | given, labels=spec, **hooks)
@@ -143,13 +145,13 @@ def _spec(
     kind, wrong = (_is_color, "a colour [r, g, b]") if by_color else (_is_int, "a whole number")
     for value in ignored or []:
         if not kind(value):
-            raise ValueError(f"ignored holds {value!r}, which is not {wrong}")
+            raise UserError(f"ignored holds {value!r}, which is not {wrong}")
     if by_color and colors is None:
-        raise ValueError("coding is colors, but there are none; give one colour for each class")
+        raise UserError("coding is colors, but there are none; give one colour for each class")
     without = {tuple(value) if by_color else value for value in ignored or []}
     if offset is not None:
         if raw_to_train is not None:
-            raise ValueError("offset and raw_to_train both say what raw values mean; keep one")
+            raise UserError("offset and raw_to_train both say what raw values mean; keep one")
         raw_to_train = {offset + train_id: train_id for train_id in range(len(names))}
         without |= set(range(offset))
     return LabelSpec(
@@ -240,22 +242,22 @@ def _checked(content: Any, place: str, keys: Keys, file: str) -> dict[str, Any]:
     """What a mapping of the file says, without the keys that are null."""
     prefix = f"{place}." if place else ""
     if not isinstance(content, dict):
-        raise DataError(f"{file}: it holds no mapping; describe the data set by keys and values")
+        raise UserError(f"{file}: it holds no mapping; describe the data set by keys and values")
     for key in content:
         if key not in keys:
             close = difflib.get_close_matches(str(key), keys, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise DataError(
+            raise UserError(
                 f"{file}: there is no key {prefix}{key}; {hint}There are: {', '.join(keys)}"
             )
     given = {key: value for key, value in content.items() if value is not None}
     for key in NEEDED[place]:
         if key not in given:
-            raise DataError(f"{file}: {prefix}{key} is missing; it is {keys[key][1]}")
+            raise UserError(f"{file}: {prefix}{key} is missing; it is {keys[key][1]}")
     for key, value in given.items():
         right, what = keys[key]
         if not right(value):
-            raise DataError(f"{file}: {prefix}{key} is {_brief(value)}; it has to be {what}")
+            raise UserError(f"{file}: {prefix}{key} is {_brief(value)}; it has to be {what}")
     return given
 
 

@@ -14,17 +14,18 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from segformer_pl.batch import Batch
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.decoding import PaletteColors
 from segformer_pl.data.index import same_data
 from segformer_pl.data.label_mapping import check_labels, describe_labels
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.sources import Source, Split, open_split
-from segformer_pl.data.streaming import OnBadSample, RankSampler, Samples, collate
+from segformer_pl.data.streaming import OnBadSample, RankSampler, Sample, Samples, collate
 from segformer_pl.data.transforms import TrainTransforms, to_tensors
+from segformer_pl.errors import UserError
+from segformer_pl.lightning_workarounds import replaces_samplers, set_batches_that_stepped
 
-Batch = dict[str, Any]
 UNLABELLED_SAMPLES = 256  # on each device: without a label training ends, with one class it warns
 SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # in log keys, in file names
 
@@ -32,10 +33,7 @@ SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # in log keys,
 class StreamingSegmentationData(pl.LightningDataModule):
     """Streams a data set of the catalogue as batches of images, labels and ids.
 
-    Batches: ``{"image": (B, 3, H, W) float32 RGB in 0 to 1, "label": (B, H, W) int64 train ids,
-    "id": list of B str, "seed": list of B int, "skipped": {id: why}, "notices": {kind: sentence},
-    "palettes": {index: (colour, label)}}``; seeds are random numbers that belong to the samples
-    (streaming.py).
+    Batches are as :class:`~segformer_pl.batch.Batch` describes them.
 
     Training batches come without end: give the trainer ``max_steps``. Which samples a step takes,
     and how they are augmented, depends on ``seed`` and on the number of samples consumed before,
@@ -70,7 +68,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         seed: Of order and augmentation.
 
     Raises:
-        DataError: what is asked for is not there, or a row is broken; one sentence says which.
+        UserError: what is asked for is not there, or a row is broken; one sentence says which.
     """
 
     def __init__(
@@ -130,7 +128,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         """The rows of a split.
 
         Raises:
-            DataError: see :func:`~segformer_pl.data.sources.open_split`.
+            UserError: see :func:`~segformer_pl.data.sources.open_split`.
         """
         return open_split(self.entry, self.location(), split)
 
@@ -147,7 +145,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
             return {}
         return self.entry.reference_scores(Path(location), SPLITS[split])
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Sample]:
         source = self.open("train")
         self._take_position(source)
         self._num_looked_at = None if self.consumed else 0
@@ -156,22 +154,28 @@ class StreamingSegmentationData(pl.LightningDataModule):
         samples = Samples(self.entry, source, order, self.train_transforms, self.on_bad_sample)
         return self._loader(samples, self.batch_size, start=lambda: self.consumed)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Sample]:
         return self._eval_loader("validation")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Sample]:
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> DataLoader[Sample]:
         return self._eval_loader("validation")
 
-    def _eval_loader(self, split: Split) -> DataLoader[Batch]:
+    def _eval_loader(self, split: Split) -> DataLoader[Sample]:
         source = self.open(split)
         order = StoredOrder(source.group_rows)
         samples = Samples(self.entry, source, order, to_tensors, self.on_bad_sample)
         return self._loader(samples, self.eval_batch_size)
 
-    def _loader(self, samples: Samples, batch_size: int, **start: Any) -> DataLoader[Batch]:
+    def _loader(self, samples: Samples, batch_size: int, **start: Any) -> DataLoader[Sample]:
+        if self.trainer is not None and replaces_samplers(self.trainer):
+            raise UserError(
+                "trainer.use_distributed_sampler is true, so the trainer would replace the sampler "
+                "that gives each rank its own samples, and read others in another order; give "
+                "Trainer(use_distributed_sampler=False)"
+            )
         rank = self.trainer.global_rank if self.trainer else 0
         return DataLoader(
             samples,
@@ -238,7 +242,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         """Go on where the checkpoint stands, if this is its data.
 
         Raises:
-            DataError: it is not, the checkpoint does not say, or its position is not that of whole
+            UserError: it is not, the checkpoint does not say, or its position is not that of whole
                 steps.
         """
         self._check_steps()
@@ -253,7 +257,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
                 here["first_sample"] = there["consumed"]
             self._count_batches_of_steps()
         elif step and not here["first_sample"]:
-            raise DataError(
+            raise UserError(
                 "the checkpoint does not say how many samples were consumed, so training cannot go "
                 "on without repeating some; start a new run from it with --model.weights"
             )
@@ -265,13 +269,13 @@ class StreamingSegmentationData(pl.LightningDataModule):
         if trainer is None or getattr(trainer, "fast_dev_run", False):
             return
         if trainer.lightning_module and not trainer.lightning_module.automatic_optimization:
-            raise DataError(
+            raise UserError(
                 f"{type(trainer.lightning_module).__name__} optimises by itself, so its steps do "
                 "not tell how many samples were consumed; use automatic optimisation"
             )
         limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
         if isinstance(limit, int) and limit % accumulate:
-            raise DataError(
+            raise UserError(
                 f"trainer.limit_train_batches is {limit}, which is no multiple of "
                 f"trainer.accumulate_grad_batches {accumulate}, so the last step before the limit "
                 "would be of fewer samples than the others; make it a multiple, or leave it out"
@@ -287,7 +291,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         }.items():
             same = same_data if key == "fingerprint" else operator.eq
             if key not in there or not same(there[key], here[key]):
-                raise DataError(
+                raise UserError(
                     f"the checkpoint was trained on other data: its {what} is {there.get(key)}, "
                     f"here it is {here[key]}; resume with the data and the seed of the "
                     "interrupted run, or start a new one from its weights with --model.weights"
@@ -307,7 +311,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
             and consumed == first_sample + (step - first_step) * size
         ):
             since = f" since sample {first_sample} at step {first_step}" if first_step else ""
-            raise DataError(
+            raise UserError(
                 f"the checkpoint says that {consumed} samples were consumed at step {step}, which "
                 f"is not what whole steps of {size} samples{since} consume; training from it would "
                 "lose or repeat samples: resume from another checkpoint, or start a new run from "
@@ -341,14 +345,14 @@ class StreamingSegmentationData(pl.LightningDataModule):
             count.ready = count.started = count.processed = num  # type: ignore[attr-defined]
             count.completed = max(num - 1, 0)
         progress.is_last_batch = False
-        loop._batches_that_stepped = max(self.trainer.global_step - 1, 0)
+        set_batches_that_stepped(self.trainer, max(self.trainer.global_step - 1, 0))
         if not current:
             self.trainer.fit_loop.restarting = False
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         in_training = self._here and self.trainer is not None and self.trainer.training
         if in_training and self._samples_per_step != self._here["samples_per_step"]:
-            raise DataError(
+            raise UserError(
                 f"the samples of a step changed from {self._here['samples_per_step']} to "
                 f"{self._samples_per_step} while training, so the number of steps no longer tells "
                 "which were consumed; keep accumulate_grad_batches and data.batch_size as they are"
@@ -395,7 +399,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         """Refuse to train on nothing; warn of training on one class."""
         labels, num_samples = self.entry.labels, self._num_looked_at
         if self._only_class is None:
-            raise DataError(
+            raise UserError(
                 f"data set {self.entry.name!r}: none of the first {num_samples} training samples "
                 "has a labelled pixel, so nothing was learnt from them; check labels.ignored and "
                 "the label files"

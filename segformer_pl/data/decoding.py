@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-from segformer_pl.data.labels import Coding, DataError
+from segformer_pl.data.label_diagnosis import Coding
+from segformer_pl.errors import UserError
 
 LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP")  # those whose stored values can be told for sure
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # compressions, as Pillow names them
@@ -44,19 +46,19 @@ def cell_bytes(
         cell: The cell.
         where: Which it is, for messages.
         read_file: Reads a file that the cell names in place of bytes, or raises
-            :class:`DataError`.
+            :class:`UserError`.
 
     Raises:
-        DataError: there is none.
+        UserError: there is none.
     """
     encoded = cell.get("bytes") if isinstance(cell, dict) else cell
     if not encoded and isinstance(cell, dict) and cell.get("path"):
         try:
             encoded = read_file(cell["path"])
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     if not encoded:
-        raise DataError(
+        raise UserError(
             f"{where}: the row holds no picture; remove the row from the shards or fill it in"
         )
     return encoded
@@ -82,7 +84,7 @@ class EncodedImage:
         num_frames: Frames or pages in the file, of which the first is read.
 
     Raises:
-        DataError: it is no picture, one whose values have no known range (32-bit integers,
+        UserError: it is no picture, one whose values have no known range (32-bit integers,
             floating point), or one with more pixels than Pillow opens.
     """
 
@@ -95,7 +97,7 @@ class EncodedImage:
             header.mode == "I" and header.format in ("PNG", "PPM")
         )
         if header.mode.startswith(("I", "F")) and not self._is_deep:
-            raise DataError(
+            raise UserError(
                 f"{where}: the image holds numbers without a known range (32-bit integers or "
                 f"floating point, mode {header.mode}); store it with 8 or 16 bits per channel"
             )
@@ -113,6 +115,19 @@ class EncodedImage:
             and header.mode in ("RGB", "L")
             and self.orientation == 1
         )
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read an image file.
+
+        Raises:
+            DataError: It cannot be read, or is no image; see the class.
+        """
+        try:
+            encoded = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: it cannot be read ({error.strerror})") from error
+        return cls(encoded, str(file))
 
     def decode(self, reduce: int = 1) -> npt.NDArray[np.uint8]:
         """The pixels, (H, W, 3) RGB, upright.
@@ -181,7 +196,7 @@ def decode_label(encoded: bytes, where: str, coding: Coding = "values") -> RawLa
             applied, and alpha is dropped where it is opaque.
 
     Raises:
-        DataError: it is no image, a damaged one, of a lossy format or one that may rescale values,
+        UserError: it is no image, a damaged one, of a lossy format or one that may rescale values,
             has several frames or pages, or stores what classes cannot be read from.
     """
     image = _open(encoded, where)
@@ -191,7 +206,7 @@ def decode_label(encoded: bytes, where: str, coding: Coding = "values") -> RawLa
         orientation = _orientation(image)
         num_frames = _num_frames(image)
     if num_frames > 1:
-        raise DataError(
+        raise UserError(
             f"{where}: the label file holds {num_frames} frames or pages, of which only the first "
             "would be read; store each label as one image, with a value for every class"
         )
@@ -304,7 +319,7 @@ def _check_format(image: Image.Image, encoded: bytes, where: str, coding: Coding
         elif image.mode not in ("LA", "La", "RGB", "RGBA", "PA"):
             cause = f"stores {image.mode}, neither values nor RGB"
     if cause:
-        raise DataError(f"{where}: the label image {cause}; store labels as PNG")
+        raise UserError(f"{where}: the label image {cause}; store labels as PNG")
 
 
 def _opaque_colors(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
@@ -312,7 +327,7 @@ def _opaque_colors(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
     pixels = np.array(image.convert("RGBA"))
     num_clear = np.count_nonzero(pixels[..., 3] != 255)
     if num_clear:
-        raise DataError(
+        raise UserError(
             f"{where}: {num_clear} pixels of the label image are transparent or half transparent, "
             "and what colour they stand for is not certain; store labels as RGB without alpha"
         )
@@ -328,7 +343,7 @@ def check_orientation(image: EncodedImage, label: RawLabel, where: str) -> str |
         the stored one.
 
     Raises:
-        DataError: the label was drawn on the stored image, or has an orientation that the image
+        UserError: the label was drawn on the stored image, or has an orientation that the image
             does not have.
     """
     if label.orientation == image.orientation:
@@ -336,7 +351,7 @@ def check_orientation(image: EncodedImage, label: RawLabel, where: str) -> str |
     stated = f"the image has the EXIF orientation {image.orientation}"
     remedy = "write both upright and without an EXIF orientation"
     if label.orientation != 1:
-        raise DataError(
+        raise UserError(
             f"{where}: {stated} and the label {label.orientation} (1 is upright), so they do not "
             f"lie on each other; {remedy}"
         )
@@ -344,7 +359,7 @@ def check_orientation(image: EncodedImage, label: RawLabel, where: str) -> str |
         return None
     if label.stored_size == image.stored_size != image.size:
         (height, width), (upright_height, upright_width) = image.stored_size, image.size
-        raise DataError(
+        raise UserError(
             f"{where}: {stated} and is {upright_height}x{upright_width} when upright, but the "
             f"label, which has none, is {height}x{width} (height x width): it was drawn on the "
             f"image as stored; {remedy}"
@@ -421,12 +436,14 @@ def _reading(encoded: bytes, where: str) -> Iterator[None]:
     """One sentence for whatever Pillow raises."""
     try:
         yield
+    except UserError:  # a ValueError, and a better sentence
+        raise
     except Image.DecompressionBombError as error:
-        raise DataError(
+        raise UserError(
             f"{where}: the header announces more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} "
             "pixels; cut the picture into parts, or replace it if it is damaged"
         ) from error
     except DAMAGED as error:
-        raise DataError(
+        raise UserError(
             f"{where}: the {len(encoded)} bytes are no picture, or a damaged one; replace them"
         ) from error

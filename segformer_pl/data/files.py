@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from segformer_pl.data.labels import DataError
+from segformer_pl.errors import UserError
 
 MAX_FILE_BYTES = 1 << 30  # of one image or label: more than Pillow would decode
 
@@ -16,7 +16,7 @@ NUMBERED = r"(?:[-._ ](?:part|shard|chunk|file|batch))?[-._ ]?(?P<number>\d+).*"
 SHOWN = 3  # names in a message
 
 
-class UnreadableRows(DataError):
+class UnreadableRows(UserError):
     """Rows that are damaged on disk: reading them again does not help, others are not concerned.
 
     ``on_bad_sample: skip`` skips them. It does not skip other errors of a source, such as a network
@@ -30,40 +30,40 @@ def read_file(file: Path) -> bytes:
     Links are followed; a pipe or a device, which could block or never end, is not opened.
 
     Raises:
-        DataError: There is no such file, it is not a regular one, too large, or cannot be read.
+        UserError: There is no such file, it is not a regular one, too large, or cannot be read.
     """
     size = file_size(file)
     if size > MAX_FILE_BYTES:
-        raise DataError(
+        raise UserError(
             f"{str(file)!r} has {size:,} bytes, but an image may have {MAX_FILE_BYTES:,}; "
             "replace it"
         )
     try:
         return file.read_bytes()
     except OSError as error:
-        raise DataError(f"{_brief(file)} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{_brief(file)} cannot be read ({error.strerror or error})") from error
 
 
 def file_size(file: Path) -> int:
     """The size in bytes of a regular file.
 
     Raises:
-        DataError: It is missing, a link to nowhere, a folder, a pipe or a device.
+        UserError: It is missing, a link to nowhere, a folder, a pipe or a device.
     """
     try:
         status = file.stat()
     except FileNotFoundError as error:
         if file.is_symlink():
-            raise DataError(
+            raise UserError(
                 f"{str(file)!r} is a link to {os.readlink(file)!r}, which is not there; restore "
                 "that file or remove the link"
             ) from error
-        raise DataError(f"there is no file {str(file)!r}; correct the path") from error
+        raise UserError(f"there is no file {str(file)!r}; correct the path") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"{_brief(file)} cannot be read ({why}); correct the path") from error
+        raise UserError(f"{_brief(file)} cannot be read ({why}); correct the path") from error
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{str(file)!r} is a folder, a pipe or a device; give a regular file")
+        raise UserError(f"{str(file)!r} is a folder, a pipe or a device; give a regular file")
     return status.st_size
 
 
@@ -71,12 +71,12 @@ def is_folder(path: str) -> bool:
     """Whether there is such a folder.
 
     Raises:
-        DataError: The path cannot be one, such as one of more characters than the system allows.
+        UserError: The path cannot be one, such as one of more characters than the system allows.
     """
     try:
         return Path(path).is_dir()
     except OSError as error:
-        raise DataError(
+        raise UserError(
             f"data.path: {_brief(path)} cannot be opened ({error.strerror}); correct the path"
         ) from error
 
@@ -88,7 +88,7 @@ def file_below(path: str, folders: Sequence[Path]) -> Path:
     the folders are followed: whoever set them up has access to that machine.
 
     Raises:
-        DataError: It lies elsewhere.
+        UserError: It lies elsewhere.
     """
     found = []
     for folder in folders:
@@ -99,7 +99,7 @@ def file_below(path: str, folders: Sequence[Path]) -> Path:
     if found:
         return next((file for file in found if os.path.lexists(file)), found[0])
     where = " or ".join(sorted({repr(str(folder)) for folder in folders})) or "any folder"
-    raise DataError(
+    raise UserError(
         f"the row names the file {_brief(path)}, which is not in {where}; store the images in the "
         "shards, or their files below that folder"
     )
@@ -118,7 +118,7 @@ def files_of_split(files: Sequence[str], split: str) -> list[str]:
         split: Name of the split as stored.
 
     Raises:
-        DataError: Beside files of the split there is one like ``train_extra.parquet``. ``datasets``
+        UserError: Beside files of the split there is one like ``train_extra.parquet``. ``datasets``
             would count it in, a reader of the names would not.
     """
     ours, unclear = [], []
@@ -146,7 +146,7 @@ def files_of_pattern(pattern: str, split: str, files: Sequence[str]) -> list[str
         files: What matches the pattern once ``{split}`` is replaced.
 
     Raises:
-        DataError: Names do not say whether they belong to the split.
+        UserError: Names do not say whether they belong to the split.
     """
     parts = pattern.split("/")
     first = next(number for number, part in enumerate(parts) if "{split}" in part)
@@ -213,8 +213,8 @@ def _belongs(name: str, split: str) -> bool | None:
     return None if re.match(f"{re.escape(split)}[-._ ]", stem) else False
 
 
-def _unclear(ours: str, other: str, split: str) -> DataError:
-    return DataError(
+def _unclear(ours: str, other: str, split: str) -> UserError:
+    return UserError(
         f"data.path: beside {ours!r} there is {other!r}, and the name does not say whether it "
         f"belongs to the split {split!r}; rename it, or list the files of each split in data.path"
     )
@@ -228,7 +228,7 @@ def check_one_reading(files: Sequence[str], split: str) -> None:
         split: Name of the split as stored.
 
     Raises:
-        DataError: A whole file stands beside parts, parts beside shards ``-00000-of-00002``, or
+        UserError: A whole file stands beside parts, parts beside shards ``-00000-of-00002``, or
             the numbers of parts have gaps, so that some are missing or the numbers mean something
             else, such as sizes of images.
     """
@@ -251,14 +251,14 @@ def check_one_reading(files: Sequence[str], split: str) -> None:
     for kinds in folders.values():
         if len(kinds) > 1:
             (_, one), (_, other) = (names[0] for names in list(kinds.values())[:2])
-            raise DataError(
+            raise UserError(
                 f"data.path: {one!r} and {other!r} are either two copies of the split {split!r} or "
                 "parts of it; move one of them away, or list the files of each split in data.path"
             )
         parts = sorted(kinds.get("number", []))
         for (number, one), (following, other) in pairwise(parts):
             if following > number + 1:
-                raise DataError(
+                raise UserError(
                     f"data.path: no number lies between those of {one!r} and {other!r}, so either "
                     "parts are missing or these are versions of one set; fetch the missing ones, "
                     "or list the files of each split in data.path"
@@ -269,7 +269,7 @@ def check_shards(files: Sequence[str]) -> None:
     """Check that shards ``NAME-00000-of-00002`` are all there, once.
 
     Raises:
-        DataError: Some are missing, or there are shards of two versions.
+        UserError: Some are missing, or there are shards of two versions.
     """
     groups: dict[str, dict[int, list[int]]] = {}
     width = 0  # of the numbers in names
@@ -281,7 +281,7 @@ def check_shards(files: Sequence[str]) -> None:
             numbers.append(int(shard["number"]))
     for name, totals in groups.items():
         if len(totals) > 1:
-            raise DataError(
+            raise UserError(
                 f"data.path: {name!r} has shards of {' and of '.join(map(str, sorted(totals)))}, "
                 "so they are of two versions; remove the old ones"
             )
@@ -289,14 +289,14 @@ def check_shards(files: Sequence[str]) -> None:
         first = int(0 not in numbers and total in numbers)  # some writers count from 1
         missing = sorted(set(range(first, first + total)) - set(numbers))
         if missing:
-            raise DataError(
+            raise UserError(
                 f"data.path: {len(missing)} of the {total} shards of {name!r} are missing, the "
                 f"first is -{missing[0]:0{width}d}-of-{total:0{width}d}; fetch them, or list the "
                 "files to read in data.path"
             )
         if len(numbers) > total:
             twice = next(number for number in numbers if numbers.count(number) > 1)
-            raise DataError(
+            raise UserError(
                 f"data.path: shard {twice} of {name!r} is there more than once; remove the others"
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.files import file_size, listed, read_file
 from segformer_pl.data.index import fingerprint
-from segformer_pl.data.labels import DataError
+from segformer_pl.errors import UserError
 
 # What Pillow reads of the formats that images are stored in; a test asks it.
 PICTURES = (
@@ -32,7 +32,7 @@ class PictureFolder:
             in the data, a file that is no image is worth a ``warning``.
 
     Raises:
-        DataError: An image has no label, two images share one, or a file cannot be read.
+        UserError: An image has no label, two images share one, or a file cannot be read.
     """
 
     columns: list[str] | None = None
@@ -43,7 +43,7 @@ class PictureFolder:
         by_name, other_images = _by_name(images, PICTURES)
         if not by_name:
             hint = f" (files of other kinds: {listed(other_images)})" if other_images else ""
-            raise DataError(
+            raise UserError(
                 f"data.path: there is no picture in {str(images)!r}{hint}; give a folder with "
                 f"pictures in images/{split} and labels of the same names, .png, in labels/{split}"
             )
@@ -51,7 +51,7 @@ class PictureFolder:
         for kind, files_of in (("pictures", by_name), ("labels", label_of)):
             shared = next((files for files in files_of.values() if len(files) > 1), None)
             if shared:
-                raise DataError(
+                raise UserError(
                     f"data.path: the {kind} {listed([str(file) for file in shared])} have one "
                     "name, so it is not clear which of them is a sample; keep one, or give each "
                     "a label of its own name"
@@ -66,7 +66,7 @@ class PictureFolder:
                 remedy = f"there is {there!r}: convert labels to PNG"
             elif there := _nearest(name, [*alone, *other_labels]):
                 remedy = f"there is {there!r}: name labels like their images"
-            raise DataError(
+            raise UserError(
                 f"data.path: {len(unlabelled)} of {len(by_name)} pictures in {str(images)!r} "
                 f"have no label in {str(labels)!r}, the first is {unlabelled[0].name!r}; {remedy}, "
                 "or take the pictures away"
@@ -87,7 +87,7 @@ class PictureFolder:
         return [row if self.entry.id_column is None else row | {self.entry.id_column: name}]
 
     def read_file(self, path: str) -> bytes:
-        raise DataError(f"the row names the file {path!r}")  # rows of files hold their content
+        raise UserError(f"the row names the file {path!r}")  # rows of files hold their content
 
     def name(self, group: int, row: int) -> str:
         return self._pairs[group][2]
@@ -119,7 +119,7 @@ def _files_below(folder: Path, above: frozenset[str]) -> Iterator[Path]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise DataError(
+        raise UserError(
             f"data.path: {str(folder)!r} cannot be read ({error.strerror}); give a folder that can"
         ) from error
     for entry in entries:
@@ -146,8 +146,8 @@ def _nearest(name: str, labels: Sequence[str]) -> str | None:
 def _size(file: Path) -> int:
     try:
         return file_size(file)
-    except DataError as error:
-        raise DataError(f"data.path: {error}") from error
+    except UserError as error:
+        raise UserError(f"data.path: {error}") from error
 
 
 def _remarks(

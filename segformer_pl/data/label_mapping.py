@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from segformer_pl.data.labels import DataError, LabelSpec
+from segformer_pl.data.labels import LabelSpec
+from segformer_pl.errors import UserError
 
 SHOWN_VALUES = 8  # of those that differ, in a message
 
@@ -49,13 +50,13 @@ def check_labels(trained: Mapping[str, Any], dataset: str, labels: LabelSpec) ->
         labels: Its labels.
 
     Raises:
-        DataError: it has the name of the training's, and a raw value meant another class then.
+        UserError: it has the name of the training's, and a raw value meant another class then.
     """
     before, now = trained.get("labels"), describe_labels(labels)
     if before is None or not (difference := compare_labels(before, now)):
         return
     if trained.get("dataset") == dataset:
-        raise DataError(
+        raise UserError(
             f"the checkpoint was trained with another meaning of the labels of data set "
             f"{dataset!r}: {difference}; restore `labels` in its description, or, if these are "
             "other labels to score on, give the description another `name`"
@@ -75,13 +76,13 @@ def compare_labels(there: Any, here: Mapping[str, Any]) -> str | None:
     with an error. ``ignored`` is one meaning, whatever number stands for it.
 
     Raises:
-        DataError: ``there`` is no description of labels.
+        UserError: ``there`` is no description of labels.
     """
     try:
         before, now = _meanings(there), _meanings(here)
         codings = there["coding"], here["coding"]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise DataError(
+        raise UserError(
             "the checkpoint does not describe its labels as this version does; give another"
         ) from error
     if codings[0] != codings[1]:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.files import UnreadableRows, file_below, file_name, file_size, read_file
 from segformer_pl.data.index import cached, fingerprint
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.remote import is_remote, marks, open_remote, patiently
+from segformer_pl.errors import UserError
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class ParquetSource:
         folder: Where the files are that cells may name; the shards' own folders by default.
 
     Raises:
-        DataError: A shard is missing, damaged, or lacks a column of the entry.
+        UserError: A shard is missing, damaged, or lacks a column of the entry.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ParquetSource:
 
         table = _retried(read, file, f" (row group {index})")
         if table is None or table.num_rows != self.group_rows[group]:
-            raise DataError(
+            raise UserError(
                 f"{file!r} has other row groups than when they were counted; it was replaced "
                 "meanwhile: start again"
             )
@@ -136,14 +136,14 @@ def _check_columns(columns: list[Any], file: str, entry: DatasetEntry) -> None:
     types = {name: (kind, fits) for name, kind, fits in columns}
     for column in filter(None, (entry.image_column, entry.label_column, entry.id_column)):
         if column not in types:
-            raise DataError(
+            raise UserError(
                 f"data.path: {file!r} has no column {column!r}, which data set {entry.name!r} "
                 f"needs; it has: {', '.join(types)}"
             )
     for column in (entry.image_column, entry.label_column):
         kind, fits = types[column]
         if not fits:
-            raise DataError(
+            raise UserError(
                 f"data.path: column {column!r} of {file!r} holds {kind}, and data set "
                 f"{entry.name!r} needs encoded images there: binary, or a struct with bytes"
             )
@@ -208,7 +208,7 @@ def _opened(handle: Any, file: str) -> pq.ParquetFile:
             # A proxy that is at fault may cut content or leave it empty; a page stays a page.
             if begin and not begin.startswith(b"PAR1") and begin.isascii() and begin[0] >= 0x20:
                 shown = begin.decode().splitlines()[0][:40]
-                raise DataError(
+                raise UserError(
                     f"{file} is no Parquet file, it begins with {shown!r}; if the server asks for "
                     "a login, download the shards and give their folder, else correct the address"
                 ) from error
@@ -240,11 +240,11 @@ def _retried(read: Callable[[], T], file: str, part: str = "") -> T:
         return patiently(read, file)
     try:
         return read()
-    except DataError as error:
-        raise DataError(f"data.path: {error}") from error
+    except UserError as error:
+        raise UserError(f"data.path: {error}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # of the system, not about the content
-            raise DataError(f"data.path: {file!r} cannot be read ({error.strerror})") from error
+            raise UserError(f"data.path: {file!r} cannot be read ({error.strerror})") from error
         raise UnreadableRows(
             f"data.path: {file!r} is not a complete Parquet file{part}; fetch or write it again"
         ) from error

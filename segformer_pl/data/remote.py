@@ -21,7 +21,7 @@ import pyarrow as pa
 import tenacity
 from fsspec.implementations.http import HTTPStreamFile
 
-from segformer_pl.data.labels import DataError
+from segformer_pl.errors import UserError
 
 T = TypeVar("T")
 
@@ -77,8 +77,8 @@ class _Response(aiohttp.ClientResponse):
             reading.cancel()
 
 
-def _without_ranges(url: str) -> DataError:
-    return DataError(
+def _without_ranges(url: str) -> UserError:
+    return UserError(
         f"{url} cannot be read: its server does not answer requests for a part of a file (HTTP "
         "ranges); download the shards and give their folder"
     )
@@ -112,7 +112,7 @@ def patiently(read: Callable[[], T], where: str) -> T:
     """Read something over the network, again and again if need be.
 
     Raises:
-        DataError: It is not there, is forbidden, or has failed for :data:`PATIENCE` seconds.
+        UserError: It is not there, is forbidden, or has failed for :data:`PATIENCE` seconds.
     """
     host = urlsplit(where).hostname or ""
     begin: list[float] = []
@@ -137,15 +137,15 @@ def patiently(read: Callable[[], T], where: str) -> T:
     )
     try:
         value = retrying(read)
-    except DataError:
+    except UserError:
         raise
     except Exception as error:
         if not _may_pass(error, host):
-            raise DataError(
+            raise UserError(
                 f"{where} cannot be read ({first_line(error)}); correct the address or the "
                 "access rights"
             ) from error
-        raise DataError(
+        raise UserError(
             f"{where} could not be read for {failing():.0f} s ({first_line(error)}); once the "
             "network or the server is back, resume from the last checkpoint"
         ) from error
@@ -188,7 +188,7 @@ def _may_pass(error: BaseException, host: str) -> bool:
     if isinstance(status, int) and status >= 400:
         return status in PASSING_STATUS or (status >= 500 and status not in LASTING_STATUS)
     lasting = (
-        DataError,
+        UserError,
         FileNotFoundError,
         PermissionError,
         aiohttp.ClientConnectorCertificateError,

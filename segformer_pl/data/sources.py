@@ -28,10 +28,10 @@ from segformer_pl.data.files import (
     is_folder,
 )
 from segformer_pl.data.image_folder import PictureFolder
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.parquet import ParquetSource
 from segformer_pl.data.remote import file_system, first_line, is_remote, patiently
 from segformer_pl.data.streamed import StreamedSource
+from segformer_pl.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 Row = Mapping[str, Any]
@@ -78,12 +78,12 @@ def open_split(
         split: Which part; the entry says what it is called in the data.
 
     Raises:
-        DataError: there is no such place or split, a shard is damaged, there is no row, or a
+        UserError: there is no such place or split, a shard is damaged, there is no row, or a
             column of the entry is missing.
     """
     source = _find(entry, path, split)
     if not sum(source.group_rows):
-        raise DataError(
+        raise UserError(
             f"data.path: the {split} shards of {_where(entry, path)} hold no row; give a place "
             "with data"
         )
@@ -93,7 +93,7 @@ def open_split(
     wanted = [entry.image_column, entry.label_column, entry.id_column]
     for column in filter(None, wanted):
         if columns is not None and column not in columns:
-            raise DataError(
+            raise UserError(
                 f"data.path: the {split} shards of {_where(entry, path)} have no column "
                 f"{column!r}, which data set {entry.name!r} needs; they have: {', '.join(columns)}"
             )
@@ -113,13 +113,13 @@ def _find(entry: DatasetEntry, path: Any, split: Split) -> Source:
     stored = entry.splits.get(split, split)
     if isinstance(path, Mapping):
         if split not in path:
-            raise DataError(
+            raise UserError(
                 f"data.path: it names no files for the {split} split, only for "
                 f"{', '.join(path)}; add them"
             )
         return ParquetSource(list(path[split]), entry)
     if path is None and entry.hub is None:
-        raise DataError(
+        raise UserError(
             f"data.path: data set {entry.name!r} is read from a place of yours; give --data.path "
             "with a folder, a hub name or a URL pattern of its Parquet shards"
         )
@@ -129,7 +129,7 @@ def _find(entry: DatasetEntry, path: Any, split: Split) -> Source:
             return ParquetSource([pattern], entry)
         files = patiently(lambda: _glob(pattern), pattern) if is_remote(pattern) else _glob(pattern)
         if not files:
-            raise DataError(f"data.path: no file matches {pattern!r}; correct the pattern")
+            raise UserError(f"data.path: no file matches {pattern!r}; correct the pattern")
         # A pattern such as {split}* is for one split, and may meet the shards of others.
         files = files_of_pattern(path, stored, files)
         check_one_reading(files, stored)
@@ -156,7 +156,7 @@ def _find(entry: DatasetEntry, path: Any, split: Split) -> Source:
         if others or not any(folder.iterdir()):
             hint = f" (there is {others[0]!r})" if others else ""
             _check_other_name(folder, split, stored)
-            raise DataError(
+            raise UserError(
                 f"data.path: {path!r} holds no {stored}*.parquet{hint}; give a folder with Parquet "
                 f"shards named {stored}-00000-of-00001.parquet and so on, or with pictures in "
                 f"images/{stored} and labels/{stored}"
@@ -169,8 +169,8 @@ def _shards(folder: Path, stored: str) -> list[str]:
     return files_of_split(sorted(str(file) for file in folder.glob("[!.]*.parquet")), name)
 
 
-def _two_readings(one: str, other: str, stored: str) -> DataError:
-    return DataError(
+def _two_readings(one: str, other: str, stored: str) -> UserError:
+    return UserError(
         f"data.path: the split {stored!r} is in {one!r} and in {other!r}, and only one of them "
         "would be read; move the other away, or list the files of each split in data.path"
     )
@@ -199,7 +199,7 @@ def _check_other_name(folder: Path, split: Split, stored: str) -> None:
         files = _shards(folder, name) or _shards(folder / "data", name)
         if files or place.is_dir():
             there = file_name(files[0]) if files else f"images/{name}"
-            raise DataError(
+            raise UserError(
                 f"data.path: {str(folder)!r} holds no split {stored!r}, but there is {there!r}; if "
                 f"that is the {split} split, write `splits: {{{split}: {name}}}` in the data set's "
                 "YAML"
@@ -214,7 +214,7 @@ def _glob(pattern: str) -> list[str]:
     except OSError as error:
         if is_remote(pattern):
             raise
-        raise DataError(
+        raise UserError(
             f"data.path: {pattern!r} cannot be searched ({error.strerror or error}); correct it"
         ) from error
 
@@ -232,7 +232,7 @@ def _from_library(entry: DatasetEntry, path: str | None, split: Split, stored: s
         except huggingface_hub.errors.HFValidationError:
             name = ""
         if name.count("/") != 1 or name.startswith((".", "~")):
-            raise DataError(
+            raise UserError(
                 f"data.path: there is no folder {path!r}; give the folder that holds the Parquet "
                 "shards, a hub name owner/name, or a pattern with {split} of files or URLs"
             )
@@ -242,12 +242,12 @@ def _from_library(entry: DatasetEntry, path: str | None, split: Split, stored: s
         )
         files = dict(builder.config.data_files or {})
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
+        raise UserError(
             f"data.path: {name!r} cannot be opened as a data set ({first_line(error)}); check "
             "the name and the network, or give a local folder"
         ) from error
     if files and stored not in files:
-        raise DataError(
+        raise UserError(
             f"data.path: {name!r} has no split {stored!r}, which is where data set "
             f"{entry.name!r} has its {split} pictures; it has: {', '.join(map(str, files))}"
         )
@@ -266,7 +266,7 @@ def _from_library(entry: DatasetEntry, path: str | None, split: Split, stored: s
     try:
         stream = builder.as_streaming_dataset(split=stored)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
+        raise UserError(
             f"data.path: {name!r} cannot be opened as a data set ({first_line(error)})"
         ) from error
     key = [name, revision, stored, shards, getattr(files.get(stored), "origin_metadata", None)]
@@ -279,7 +279,7 @@ def _check_split(files: Sequence[str], folder: Path, stored: str) -> None:
     They count ``train_extra/`` and ``train_extra.tar`` in with ``train/`` and ``train.tar``.
 
     Raises:
-        DataError: They have, and the data set does not say itself which files a split has.
+        UserError: They have, and the data set does not say itself which files a split has.
     """
     readme = folder / "README.md"
     if readme.is_file() and "data_files" in readme.read_text(encoding="utf-8", errors="replace"):
@@ -290,7 +290,7 @@ def _check_split(files: Sequence[str], folder: Path, stored: str) -> None:
     others = [file for file in files if not any(map(exact.fullmatch, parts[file]))]
     if others and len(others) < len(files):
         ours = next(file for file in files if file not in others)
-        raise DataError(
+        raise UserError(
             f"data.path: {'/'.join(parts[others[0]])!r} would be read as split {stored!r} as well "
             f"as {'/'.join(parts[ours])!r}; move one of them to a folder of its own, or list the "
             "files of each split under data_files in the folder's README.md"

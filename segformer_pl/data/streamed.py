@@ -15,8 +15,8 @@ from tqdm import tqdm
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.files import UnreadableRows, read_file
 from segformer_pl.data.index import cached, fingerprint
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.remote import first_line, is_remote, patiently
+from segformer_pl.errors import UserError
 
 Row = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ class StreamedSource:
         files: The files that it is made of: those that cells may name.
 
     Raises:
-        DataError: The stream cannot be read.
+        UserError: The stream cannot be read.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class StreamedSource:
 
         rows = self._retried(read, where)
         if self._check(rows) != self._checks[group]:
-            raise DataError(
+            raise UserError(
                 f"data.path: {where} of data set {self.entry.name!r} holds other rows than when "
                 "they were counted; the files were replaced meanwhile: start again"
             )
@@ -127,7 +127,7 @@ class StreamedSource:
             return patiently(read, where)
         try:
             return read()
-        except DataError:
+        except UserError:
             raise
         except Exception as error:
             raise UnreadableRows(
@@ -151,7 +151,7 @@ class StreamedSource:
     def read_file(self, path: str) -> bytes:
         """A file that a cell names: one of the stream's own, or a member of an archive of them."""
         if path.split("::")[-1] not in self._files:
-            raise DataError(
+            raise UserError(
                 f"the row names the file {path!r}, which is not one of the data set's; store the "
                 "images in the shards"
             )
@@ -167,7 +167,7 @@ class StreamedSource:
         try:
             return read()
         except Exception as error:
-            raise DataError(f"{path!r} cannot be read ({first_line(error)})") from error
+            raise UserError(f"{path!r} cannot be read ({first_line(error)})") from error
 
     def name(self, group: int, row: int) -> str:
         return f"{group * STREAM_GROUP + row}"

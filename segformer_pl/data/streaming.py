@@ -8,12 +8,13 @@ deals them out. So a run can go on from any position, on any number of ranks and
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import DistributedSampler, default_collate
+from torch.utils.data import Sampler, default_collate
 
+from segformer_pl.batch import Batch
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.decoding import (
     EncodedImage,
@@ -24,9 +25,9 @@ from segformer_pl.data.decoding import (
     decode_label,
 )
 from segformer_pl.data.files import UnreadableRows
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, Location, StoredOrder
 from segformer_pl.data.sources import Row, Source
+from segformer_pl.errors import UserError
 
 Transforms = Callable[
     [EncodedImage, np.ndarray, np.random.Generator], tuple[torch.Tensor, torch.Tensor]
@@ -37,7 +38,29 @@ SUBSTITUTES = 10  # tries to find a sound sample in place of a bad one
 BLANK = 32  # side in pixels of what stands for a bad picture in evaluation
 
 
-class Samples(torch.utils.data.Dataset[dict[str, Any]]):
+class Sample(TypedDict):
+    """One sample, see :class:`~segformer_pl.batch.Batch`.
+
+    Attributes:
+        image: (3, H, W).
+        label: (H, W).
+        id: Its name.
+        seed: Its random number.
+        skipped: Samples that could not be used in its place, and why.
+        notices: What there is to notice about it.
+        palettes: Palette indices that this process met first in it.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor
+    id: str
+    seed: int
+    skipped: dict[str, str]
+    notices: dict[str, str]
+    palettes: FirstColors
+
+
+class Samples(torch.utils.data.Dataset[Sample]):
     """The sample at a position.
 
     Args:
@@ -67,24 +90,15 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         self._open: dict[int, tuple[int, Sequence[Row] | UnreadableRows]] = {}
         self._palettes = PaletteColors()  # of the samples that this process reads
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> Sample:
         """The sample at a position.
 
-        Returns:
-            ``{"image": (3, H, W) float32 RGB in 0 to 1, "label": (H, W) int64 train ids, "id":
-            str, "seed": int, "skipped": {id: why}, "notices": {kind: sentence}}``. The seed is the
-            sample's own: it belongs to the position alone, for whatever else is to be drawn for
-            it. A notice is about a sample that was used, though it may not mean what it is taken
-            for; kinds are "orientation", "frames" and "palette". There is also "palettes", the
-            colours of palette indices that this process met first in the sample: other processes
-            and other splits are compared where they come together
-            (:class:`~segformer_pl.data.decoding.PaletteColors`).
-
         Raises:
-            DataError: the row cannot be used: unreadable, without picture or label, undecodable, or
+            UserError: The row cannot be used: unreadable, without picture or label, undecodable, or
                 with a label outside the spec. One sentence says which and why.
         """
-        order, skipped = self.order, {}
+        order = self.order
+        skipped: dict[str, str] = {}
         location = order.locate(position)
         seeds = np.random.SeedSequence([order.seed, location.epoch, position])
         rng = np.random.default_rng(seeds)
@@ -97,7 +111,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
                 name = self._name(row, location)
                 image, label, notices, palettes = self._load(row, name, rng)
                 break
-            except DataError as error:
+            except UserError as error:
                 if row is None and not isinstance(error, UnreadableRows):
                     raise  # such as a network that is down: no row can be had
                 if self.on_bad_sample == "raise":
@@ -110,7 +124,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
             other = location.epoch * order.num_rows + int(rng.integers(order.num_rows))
             location = order.locate(other)
         else:
-            raise DataError(
+            raise UserError(
                 f"{SUBSTITUTES} samples in a row cannot be used, the last because of: {last}"
             )
         seed = int(seeds.generate_state(1)[0])
@@ -171,7 +185,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
                     f"label {label.orientation})"
                 )
             remedy = "upright, without an EXIF orientation and " if turned else ""
-            raise DataError(
+            raise UserError(
                 f"{where}: the label is {height}x{width} but the image is "
                 f"{image_height}x{image_width} (height x width){turned}; store them {remedy}at one "
                 "size"
@@ -183,7 +197,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         return *self.transforms(image, train_ids, rng), told, palettes
 
 
-class RankSampler(DistributedSampler[int]):
+class RankSampler(Sampler[int]):
     """The positions that one rank reads, in its order.
 
     In training every global batch holds the next ``world_size * batch_size`` positions, and rank r
@@ -192,7 +206,8 @@ class RankSampler(DistributedSampler[int]):
     evaluation each rank takes one run of the rows; their lengths differ by one at most, and no
     row is taken twice.
 
-    It is a ``DistributedSampler`` for the sake of Lightning, which replaces any other.
+    Give the trainer ``use_distributed_sampler=False``, as the command line does: by default it
+    would replace this sampler on several ranks.
 
     Args:
         order: The order of the samples.
@@ -240,26 +255,18 @@ class RankSampler(DistributedSampler[int]):
             return -(-self.order.num_rows // self.world_size)
         raise TypeError("training has no end; trainer.max_steps sets its length")
 
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls it; the epoch follows from the position."""
 
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def collate(samples: list[Sample]) -> Batch:
     """Stack samples of one size; blank ones are left out where there are others.
 
-    Returns:
-        ``{"image": (B, 3, H, W), "label": (B, H, W), "id": list of B str, "seed": list of B int,
-        "skipped": {id: why}, "notices": {kind: sentence}, "palettes": {index: (colour, label)}}``,
-        see :meth:`Samples.__getitem__`.
-
     Raises:
-        DataError: the sizes differ.
+        UserError: The sizes differ.
     """
     kept = [sample for sample in samples if sample["id"] not in sample["skipped"]] or samples[:1]
     sizes = {tuple(sample["label"].shape): sample["id"] for sample in kept}
     if len(sizes) > 1:
         (first, first_id), (second, second_id) = list(sizes.items())[:2]
-        raise DataError(
+        raise UserError(
             f"sample {first_id!r} is {first[0]}x{first[1]} but {second_id!r} is "
             f"{second[0]}x{second[1]} (height x width) and one batch needs one size; set "
             "data.crop_size for training and data.eval_batch_size 1 for evaluation"

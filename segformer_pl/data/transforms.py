@@ -15,27 +15,29 @@ import numpy.typing as npt
 import torch
 
 from segformer_pl.data.decoding import EncodedImage
+from segformer_pl.errors import UserError
+from segformer_pl.normalization import IMAGENET_MEAN
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 TrainIds = npt.NDArray[np.integer]  # (H, W)
-Sample = tuple[torch.Tensor, torch.Tensor]
+ImageAndLabel = tuple[torch.Tensor, torch.Tensor]  # (3, H, W), (H, W)
 
-PADDING = (0.485, 0.456, 0.406)  # ImageNet's mean colour, which the task normalises to 0
+PADDING = IMAGENET_MEAN  # the colour that the task normalises to 0
 CAT_MAX_RATIO = 0.75
 CROP_TRIES = 10  # crops that are checked; the one after them is taken as it is
 WARP_COST = 6  # measured: time per pixel of warpAffine over that of resize
 
 
-def to_tensors(image: EncodedImage, label: TrainIds, rng: np.random.Generator) -> Sample:
+def to_tensors(image: EncodedImage, label: TrainIds, rng: np.random.Generator) -> ImageAndLabel:
     """The whole picture as it is; nothing is drawn.
 
     Returns:
         Image (3, H, W) float32 RGB in 0 to 1, label (H, W) int64.
     """
-    return as_sample(image.decode(), label)
+    return to_image_and_label(image.decode(), label)
 
 
-def as_sample(pixels: Pixels, label: TrainIds) -> Sample:
+def to_image_and_label(pixels: Pixels, label: TrainIds) -> ImageAndLabel:
     """Pixels and train ids as tensors, see :func:`to_tensors`."""
     return _to_float(pixels), torch.from_numpy(label.astype(np.int64))
 
@@ -53,7 +55,7 @@ class TrainTransforms:
         ignore_index: Label of the padding; it does not count for the crop either.
 
     Raises:
-        ValueError: the limits of the scale are not positive or not in order.
+        UserError: The limits of the scale are not positive or not in order.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class TrainTransforms:
         ignore_index: int,
     ) -> None:
         if scale_range is not None and not 0 < scale_range[0] <= scale_range[1]:
-            raise ValueError(
+            raise UserError(
                 f"data.scale_range {list(scale_range)}: give two factors above 0, the smaller one "
                 "first"
             )
@@ -75,7 +77,9 @@ class TrainTransforms:
         self.photometric = photometric
         self.ignore_index = ignore_index
 
-    def __call__(self, image: EncodedImage, label: TrainIds, rng: np.random.Generator) -> Sample:
+    def __call__(
+        self, image: EncodedImage, label: TrainIds, rng: np.random.Generator
+    ) -> ImageAndLabel:
         """Draw a sample.
 
         Args:
@@ -130,12 +134,12 @@ class TrainTransforms:
         counts[self.ignore_index : self.ignore_index + 1] = 0
         return bool(np.count_nonzero(counts) > 1 and counts.max() < CAT_MAX_RATIO * counts.sum())
 
-    def _pad(self, pixels: Pixels, kept: TrainIds) -> Sample:
+    def _pad(self, pixels: Pixels, kept: TrainIds) -> ImageAndLabel:
         """On the right and at the bottom, after the conversion to float: exactly the mean."""
         rows, columns = kept.shape
         padded_size = self.crop_size or kept.shape
         if padded_size == kept.shape:
-            return as_sample(pixels, kept)
+            return to_image_and_label(pixels, kept)
         image = torch.tensor(PADDING).view(3, 1, 1).expand(3, *padded_size).clone()
         image[:, :rows, :columns] = _to_float(pixels)
         label = torch.full(padded_size, self.ignore_index)

@@ -31,8 +31,8 @@ def examine(
     }
     examine_recipe(found, task, data, trainer)
     examine_weights(found, task, data)
-    splits = {split: examine_split(found, data, split) for split in ("train", "validation")}
-    train, validation = splits["train"], splits["validation"]
+    train = examine_split(found, task.network, data, "train")
+    validation = examine_split(found, task.network, data, "validation")
     if train and validation:
         compare_splits(found, train, validation)
     if train:

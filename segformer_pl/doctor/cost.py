@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from segformer_pl.analysis.complexity import complexity
+from segformer_pl.batch import Batch
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.order import EpochShuffle
 from segformer_pl.data.streaming import collate
@@ -69,7 +70,7 @@ def examine_cost(
     batch = collate([loaded[index % len(loaded)] for index in range(min(data.batch_size, 8))])
     height, width = batch["image"].shape[2:]
     device = trainer.strategy.root_device
-    cost = complexity(task.network, height, width, batch["image"].shape[1])
+    cost = complexity(task.network, height, width)
     # Parameters, their gradients and AdamW's two moments, four bytes each.
     needed = data.batch_size * cost.activation_bytes + 16 * cost.num_parameters
     available = _memory(device)
@@ -111,14 +112,14 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _time_step(task: SegmentationTask, batch: dict[str, Any], device: torch.device) -> float:
+def _time_step(task: SegmentationTask, batch: Batch, device: torch.device) -> float:
     """Median seconds of forward and backward on one device; the task is left as it was."""
     task = copy.deepcopy(task).to(device).train()
-    images, labels = batch["image"].to(device), batch["label"].to(device)
+    images, target = batch["image"].to(device), batch["label"].to(device)
     times = []
     for _ in tqdm(range(TIMED_STEPS + 1), "timing a step", leave=False):
         begin = time.perf_counter()
-        task.loss(task(images), labels, task.ignore_index).backward()
+        task.training_loss(images, target).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)

@@ -3,9 +3,11 @@
 import copy
 
 import lightning.pytorch as pl
+from torch import nn
 
 from segformer_pl.data import DataError, StreamingSegmentationData
 from segformer_pl.doctor.findings import Examination
+from segformer_pl.lightning_workarounds import synchronizes_batch_norm
 from segformer_pl.task import SegmentationTask
 
 
@@ -78,18 +80,21 @@ def examine_recipe(
             "model.image_mean and model.image_std are for pixels of 0 to 255, but batches hold 0 "
             "to 1; divide them by 255",
         )
-    # Lightning keeps what --trainer.sync_batchnorm asked for nowhere else.
-    synchronized = getattr(trainer.strategy, "_layer_sync", None) is not None
+    synchronized = synchronizes_batch_norm(trainer)
     if synchronized and trainer.strategy.root_device.type != "cuda":
         found.error(
             "recipe",
             "trainer.sync_batchnorm works on GPUs only; take it away, plain BatchNorm is used then",
         )
-    if data.batch_size == 1 and not (synchronized and trainer.world_size > 1):
+    has_batch_norm = any(
+        isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) for module in task.network.modules()
+    )
+    alone = data.batch_size == 1 and not (synchronized and trainer.world_size > 1)
+    if has_batch_norm and alone:
         found.warning(
             "recipe",
-            "the head's BatchNorm sees one picture at a time with --data.batch_size 1; give more, "
-            "or --trainer.sync_batchnorm true on several GPUs",
+            "BatchNorm sees one image at a time with --data.batch_size 1; give more, or "
+            "--trainer.sync_batchnorm true on several GPUs",
         )
     if trainer.precision == "16-mixed" and trainer.strategy.root_device.type != "cuda":
         found.error("recipe", "trainer.precision 16-mixed needs a GPU; use bf16-mixed or 32-true")

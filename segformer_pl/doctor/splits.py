@@ -12,14 +12,14 @@ from segformer_pl.data import DataError, StreamingSegmentationData
 from segformer_pl.data.decoding import FirstColors, PaletteColors
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import Source, Split
-from segformer_pl.data.streaming import Samples, Transforms
+from segformer_pl.data.streaming import Sample, Samples, Transforms
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.doctor.findings import Examination
+from segformer_pl.models.segmenter import Segmenter
 
 NUM_SAMPLES = 200  # looked at in each split
 NUM_GROUPS = 20  # row groups that they are taken from
 GROUPS_BYTES = 512 << 20  # kept in memory meanwhile
-MIN_SIDE = 29  # pixels: the first stage must hold one window of its reduced keys and values
 
 
 class _Kept:
@@ -73,7 +73,9 @@ def samples_of(data: StreamingSegmentationData, source: Any, transforms: Transfo
     return Samples(data.entry, source, StoredOrder(source.group_rows), transforms)
 
 
-def examine_split(found: Examination, data: StreamingSegmentationData, split: Split) -> Look | None:
+def examine_split(
+    found: Examination, network: Segmenter, data: StreamingSegmentationData, split: Split
+) -> Look | None:
     try:
         source = _Kept(data.open(split))
     except DataError as error:
@@ -149,13 +151,13 @@ def examine_split(found: Examination, data: StreamingSegmentationData, split: Sp
             "every row an id of its own, or none (id_column: null)",
         )
     _examine_labels(found, data, split, look)
-    _examine_sizes(found, data, split, look)
+    _examine_sizes(found, network, data, split, look)
     return look
 
 
 def _read(
     data: StreamingSegmentationData, look: Look, split: Split
-) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+) -> Iterator[tuple[int, Sample | None, str]]:
     # Skipping says which errors a run could pass over; others, as of a network, are raised.
     order = StoredOrder(look.source.group_rows)
     samples = Samples(data.entry, look.source, order, to_tensors, on_bad_sample="skip")
@@ -226,14 +228,18 @@ def _examine_labels(
 
 
 def _examine_sizes(
-    found: Examination, data: StreamingSegmentationData, split: Split, look: Look
+    found: Examination,
+    network: Segmenter,
+    data: StreamingSegmentationData,
+    split: Split,
+    look: Look,
 ) -> None:
     smallest = min(min(size) for size in look.sizes)
-    if smallest < MIN_SIDE:
+    if smallest < network.min_size:
         found.error(
             "sizes",
-            f"{split} pictures are down to {smallest} pixels on a side, but MiT needs "
-            f"{MIN_SIDE}; enlarge them",
+            f"{split} images are down to {smallest} pixels on a side, but "
+            f"{type(network).__name__} needs {network.min_size}; enlarge them",
         )
     several = len(look.sizes) > 1
     if split != "train" and several and data.eval_batch_size > 1:
@@ -254,11 +260,11 @@ def _examine_sizes(
                 f"batches of {data.batch_size}; set --data.crop_size",
             )
         return
-    if min(transforms.crop_size) < MIN_SIDE:
+    if min(transforms.crop_size) < network.min_size:
         found.error(
             "sizes",
-            f"crops of {list(transforms.crop_size)} pixels are smaller than the {MIN_SIDE} that "
-            "MiT needs; enlarge --data.crop_size",
+            f"crops of {list(transforms.crop_size)} pixels are smaller than the "
+            f"{network.min_size} that {type(network).__name__} needs; enlarge --data.crop_size",
         )
     mean_scale = float(np.mean(transforms.scale_range or (1.0, 1.0)))
     covered = []

@@ -19,11 +19,14 @@ from segformer_pl.models.segformer import (
     segformer_b4,
     segformer_b5,
 )
+from segformer_pl.models.segmenter import Encoder, Segmenter
 
 __all__ = [
     "AllMLPHead",
+    "Encoder",
     "MixTransformer",
     "SegFormer",
+    "Segmenter",
     "mit_b0",
     "mit_b1",
     "mit_b2",

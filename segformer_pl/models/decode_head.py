@@ -1,5 +1,6 @@
 """The All-MLP decode head of SegFormer (Xie et al. 2021, Sec. 3.2), computed in folded form."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segformer_pl.models.mit import to_channels_first, to_tokens
+from segformer_pl.models.mit import convolution_macs, to_channels_first, to_tokens
 
 
 class AllMLPHead(nn.Module):
@@ -97,23 +98,23 @@ class AllMLPHead(nn.Module):
         )
         return F.relu(self.bn(sum(upsampled, start=bias[:, None, None])))
 
-    def fuse_units(
-        self, features: Sequence[Tensor], rows: Sequence[int], columns: Sequence[int]
-    ) -> Tensor:
-        """Single units of the fused map: ``fuse_features(features)[:, :, rows, columns]``,
-        (B, C, n), in evaluation mode, without computing the map."""
-        height, width = features[0].shape[2:]
-        weights, bias = self.folded_projections()
-        total = bias
-        for index, weight in zip(self.in_indices, weights):
-            tokens = to_tokens(features[index])
-            top, bottom, down = _bilinear_taps(rows, height, tokens.shape[1], tokens)
-            left, right, along = _bilinear_taps(columns, width, tokens.shape[2], tokens)
-            above = tokens[:, top, left] * (1 - along) + tokens[:, top, right] * along
-            below = tokens[:, bottom, left] * (1 - along) + tokens[:, bottom, right] * along
-            units = above * (1 - down) + below * down  # (B, n, C_i)
-            total = total + F.linear(units, weight)
-        return F.relu(self.bn(total.transpose(1, 2)[..., None]))[..., 0]
+    def paper_macs(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return the multiply-adds of the head that the paper describes, which is not folded:
+        projections at each stage's resolution, a fuse convolution of 4C to C channels at stride 4.
+
+        Args:
+            sizes: (H_i, W_i) of every feature map.
+        """
+        num_fused = math.prod(sizes[0])
+        projections = cast(list[nn.Linear], list(self.projections))
+        macs = sum(
+            projection.weight.numel() * math.prod(sizes[index])
+            for index, projection in zip(self.in_indices, projections)
+        )
+        if self.fuse is not None:
+            macs += convolution_macs(self.fuse, num_fused)
+        macs += self.bn.num_features * num_fused  # ReLU
+        return macs + convolution_macs(self.classifier, num_fused)
 
     def folded_projections(self) -> tuple[list[Tensor], Tensor]:
         """The products F_i W_i, one (C, C_i) matrix per stage used, and the sum of F_i b_i (C,)."""
@@ -125,14 +126,3 @@ class AllMLPHead(nn.Module):
         weights = [block @ projection.weight for block, projection in pairs]
         bias = torch.stack([block @ projection.bias for block, projection in pairs]).sum(0)
         return weights, bias
-
-
-def _bilinear_taps(
-    places: Sequence[int], fine: int, coarse: int, like: Tensor
-) -> tuple[list[int], list[int], Tensor]:
-    """Where bilinear upsampling from ``coarse`` to ``fine`` (corners not aligned) draws the values
-    at ``places`` from: two neighbours, and the weight (n, 1) of the second."""
-    source = [max((place + 0.5) * coarse / fine - 0.5, 0.0) for place in places]
-    first = [min(int(position), coarse - 1) for position in source]
-    second = [min(index + 1, coarse - 1) for index in first]
-    return first, second, like.new_tensor([s - f for s, f in zip(source, first)])[:, None]

@@ -232,7 +232,7 @@ class Stage(nn.Module):
         return to_channels_first(self.norm(self.blocks(tokens)))
 
 
-class MixTransformer(nn.Module, Encoder):
+class MixTransformer(Encoder):
     """Mix Transformer (MiT): the hierarchical encoder of SegFormer.
 
     Four stages, each an overlapped patch embedding followed by transformer blocks and a
@@ -325,6 +325,7 @@ class MixTransformer(nn.Module, Encoder):
             )
 
         self.in_channels = in_channels
+        self.drop_path_rate = drop_path_rate
         self.out_channels = tuple(embed_dims)
         self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
         self.min_size = _min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
@@ -413,7 +414,6 @@ class MixTransformer(nn.Module, Encoder):
             image_size = (grid - 1) * stem.stride[0] + stem.kernel_size[0] - 2 * padding
         elif isinstance(first[0].mlp.dwconv, nn.Identity):
             pos_encoding = "none"
-        last = cast(Block, stages[-1].blocks[-1])
         return {
             "embed_dims": self.out_channels,
             "depths": tuple(len(stage.blocks) for stage in stages),
@@ -427,7 +427,7 @@ class MixTransformer(nn.Module, Encoder):
             "pos_encoding": pos_encoding,
             "image_size": image_size,
             "in_channels": self.in_channels,
-            "drop_path_rate": last.drop_path.drop_prob,
+            "drop_path_rate": self.drop_path_rate,
             "norm_eps": self.norm_eps.norm,
             "conv_norm_eps": self.norm_eps.conv_norm,
         }
@@ -461,6 +461,35 @@ class MixTransformer(nn.Module, Encoder):
             if isinstance(module, nn.LayerNorm) or name == "pos_embed"
         }
 
+    def out_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        sizes = []
+        size = (height, width)
+        for stage in cast(list[Stage], list(self.stages)):
+            size = _output_size(stage.patch_embed.proj, size)
+            sizes.append(size)
+        return sizes
+
+    def paper_macs(self, height: int, width: int) -> int:
+        """Return the encoder's share of :meth:`~segformer_pl.models.SegFormer.paper_macs`."""
+        macs = 0.0
+        stages = cast(list[Stage], list(self.stages))
+        for stage, size in zip(stages, self.out_sizes(height, width)):
+            num_tokens = math.prod(size)
+            macs += convolution_macs(stage.patch_embed.proj, num_tokens)
+            for block in cast(list[Block], list(stage.blocks)):
+                attn, mlp = block.attn, block.mlp
+                num_keys = num_tokens / attn.sr_ratio**2
+                if attn.sr_ratio > 1:
+                    macs += convolution_macs(attn.sr, math.prod(_output_size(attn.sr, size)))
+                macs += attn.q.weight.numel() * num_tokens
+                macs += attn.kv.weight.numel() * num_keys
+                macs += 2 * num_tokens * num_keys * attn.proj.out_features
+                macs += attn.proj.weight.numel() * num_tokens
+                macs += (mlp.fc1.weight.numel() + mlp.fc2.weight.numel()) * num_tokens
+                if isinstance(mlp.dwconv, nn.Conv2d):
+                    macs += convolution_macs(mlp.dwconv, num_tokens)
+        return round(macs)
+
     def weight_constants(self) -> dict[str, float]:
         return {"norm_eps": self.norm_eps.norm, "conv_norm_eps": self.norm_eps.conv_norm}
 
@@ -486,6 +515,19 @@ def _min_size(
         tokens = max(side, sr_ratio if kv_border == "drop" else 1)
         side = max((tokens - 1) * stride + kernel - 2 * padding, 1)
     return side
+
+
+def convolution_macs(convolution: nn.Conv2d, num_outputs: int) -> int:
+    """Multiply-adds of a convolution at ``num_outputs`` positions, bias additions included."""
+    bias = 0 if convolution.bias is None else convolution.out_channels
+    return (convolution.weight.numel() + bias) * num_outputs
+
+
+def _output_size(convolution: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
+    kernel, stride = convolution.kernel_size[0], convolution.stride[0]
+    padding = int(convolution.padding[0])
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
+    return height, width
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,26 +1,16 @@
 """SegFormer = a hierarchical encoder and the All-MLP decode head (Xie et al. 2021, Fig. 2)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from segformer_pl.models.decode_head import AllMLPHead
-from segformer_pl.models.mit import (
-    mit_b0,
-    mit_b1,
-    mit_b2,
-    mit_b3,
-    mit_b4,
-    mit_b5,
-    to_tokens,
-)
+from segformer_pl.models.mit import mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5
 from segformer_pl.models.segmenter import Encoder, Segmenter
 
-UnitPlaces = Callable[[tuple[int, int]], tuple[list[int], list[int]]]
 
-
-class SegFormer(nn.Module, Segmenter):
+class SegFormer(Segmenter):
     """A semantic segmentation network: encoder, then All-MLP head.
 
     Shapes: (B, in_channels, H, W) -> logits (B, num_classes, ceil(H/4), ceil(W/4)). Upsampling to
@@ -33,6 +23,8 @@ class SegFormer(nn.Module, Segmenter):
         in_indices: Stages that feed the head, counted from 0 (Table 1d varies them).
         dropout: Channel dropout before the classifier.
     """
+
+    classifier_path = "head.classifier"
 
     def __init__(
         self,
@@ -78,7 +70,20 @@ class SegFormer(nn.Module, Segmenter):
         return stages | {"head": "head"}
 
     def layer_ids(self) -> dict[str, int]:
-        return {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
+        """Return the encoder's layers; everything else is the head.
+
+        Raises:
+            ValueError: The encoder leaves out some of its parameters, which would then train at
+                the head's learning rate.
+        """
+        layers = {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
+        names = {name for name, _ in self.named_parameters() if name.startswith("encoder.")}
+        if missing := sorted(names - layers.keys()):
+            raise ValueError(
+                f"{type(self.encoder).__name__}.layer_ids() leaves out {len(missing)} parameters, "
+                f"such as {missing[0].removeprefix('encoder.')}; give every one a layer"
+            )
+        return layers
 
     def no_weight_decay(self) -> set[str]:
         """Return the encoder's parameters alone: the reference decays the head's BatchNorm."""
@@ -90,23 +95,20 @@ class SegFormer(nn.Module, Segmenter):
     def set_weight_constants(self, constants: Mapping[str, float]) -> None:
         self.encoder.set_weight_constants(constants)
 
-    def unit_features(self, images: Tensor, units: UnitPlaces) -> dict[str, Tensor]:
-        """Single units of :meth:`feature_maps`, without computing the head anywhere else.
+    def paper_macs(self, height: int, width: int) -> int | None:
+        """Return the "FLOPs" of the paper's Tables 1 and 2, if the encoder has such a number.
 
-        Args:
-            images: (B, in_channels, H, W); the network in evaluation mode.
-            units: Grid (h, w) of a map -> the rows and the columns of the n units wanted of it.
-
-        Returns:
-            The names of :meth:`feature_maps` -> (B, C_i, n).
+        They are multiply-adds by the recipe of the reference code's ``tools/get_flops.py`` with
+        mmcv's counter: convolutions with their bias additions, Linear layers without, the elements
+        that go through ReLU, and 2 N (N / R) C in every attention for N tokens, R = sr_ratio
+        squared. Not counted: norms, GELU, softmax, interpolation. With 150 classes this gives every
+        value of Table 1a: 512x512 for ADE20K (640x640 for B5) and COCO-Stuff, 1024x2048 for
+        Cityscapes.
         """
-        features = self.encoder(images)
-        named = {}
-        for i, feature in enumerate(features, start=1):
-            rows, columns = units((feature.shape[2], feature.shape[3]))
-            named[f"stage{i}"] = to_tokens(feature)[:, rows, columns].transpose(1, 2)
-        rows, columns = units((features[0].shape[2], features[0].shape[3]))
-        return named | {"head": self.head.fuse_units(features, rows, columns)}
+        of_encoder = self.encoder.paper_macs(height, width)
+        if of_encoder is None:
+            return None
+        return of_encoder + self.head.paper_macs(self.encoder.out_sizes(height, width))
 
 
 def segformer_b0(

@@ -10,11 +10,11 @@ from segformer_pl.analysis.complexity import (
     as_dict,
     complexity,
     measure_latency,
-    paper_macs,
     table,
 )
 from segformer_pl.models import MixTransformer, SegFormer
 from segformer_pl.models.mit import EfficientSelfAttention
+from segformer_pl.models.segmenter import Segmenter
 
 # Table 1a: GFLOPs on ADE20K, Cityscapes, COCO-Stuff
 TABLE_1A = {
@@ -40,7 +40,7 @@ def test_the_papers_flops(variant):
         network = getattr(models, f"segformer_{variant}")(num_classes=150)
     side = 640 if variant == "b5" else 512
     sizes = [(side, side), (1024, 2048), (512, 512)]
-    counted = tuple(round(paper_macs(network, *size) / 1e9, 1) for size in sizes)
+    counted = tuple(round(network.paper_macs(*size) / 1e9, 1) for size in sizes)
     assert counted == TABLE_1A[variant]
 
 
@@ -53,7 +53,7 @@ def test_the_papers_flops(variant):
 def test_the_integers_of_the_reference_code(variant, size, integer):
     with torch.device("meta"):
         network = getattr(models, f"segformer_{variant}")(num_classes=150)
-    assert paper_macs(network, *size) == integer
+    assert network.paper_macs(*size) == integer
 
 
 def macs_by_hand(network, images):
@@ -143,28 +143,53 @@ def test_counting_leaves_the_network_as_it_was(randomize):
     assert all(not module._forward_hooks for module in network.modules())
 
 
-class Convolutions(nn.Module):
-    """A segmenter that is no SegFormer: no stages, an attention of its own, two outputs inside."""
+class Convolutions(Segmenter):
+    """A segmenter that is no SegFormer: no stages, an attention of its own, two input channels, a
+    part that only training uses."""
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.in_channels, self.num_classes = 2, 2
+        self.stem = nn.Conv2d(2, 4, 3, padding=1, bias=False)
         self.classifier = nn.Conv2d(4, 2, 1, bias=False)
+        self.auxiliary = nn.Conv2d(4, 2, 1, bias=False)
+
+    def feature_maps(self, images):
+        tokens = self.stem(images).flatten(2).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens)
+        return {"mixed": mixed.transpose(1, 2).unflatten(2, images.shape[2:])}
 
     def forward(self, images):
-        tokens = self.encoder(images).flatten(2).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens)
-        return self.classifier(mixed.transpose(1, 2).unflatten(2, images.shape[2:]))
+        return self.classifier(self.feature_maps(images)["mixed"])
+
+    def init_args(self):
+        return {}
+
+    def layer_ids(self):
+        return {"stem.weight": 0}
 
 
 def test_any_segmenter():
     cost = complexity(Convolutions(), 8, 8)
     assert cost.paper_macs is None
-    assert [part.name for part in cost.parts] == ["encoder", "classifier"]
+    assert cost.image_shape == (2, 8, 8)
+    assert [part.name for part in cost.parts] == ["stem", "classifier", "auxiliary"]
+    assert [part.output_shape for part in cost.parts] == [(1, 4, 8, 8), (1, 2, 8, 8), None]
+    assert (cost.encoder_parameters, cost.head_parameters) == (72, 16)
     assert cost.num_classes == 2
-    assert cost.macs == 64 * 3 * 4 * 9 + 2 * 64 * 64 * 4 + 64 * 4 * 2
+    assert cost.macs == 64 * 2 * 4 * 9 + 2 * 64 * 64 * 4 + 64 * 4 * 2
     latency = measure_latency(Convolutions(), 8, 8, min_seconds=0.01)
     assert "paper" not in table("it", cost, latency)
+
+
+def test_parts_may_lie_anywhere_in_the_network():
+    network = small()
+    network.parts = lambda: {"first block": "encoder.stages.0.blocks.0", "rest": "head"}
+    first, rest = complexity(network, 64, 64).parts
+    block = network.encoder.stages[0].blocks[0]
+    assert first.num_parameters == sum(p.numel() for p in block.parameters())
+    assert first.output_shape == (1, 16, 16, 4)
+    assert rest.output_shape == (1, 3, 16, 16)
 
 
 def test_table_and_dictionary_say_what_was_measured():

@@ -117,17 +117,7 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez_compressed", breaks_off)
     with pytest.raises(KeyboardInterrupt):
         evaluation(step=11).save(file)
-    assert load_evaluation(tmp_path).step == 10
-
-
-def test_last_evaluation_of_a_run(tmp_path):
-    names = {"val_step_0000999": 999, "val_step_10000000": 10_000_000, "test_step_10000000": 3}
-    for name, step in names.items():
-        evaluation(step=step).save(tmp_path / "evaluation" / f"{name}.npz")
-    (tmp_path / "evaluation" / "val_step_99999999.npz.part").touch()
-    (tmp_path / "evaluation" / "val_step_99999999_old.npz").touch()
-    assert load_evaluation(tmp_path).step == 10_000_000
-    assert load_evaluation(tmp_path / "evaluation" / "val_step_0000999.npz").step == 999
+    assert load_evaluation(file).step == 10
 
 
 def sentence(path):
@@ -139,7 +129,6 @@ def sentence(path):
 
 def test_missing(tmp_path):
     assert "there is no run folder or file" in sentence(tmp_path / "nowhere")
-    assert "holds no evaluation/val_step_*.npz" in sentence(tmp_path)
 
 
 def without(name, **changes):

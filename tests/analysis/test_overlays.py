@@ -9,7 +9,6 @@ import torch
 from PIL import Image, ImageDraw
 
 from segformer_pl.analysis.overlays import (
-    colorize,
     draw_overlay,
     plot_predictions,
     write_overlay,
@@ -38,19 +37,6 @@ def halves(height, width):
     train_ids = np.zeros((height, width), np.uint8)
     train_ids[:, width // 2 :] = 1
     return train_ids
-
-
-def test_colours_by_train_id_and_white_without_one():
-    train_ids = np.array([[0, 2], [255, 3]])
-    colors = [PALETTE[0], PALETTE[2], [255] * 3, [255] * 3]
-    assert np.array_equal(colorize(train_ids, PALETTE).reshape(4, 3), colors)
-
-
-@pytest.mark.parametrize(("num_classes", "dtype"), [(256, np.uint8), (300, np.uint16)])
-def test_colours_of_many_classes(num_classes, dtype):
-    palette = np.random.default_rng(0).integers(0, 256, (num_classes, 3))
-    train_ids = np.arange(num_classes, dtype=dtype)[None]
-    assert np.array_equal(colorize(train_ids, palette.tolist())[0], palette)
 
 
 def test_the_picture_stays_visible_below_half_of_the_colour():

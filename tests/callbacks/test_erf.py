@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from segformer_pl.analysis.charts import draw_charts
 from segformer_pl.analysis.erf import effective_receptive_field
-from segformer_pl.analysis.run_metrics import read_metrics
+from segformer_pl.analysis.report.curves import draw_charts
+from segformer_pl.analysis.run import Run
 from segformer_pl.callbacks import EffectiveReceptiveField
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
@@ -56,7 +56,7 @@ def fit(callback, folder, max_steps=4):
 @pytest.mark.slow
 def test_curves_are_those_of_the_network_on_the_first_pictures(tmp_path):
     task, run = fit(EffectiveReceptiveField(3), tmp_path)
-    columns = read_metrics(run)
+    columns = Run(run).metrics
     images = torch.stack([sample["image"] for sample in samples(3)])
     erf = effective_receptive_field(task.network, images, preprocess=task.normalize)
     for layer in LAYERS:

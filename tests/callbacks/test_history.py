@@ -15,11 +15,9 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from segformer_pl.analysis.run_history import read_resumptions, rewind
-from segformer_pl.analysis.run_metrics import read_metrics
-from segformer_pl.callbacks.history import RunHistory, RunLogger, keep_history
+from segformer_pl.analysis.run import Run
+from segformer_pl.callbacks.history import RunHistory, RunLogger, keep_history, rewind
 from segformer_pl.cli import main
-from segformer_pl.commands.run_folder import DEFAULT_LOGGER, find_continuation
 from segformer_pl.data import shapes
 
 
@@ -105,7 +103,7 @@ def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, 
     last = run_dir / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
     # What was logged up to the checkpoint was on the disk, although nothing was flushed.
-    assert read_metrics(run_dir)["train/loss"].step.tolist()[:4] == [1, 2, 3, 4]
+    assert Run(run_dir).metrics["train/loss"].step.tolist()[:4] == [1, 2, 3, 4]
     assert (run_dir / "predictions" / "step_0000004.png").is_file()
 
     resumed = options(data, tmp_path / "killed", trainer__val_check_interval=3)
@@ -122,12 +120,12 @@ def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, 
         )
         for step in (2, 4, 6)
     ]
-    assert read_metrics(run_dir)["val/miou"].step.tolist() == [2, 4, 6]
+    assert Run(run_dir).metrics["val/miou"].step.tolist() == [2, 4, 6]
     of_training = [[row for row in rows(run) if "val/miou" not in row] for run in (run_dir, whole)]
     assert of_training[0] == [pytest.approx(row, rel=1e-6) for row in of_training[1]]
     first = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert first["ckpt_path"] is None
-    (resumption,) = read_resumptions(run_dir)
+    (resumption,) = Run(run_dir).resumptions
     assert resumption.step == 4
     assert resumption.changes == {
         "trainer.callbacks.KillAt": ("test_history.KillAt", None),
@@ -165,7 +163,7 @@ def test_another_place_and_a_branch_are_runs_of_their_own(data, tmp_path, caplog
         assert sentence in caplog.text
         assert "a folder and a history of its own" in caplog.text
         assert Path(cli.trainer.log_dir) != run_dir
-        assert min(read_metrics(Path(cli.trainer.log_dir))["train/loss"].step) > 1
+        assert min(Run(cli.trainer.log_dir).metrics["train/loss"].step) > 1
     after = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
     assert after == before
 
@@ -190,7 +188,7 @@ def test_a_logger_goes_on_with_the_file_that_is_there(tmp_path):
     again.save()
     again.log_metrics({"a": 4.0}, step=3)  # another column
     again.save()
-    columns = read_metrics(tmp_path / "demo" / "version_0")
+    columns = Run(tmp_path / "demo" / "version_0").metrics
     assert columns["b"].value.tolist() == [1, 2, 3]
     assert columns["a"].step.tolist() == [4]
 
@@ -212,7 +210,7 @@ def test_values_wait_for_room_on_the_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file.read_bytes() == whole
     logger.save()
-    assert read_metrics(file.parent)["b"].value.tolist() == [1, 2]
+    assert Run(file.parent).metrics["b"].value.tolist() == [1, 2]
 
 
 def test_rewinding_sets_aside_what_comes_after_a_step(tmp_path):
@@ -223,11 +221,11 @@ def test_rewinding_sets_aside_what_comes_after_a_step(tmp_path):
     for name in kept + removed:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert read_metrics(tmp_path)["a,\nb"].value.tolist() == [1, 9, 3]  # 0.12 was cut short
+    assert Run(tmp_path).metrics["a,\nb"].value.tolist() == [1, 9, 3]  # 0.12 was cut short
     aside = tmp_path / "superseded_after_step_0000002"
     assert rewind(tmp_path, 2) == aside
-    assert read_metrics(tmp_path)["a,\nb"].value.tolist() == [1, 9]
-    assert read_metrics(aside)["a,\nb"].value.tolist() == [3]
+    assert Run(tmp_path).metrics["a,\nb"].value.tolist() == [1, 9]
+    assert Run(aside).metrics["a,\nb"].value.tolist() == [3]
     moved = {"metrics.csv", *removed}
     left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert left == {"metrics.csv", *kept, *(f"{aside.name}/{name}" for name in moved)}
@@ -236,30 +234,7 @@ def test_rewinding_sets_aside_what_comes_after_a_step(tmp_path):
     # Again at the same step: what was set aside first stays.
     (tmp_path / removed[0]).touch()
     assert rewind(tmp_path, 2) == tmp_path / "superseded_after_step_0000002_2"
-    assert read_metrics(aside)["a,\nb"].value.tolist() == [3]
-
-
-@pytest.mark.parametrize("is_elsewhere", [True, False])
-def test_an_older_checkpoint_does_not_go_on_in_the_folder_of_its_run(tmp_path, is_elsewhere):
-    """The rows of the steps after it were deleted: the last one was elsewhere, or unreadable."""
-    run_dir, elsewhere = tmp_path / "runs" / "unnamed" / "version_0", tmp_path / "elsewhere"
-    for folder in (run_dir / "checkpoints", elsewhere):
-        folder.mkdir(parents=True)
-    dirpath = str(elsewhere) if is_elsewhere else None
-    config = {"trainer": {"logger": DEFAULT_LOGGER}, "last_checkpoint": {"dirpath": dirpath}}
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
-    best = run_dir / "checkpoints" / "best.ckpt"
-    torch.save({"global_step": 2}, best)
-    last = (elsewhere if is_elsewhere else best.parent) / "last.ckpt"
-    assert find_continuation(str(best), 2, DEFAULT_LOGGER).run_dir == run_dir
-    torch.save({"global_step": 9}, last)
-    answer = find_continuation(str(best), 2, DEFAULT_LOGGER)
-    assert answer.run_dir is None
-    assert "its run has gone on to step 9" in answer.sentence
-    last.write_bytes(last.read_bytes()[:99])
-    answer = find_continuation(str(best), 2, DEFAULT_LOGGER)
-    assert answer.run_dir is None
-    assert f"{last} cannot be read" in answer.sentence
+    assert Run(aside).metrics["a,\nb"].value.tolist() == [3]
 
 
 class Line(pl.LightningModule):
@@ -297,7 +272,7 @@ def test_a_validation_in_the_midst_of_an_accumulation_has_the_steps_done(tmp_pat
         enable_model_summary=False,
     )
     trainer.fit(Line(), torch.zeros(40, 1), torch.zeros(1, 1))
-    columns = read_metrics(tmp_path / "demo" / "version_0")
+    columns = Run(tmp_path / "demo" / "version_0").metrics
     assert columns["val/miou"].value.tolist() == [1, 2, 4]
     assert columns["val/miou"].step.tolist() == [1, 2, 4]
     assert columns["train/loss"].step.tolist() == [1, 2, 3, 4, 5]

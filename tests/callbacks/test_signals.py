@@ -202,7 +202,15 @@ def test_validate_ends_at_once_in_one_line(run, said, tmp_path, signum, status):
 
 def test_other_commands_end_in_one_line_on_ctrl_c(start_command, folder):
     command = start_command(
-        ["erf", "--model=segformer_b5", "--data=shapes", f"--path={folder}", "--size", 512, 512]
+        [
+            "erf",
+            "--model=segformer_b5",
+            "--data.dataset=shapes",
+            f"--data.path={folder}",
+            "--size",
+            512,
+            512,
+        ]
     )
     time.sleep(3)
     os.kill(command.pid, signal.SIGINT)

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from segformer_pl.checkpoints import (
     load_network,
     read_weights,
 )
-from segformer_pl.checkpoints.networks import build, spec_of
+from segformer_pl.checkpoints.networks import build
+from segformer_pl.checkpoints.sources import weights_from_content
 from segformer_pl.models import SegFormer, mit_b0, segformer_b0
 from segformer_pl.models.mit import MixTransformer, NormEps
 
@@ -163,7 +165,7 @@ def test_ablations_travel_in_the_native_layout_only(arguments, tmp_path, randomi
     loaded, _ = load_network(tmp_path / "w.safetensors")
     batch = torch.randn(1, arguments.get("in_channels", 3), 64, 64)
     assert torch.equal(loaded.eval()(batch), network(batch))
-    assert spec_of(loaded) == spec_of(network)
+    assert loaded.spec() == network.spec()
     for layout in ("huggingface", "smp", "nvlabs"):
         with pytest.raises(WeightsError, match="cannot express this network"):
             export_weights(network, tmp_path / f"x{FORMS[layout]}", layout)
@@ -173,9 +175,9 @@ def test_ablations_travel_in_the_native_layout_only(arguments, tmp_path, randomi
 def test_an_unnamed_encoder(tmp_path):
     encoder = MixTransformer((4, 8, 8, 16), (1, 1, 1, 1), num_heads=(1, 2, 2, 4))
     network = SegFormer(encoder, 3, decoder_dim=8)
-    assert build(spec_of(network), "it").encoder.out_channels == (4, 8, 8, 16)
+    assert build(network.spec(), "it").encoder.out_channels == (4, 8, 8, 16)
     export_weights(network, tmp_path / "hf", "huggingface")
-    assert spec_of(load_network(tmp_path / "hf")[0])["class_path"].endswith("SegFormer")
+    assert load_network(tmp_path / "hf")[0].spec()["class_path"].endswith("SegFormer")
     with pytest.raises(WeightsError, match="cannot express this network"):
         export_weights(network, tmp_path / "smp", "smp")
     export_weights(network, tmp_path / "w.safetensors", "native")
@@ -184,14 +186,52 @@ def test_an_unnamed_encoder(tmp_path):
         load_network(bare)
 
 
-def test_code_outside_the_package_is_not_chosen_by_a_file(tmp_path, network):
-    content = {
-        "state_dict": network.state_dict(),
-        "hyper_parameters": {"network": {"class_path": "os.system", "init_args": {}}},
-    }
-    torch.save(content, tmp_path / "w.ckpt")
-    with pytest.raises(WeightsError, match=r"os\.system, which is not in segformer_pl\.models"):
-        load_network(tmp_path / "w.ckpt")
+def returns_a_network(num_classes: int) -> SegFormer:
+    return SegFormer(mit_b0(), num_classes, decoder_dim=24)
+
+
+def returns_what_it_is_not_said(num_classes):
+    raise AssertionError("it was called")
+
+
+@pytest.mark.parametrize(
+    ("class_path", "message"),
+    [
+        ("os.system", r"os\.system, which is no class of torch\.nn\.Module and no function"),
+        ("subprocess.Popen", r"subprocess\.Popen, which is no class of torch\.nn\.Module"),
+        (f"{__name__}.returns_what_it_is_not_said", "and no function that is annotated to return"),
+        (
+            "segformer_pl.models.segformer_b9",
+            r"segformer_b9, which cannot be imported here \(Attri",
+        ),
+        ("nowhere.Network", r"nowhere\.Network, which cannot be imported here \(ModuleNotFound"),
+        ("Network", r"a Network, which cannot be imported here"),
+        ("", "which cannot be imported here"),
+    ],
+)
+def test_code_that_is_no_network_is_not_chosen_by_a_file(tmp_path, network, class_path, message):
+    spec = {"class_path": class_path, "init_args": {}}
+    for chosen in (
+        spec,
+        {"class_path": "segformer_pl.models.SegFormer", "init_args": {"encoder": spec}},
+    ):
+        content = {
+            "state_dict": network.state_dict(),
+            "hyper_parameters": {"network": chosen},
+        }
+        torch.save(content, tmp_path / "w.ckpt")
+        with pytest.raises(WeightsError, match=message) as error:
+            load_network(tmp_path / "w.ckpt")
+        assert "\n" not in str(error.value)
+
+
+def test_networks_outside_the_package_are_built(network, monkeypatch):
+    monkeypatch.setitem(sys.modules, "a_users_module", sys.modules[__name__])
+    spec = {"class_path": "a_users_module.returns_a_network", "init_args": {"num_classes": 3}}
+    content = {"state_dict": network.state_dict(), "hyper_parameters": {"network": spec}}
+    loaded, _ = load_network(weights_from_content("it", content))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
 def test_descriptions_that_do_not_fit(tmp_path, network):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from segformer_pl.checkpoints import WeightsError, load_file, non_finite, read_weights
-from segformer_pl.commands.checkpoint import read_checkpoint
+from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 
 
 @pytest.fixture

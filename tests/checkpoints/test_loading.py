@@ -15,7 +15,7 @@ from segformer_pl.checkpoints.layouts import (
     TRANSFORMERS_DISK,
     from_parts,
 )
-from segformer_pl.checkpoints.loading import parts_of
+from segformer_pl.checkpoints.matching import parts_of
 from segformer_pl.models import SegFormer, mit_b0, segformer_b0, segformer_b1
 from segformer_pl.models.mit import MixTransformer, NormEps
 
@@ -255,7 +255,9 @@ def test_stem_for_other_channels(source, channels):
 def test_epsilons_follow_the_weights(source, layout, expected):
     network = small(norm_eps=0.25, conv_norm_eps=0.5)
     report = load_weights(network, foreign(source, layout))
-    assert report.norm_eps == network.encoder.norm_eps == expected
+    assert network.encoder.norm_eps == expected
+    assert report.constants == {"norm_eps": expected.norm, "conv_norm_eps": expected.conv_norm}
+    assert f"norm_eps {expected.norm:g}, conv_norm_eps {expected.conv_norm:g}: " in str(report)
     for name, module in network.encoder.named_modules():
         if isinstance(module, torch.nn.LayerNorm):
             after_convolution = "patch_embed" in name or "attn" in name
@@ -270,7 +272,9 @@ def test_epsilons_of_a_run_are_its_arguments(source):
             "hyper_parameters": {"network": spec},
         }
         network = small(norm_eps=0.25, conv_norm_eps=0.5)
-        assert load_weights(network, content).norm_eps == NormEps(0.125, 1e-5)
+        report = load_weights(network, content)
+        assert report.constants == {"norm_eps": 0.125, "conv_norm_eps": 1e-5}
+        assert network.encoder.norm_eps == NormEps(0.125, 1e-5)
 
 
 def test_wrapped_networks(source, tmp_path):
@@ -290,8 +294,11 @@ def test_parts_that_there_are_not():
 
 
 def test_a_model_of_another_kind():
-    message = refuse(torch.nn.Linear(2, 2), mit_b0().state_dict())
-    assert "a Linear has none" in message
+    for source in (mit_b0().state_dict(), torch.nn.Linear(2, 2).state_dict()):
+        message = refuse(torch.nn.Linear(2, 2), source)
+        assert (
+            "keeps the contract of segformer_pl.models.segmenter, and a Linear does not" in message
+        )
 
 
 def test_dtype_and_memory_layout_of_the_model_stay(source):

@@ -12,7 +12,7 @@ from PIL import Image
 from segformer_pl import __version__
 from segformer_pl.analysis.erf import NoFieldError, load_erf
 from segformer_pl.cli import main
-from segformer_pl.task import IMAGENET_MEAN, IMAGENET_STD
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 FIGURES = ("png", "pdf")
 
@@ -65,7 +65,7 @@ def test_random_weights(run):
     assert "segformer_b0 (random weights), 3 pictures of 64x96 pixels" in text
     assert "stage4, head are wider than the picture" in text
     assert "95 % intervals" in text
-    numbers = [name.split("/")[-1].split(".")[0] for name in known["pictures"]]
+    numbers = [name.split("/")[-1].split(".")[0] for name in known["image_ids"]]
     assert numbers == ["0", "2", "4"]
     assert known["about"]["source"] == "segformer_b0"
     assert known["about"]["segformer_pl"] == __version__
@@ -75,7 +75,7 @@ def test_random_weights(run):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures):
+def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures, reads_of):
     main(
         [
             *("fit", "--model.network", "segformer_pl.models.segformer_b0"),
@@ -86,16 +86,19 @@ def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures):
         ]
     )
     (ckpt,) = (tmp_path / "runs").rglob("last.ckpt")
-    text, folder = run(
-        *("--ckpt", str(ckpt), "--against", "timm:resnet18", "--num-images", "2"),
-        *("--size", "128", "128", "--gradient", "relu", "--layers", "stage2", "stage4"),
-    )
+    with reads_of(ckpt) as reads:
+        text, folder = run(
+            *("--ckpt", str(ckpt), "--against", "timm:resnet18", "--num-images", "2"),
+            *("--size", "128", "128", "--gradient", "relu", "--layers", "stage2", "stage4"),
+        )
+    assert reads == {"opened": 1, "loaded": 1}
     assert all((folder / f"erf_difference.{kind}").is_file() for kind in FIGURES)
     first, second = load_erf(folder / "erf"), load_erf(folder / "against")
     assert list(first.layers) == list(second.layers) == ["stage2", "stage4"]
-    assert first.recipe == second.recipe
-    assert first.recipe["image_size"] == [128, 128]
+    assert first.settings == second.settings
+    assert first.settings["image_size"] == [128, 128]
     assert first.about["weights"] == "trained, step 1"
+    assert first.about["mean"] == list(IMAGENET_MEAN)
     assert second.about["weights"] == "random weights"
     assert "timm resnet18 (random weights)" in text
 
@@ -128,7 +131,10 @@ def test_pictures_are_spread_over_the_split(run, monkeypatch):
         (["--model", "segformer_b0", "--reduction", "mean"], "give one of relu, l1, sum, random"),
         (["--model", "segformer_b0", "--size", "0", "64"], "at least 1 pixel"),
         (["--model", "segformer_b0", "--num-images", "1", "--layers", "x"], "no layer 'x'"),
-        (["--model", "segformer_b0", "--path", "nowhere"], "--path: there is no folder 'nowhere'"),
+        (
+            ["--model", "segformer_b0", "--data.path", "nowhere"],
+            "data.path: there is no folder 'nowhere",
+        ),
     ],
 )
 def test_refusals_are_one_sentence(run, arguments, message):
@@ -160,7 +166,7 @@ def refusal_before_measuring(run, monkeypatch, *arguments):
         (["--layers", "head", "--against", "timm:resnet18"], "no layer 'head'"),
         (
             ["--against", "timm:maxvit_tiny_tf_224"],
-            "timm:maxvit_tiny_tf_224 takes no pictures of 64x96 pixels",
+            "timm:maxvit_tiny_tf_224 accepts no images of 64x96 pixels",
         ),
         (["--reduction", "sum"], "ends in a LayerNorm"),
         (["--reduction", "40", "--layers", "stage4", "stage1"], "has channels 0 to 31"),
@@ -187,7 +193,7 @@ def test_a_file_in_the_place_of_the_folder_is_found_before_measuring(
 def test_a_data_set_without_a_place_asks_for_this_commands_own_argument(tmp_path):
     with pytest.raises(SystemExit) as exit_:
         main(["erf", "--model", "segformer_b0", "--data", "camvid", "--output", str(tmp_path)])
-    assert "give --path with a folder" in exit_.value.code
+    assert "give --data.path with a folder" in exit_.value.code
     assert "data.path" not in exit_.value.code
 
 

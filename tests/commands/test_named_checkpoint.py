@@ -109,7 +109,9 @@ def test_another_experiment_of_the_same_name_is_not_gone_on_with(
     capsys, arguments, begun, tmp_path, monkeypatch
 ):
     """Its folder and history were gone on with as if it were this one."""
-    monkeypatch.setattr("segformer_pl.cli.read_checkpoint", lambda file, _: sys.exit(f"is {file}"))
+    monkeypatch.setattr(
+        "segformer_pl.cli.training.read_checkpoint", lambda file, _: sys.exit(f"is {file}")
+    )
     here = ["--trainer.max_steps=9", "--data.num_workers=1", "--trainer.log_every_n_steps=1"]
     arguments = [*arguments, "--ckpt_path=last"]
     last = "runs/unnamed/version_0/checkpoints/last.ckpt"
@@ -128,7 +130,9 @@ def test_another_experiment_of_the_same_name_is_not_gone_on_with(
 
 def test_names_are_looked_up_below_the_root(capsys, arguments, begun, tmp_path, monkeypatch):
     """They were looked up in the default folder, which may hold another run."""
-    monkeypatch.setattr("segformer_pl.cli.read_checkpoint", lambda file, _: sys.exit(f"is {file}"))
+    monkeypatch.setattr(
+        "segformer_pl.cli.training.read_checkpoint", lambda file, _: sys.exit(f"is {file}")
+    )
     root = tmp_path / "root"
     for command in ("fit", "validate"):
         given = [f"--trainer.default_root_dir={root}", "--ckpt_path=last"]

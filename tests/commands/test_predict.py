@@ -2,7 +2,6 @@
 
 import os
 import resource
-from importlib import import_module
 from pathlib import Path
 
 import cv2
@@ -13,12 +12,9 @@ from PIL import Image
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.cli import main
-from segformer_pl.commands.checkpoint import load_task
-from segformer_pl.commands.predict import _inference, find_pictures, predict
+from segformer_pl.commands.predict import changed_protocol, find_pictures, predict
 from segformer_pl.data import shapes
-from segformer_pl.inference import Inference
-
-MODULE = import_module("segformer_pl.commands.predict")  # its function hides it in the package
+from segformer_pl.inference import Inference, Predictor, predictor
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +96,10 @@ def test_masks_are_the_networks_train_ids_with_the_palette(run, checkpoint, pict
     assert image.mode == "P"
     palette = np.array(image.getpalette()).reshape(-1, 3)
     assert np.array_equal(palette[: len(shapes.COLORS)], shapes.COLORS)
-    task = load_task(checkpoint)
+    loaded = Predictor.load(checkpoint)
     with torch.inference_mode():
-        logits = task(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+        logits = loaded.network(loaded.normalization(images))
         logits = torch.nn.functional.interpolate(logits, size=(45, 70), mode="bilinear")
     expected = logits.argmax(1)[0].numpy()
     assert len(np.unique(expected)) > 2
@@ -204,25 +201,32 @@ def test_probabilities(run, pictures, tmp_path):
 def test_inference_of_the_run_and_changes(run, pictures, tmp_path, monkeypatch):
     Image.fromarray(photograph()).save(pictures / "a.png")
     used = []
-    labels = Inference.labels
+    original = predictor.predict_classes
 
-    def watched(self, *arguments, **options):
-        used.append(self)
-        return labels(self, *arguments, **options)
+    def watched(network, images, size, protocol, *arguments):
+        used.append(protocol)
+        return original(network, images, size, protocol, *arguments)
 
-    monkeypatch.setattr(Inference, "labels", watched)
+    monkeypatch.setattr(predictor, "predict_classes", watched)
     assert run(pictures)[0] == 0
     assert run(pictures, "--inference.flip=true", "--inference.scales=[0.75,1]")[0] == 0
     assert [plan.flip for plan in used] == [False, True]
     assert [list(plan.scales) for plan in used] == [[1.0], [0.75, 1.0]]
 
 
+def test_the_checkpoint_is_read_once(run, checkpoint, pictures, reads_of):
+    Image.fromarray(photograph()).save(pictures / "a.png")
+    with reads_of(checkpoint) as reads:
+        assert run(pictures)[0] == 0
+    assert reads == {"opened": 1, "loaded": 1}
+
+
 def test_changes_keep_the_rest_of_the_runs_inference():
     of_the_run = Inference(window=(64, 64), stride=(48, 48), window_weights="hann", scales=(0.5, 1))
-    changed = _inference(of_the_run, {"flip": True})
+    changed = changed_protocol(of_the_run, {"flip": True})
     assert vars(changed) == vars(of_the_run) | {"flip": True}
     # A stride and weights belong to their window.
-    assert vars(_inference(of_the_run, {"window": None})) == vars(Inference(scales=(0.5, 1)))
+    assert vars(changed_protocol(of_the_run, {"window": None})) == vars(Inference(scales=(0.5, 1)))
 
 
 def test_a_second_run_writes_anew_and_does_not_read_its_own_files(run, pictures, tmp_path):
@@ -273,13 +277,14 @@ def test_a_missing_device(run, pictures):
 def test_a_network_of_other_pictures(run, pictures, monkeypatch):
     Image.fromarray(photograph()).save(pictures / "a.png")
 
-    def load(ckpt):
-        task = load_task(ckpt)
-        stem = next(part for part in task.network.modules() if isinstance(part, torch.nn.Conv2d))
-        stem.in_channels = 4
-        return task
+    original = Predictor.from_weights
 
-    monkeypatch.setattr(MODULE, "load_task", load)
+    def load(weights):
+        loaded = original(weights)
+        loaded.network.in_channels = 4
+        return loaded
+
+    monkeypatch.setattr(Predictor, "from_weights", load)
     code, _, reported = run(pictures)
     assert code == 2
     assert "the network takes 4 channels, but pictures are read with 3 (RGB); give" in reported
@@ -374,15 +379,17 @@ def test_more_than_256_classes_are_16_bit_grey(run, pictures, tmp_path, monkeypa
     Image.fromarray(photograph(40, 50)).save(pictures / "a.png")
     train_ids = np.arange(2000).reshape(40, 50) % 300
 
-    def load(ckpt):
-        task = load_task(ckpt)
-        task.class_names = [f"class {number}" for number in range(300)]
-        task.palette = np.random.default_rng(0).integers(0, 256, (300, 3)).tolist()
-        return task
+    original = Predictor.from_weights
 
-    monkeypatch.setattr(MODULE, "load_task", load)
+    def load(weights):
+        loaded = original(weights)
+        loaded.class_names = [f"class {number}" for number in range(300)]
+        loaded.palette = np.random.default_rng(0).integers(0, 256, (300, 3)).tolist()
+        return loaded
+
+    monkeypatch.setattr(Predictor, "from_weights", load)
     found = torch.from_numpy(train_ids)[None]
-    monkeypatch.setattr(Inference, "labels", lambda *arguments, dtype: found.to(dtype))
+    monkeypatch.setattr(predictor, "predict_classes", lambda *given: found.to(given[-1]))
     assert run(pictures)[0] == 0
     assert Image.open(tmp_path / "out/masks/a.png").mode == "I;16"
     assert np.array_equal(mask(tmp_path / "out", "a"), train_ids)

@@ -88,3 +88,44 @@ def test_bad_input_gets_one_sentence(fail, tmp_path):
     assert "learning_rate" in fail("diff", BASE, DELTA, tmp_path / "mine.yaml")
     assert "invalid choice: 'differences'" in fail("differences", BASE)
     assert "sources" in fail("diff")
+
+
+TOY = """
+from torch import nn
+
+
+class ToySegmenter(nn.Module):
+    def __init__(self, num_classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, num_classes, 3, stride=4)
+"""
+
+
+def test_a_network_that_the_paper_does_not_have_is_said_in_words(diff, tmp_path, monkeypatch):
+    (tmp_path / "toy_of_recipe.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    toy = {"class_path": "toy_of_recipe.ToySegmenter", "init_args": {"width": 4}}
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({"model": {"network": toy}, "data": {"dataset": "ade20k"}}))
+    sentence = (
+        "The network is toy_of_recipe.ToySegmenter: the paper has no recipe for it, "
+        "nothing is compared."
+    )
+    assert diff(mine) == [sentence]
+    run = tmp_path / "version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(mine.read_text())
+    assert diff(run) == [sentence]
+    (run / "checkpoints" / "last.ckpt").touch()
+    assert diff(run / "checkpoints" / "last.ckpt") == [sentence]
+    encoder = {"class_path": "segformer_pl.models.MixTransformer"}
+    custom = {"class_path": "segformer_pl.models.SegFormer", "init_args": {"encoder": encoder}}
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"network": custom}}))
+    assert diff(run) == [sentence.replace("toy_of_recipe.ToySegmenter", custom["class_path"])]
+
+
+def test_a_checkpoint_outside_of_a_run_tells_no_recipe(fail, tmp_path):
+    file = tmp_path / "last.ckpt"
+    file.write_bytes(b"PK\x03\x04\x80\xff")
+    assert "not all are YAML files" in fail("diff", file)
+    assert "nowhere.ckpt" in fail("diff", tmp_path / "checkpoints" / "nowhere.ckpt")

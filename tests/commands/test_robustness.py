@@ -11,13 +11,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
+from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.cli import main
-from segformer_pl.commands.checkpoint import load_data, load_task
 from segformer_pl.commands.robustness import SETTINGS, robustness
 from segformer_pl.data import DataError, shapes
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.task import SegmentationTask
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +92,8 @@ def test_clean_is_what_validate_says(few, checkpoint, tmp_path, capsys):
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
     )
-    task, data = load_task(checkpoint), load_data(checkpoint)
+    task = SegmentationTask.load_from_checkpoint(checkpoint, weights_only=True)
+    data = load_data(RunCheckpoint.read(checkpoint))
     known = trainer.validate(task, datamodule=data, verbose=False)[0]
     found = rows(tmp_path / "out")
     assert [(r["group"], r["corruption"], int(r["severity"])) for r in found] == FEW
@@ -106,6 +109,12 @@ def test_clean_is_what_validate_says(few, checkpoint, tmp_path, capsys):
     assert numbers["severities"]["weather"]["fog"]["5"] == float(found[3]["miou"])
     assert (out / "robustness.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "robustness.md").read_text().count("| fog |") == 2
+
+
+def test_the_checkpoint_is_read_once(few, checkpoint, tmp_path, reads_of):
+    with reads_of(checkpoint) as reads:
+        run(checkpoint, tmp_path / "out", "--num-images=1")
+    assert reads == {"opened": 1, "loaded": 1}
 
 
 @pytest.mark.slow
@@ -165,7 +174,7 @@ def test_another_checkpoint_or_number_is_not_mixed_in(few, checkpoint, tmp_path)
 
 
 def test_a_picture_is_corrupted_alike_whatever_else_is_read(checkpoint):
-    data = load_data(checkpoint)
+    data = load_data(RunCheckpoint.read(checkpoint))
     source = data.open("validation")
     samples = Samples(data.entry, source, StoredOrder(source.group_rows), to_tensors)
     corrupted = command.CorruptedSamples(samples, FEW, 0)
@@ -192,7 +201,7 @@ def test_pictures_are_spread_over_the_split(few, checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-images=7"], "--num-images 7: the validation split has 6 pictures; give at most"),
+        (["--num_images=7"], "--num_images 7: the validation split has 6 pictures; give at most"),
         (["--ckpt=nowhere.ckpt"], "--ckpt: there is no file 'nowhere.ckpt'"),
         (["--data.path=nowhere"], "data.path: there is no folder 'nowhere'"),
     ],

@@ -5,7 +5,7 @@ import pytest
 
 from segformer_pl.data import shapes
 from segformer_pl.data.catalog import FOLDER, dataset_names, find_dataset
-from segformer_pl.data.labels import DataError
+from segformer_pl.errors import UserError
 
 NUM_CLASSES = {
     "ade20k": 150,
@@ -69,7 +69,7 @@ def test_an_entry_is_complete(name):
 
 
 def test_an_unknown_name_gets_a_suggestion_and_the_list():
-    with pytest.raises(DataError, match=r"no data set 'camvd'.*did you mean 'camvid'.*shapes"):
+    with pytest.raises(UserError, match=r"no data set 'camvd'.*did you mean 'camvid'.*shapes"):
         find_dataset("camvd")
 
 
@@ -113,7 +113,7 @@ def test_cityscapes_scores_19_of_its_34_values():
 def test_ade20k_counts_from_one_and_ignores_zero():
     assert train_ids("ade20k", 0, 1, 150) == [255, 0, 149]
     assert names("ade20k", 0, 1, 2, 12, 149) == ["wall", "building", "sky", "person", "flag"]
-    with pytest.raises(DataError, match=r"knows 0-150; it usually marks unlabelled"):
+    with pytest.raises(UserError, match=r"knows 0-150; it usually marks unlabelled"):
         train_ids("ade20k", 255)
 
 
@@ -240,12 +240,12 @@ def test_a_file_may_code_classes_by_color(mine):
 def test_a_mistake_in_a_file_gets_a_sentence_with_file_and_key(mine, text, message):
     file = mine(text)
     pattern = ".*".join(map(re.escape, message.split(".*")))
-    with pytest.raises(DataError, match=pattern) as raised:
+    with pytest.raises(UserError, match=pattern) as raised:
         find_dataset(file)
     assert str(raised.value).startswith(file)
     assert "\n" not in str(raised.value)
 
 
 def test_a_file_that_is_not_there_is_named():
-    with pytest.raises(DataError, match=r"data\.dataset: nowhere\.yaml cannot be read: No such"):
+    with pytest.raises(UserError, match=r"data\.dataset: nowhere\.yaml cannot be read: No such"):
         find_dataset("nowhere.yaml")

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from segformer_pl.data import DataError, StreamingSegmentationData, datamodule
+from segformer_pl.data import StreamingSegmentationData, datamodule
 from segformer_pl.data.catalog import find_dataset
+from segformer_pl.errors import UserError
 
 
 class Recorder(pl.LightningModule):
@@ -251,7 +252,7 @@ def test_a_position_that_is_not_of_whole_steps_is_refused(folder, tmp_path, dama
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["StreamingSegmentationData"] |= damage
     torch.save(checkpoint, file)
-    with pytest.raises(DataError, match=r"samples were consumed at step 3, which is not what whol"):
+    with pytest.raises(UserError, match=r"samples were consumed at step 3, which is not what whol"):
         fit(folder, 5, file)
 
 
@@ -266,14 +267,14 @@ def test_checkpoints_without_the_first_step_are_still_resumed(folder, tmp_path, 
 
 
 def test_steps_that_cannot_be_counted_are_refused(folder):
-    with pytest.raises(DataError, match=r"limit_train_batches is 5, which is no multiple of .* 2,"):
+    with pytest.raises(UserError, match=r"limit_train_batches is 5, which is no multiple of .* 2,"):
         fit(folder, 4, limit_train_batches=5, accumulate_grad_batches=2)
     schedule = pl.callbacks.GradientAccumulationScheduler({0: 2})
-    with pytest.raises(DataError, match="samples of a step changed from 2 to 4 while training"):
+    with pytest.raises(UserError, match="samples of a step changed from 2 to 4 while training"):
         steps(folder, 4, callbacks=[schedule])
     manual = Recorder()
     manual.automatic_optimization = False
-    with pytest.raises(DataError, match="Recorder optimises by itself, so its steps do not tell"):
+    with pytest.raises(UserError, match="Recorder optimises by itself, so its steps do not tell"):
         fit(folder, 4, module=manual)
 
 
@@ -379,13 +380,13 @@ def test_the_position_is_plain_data(folder, tmp_path):
 def test_other_data_or_another_seed_is_an_error_in_words(folder, tmp_path, row, write_shards):
     file = tmp_path / "state.ckpt"
     fit(folder, 3, save=(3, file))
-    with pytest.raises(DataError, match=r"its seed of the training order is 0, here it is 1; res"):
+    with pytest.raises(UserError, match=r"its seed of the training order is 0, here it is 1; res"):
         fit(folder, 5, file, data_arguments={"seed": 1})
     longer = write_shards(tmp_path / "longer", "train", [[row(f"{i}") for i in range(24)]])
-    with pytest.raises(DataError, match=r"its number of training pictures is 23, here it is 24"):
+    with pytest.raises(UserError, match=r"its number of training pictures is 23, here it is 24"):
         fit(longer, 5, file)
     regrouped = write_shards(tmp_path / "regrouped", "train", [[row(f"{i}") for i in range(23)]])
-    with pytest.raises(DataError, match=r"its fingerprint of the shards \(names, row groups"):
+    with pytest.raises(UserError, match=r"its fingerprint of the shards \(names, row groups"):
         fit(regrouped, 5, file)
 
 
@@ -394,7 +395,7 @@ def test_contents_are_compared_where_the_checkpoint_knows_them(folder, tmp_path,
     fit(folder, 3, save=(3, file))
     rows = [row(f"t{i:02d}", size=(12, 10)) for i in range(23)]  # as many bytes
     write_shards(folder, "train", [rows[:11], rows[11:14], rows[14:]])
-    with pytest.raises(DataError, match=r"its fingerprint of the shards \(names, row groups"):
+    with pytest.raises(UserError, match=r"its fingerprint of the shards \(names, row groups"):
         fit(folder, 5, file)
     checkpoint = torch.load(file, weights_only=True)
     state = checkpoint["StreamingSegmentationData"]
@@ -419,7 +420,7 @@ def test_a_checkpoint_without_a_position_is_not_resumed(folder, tmp_path):
     checkpoint = torch.load(file, weights_only=True)
     del checkpoint["StreamingSegmentationData"]
     torch.save(checkpoint, file)
-    with pytest.raises(DataError, match=r"does not say how many samples were consumed, so train"):
+    with pytest.raises(UserError, match=r"does not say how many samples were consumed, so train"):
         fit(folder, 5, file)
 
 
@@ -458,7 +459,7 @@ def test_training_on_labels_that_are_all_ignored_fails(tmp_path, row, write_shar
     folder = unlabelled(tmp_path / "set", row, write_shards)
     expected = min(2 * num_steps, datamodule.UNLABELLED_SAMPLES)
     sentence = rf"none of the first {expected} training samples has a labelled pixel, so nothing"
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         fit(folder, num_steps)
 
 
@@ -541,5 +542,5 @@ def test_what_is_noticed_is_told_once(tmp_path, row, write_shards):
 
 
 def test_camvid_without_a_path_says_what_to_give():
-    with pytest.raises(DataError, match=r"'camvid' is read from a place of yours; give"):
+    with pytest.raises(UserError, match=r"'camvid' is read from a place of yours; give"):
         StreamingSegmentationData("camvid").prepare_data()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from segformer_pl.data.decoding import EncodedImage, cell_bytes, decode_label
-from segformer_pl.data.labels import DataError
+from segformer_pl.errors import UserError
 
 
 def encode(image, format="PNG", **arguments):
@@ -106,23 +106,23 @@ def test_label_values_are_those_that_are_stored():
 
 
 def test_a_lossy_label_is_refused():
-    with pytest.raises(DataError, match=r"^here: the label image is a JPEG, which changes values"):
+    with pytest.raises(UserError, match=r"^here: the label image is a JPEG, which changes values"):
         decode_label(encode(Image.new("L", (8, 8)), "JPEG"), "here")
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_a_truncated_file_is_refused(format):
     encoded = encode(Image.fromarray(photograph()), format)[:-400]
-    with pytest.raises(DataError, match=r"^here: the \d+ bytes are no picture, or a damaged one"):
+    with pytest.raises(UserError, match=r"^here: the \d+ bytes are no picture, or a damaged one"):
         EncodedImage(encoded, "here").decode()
     if format == "PNG":
-        with pytest.raises(DataError, match=r"^here: the \d+ bytes are no picture, or a damaged"):
+        with pytest.raises(UserError, match=r"^here: the \d+ bytes are no picture, or a damaged"):
             decode_label(encoded, "here")
 
 
 def test_what_is_no_picture_is_refused():
     for read in (EncodedImage, decode_label):
-        with pytest.raises(DataError, match=r"^here: the 4 bytes are no picture"):
+        with pytest.raises(UserError, match=r"^here: the 4 bytes are no picture"):
             read(b"what", "here")
 
 
@@ -158,7 +158,7 @@ def test_16_bits_are_turned_upright_too():
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_numbers_without_a_known_range_are_refused(dtype):
     encoded = encode(Image.fromarray(np.full((4, 4), 300, dtype)), "TIFF")
-    with pytest.raises(DataError, match=r"^here: .*without a known range .*; store it with 8 or"):
+    with pytest.raises(UserError, match=r"^here: .*without a known range .*; store it with 8 or"):
         EncodedImage(encoded, "here")
 
 
@@ -171,7 +171,7 @@ def test_the_first_of_several_frames_counts(format):
 
 def test_more_pixels_than_are_opened(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DataError, match=r"^here: the header announces more than 2,000 pixels; cut"):
+    with pytest.raises(UserError, match=r"^here: the header announces more than 2,000 pixels; cut"):
         EncodedImage(encode(Image.new("L", (50, 50))), "here")
 
 
@@ -199,7 +199,7 @@ def test_damage_of_any_kind_is_one_sentence():
         for read in (lambda file: EncodedImage(file, "here").decode(), decode_here):
             try:
                 read(bytes(damaged))
-            except DataError as error:
+            except UserError as error:
                 refused.append(str(error))
     assert len(refused) > 600
     assert all(sentence.startswith("here: the ") for sentence in refused)
@@ -208,14 +208,14 @@ def test_damage_of_any_kind_is_one_sentence():
 def test_cells():
     def read_file(path):
         if path != "inside":
-            raise DataError(f"the row names the file {path!r}, which is elsewhere")
+            raise UserError(f"the row names the file {path!r}, which is elsewhere")
         return b"y"
 
     assert cell_bytes(b"x", "here", read_file) == b"x"
     assert cell_bytes({"bytes": b"x", "path": "elsewhere"}, "here", read_file) == b"x"
     assert cell_bytes({"bytes": None, "path": "inside"}, "here", read_file) == b"y"
     for empty in (None, b"", {"bytes": None, "path": None}):
-        with pytest.raises(DataError, match=r"^here: the row holds no picture; remove the row"):
+        with pytest.raises(UserError, match=r"^here: the row holds no picture; remove the row"):
             cell_bytes(empty, "here", read_file)
-    with pytest.raises(DataError, match=r"^here: the row names the file '/gone', which is else"):
+    with pytest.raises(UserError, match=r"^here: the row names the file '/gone', which is else"):
         cell_bytes({"bytes": None, "path": "/gone"}, "here", read_file)

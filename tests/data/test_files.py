@@ -14,13 +14,13 @@ from PIL import Image
 from segformer_pl.data import StreamingSegmentationData, files, sources
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.image_folder import PICTURES
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.sources import open_split
 from segformer_pl.data.streaming import Samples, collate
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.doctor.splits import examine_split
+from segformer_pl.errors import UserError
 
 ENTRY = find_dataset("shapes")
 
@@ -126,9 +126,9 @@ def test_names_that_could_mean_two_splits_are_refused(tmp_path, row, write_shard
     write_shards(tmp_path, "train", [[row("t")]])
     shard = tmp_path / "train-00000-of-00001.parquet"
     shutil.copy(shard, tmp_path / "train_extra.parquet")
-    with pytest.raises(DataError, match=r"beside 'train-.*' there is 'train_extra.parquet', and"):
+    with pytest.raises(UserError, match=r"beside 'train-.*' there is 'train_extra.parquet', and"):
         ids(tmp_path)
-    with pytest.raises(DataError, match=r"beside 'train-.*' there is 'train_extra.parquet', and"):
+    with pytest.raises(UserError, match=r"beside 'train-.*' there is 'train_extra.parquet', and"):
         ids(f"{tmp_path}/{{split}}*.parquet")
     assert ids({"train": [str(shard)]}) == ["t"]
 
@@ -159,7 +159,7 @@ def test_the_rule_for_splits_holds_wherever_the_pattern_has_the_split(
     assert ids(tmp_path / pattern) == [ours]
     shards_at(tmp_path, row, other)
     ours, other = (name.removeprefix("cam/") for name in (ours, other))
-    with pytest.raises(DataError, match=f"beside '{ours}' there is '{other}', and the name does"):
+    with pytest.raises(UserError, match=f"beside '{ours}' there is '{other}', and the name does"):
         ids(tmp_path / pattern)
 
 
@@ -196,7 +196,7 @@ def test_patterns_that_mean_one_thing(tmp_path, row, pattern, ours, others):
 )
 def test_folders_of_two_readings_are_refused(tmp_path, row, names, sentence):
     folder = shards_at(tmp_path / "set", row, *names)
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ids(folder)
 
 
@@ -217,7 +217,7 @@ def test_parts_of_ordinary_names_are_read(tmp_path, row, names):
 def test_shards_beside_pairs_of_files_are_refused_unless_they_name_them(pairs, row):
     folder = pairs({"a.png": 1})
     shards_at(folder, row, "train.parquet")
-    with pytest.raises(DataError, match=r"is in '.*/train.parquet' and in '.*/images/train', and"):
+    with pytest.raises(UserError, match=r"is in '.*/train.parquet' and in '.*/images/train', and"):
         ids(folder)
     cells = {
         "image": {"bytes": None, "path": "images/train/a.png"},
@@ -236,7 +236,7 @@ def test_a_split_of_another_usual_name_is_named(tmp_path, row, name):
         f"holds no split 'validation', but there is '{name.rpartition('/')[2]}'; if that is the "
         "validation split, write `splits: {validation: val}` in"
     )
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ids(folder, "validation")
 
 
@@ -244,7 +244,7 @@ def test_a_folder_of_images_whose_split_has_another_usual_name(pairs):
     folder = pairs({"a.png": 1})
     for kind in ("images", "labels"):
         (folder / kind / "train").rename(folder / kind / "training")
-    with pytest.raises(DataError, match=r"there is 'images/training'; .*{train: training}"):
+    with pytest.raises(UserError, match=r"there is 'images/training'; .*{train: training}"):
         ids(folder)
 
 
@@ -258,7 +258,7 @@ def test_splits_that_the_library_would_join_are_refused(tmp_path, row):
     splits = {"train": one, "train_extra": one, "validation": one}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
     assert len(datasets.load_dataset(str(tmp_path / "set"), split="train")) == 2
-    with pytest.raises(DataError, match=r"'train_extra/data-.*' would be read as split 'train' as"):
+    with pytest.raises(UserError, match=r"'train_extra/data-.*' would be read as split 'train' as"):
         ids(tmp_path / "set")
     assert ids(tmp_path / "set", "validation") == ["a"]
 
@@ -267,12 +267,12 @@ def test_a_missing_shard(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a")], [row("b")], [row("c")]])
     (tmp_path / "train-00001-of-00003.parquet").unlink()
     for path in (tmp_path, f"{tmp_path}/{{split}}-*.parquet"):
-        with pytest.raises(DataError, match=r"1 of the 3 shards of .*first is -00001-of-00003; f"):
+        with pytest.raises(UserError, match=r"1 of the 3 shards of .*first is -00001-of-00003; f"):
             ids(path)
     chosen = {"train": [str(tmp_path / "train-00000-of-00003.parquet")]}
     assert ids(chosen) == ["a"]  # whoever lists files means these
     write_shards(tmp_path, "train", [[row("a")]])
-    with pytest.raises(DataError, match=r"has shards of 1 and of 3, so they are of two versions"):
+    with pytest.raises(UserError, match=r"has shards of 1 and of 3, so they are of two versions"):
         ids(tmp_path)
 
 
@@ -338,27 +338,27 @@ def test_composed_and_decomposed_names_are_one(pairs):
     assert ids(folder) == ["\u00e9"]
     (folder / "images" / "train" / decomposed).write_bytes(b"x")
     if len(list((folder / "images" / "train").iterdir())) == 2:  # the system tells them apart
-        with pytest.raises(DataError, match="have one name, so it is not clear which"):
+        with pytest.raises(UserError, match="have one name, so it is not clear which"):
             ids(folder)
 
 
 @pytest.mark.parametrize("near", ["p1_mask.png", "P1.PNG", "gt_p1.tif"])
 def test_a_label_of_a_name_that_is_near_is_named(pairs, near):
     folder = pairs({"p1.jpg": None, "p2.png": 1}, labels=[near, "p10_mask.png"])
-    with pytest.raises(DataError, match=f"is 'p1.jpg'; there is '{near}': name labels like"):
+    with pytest.raises(UserError, match=f"is 'p1.jpg'; there is '{near}': name labels like"):
         ids(folder)
 
 
 def test_two_images_of_one_name_are_refused(pairs):
     folder = pairs({"p.jpg": 1, "p.png": 1, "q.jpg": 1})
     sentence = r"the pictures '.*p.jpg', '.*p.png' have one name, so it is not clear which"
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ids(folder)
 
 
 def test_a_label_of_another_suffix_is_named(pairs, row):
     folder = pairs({"a.png": 1, "b.png": None}, labels=["b.bmp"])
-    with pytest.raises(DataError, match=r"1 of 2 pictures .* 'b.png'; there is 'b.bmp': convert"):
+    with pytest.raises(UserError, match=r"1 of 2 pictures .* 'b.png'; there is 'b.bmp': convert"):
         ids(folder)
 
 
@@ -376,11 +376,11 @@ def test_what_is_no_regular_file_is_named(pairs):
     image = folder / "images" / "train" / "a.png"
     image.unlink()
     image.symlink_to("gone.png")
-    with pytest.raises(DataError, match=r"a.png' is a link to 'gone.png', which is not there; re"):
+    with pytest.raises(UserError, match=r"a.png' is a link to 'gone.png', which is not there; re"):
         ids(folder)
     image.unlink()
     os.mkfifo(image)
-    with pytest.raises(DataError, match=r"a.png' is a folder, a pipe or a device; give a regular"):
+    with pytest.raises(UserError, match=r"a.png' is a folder, a pipe or a device; give a regular"):
         ids(folder)
 
 
@@ -395,7 +395,7 @@ def test_the_columns_of_every_shard_are_looked_at(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a")], [row("b")]])
     write(tmp_path / "train-00000-of-00002.parquet", {"image": [b"x"], "mask": [b"x"]})
     sentence = r"00000-of-00002.parquet' has no column 'label', which .*; it has: image, mask"
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ids(tmp_path)
     ((level, message),) = examined(tmp_path)
     assert level == "error"
@@ -405,7 +405,7 @@ def test_the_columns_of_every_shard_are_looked_at(tmp_path, row, write_shards):
 @pytest.mark.parametrize("cells", [[[[1, 2], [3, 4]]], [7], ["file.png"]])
 def test_columns_that_hold_no_encoded_images(tmp_path, cells):
     write(tmp_path / "train.parquet", {"image": [b"x"], "label": cells, "id": ["a"]})
-    with pytest.raises(DataError, match=r"column 'label' of .* holds .*; .*|needs encoded images"):
+    with pytest.raises(UserError, match=r"column 'label' of .* holds .*; .*|needs encoded images"):
         ids(tmp_path)
 
 
@@ -429,7 +429,7 @@ def test_cells_name_files_below_the_folder_only(tmp_path, row, place, monkeypatc
     if place in ("absolute", "relative"):
         assert ids(folder) == ["a"]
         monkeypatch.setattr(files, "MAX_FILE_BYTES", 10)
-        with pytest.raises(DataError, match=r"sample 'a', column 'image': .* bytes, but an image"):
+        with pytest.raises(UserError, match=r"sample 'a', column 'image': .* bytes, but an image"):
             ids(folder)
         return
     sentence = {
@@ -438,7 +438,7 @@ def test_cells_name_files_below_the_folder_only(tmp_path, row, place, monkeypatc
         "pipe": r"pipe.png' is a folder, a pipe or a device",
         "gone": r"there is no file '.*gone.png'",
     }[place]
-    with pytest.raises(DataError, match=f"sample 'a', column 'image': .*{sentence}"):
+    with pytest.raises(UserError, match=f"sample 'a', column 'image': .*{sentence}"):
         ids(folder)
 
 
@@ -458,7 +458,7 @@ def test_an_archive_of_images_is_read(tmp_path, row):
     source = open_split(entry, str(folder), "train")
     samples = Samples(entry, source, StoredOrder(source.group_rows), to_tensors)
     assert sorted(samples[position]["id"] for position in range(2)) == ["a", "b"]
-    with pytest.raises(DataError, match=r"the file '/etc/hostname', which is not one of the data"):
+    with pytest.raises(UserError, match=r"the file '/etc/hostname', which is not one of the data"):
         source.read_file("/etc/hostname")
 
 
@@ -472,7 +472,7 @@ def zero_rows(shard):
 def test_the_rows_of_a_zeroed_shard_are_skipped_and_counted(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a"), row("b")], [row("c"), row("d")]])
     zero_rows(tmp_path / "train-00001-of-00002.parquet")
-    with pytest.raises(DataError, match=r"00001-of-00002.parquet' is not a complete Parquet file"):
+    with pytest.raises(UserError, match=r"00001-of-00002.parquet' is not a complete Parquet file"):
         ids(tmp_path)
     evaluated = samples_of(tmp_path, on_bad_sample="skip")
     batch = collate([evaluated[position] for position in range(4)])
@@ -494,7 +494,7 @@ def test_what_is_not_damage_is_not_skipped(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a")]])
     samples = samples_of(tmp_path, on_bad_sample="skip")
     (tmp_path / "train-00000-of-00001.parquet").unlink()
-    with pytest.raises(DataError, match=r"data.path: there is no file '.*train-00000-of-00001"):
+    with pytest.raises(UserError, match=r"data.path: there is no file '.*train-00000-of-00001"):
         samples[0]
 
 
@@ -503,17 +503,17 @@ def test_shards_that_are_no_regular_files(tmp_path, row, write_shards):
     shard = tmp_path / "train-00000-of-00001.parquet"
     shard.unlink()
     shard.symlink_to("gone.parquet")
-    with pytest.raises(DataError, match=r"0001.parquet' is a link to 'gone.parquet', which is not"):
+    with pytest.raises(UserError, match=r"0001.parquet' is a link to 'gone.parquet', which is not"):
         ids(tmp_path)
     shard.unlink()
     os.mkfifo(shard)
-    with pytest.raises(DataError, match=r"00001.parquet' is a folder, a pipe or a device; give"):
+    with pytest.raises(UserError, match=r"00001.parquet' is a folder, a pipe or a device; give"):
         ids(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "x" * 5000 + "/{split}.parquet", "y" * 300])
 def test_a_path_that_is_too_long(path):
-    with pytest.raises(DataError, match=r"File name too long\)") as raised:
+    with pytest.raises(UserError, match=r"File name too long\)") as raised:
         open_split(ENTRY, path, "train")
     assert len(str(raised.value)) < 500
 
@@ -521,7 +521,7 @@ def test_a_path_that_is_too_long(path):
 def test_a_folder_with_an_at_sign(tmp_path, row):
     (tmp_path / "set@home" / "train").mkdir(parents=True)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "set@home" / "train" / "a.png")
-    with pytest.raises(DataError, match=r"have no column 'label'"):
+    with pytest.raises(UserError, match=r"have no column 'label'"):
         open_split(ENTRY, str(tmp_path / "set@home"), "train")
 
 

@@ -14,10 +14,11 @@ from PIL import Image
 
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.decoding import EncodedImage, check_orientation, decode_label
-from segformer_pl.data.labels import DataError, LabelSpec
+from segformer_pl.data.labels import LabelSpec
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples, collate
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.errors import UserError
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # PNG's colour types
 CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
@@ -160,7 +161,7 @@ def test_values_of_8_bits_come_back_from_what_pillow_writes(format):
 def test_a_gif_whose_palette_was_renumbered_has_colors_but_no_values():
     values = np.array([[0, 255, 7]], np.uint8)
     encoded = written(values, "GIF")  # indices 0, 2 and 1
-    with pytest.raises(DataError, match=r"^here: the label image is a GIF, whose writers renumber"):
+    with pytest.raises(UserError, match=r"^here: the label image is a GIF, whose writers renumber"):
         decode_label(encoded, "here")
     stored = decode_label(encoded, "here", "colors").values
     np.testing.assert_array_equal(stored, values[..., None].repeat(3, 2))
@@ -260,7 +261,7 @@ def test_what_values_cannot_be_told_of_is_refused(kind, coding):
     if coding == "colors" and ("float" in kind or kind == "PNG, grey and alpha"):
         sentence = "is an array of .*three channels of 8 bits"
     labels = LabelSpec(("a", "b"), ((0, 0, 0), (1, 1, 1)), coding=coding)
-    with pytest.raises(DataError, match=f"^here: .*{sentence}") as raised:
+    with pytest.raises(UserError, match=f"^here: .*{sentence}") as raised:
         labels.to_train_ids(decode_label(encoded, "here", coding).values, "here")
     assert "\n" not in str(raised.value)
 
@@ -275,7 +276,7 @@ def test_what_values_cannot_be_told_of_is_refused(kind, coding):
     ids=["alpha", "palette", "one colour is clear"],
 )
 def test_colors_that_are_not_opaque_are_refused(encoded):
-    with pytest.raises(DataError, match=r"^here: 1 pixels of the label image are transparent or"):
+    with pytest.raises(UserError, match=r"^here: 1 pixels of the label image are transparent or"):
         decode_label(encoded, "here", "colors")
 
 
@@ -288,7 +289,7 @@ def animated(format):
 
 @pytest.mark.parametrize("format", ["TIFF", "PNG", "GIF"])
 def test_a_label_of_several_pages_is_refused_and_an_image_says_which_it_is(format):
-    with pytest.raises(DataError, match=r"^here: the label file holds 3 frames or pages, of which"):
+    with pytest.raises(UserError, match=r"^here: the label file holds 3 frames or pages, of which"):
         decode_label(animated(format), "here", "colors")
     image = EncodedImage(animated(format), "here")
     assert image.num_frames == 3
@@ -300,7 +301,7 @@ def test_smaller_copies_of_a_page_are_no_pages():
     overviews = tiff(numbers(8), 8, copies=[1, 1])
     np.testing.assert_array_equal(decode_label(overviews, "x").values, numbers(8))
     assert EncodedImage(overviews, "x").num_frames == 1
-    with pytest.raises(DataError, match="holds 2 frames or pages"):
+    with pytest.raises(UserError, match="holds 2 frames or pages"):
         decode_label(tiff(numbers(8), 8, copies=[1, 0]), "here")
 
 
@@ -364,7 +365,7 @@ def test_an_image_that_alone_is_turned_is_warned_of_or_refused(orientation, form
         return
     # the sizes tell
     assert pair(orientation, None, (9, 6), format) is None
-    with pytest.raises(DataError, match=r"^here: .*EXIF orientation .* is 9x6 when upright, but t"):
+    with pytest.raises(UserError, match=r"^here: .*EXIF orientation .* is 9x6 when upright, but t"):
         pair(orientation, None, (6, 9), format)
     # a square does not
     assert pair(orientation, None, (6, 6), format, (6, 6)) == sentence
@@ -372,7 +373,7 @@ def test_an_image_that_alone_is_turned_is_warned_of_or_refused(orientation, form
 
 @pytest.mark.parametrize(("image", "label"), [(None, 3), (1, 6), (6, 8), (3, 2)])
 def test_a_label_that_is_turned_otherwise_is_refused(image, label):
-    with pytest.raises(DataError, match=r"^here: the image has the EXIF orientation \d and the la"):
+    with pytest.raises(UserError, match=r"^here: the image has the EXIF orientation \d and the la"):
         pair(image, label)
 
 
@@ -380,7 +381,7 @@ def test_sizes_that_contradict_once_turned_name_the_orientation():
     image = oriented(np.zeros((6, 9, 3), np.uint8), 6)
     label = oriented(np.zeros((9, 6), np.uint8), 6)
     sentence = r"is 6x9 but the image is 9x6 .*as their EXIF orientations say \(image 6, label 6\)"
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         samples([(image, label)])[0]
 
 

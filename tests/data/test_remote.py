@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 
 from segformer_pl.data import remote
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import open_split
 from segformer_pl.data.streaming import Samples, collate
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -220,7 +220,7 @@ def test_a_lasting_fault_ends_in_one_sentence(server, shards, monkeypatch):
     source = open_split(ENTRY, shards, "train")
     monkeypatch.setattr(remote, "PATIENCE", 0.2)
     server.faults[:] = [503] * 20
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(UserError) as raised:
         source.read(0)
     assert re.fullmatch(
         rf"{server.url}/train-00000-of-00002.parquet could not be read for \d s \(.*503.*\); "
@@ -234,7 +234,7 @@ def test_what_will_not_pass_is_not_waited_for(server, shards, fault):
     source = open_split(ENTRY, shards, "train")
     server.requests.clear()
     server.faults[:] = [fault] * 5
-    with pytest.raises(DataError, match=r"parquet cannot be read \(.*\); correct the address"):
+    with pytest.raises(UserError, match=r"parquet cannot be read \(.*\); correct the address"):
         source.read(0)
     assert len(server.requests) == 1
 
@@ -244,7 +244,7 @@ def test_redirects_in_a_circle_are_not_waited_for(server, shards):
     server.requests.clear()
     server.faults[:] = ["in circles"]
     with pytest.raises(
-        DataError, match=r"cannot be read \(TooManyRedirects.*; correct the address"
+        UserError, match=r"cannot be read \(TooManyRedirects.*; correct the address"
     ):
         source.read(0)
     assert len(server.requests) < 20
@@ -258,7 +258,7 @@ def test_a_server_without_ranges_is_said_to_be_one(server, row, write_shards):
     source = open_split(ENTRY, {"train": [url]}, "train")
     server.requests.clear()
     server.faults[:] = ["whole"] * 5
-    with pytest.raises(DataError, match=r"does not answer requests for a part .*; download the"):
+    with pytest.raises(UserError, match=r"does not answer requests for a part .*; download the"):
         source.read(2)
     assert len(server.requests) == 1
 
@@ -268,14 +268,14 @@ def test_a_page_in_place_of_a_shard_is_said_at_once(server, page, caplog):
     server.folder.mkdir()
     (server.folder / "train.parquet").write_bytes(page * 20)
     sentence = r"train.parquet is no Parquet file, it begins with .*; if the server asks for a logi"
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         open_split(ENTRY, {"train": [f"{server.url}/train.parquet"]}, "train")
     assert "attempt" not in caplog.text
 
 
 def test_a_name_that_no_one_knows_is_a_slip_in_the_address(server):
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"cannot be read \(ClientConnectorDNSError.*; correct the"):
+    with pytest.raises(UserError, match=r"cannot be read \(ClientConnectorDNSError.*; correct the"):
         open_split(ENTRY, {"train": ["http://no.such.host.invalid/a.parquet"]}, "train")
     assert time.monotonic() - start < 2
 
@@ -283,7 +283,7 @@ def test_a_name_that_no_one_knows_is_a_slip_in_the_address(server):
 def test_a_file_that_was_replaced_on_the_server(server, shards, row, write_shards):
     source = open_split(ENTRY, shards, "train")
     write_shards(server.folder, "train", [[row("other")], [row("other")]])
-    with pytest.raises(DataError, match=r"00001-of-00002.parquet' has other row groups than when"):
+    with pytest.raises(UserError, match=r"00001-of-00002.parquet' has other row groups than when"):
         source.read(2)
 
 
@@ -319,11 +319,11 @@ def test_a_forked_process_does_not_close_the_connections_of_its_parent(server, s
 
 
 def test_a_url_without_a_file(server, shards):
-    with pytest.raises(DataError, match=r"nothing.parquet cannot be read \(.*404.*; correct"):
+    with pytest.raises(UserError, match=r"nothing.parquet cannot be read \(.*404.*; correct"):
         open_split(ENTRY, {"train": [f"{server.url}/nothing.parquet"]}, "train")
 
 
 def test_a_server_that_is_not_there(server, monkeypatch):
     monkeypatch.setattr(remote, "PATIENCE", 0.5)
-    with pytest.raises(DataError, match=r"could not be read for \d s \(.*ConnectorError"):
+    with pytest.raises(UserError, match=r"could not be read for \d s \(.*ConnectorError"):
         open_split(ENTRY, {"train": ["http://127.0.0.1:9/train.parquet"]}, "train")

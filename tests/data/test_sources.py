@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.sources import ParquetSource, PictureFolder, StreamedSource, open_split
+from segformer_pl.errors import UserError
 
 ENTRY = find_dataset("shapes")
 
@@ -98,9 +98,9 @@ def test_a_folder_of_pictures(pictures):
 
 def test_pictures_without_labels_are_counted_and_named(pictures):
     (pictures / "labels" / "train" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 3 pictures in .* have no label .* is 'a.jpg'; add"):
+    with pytest.raises(UserError, match=r"1 of 3 pictures in .* have no label .* is 'a.jpg'; add"):
         open_split(ENTRY, str(pictures), "train")
-    with pytest.raises(DataError, match=r"there is no picture in '.*/images/validation'; give a"):
+    with pytest.raises(UserError, match=r"there is no picture in '.*/images/validation'; give a"):
         open_split(ENTRY, str(pictures), "validation")
 
 
@@ -133,7 +133,7 @@ def test_a_format_without_row_counts_is_read_through_once_and_says_so(
 def test_columns_of_the_entry_are_looked_for(tmp_path):
     table = pa.table({"image": [b""], "mask": [b""]})
     pq.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"no column 'label'.*it has: image, mask"):
+    with pytest.raises(UserError, match=r"no column 'label'.*it has: image, mask"):
         open_split(ENTRY, str(tmp_path), "train")
 
 
@@ -141,7 +141,7 @@ def test_a_shard_cut_short_is_named(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a")], [row("b")]])
     shard = tmp_path / "train-00001-of-00002.parquet"
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet' is not a complete Parquet"):
+    with pytest.raises(UserError, match=r"train-00001-of-00002.parquet' is not a complete Parquet"):
         open_split(ENTRY, str(tmp_path), "train")
 
 
@@ -152,13 +152,13 @@ def test_a_damaged_row_group_is_named_when_it_is_read(tmp_path, row, write_shard
     content = shard.read_bytes()
     footer = int.from_bytes(content[-8:-4], "little") + 8
     shard.write_bytes(bytes(len(content) - footer) + content[-footer:])
-    with pytest.raises(DataError, match=r"train-00000-of-00001.parquet' is not a complete Parquet"):
+    with pytest.raises(UserError, match=r"train-00000-of-00001.parquet' is not a complete Parquet"):
         source.read(0)
 
 
 def test_shards_without_a_row_are_refused(tmp_path, write_shards):
     write_shards(tmp_path, "train", [[]])
-    with pytest.raises(DataError, match=r"the train shards of '.*' hold no row"):
+    with pytest.raises(UserError, match=r"the train shards of '.*' hold no row"):
         open_split(ENTRY, str(tmp_path), "train")
 
 
@@ -176,14 +176,14 @@ def test_shards_without_a_row_are_refused(tmp_path, write_shards):
 )
 def test_places_that_are_not_there(path, sentence, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         open_split(ENTRY, path, "train")
 
 
 def test_a_folder_with_other_splits_only(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a")]])
     with pytest.raises(
-        DataError,
+        UserError,
         match=r"holds no validation\*.parquet \(there is 'train-.*'\); give a folder with",
     ):
         open_split(ENTRY, str(tmp_path), "validation")

@@ -16,11 +16,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.sources import open_split
 from segformer_pl.data.streaming import RankSampler, Samples, collate
 from segformer_pl.data.transforms import TrainTransforms, to_tensors
+from segformer_pl.errors import UserError
 
 ENTRY = find_dataset("shapes")
 
@@ -297,7 +297,7 @@ def test_a_broken_row_is_named(broken):
     source, sentence = broken
     samples = Samples(ENTRY, source, StoredOrder(source.group_rows), to_tensors)
     assert samples[0]["id"] == "s000"
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         samples[1]
 
 
@@ -333,7 +333,7 @@ def test_skipping_ends_when_nothing_is_sound(row):
     source = Rows([3], row)
     for cells in source.groups[0]:
         cells["label"] = None
-    with pytest.raises(DataError, match=r"10 samples in a row cannot be used, the last because"):
+    with pytest.raises(UserError, match=r"10 samples in a row cannot be used, the last because"):
         training(source, on_bad_sample="skip")[0]
 
 
@@ -341,5 +341,5 @@ def test_pictures_of_unequal_size_are_refused_with_the_remedy(row):
     source = Rows([2], row)
     source.groups[0][1] = row("wide", size=(8, 12))
     samples = Samples(ENTRY, source, StoredOrder([2]), to_tensors)
-    with pytest.raises(DataError, match=r"'s000' is 8x8 but 'wide' is 8x12.*eval_batch_size 1"):
+    with pytest.raises(UserError, match=r"'s000' is 8x8 but 'wide' is 8x12.*eval_batch_size 1"):
         collate([samples[0], samples[1]])

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.data.labels import DataError
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import ParquetSource, StreamedSource, open_split
 from segformer_pl.data.streaming import RankSampler, Samples, collate
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -113,12 +113,12 @@ def test_a_stream_whose_files_were_replaced_is_refused_at_once(tmp_path, rows):
     source = open_split(entry, str(tmp_path / "set"), "train")
     (tmp_path / "set" / "train-0.tar").rename(tmp_path / "set" / "train-1.tar")
     with pytest.raises(
-        DataError, match=r"row group 1 of the stream of data set 'shapes' holds oth"
+        UserError, match=r"row group 1 of the stream of data set 'shapes' holds oth"
     ):
         source.read(1)
     (tmp_path / "set" / "train-1.tar").unlink()
     with pytest.raises(
-        DataError, match=r"row group 1 of the .* cannot be read \(FileNotFoundError"
+        UserError, match=r"row group 1 of the .* cannot be read \(FileNotFoundError"
     ):
         source.read(1)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.layouts import detect, to_parts
-from segformer_pl.checkpoints.loading import parts_of
+from segformer_pl.checkpoints.matching import parts_of
 from segformer_pl.models import decode_head, mit, segformer
 from segformer_pl.models.mit import NormEps
 
@@ -81,7 +81,7 @@ def test_logits_of_transformers(variant, randomize):
     network = ours(variant).eval()
     report = load_weights(network, theirs.state_dict())
     assert report.num_tensors == len(network.state_dict())
-    assert report.norm_eps == NormEps(1e-5, 1e-5)
+    assert report.constants == {"norm_eps": 1e-5, "conv_norm_eps": 1e-5}
     for size in [(64, 64), (65, 97), (33, 47)]:
         batch = images(*size)
         expected = theirs(batch).logits
@@ -96,7 +96,7 @@ def test_logits_of_smp(variant, randomize):
     network = ours(variant).eval()
     network.encoder.norm_eps = NormEps(0.5, 0.5)
     report = load_weights(network, theirs.state_dict())
-    assert report.norm_eps == NormEps(1e-6, 1e-5)
+    assert report.constants == {"norm_eps": 1e-6, "conv_norm_eps": 1e-5}
     for size in [(64, 64), (64, 96)]:
         batch = images(*size)
         assert difference(network(batch), smp_logits(theirs, batch)) < TOLERANCE, size

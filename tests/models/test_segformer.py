@@ -159,23 +159,3 @@ def test_gradients_have_the_layout_of_their_parameters():
     network(torch.rand(2, 3, 64, 64)).sum().backward()
     differing = [n for n, p in network.named_parameters() if p.grad.stride() != p.stride()]
     assert differing == []
-
-
-@pytest.mark.parametrize("in_indices", [(0, 1, 2, 3), (1, 3), (3,)])
-@pytest.mark.parametrize("size", [(64, 96), (65, 97)])
-def test_single_units_are_those_of_the_feature_maps(in_indices, size, randomize):
-    """At the corners too, where bilinear upsampling has only one neighbour."""
-    network = randomize(segformer_b0(5, in_indices=in_indices)).eval()
-    images = torch.randn(2, 3, *size, dtype=torch.float64)
-
-    def places(grid):
-        height, width = grid
-        return [0, 0, height // 2, height - 1, 1], [0, width - 1, width // 2, width - 1, 1]
-
-    with torch.no_grad():
-        units = network.unit_features(images, places)
-        maps = network.feature_maps(images)
-    assert list(units) == list(maps)
-    for name, feature in maps.items():
-        rows, columns = places(feature.shape[2:])
-        torch.testing.assert_close(units[name], feature[:, :, rows, columns], rtol=1e-10, atol=0)

@@ -4,7 +4,7 @@ EncoderDecoder."""
 import pytest
 import torch
 
-from segformer_pl.inference import Inference
+from segformer_pl.inference import Inference, predict_classes, predict_probabilities
 
 NUM_CLASSES = 5
 TOLERANCE = 1e-12
@@ -74,13 +74,17 @@ def theirs(segmenter, images, size):
 def ours(inference, segmenter, images, size):
     shapes = []
 
-    def network(batch):
-        shapes.append(tuple(batch.shape[2:]))
-        return segmenter(batch, mode="tensor")
+    class Network:
+        num_classes, output = NUM_CLASSES, "logits"
 
+        def __call__(self, batch):
+            shapes.append(tuple(batch.shape[2:]))
+            return segmenter(batch, mode="tensor")
+
+    network = Network()
     return (
-        inference.probabilities(network, images, size),
-        inference.labels(network, images, size),
+        predict_probabilities(network, images, size, inference),
+        predict_classes(network, images, size, inference),
         shapes[: len(shapes) // 2],
     )
 

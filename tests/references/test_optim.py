@@ -92,9 +92,7 @@ def their_settings(model):
 
 
 def our_settings(network, head_lr_mult=10.0):
-    groups = parameter_groups(
-        network, network.encoder, lr=LR, weight_decay=WEIGHT_DECAY, head_lr_mult=head_lr_mult
-    )
+    groups = parameter_groups(network, lr=LR, weight_decay=WEIGHT_DECAY, head_lr_mult=head_lr_mult)
     settings = {
         id(parameter): (group["lr"], group["weight_decay"])
         for group in groups

@@ -1,29 +1,34 @@
-"""The effective receptive field (ERF): which input pixels move an output unit.
+"""The effective receptive field (ERF): which input pixels influence an output unit::
 
-``units.py`` says which units and how their channels become one number, ``taps.py`` catches feature
-maps of any network, ``measure.py`` takes the gradients, ``moments.py`` averages them,
-``result.py``, ``extent.py`` and ``jackknife.py`` turn maps into numbers with uncertainty and into
-files, ``full_image.py`` gives the radius of every unit of a picture, ``plots.py`` draws.
+    measure.py            images -> ERF, one map per layer
+      units.py            which units, and how their channels become one number
+      feature_extractor.py  feature maps of any network
+      head_units.py       single units of SegFormer's feature maps, without running the head
+      moments.py          running mean and variance of the maps
+    result.py, layer.py   ERF and LayerERF: numbers, files
+      extent.py           radii, areas and shape of one map
+      jackknife.py        bias-corrected estimates and confidence intervals
+    full_image.py         image -> radius of every unit
+    plots.py              figures
+      panels.py           axes, colour bars and legends of a figure
+      captions.py         text of a figure
+    backbones.py          networks of timm, for comparison
 
-SegFormer's Figure 3 and 6 show ERFs of stage 1 to 4 and the head; their code was never published
-and the paper states neither unit nor reduction. Every result here carries its recipe.
+SegFormer's Figures 3 and 6 show the ERF of stage 1 to 4 and of the head. The authors' code for them
+was never published, and the paper states neither unit nor reduction. So every result here carries
+its settings.
 """
 
 from segformer_pl.analysis.erf.full_image import RadiusMap, radius_map
+from segformer_pl.analysis.erf.jackknife import Interval
+from segformer_pl.analysis.erf.layer import LayerERF
 from segformer_pl.analysis.erf.measure import NoFieldError, effective_receptive_field
-from segformer_pl.analysis.erf.result import (
-    ERF,
-    Interval,
-    LayerERF,
-    load_erf,
-    merge,
-    weights_hash,
-)
-from segformer_pl.analysis.erf.units import ClassPixels, Grid
+from segformer_pl.analysis.erf.result import ERF, load_erf, merge, weights_hash
+from segformer_pl.analysis.erf.units import ClassUnits, Grid
 
 __all__ = [
     "ERF",
-    "ClassPixels",
+    "ClassUnits",
     "Grid",
     "Interval",
     "LayerERF",

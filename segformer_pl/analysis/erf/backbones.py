@@ -1,4 +1,4 @@
-"""Networks of timm as rows of a figure: their stages under the names of SegFormer's."""
+"""Networks of timm whose stages have the names of SegFormer's, as rows of a figure."""
 
 from pathlib import Path
 from typing import Any
@@ -6,42 +6,45 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from segformer_pl.analysis.erf.taps import channels_first
+from segformer_pl.analysis.erf.feature_extractor import channels_first
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 STAGES = {4: "stage1", 8: "stage2", 16: "stage3", 32: "stage4"}  # by stride
-
-
 ANY_SIZE = {"dynamic_img_size": True}
 FULL_BRANCHES = {"zero_init_last": False, "ls_init_value": 1.0}  # ResNet, ConvNeXt
 
 
 def _create(name: str, given: dict[str, Any]) -> Any:
-    """The network, for pictures of any size where it can take them."""
-    wishes: dict[str, Any] = ANY_SIZE | ({} if given["pretrained"] else FULL_BRANCHES)
+    """Create the network, for images of any size where it supports that."""
+    optional: dict[str, Any] = ANY_SIZE | ({} if given["pretrained"] else FULL_BRANCHES)
     while True:
         try:
-            return timm.create_model(name, features_only=True, **given, **wishes)
+            return timm.create_model(name, features_only=True, **given, **optional)
         except TypeError as error:
-            refused = [wish for wish in wishes if f"'{wish}'" in str(error)]
+            refused = [key for key in optional if f"'{key}'" in str(error)]
             if not refused:
                 raise
-            del wishes[refused[0]]
+            del optional[refused[0]]
 
 
 class TimmStages(nn.Module):
     """The feature maps of a timm network at strides 4, 8, 16 and 32, as ``stage1`` ... ``stage4``.
 
+    timm starts the residual branches of ResNets at zero and those of ConvNeXts at a millionth, so
+    that the receptive field of random weights would be that of the shortcuts alone. Here random
+    branches start at full strength.
+
     Args:
-        name: Such as ``resnet50``.
-        weights: None for random ones, ``pretrained`` for timm's, fetched from the hub, or a file.
-            Random ones are those of training but for the residual branches, which ResNets of timm
-            begin at zero and ConvNeXts at a millionth: such a field is that of shortcuts alone.
+        name: Name of the network in timm, such as ``resnet50``.
+        weights: None for random weights, ``pretrained`` for timm's own, which are downloaded, or
+            the path of a file.
 
     Attributes:
-        mean, std: What its pictures, in 0 to 1, are normalised with.
+        mean: Mean that normalises images in 0 to 1.
+        std: Standard deviation that normalises images in 0 to 1.
 
     Raises:
-        ValueError: timm has no such network, or it gives no feature maps of these strides.
+        ValueError: timm has no such network, or it has no feature maps of these strides.
     """
 
     def __init__(self, name: str, weights: str | None = None) -> None:
@@ -63,27 +66,27 @@ class TimmStages(nn.Module):
             raise ValueError(f"timm:{name} gives no feature maps: {error}") from error
         self.name, self.network = name, network
         strides = network.feature_info.reduction()
-        # The deepest map at each stride.
+        # Several maps can have one stride; the last and deepest wins.
         self.indices = {STAGES[stride]: i for i, stride in enumerate(strides) if stride in STAGES}
         if not self.indices:
             raise ValueError(f"timm:{name} has no feature map of stride 4, 8, 16 or 32")
         self.channels: list[int] = network.feature_info.channels()
         config: dict[str, Any] = getattr(network, "pretrained_cfg", {})
-        self.mean = tuple(config.get("mean", (0.485, 0.456, 0.406)))
-        self.std = tuple(config.get("std", (0.229, 0.224, 0.225)))
+        self.mean = tuple(config.get("mean", IMAGENET_MEAN))
+        self.std = tuple(config.get("std", IMAGENET_STD))
 
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> ``stage1`` ... ``stage4``, (B, C_i, H_i, W_i).
 
         Raises:
-            ValueError: the network takes no pictures of this size.
+            ValueError: The network accepts no images of this size.
         """
         size = (images.shape[2], images.shape[3])
         try:
             maps = self.network(images)
         except AssertionError as error:
             raise ValueError(
-                f"timm:{self.name} takes no pictures of {size[0]}x{size[1]} pixels ({error}); "
+                f"timm:{self.name} accepts no images of {size[0]}x{size[1]} pixels ({error}); "
                 "resize them, on the command line with --size"
             ) from error
         named = {}
@@ -94,5 +97,5 @@ class TimmStages(nn.Module):
         return named
 
     def forward(self, images: Tensor) -> Tensor:
-        """The deepest of the feature maps."""
+        """(B, 3, H, W) -> the deepest of the feature maps."""
         return list(self.feature_maps(images).values())[-1]

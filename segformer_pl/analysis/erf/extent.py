@@ -1,8 +1,8 @@
 """How far a receptive field reaches: numbers from one map.
 
-A map is (H, W), not negative; ``center`` is the (row, column) of the unit that was measured, which
-may lie between pixels, by default (H // 2, W // 2). Lengths are in pixels of the picture.
-Everything but the :func:`square_area_ratio` is the same for a map and a multiple of it. A map
+A map is (H, W) and not negative. ``center`` is the position (row, column) of the measured unit,
+which may lie between pixels; it defaults to (H // 2, W // 2). Lengths are in pixels of the image.
+All numbers except :func:`square_area_ratio` are the same for a map and for a multiple of it. A map
 without any gradient gives nan.
 """
 
@@ -12,19 +12,24 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize_scalar
 
-Map = npt.NDArray[np.floating]
-Center = tuple[float, float] | None
+from segformer_pl.analysis.erf.units import Position
+
+ERFMap = npt.NDArray[np.floating]  # (H, W)
 AreaDefinition = Literal["smallest", "square", "replknet"]
 
 
-def smallest_area_ratio(erf: Map, share: float) -> float:
-    """Share of the picture that the strongest pixels with this share of the sum take up, the
-    weakest of them in part.
+def smallest_area_ratio(erf: ERFMap, share: float) -> float:
+    """Return the area, as a share of the image, of the strongest pixels that hold ``share``.
 
-    0.5 gives the smallest area that holds half of the gradient, wherever it lies. Noise makes the
-    strongest pixels stronger: the area of a mean over few pictures is smaller than over many, and
-    two compare only over equally many (:meth:`LayerERF.interval` takes that off).
+    Share 0.5 gives the smallest area that holds half of the gradient, wherever it lies. Of the
+    weakest of these pixels only a part may be needed: of the map [4, 3, 2, 1], with sum 10, a share
+    of 0.55 takes the first pixel and half of the second.
+
+    Noise makes the strongest pixels stronger, so the area of a mean over few images is smaller than
+    over many. Compare areas over equal numbers of images, or use the bias-corrected value of
+    :meth:`LayerERF.interval`.
     """
     ordered = np.sort(erf, axis=None)[::-1]
     cumulative = np.cumsum(ordered, dtype=np.float64)
@@ -37,22 +42,31 @@ def smallest_area_ratio(erf: Map, share: float) -> float:
     return float(min(whole + part, erf.size)) / erf.size
 
 
-def square_area_ratio(erf: Map, share: float, center: Center = None) -> float:
-    """RepLKNet's high-contribution area ratio (Ding et al. 2022): the smallest square about
-    ``center``, of side 3, 5, 7 ... pixels (2, 4, 6 ... where it lies between pixels), with more
-    than ``share`` of the sum of log10(1 + map), over the image's area.
+def square_area_ratio(erf: ERFMap, share: float, center: Position | None = None) -> float:
+    """Return RepLKNet's high-contribution area ratio (Ding et al. 2022).
 
-    RepLKNet's published script takes the square about pixel (H // 2, W // 2), whatever unit it
-    measured: with the default ``center`` this is its ratio on square maps. About the unit's own
-    place it is another number wherever that is another pixel: with an odd number of units (unit 2
-    of 5 lies on pixel 64 of 160), and in networks that cut patches (:mod:`.units`).
+    It is the area, as a share of the image, of the smallest square about ``center`` that holds more
+    than ``share`` of the sum of log10(1 + map). The side is 3, 5, 7, ... pixels, or 2, 4, 6, ...
+    where ``center`` lies between pixels::
 
-    In the script, a square that reaches beyond the image has no meaning: on wide maps it finds
-    nothing, on tall ones it counts the wrong columns, and shares that only the whole map holds it
-    does not reach. Here the square is cut at the image's border and goes on growing.
+        . . . . .
+        . o o o .     side 3 about the pixel x; the next square is the whole
+        . o x o .
+        . o o o .
+        . . . . .
 
-    Depends on the scale of the map (normalisation of the picture, channels of the layer), because
-    of the logarithm: compare only what was measured alike.
+    RepLKNet's published script always takes the square about pixel (H // 2, W // 2), whichever unit
+    it measured. With the default ``center`` this function returns the script's ratio on square
+    maps. About the position of the unit the ratio differs wherever that is another pixel: with an
+    odd number of units (unit 2 of 5 is at pixel 64 of 160), and in networks that cut patches
+    (:mod:`~segformer_pl.analysis.erf.units`).
+
+    In the script, squares that reach beyond the image have no meaning: on wide maps it returns
+    nothing, on tall ones it sums the wrong columns, and it never reaches shares that only the whole
+    map holds. Here the square is cut at the border of the image and goes on growing.
+
+    Because of the logarithm, the ratio depends on the scale of the map (normalisation of the image,
+    channels of the layer). Compare only maps that were measured with the same settings.
     """
     height, width = erf.shape
     row, column = (height // 2, width // 2) if center is None else center
@@ -63,55 +77,62 @@ def square_area_ratio(erf: Map, share: float, center: Center = None) -> float:
     total = logs.sum()
     table = np.zeros((height + 1, width + 1))
     table[1:, 1:] = logs.cumsum(0).cumsum(1)
-    for reach in range(1, max(height, width) + 1):  # from a unit in the picture, to its far side
+    for reach in range(1, max(height, width) + 1):  # up to the far side of the image
         top, bottom = max(math.ceil(row - reach), 0), min(math.floor(row + reach) + 1, height)
         left, right = max(math.ceil(column - reach), 0), min(math.floor(column + reach) + 1, width)
         inside = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
         is_all = (bottom - top, right - left) == (height, width)
         if inside / total > share or is_all:
             return (bottom - top) / height * ((right - left) / width)
-    raise AssertionError("the last square is the picture")
+    raise AssertionError("the last square is the whole image")
 
 
-@lru_cache(maxsize=4)  # asked for again with every group left out
-def distances(shape: tuple[int, ...], center: Center = None) -> npt.NDArray[np.float64]:
-    """(H, W), distance of every pixel from the unit's; not to be written to."""
+@lru_cache(maxsize=4)  # the jackknife asks for the same ones for every group
+def distances(shape: tuple[int, ...], center: Position | None = None) -> npt.NDArray[np.float64]:
+    """Return the distance (H, W) of every pixel from the unit, read-only."""
     row, column = (shape[0] // 2, shape[1] // 2) if center is None else center
     rows, columns = np.ogrid[: shape[0], : shape[1]]
-    found = np.hypot(rows - row, columns - column)
-    found.flags.writeable = False
-    return found
+    distance = np.hypot(rows - row, columns - column)
+    distance.flags.writeable = False
+    return distance
 
 
 @lru_cache(maxsize=4)
-def _rings(shape: tuple[int, ...], center: Center) -> npt.NDArray[np.int64]:
+def _rings(shape: tuple[int, ...], center: Position | None) -> npt.NDArray[np.int64]:
     return np.rint(distances(shape, center)).astype(np.int64).ravel()
 
 
 class _Circles(NamedTuple):
-    """Pixels by their distance: squares of the distinct ones, in order, the number of each
-    pixel's, and how many pixels lie at each."""
+    """The distinct distances of pixels from the unit.
+
+    About a pixel of a 3x3 map there are three: 0 (1 pixel), 1 (4 pixels) and sqrt(2) (4 pixels).
+
+    Attributes:
+        squares: (K,), squared distances in increasing order: 0, 1, 2.
+        circle: (H * W,), index of the distance of every pixel: 2 1 2 1 0 1 2 1 2.
+        counts: (K,), number of pixels at each: 1, 4, 4.
+    """
 
     squares: npt.NDArray[np.float64]
-    number: npt.NDArray[np.int64]
+    circle: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
 
 
 @lru_cache(maxsize=4)
-def _circles(shape: tuple[int, ...], center: Center) -> _Circles:
-    # Squares are whole numbers of quarters where the unit lies on a pixel or half way between two.
+def _circles(shape: tuple[int, ...], center: Position | None) -> _Circles:
+    # A unit lies on a pixel or half way between two, so squares are whole numbers of quarters.
     quarters = np.rint(4 * distances(shape, center) ** 2).astype(np.int64).ravel()
-    distinct, number, counts = np.unique(quarters, return_inverse=True, return_counts=True)
-    return _Circles(distinct / 4, number, counts)
+    distinct, circle, counts = np.unique(quarters, return_inverse=True, return_counts=True)
+    return _Circles(distinct / 4, circle, counts)
 
 
 class RadialProfile(NamedTuple):
-    """Around the unit, in rings of one pixel.
+    """A map by the distance from the unit, in rings one pixel wide.
 
     Attributes:
-        radius: (R,) of each ring, in pixels.
-        mean: (R,) of the map over the ring's pixels that are in the picture.
-        energy: (R,) share of the sum within the ring and all inner ones.
+        radius: (R,), radius of each ring in pixels.
+        mean: (R,), mean of the map over the pixels of each ring that lie in the image.
+        energy: (R,), share of the sum within each ring and all inner ones.
     """
 
     radius: npt.NDArray[np.float64]
@@ -119,8 +140,8 @@ class RadialProfile(NamedTuple):
     energy: npt.NDArray[np.float64]
 
 
-def radial_profile(erf: Map, center: Center = None) -> RadialProfile:
-    """The map as a function of the distance from the unit, rounded to whole pixels."""
+def radial_profile(erf: ERFMap, center: Position | None = None) -> RadialProfile:
+    """Return the map as a function of the distance from the unit, rounded to whole pixels."""
     rings = _rings(erf.shape, center)
     sums = np.bincount(rings, weights=erf.ravel().astype(np.float64))
     counts = np.bincount(rings)
@@ -132,14 +153,16 @@ def radial_profile(erf: Map, center: Center = None) -> RadialProfile:
     )
 
 
-def energy_radius(erf: Map, share: float, center: Center = None) -> float:
-    """Radius in pixels of the disc about the unit that holds this share of the sum.
+def energy_radius(erf: ERFMap, share: float, center: Position | None = None) -> float:
+    """Return the radius in pixels of the disc about the unit that holds ``share`` of the sum.
 
-    The pixels at one distance lie half within the disc of that radius; between two distances the
-    sum grows with the disc's area.
+    Half of each circle of pixels lies within the disc of its radius. Between two circles the sum
+    grows linearly with the area of the disc. On a 3x3 map of ones (see ``_Circles``) the discs of
+    radius 0, 1 and sqrt(2) hold 0.5, 3 and 7 of 9 pixels, so half of the sum, 4.5, lies within
+    sqrt(1 + (4.5 - 3) / (7 - 3)) = 1.17 pixels.
     """
     circles = _circles(erf.shape, center)
-    sums = np.bincount(circles.number, weights=erf.ravel().astype(np.float64))
+    sums = np.bincount(circles.circle, weights=erf.ravel().astype(np.float64))
     if not sums.sum() > 0:
         return math.nan
     sums = sums[: np.flatnonzero(sums)[-1] + 1]
@@ -153,8 +176,8 @@ def energy_radius(erf: Map, share: float, center: Center = None) -> float:
     return math.sqrt(inner + part * (outer - inner))
 
 
-def rms_radius(erf: Map, center: Center = None) -> float:
-    """Root of the mean squared distance from the unit, weighted with the map."""
+def rms_radius(erf: ERFMap, center: Position | None = None) -> float:
+    """Return the root mean square distance from the unit in pixels, weighted with the map."""
     total = erf.sum(dtype=np.float64)
     if not total > 0:
         return math.nan
@@ -165,10 +188,10 @@ class GaussianFit(NamedTuple):
     """``amplitude * exp(-r^2 / (2 sigma^2))`` about the unit.
 
     Attributes:
-        sigma: In pixels.
-        amplitude: Of the map at the unit.
-        r_squared: Share of the map's variance over the pixels that the Gaussian explains. Luo et
-            al. find Gaussians in deep CNNs; far from 1, this is no such field.
+        sigma: Standard deviation along one axis in pixels.
+        amplitude: Value at the unit.
+        r_squared: Share of the variance of the map over the pixels that the Gaussian explains. Luo
+            et al. 2016 observe Gaussians in deep CNNs; far below 1, the map is not one.
     """
 
     sigma: float
@@ -176,48 +199,47 @@ class GaussianFit(NamedTuple):
     r_squared: float
 
 
-def gaussian_fit(erf: Map, center: Center = None) -> GaussianFit:
-    """The Gaussian about the unit with the least squared error over the pixels.
+def gaussian_fit(erf: ERFMap, center: Position | None = None) -> GaussianFit:
+    """Fit a Gaussian about the unit by least squares over the pixels.
 
-    For a given sigma the best amplitude is known, so one number is searched for: on a grid of
-    logarithms first, then by golden section.
+    For a given sigma the best amplitude has a closed form, so only sigma is searched for: on a
+    logarithmic grid, because a map can have several local optima, then between the neighbours of
+    the best grid point.
     """
     values = erf.astype(np.float64)
     variance = ((values - values.mean()) ** 2).sum()
     if not variance > 0:
         return GaussianFit(math.nan, math.nan, math.nan)
-    # Pixels at one distance share a Gaussian's value.
+    # A Gaussian has one value for all pixels at one distance.
     circles = _circles(erf.shape, center)
     distinct, counts = circles.squares, circles.counts
-    sums = np.bincount(circles.number, weights=values.ravel())
+    sums = np.bincount(circles.circle, weights=values.ravel())
 
     def explained(log_sigma: float) -> tuple[float, float]:
-        """Sum of squares that this Gaussian takes away, and its amplitude."""
+        """Return the sum of squares that this Gaussian explains, and its amplitude."""
         gaussian = np.exp(-0.5 * distinct * math.exp(-2 * log_sigma))
         overlap, energy = (sums * gaussian).sum(), (counts * gaussian**2).sum()
         return overlap**2 / energy, overlap / energy
 
     grid = np.linspace(math.log(0.2), math.log(4 * max(erf.shape)), 80)
     best = int(np.argmax([explained(log_sigma)[0] for log_sigma in grid]))
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(40):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if explained(left)[0] < explained(right)[0]:
-            low = left
-        else:
-            high = right
-    log_sigma = (low + high) / 2
+    log_sigma = minimize_scalar(
+        lambda log_sigma: -explained(log_sigma)[0],
+        bounds=(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]),
+        method="bounded",
+        options={"xatol": 1e-10},
+    ).x
     gain, amplitude = explained(log_sigma)
     residual = (values**2).sum() - gain
     return GaussianFit(math.exp(log_sigma), float(amplitude), float(1 - residual / variance))
 
 
-def centroid_shift(erf: Map, center: Center = None) -> tuple[float, float]:
-    """(rows, columns) from the unit's pixel to the centre of mass, in pixels.
+def centroid_shift(erf: ERFMap, center: Position | None = None) -> tuple[float, float]:
+    """Return (rows, columns) from the unit to the centre of mass, in pixels.
 
-    Bilinear upsampling without aligned corners gives SegFormer's head one towards the top left:
-    its unit in the middle draws stage 2, 3 and 4 from places 2, 6 and 14 pixels off.
+    In SegFormer's head it points to the top left. Bilinear upsampling without aligned corners
+    interpolates the unit in the middle from points 2, 6 and 14 pixels above and to the left of it,
+    in stage 2, 3 and 4.
     """
     row, column = (erf.shape[0] // 2, erf.shape[1] // 2) if center is None else center
     total = erf.sum(dtype=np.float64)
@@ -230,18 +252,20 @@ def centroid_shift(erf: Map, center: Center = None) -> tuple[float, float]:
 
 
 class Anisotropy(NamedTuple):
-    """Attributes:
-    ratio: Longer over shorter axis of the ellipse of second moments, at least 1.
-    angle: Of the longer axis in degrees, 0 for horizontal, 90 for vertical, 45 from bottom left
-        to top right; in [0, 180). nan where no axis is longer.
+    """Shape of the ellipse of second moments.
+
+    Attributes:
+        ratio: Longer over shorter axis, at least 1.
+        angle: Direction of the longer axis in degrees, in [0, 180): 0 for horizontal, 90 for
+            vertical, 45 from bottom left to top right; nan where the axes are equal.
     """
 
     ratio: float
     angle: float
 
 
-def anisotropy(erf: Map) -> Anisotropy:
-    """Direction of the map, from its second moments about its centre of mass."""
+def anisotropy(erf: ERFMap) -> Anisotropy:
+    """Return the direction of the map, from its second moments about the centre of mass."""
     total = erf.sum(dtype=np.float64)
     if not total > 0:
         return Anisotropy(math.nan, math.nan)
@@ -259,20 +283,27 @@ def anisotropy(erf: Map) -> Anisotropy:
     return Anisotropy(float(ratio), 0.0 if math.isclose(angle, 180) else angle)
 
 
-def lattice_share(erf: Map, period: int = 32, center: Center = None) -> float:
-    """Share of the map's fine structure, further than one period from the unit, that repeats
-    itself every ``period`` pixels in both directions, of what does not at a divisor of it.
+def lattice_share(erf: ERFMap, period: int = 32, center: Position | None = None) -> float:
+    """Return the share of the fine structure of a map that repeats every ``period`` pixels.
 
-    Keys and values of every stage of SegFormer lie on a lattice of 32 pixels (``sr_ratio`` x
-    stride), which shows in its receptive fields. Fine structure is the variance of the logarithm
-    about its mean over a window of one period, which takes off what is smooth: a Gaussian leaves
-    nothing. 1 for a lattice, also under a Gaussian; 0 for noise in expectation, as what phase means
-    explain by chance is taken off, and for shorter periods that divide this one, such as the
-    strides of the patches; other periods show in part, by the phases that they have in common. nan
-    in a picture with fewer than three periods a side, of which the window leaves two.
+    Keys and values of every stage of SegFormer lie on a lattice of 32 pixels (``sr_ratio`` times
+    stride), which shows in its receptive fields. Fine structure is the logarithm of the map minus
+    its mean over a window of one period, which removes what is smooth: of a Gaussian nothing is
+    left. Pixels within one period of the unit do not count.
+
+    The share is the variance of the phase means over the total variance. With period 3, along one
+    axis::
+
+        fine structure   a b c | a'b'c'| a"b"c"
+        phase means      (a+a'+a")/3   (b+b'+b")/3   (c+c'+c")/3
+
+    1 for a lattice, also under a Gaussian. 0 in expectation for noise, because the variance that
+    phase means have by chance is subtracted, and for shorter periods that divide this one, such as
+    the strides of patches. Other periods show in part, by the phases that they have in common. nan
+    for an image with fewer than three periods a side, because the window needs one of them.
 
     Raises:
-        ValueError: the period is less than 2.
+        ValueError: The period is less than 2.
     """
     if period < 2:
         raise ValueError(f"lattice_share: period={period}: give one of at least 2 pixels")
@@ -298,7 +329,7 @@ def lattice_share(erf: Map, period: int = 32, center: Center = None) -> float:
     means = folded(np.where(far, fine, 0.0)) / counts
     freedom, left = period**2, int(far.sum()) - 1
     for divisor in _prime_divisors(period):
-        # The part that repeats at a divisor of the period already.
+        # Subtract what already repeats at a divisor of the period.
         part = period // divisor
         shorter = means.reshape(divisor, part, divisor, part).mean((0, 2))
         shorter = np.tile(shorter, (divisor, divisor))
@@ -309,14 +340,17 @@ def lattice_share(erf: Map, period: int = 32, center: Center = None) -> float:
     if rest <= 1e-9 * max(total, 1e-9 * (logs**2).sum()):
         return 0.0
     between = (counts * means**2).sum() / rest
-    # What phase means of noise would explain by chance (as in epsilon squared).
+    # What phase means of noise would explain by chance, as in the effect size epsilon squared.
     chance = freedom / left
     return float(np.clip((between - chance) / (1 - chance), 0, 1))
 
 
 def _windowed(array: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
-    """(n, m) -> (n - length, m): mean over windows about the rows from ``length // 2`` on, of so
-    many rows; an even window's two outermost count half, that it has a middle."""
+    """(n, m) -> (n - length, m), mean over windows of ``length`` rows.
+
+    The first window is centred on row ``length // 2``. An even window has ``length + 1`` rows, of
+    which the two outermost count half, so that it has a row in the middle.
+    """
     sums = np.concatenate([np.zeros((1, array.shape[1])), array.cumsum(0)])
     plain = sums[length:] - sums[:-length]
     return (plain[:-1] + plain[1:]) / (2 * length) if length % 2 == 0 else plain[:-1] / length

@@ -1,15 +1,26 @@
-"""The reach of every output unit of a picture at once.
+"""The radius of the receptive field of every output unit of an image.
 
-The radius of a unit is here the root mean square distance, weighted with the squared gradient, of
-the pixels that move it:
+The radius of unit u is the root mean square distance d of the pixels p that influence it, weighted
+with the squared gradient::
 
     radius_u^2 = sum_p |dy_u / dx_p|^2 d(u, p)^2 / sum_p |dy_u / dx_p|^2
 
-because squares can be had without a backward pass for each unit. For random signs v over the
-picture, (J v)_u^2 is in expectation the unit's sum of squared gradients; with signs that are
-multiplied by the row or the column of their pixel it is the sum weighted with that coordinate
-squared. So three directional derivatives (forward mode) give one unbiased draw of numerator and
-denominator of all units together, whatever their number.
+With the Jacobian J (units x pixels) that is a ratio of two sums along each row of J. The exact
+methods need one backward pass for each row. Squares, unlike magnitudes, can also be estimated
+without: for random signs v over the pixels, the expected square of (J v)_u is the sum of squares of
+row u, because the signs of different pixels cancel on average. For a unit of two pixels with
+gradients a and b::
+
+    v       (J v)_u    squared
+    + +      a + b     a^2 + 2 a b + b^2
+    + -      a - b     a^2 - 2 a b + b^2
+    mean               a^2         + b^2
+
+With v multiplied by a coordinate of each pixel relative to the unit, r_p - r_u, the same gives the
+sum weighted with (r_p - r_u)^2. It follows from two products that all units share:
+J (v (r - r_u)) = J (v r) - r_u J v. So three directional derivatives in forward mode (v, v times
+the row, v times the column) make one probe: an unbiased draw of numerator and denominator for all
+units together, whatever their number.
 """
 
 from collections.abc import Callable
@@ -24,20 +35,20 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from segformer_pl.analysis.erf.taps import (
-    Layout,
-    Taps,
-    norms_of_the_batch,
-    place_of,
-    undisturbed,
+from segformer_pl.analysis.erf.feature_extractor import (
+    AxisLayout,
+    FeatureExtractor,
+    batch_dependent_norms,
+    device_and_dtype,
+    measuring,
 )
 from segformer_pl.analysis.erf.units import (
     Reduction,
     check_reduction,
     cuts_patches,
-    place_of_unit,
     reduce_channels,
     refuse_sum_after_norm,
+    unit_position,
 )
 
 Method = Literal["vjp", "loop", "probe"]
@@ -48,13 +59,13 @@ class RadiusMap:
     """Radius of the receptive field of each unit on a grid.
 
     Attributes:
-        layer: Of the units.
-        radius: (n, m), in pixels; nan where a unit has no gradient.
-        standard_error: (n, m), of the estimate by random probes; zeros where it is exact.
-        rows, columns: (n,) and (m,), pixel coordinates that distances are measured from: each
-            unit's own place, :func:`~segformer_pl.analysis.erf.units.place_of_unit`; whole numbers
-            where units lie on pixels.
-        size: (height, width) of the picture.
+        layer: Name of the layer.
+        radius: (n, m), radii in pixels; nan where a unit has no gradient.
+        standard_error: (n, m), error of the estimate by random probes; zeros if it is exact.
+        rows: (n,), rows of the units in pixels, see
+            :func:`~segformer_pl.analysis.erf.units.unit_position`.
+        columns: (m,), columns of the units in pixels.
+        size: Height and width of the image.
     """
 
     layer: str
@@ -75,81 +86,82 @@ def radius_map(
     reduction: Reduction = "relu",
     batch_size: int = 8,
     num_probes: int = 64,
-    layout: Layout = "auto",
+    layout: AxisLayout = "auto",
     seed: int = 0,
     probe_seed: int = 0,
     progress: bool = False,
 ) -> RadiusMap:
-    """The ERF radius of every output unit on a grid, for one picture.
+    """Return the ERF radius of every output unit on a grid, for one image.
 
     Args:
-        model: As for :func:`~segformer_pl.analysis.erf.effective_receptive_field`, and left alone
-            likewise.
+        model: Network, as for :func:`~segformer_pl.analysis.erf.effective_receptive_field`, and
+            unchanged afterwards.
         image: (C, H, W) or (1, C, H, W), normalised as in training.
         layer: Name of one layer.
-        every: Take every n-th unit in both directions, from the first.
-        method: ``vjp``: exact, ``batch_size`` units in one batched vector-Jacobian product;
-            ``loop``: exact, one unit after the other; ``probe``: estimated from ``num_probes``
-            random directions for all units at once, with error bars.
-        reduction: How a unit's channels become one number.
-        batch_size: Units (``vjp``) or directions (``probe``, three for each probe) at a time;
+        every: Distance between two units of the grid, from the first one, in both directions.
+        method: ``vjp``, exact, ``batch_size`` units in one batched vector-Jacobian product;
+            ``loop``, exact, one unit after the other; ``probe``, estimated from ``num_probes``
+            random directions for all units together, with error bars.
+        reduction: How the channels of a unit become one number.
+        batch_size: Units (``vjp``) or directions (``probe``, three for each probe) per pass;
             bounds the memory.
-        num_probes: Random directions; the error falls with the root of their number.
-        layout: Of a layer that is a module, where its shape leaves it open.
-        seed: Of a random projection, as for ``effective_receptive_field``.
-        probe_seed: Of the random directions; torch's own state is left alone.
+        num_probes: Number of probes; the error falls with its square root.
+        layout: Order of the axes of a layer that is a module, where its shape leaves it open.
+        seed: Seed of a random projection, as for ``effective_receptive_field``.
+        probe_seed: Seed of the random directions; torch's random state does not change.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: an argument or a layer that does not fit; one sentence says which.
+        ValueError: An argument or the layer does not fit.
     """
     check_reduction(reduction, "abs")
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: give one of {', '.join(get_args(Method))}")
     if min(every, batch_size) < 1 or (method == "probe" and num_probes < 2):
         raise ValueError("every and batch_size: give at least 1; num_probes: at least 2")
-    picture = image[None] if image.dim() == 3 else image
-    if picture.dim() != 4 or len(picture) != 1:
-        raise ValueError(f"image: give one picture (C, H, W), not shape {tuple(image.shape)}")
-    if method == "probe" and (norms := norms_of_the_batch(model)):
+    batch = image[None] if image.dim() == 3 else image
+    if batch.dim() != 4 or len(batch) != 1:
+        raise ValueError(f"image: give one image (C, H, W), not shape {tuple(image.shape)}")
+    if method == "probe" and (norms := batch_dependent_norms(model)):
         raise ValueError(
             f"{norms[0]!r} has no running statistics and normalises with those of the batch, so "
-            "that probes change each other; take method='vjp'"
+            "that probes influence each other; take method='vjp'"
         )
-    taps = Taps(model, [layer], layout)
-    device, dtype = place_of(model, picture)
+    extractor = FeatureExtractor(model, [layer], layout)
+    device, dtype = device_and_dtype(model, batch)
     # Fused attention has neither forward-mode nor batched gradients.
-    with undisturbed(model, device), sdpa_kernel(SDPBackend.MATH):
-        state = taps.state(dtype)
-        inputs = picture.detach().clone().to(device, dtype)
+    with measuring(model, device), sdpa_kernel(SDPBackend.MATH):
+        state = extractor.state(dtype)
+        inputs = batch.detach().clone().to(device, dtype)
 
-        def units_of(pictures: Tensor) -> Tensor:
-            """(B, C, H, W) -> (B, n, m), one number a unit."""
-            feature = taps(pictures, state)[layer].permute(0, 2, 3, 1)
+        def units_of(images: Tensor) -> Tensor:
+            """(B, C, H, W) -> (B, n, m), one number per unit."""
+            feature = extractor(images, state)[layer].permute(0, 2, 3, 1)
             return reduce_channels(feature[:, ::every, ::every], reduction, layer, seed)
 
-        feature = taps(inputs.clone().requires_grad_(reduction == "sum"), state)[layer]
+        feature = extractor(inputs.clone().requires_grad_(reduction == "sum"), state)[layer]
         if reduction == "sum":
             refuse_sum_after_norm(feature, layer)
         grid, size = (feature.shape[2], feature.shape[3]), (inputs.shape[2], inputs.shape[3])
         del feature
-        rows, columns = _places(grid, size, every, cuts_patches(model))
+        rows, columns = _grid_positions(grid, size, every, cuts_patches(model))
         if method == "probe":
-            places = (rows, columns)
-            draws = _probes(units_of, inputs, places, num_probes, batch_size, probe_seed, progress)
-            radius, error = _ratio(draws)
+            draws = _probes(
+                units_of, inputs, rows, columns, num_probes, batch_size, probe_seed, progress
+            )
+            radius, error = _radius_of_draws(draws)
         else:
             radius = _exact(units_of, inputs, rows, columns, method, batch_size, progress)
             error = np.zeros_like(radius)
     return RadiusMap(layer, radius, error, rows, columns, size)
 
 
-def _places(
+def _grid_positions(
     grid: tuple[int, int], size: tuple[int, int], every: int, in_patches: bool
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Rows and columns of every n-th unit; whole numbers where they lie on pixels."""
-    rows = [place_of_unit((i, 0), size, grid, in_patches)[0] for i in range(0, grid[0], every)]
-    columns = [place_of_unit((0, j), size, grid, in_patches)[1] for j in range(0, grid[1], every)]
+    """Return rows and columns, in pixels, of every n-th unit."""
+    rows = [unit_position((i, 0), size, grid, in_patches)[0] for i in range(0, grid[0], every)]
+    columns = [unit_position((0, j), size, grid, in_patches)[1] for j in range(0, grid[1], every)]
     return np.array(rows), np.array(columns)
 
 
@@ -162,10 +174,11 @@ def _exact(
     batch_size: int,
     progress: bool,
 ) -> npt.NDArray[np.float64]:
+    """Return radii (n, m), one row of the Jacobian after the other."""
     inputs.requires_grad_()
     units = units_of(inputs)[0]
     flat = units.flatten()
-    # One-hot rows, made in batches: together they would be as many as units squared.
+    # Make the one-hot cotangents in batches: all of them would be a matrix of units x units.
     squared = []
     step = batch_size if method == "vjp" else 1
     for start in tqdm(range(0, len(flat), step), disable=not progress, leave=False):
@@ -188,7 +201,11 @@ def _exact(
 def _moments(
     energy: Tensor, rows: npt.NDArray[Any], columns: npt.NDArray[Any], numbers: Tensor
 ) -> Tensor:
-    """Squared gradients (k, H, W) of k units -> (2, k): their sum, and that times distance^2."""
+    """Squared gradients (k, H, W) of k units -> (2, k), their sum and their second moment.
+
+    The second moment about the unit separates into rows and columns, so that the gradients are
+    summed along either axis first.
+    """
     height, width = energy.shape[1:]
     at = numbers.cpu().numpy()
     unit_rows = torch.as_tensor(rows[at // len(columns)], device=energy.device)
@@ -203,19 +220,19 @@ def _moments(
 def _probes(
     units_of: Callable[[Tensor], Tensor],
     inputs: Tensor,
-    places: tuple[npt.NDArray[Any], npt.NDArray[Any]],
+    rows: npt.NDArray[Any],
+    columns: npt.NDArray[Any],
     num_probes: int,
     batch_size: int,
     seed: int,
     progress: bool,
 ) -> npt.NDArray[np.float64]:
-    """(2, K, n, m): each probe's draw of the sum of squares, and of that times distance^2."""
+    """Return (2, K, n, m), draws by K probes of the sum of squares and of the second moment."""
     generator = torch.Generator().manual_seed(seed)
-    rows, columns = places
     height, width = inputs.shape[2:]
     options: Any = {"dtype": inputs.dtype, "device": inputs.device}
-    # From the middle and not from the corner, and in units of the picture: three numbers of one
-    # size lose fewer digits to each other.
+    # Count from the middle of the image and in units of its longer side: the three derivatives
+    # then have one magnitude, and their differences lose fewer digits.
     scale = max(height, width)
     down = (torch.arange(height, **options) - height / 2)[:, None] / scale
     right = (torch.arange(width, **options) - width / 2) / scale
@@ -239,13 +256,13 @@ def _probes(
     return torch.cat(draws, 1).numpy()
 
 
-def _ratio(
+def _radius_of_draws(
     draws: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Radius and its standard error from draws (2, K, n, m), by the jackknife.
+    """Return the radius and its standard error from draws (2, K, n, m), by the jackknife.
 
-    Both are taken on the logarithm of the mean square: its distribution is nearer to a normal one,
-    and the ratio's bias is removed.
+    It works on the logarithm of the squared radius, whose distribution is closer to a normal one,
+    and removes the bias of a ratio of two estimates.
     """
     total, distance = draws
     num_probes = len(total)

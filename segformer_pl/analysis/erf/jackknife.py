@@ -1,65 +1,59 @@
-"""Estimates without their bias of order 1/N, and confidence intervals, from leaving groups out.
+"""Bias-corrected estimates and confidence intervals by the delete-a-group jackknife.
 
-An area or a radius of an averaged map is no average: noise that more pictures would have averaged
-out makes a field look smaller than it is, by an amount that falls as 1/N. What is seen when one
-group of pictures after the other is left out tells how much, and how sure the number is.
+The area or the radius of an averaged map is not the average of areas or radii. Noise that more
+images would have averaged out makes a receptive field look smaller than it is, by an amount that
+falls as 1/N in the number of images N. Computing the number again with one group left out shows how
+large this bias is, and how uncertain the number is. With four groups of equal size::
+
+    theta      from groups  1 2 3 4
+    theta_(1)  from groups    2 3 4
+    theta_(2)  from groups  1   3 4        pseudo-value  J_g = 4 theta - 3 theta_(g)
+    theta_(3)  from groups  1 2   4        estimate      mean of the J_g
+    theta_(4)  from groups  1 2 3          error         std of the J_g / sqrt(4)
+
+If theta = true + b / N, leaving out a quarter gives true + 4/3 b / N on average, and
+4 theta - 3 theta_(g) has no b left.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 
-class Estimate(NamedTuple):
-    """Values, as numbers or arrays, with the bounds of their confidence interval; these are nan
-    where there is but one group."""
+class Interval(NamedTuple):
+    """A value with the bounds of its confidence interval: numbers, or arrays of one shape.
+
+    The bounds are nan where there is only one group of images.
+    """
 
     value: Any
     low: Any
     high: Any
 
 
-def jackknife(whole: Any, without: Any, counts: npt.NDArray[np.int64], level: float) -> Estimate:
-    """The delete-a-group jackknife for groups of unequal size (Busing et al. 1999).
+def jackknife(
+    estimate: Any, leave_one_out: Any, counts: npt.NDArray[np.int64], level: float
+) -> Interval:
+    """Bias-correct an estimate and give its interval, for groups of unequal size.
+
+    See Busing, Meijer and van der Leeden 1999, "Delete-m jackknife for unequal m".
 
     Args:
-        whole: The number, or (K,) of them, of all pictures.
-        without: (G,) or (G, K), with one group left out.
-        counts: (G,), pictures in each group.
-        level: Of confidence, for Student's t with G - 1 degrees of freedom.
+        estimate: Number, or (K,) numbers, computed from all images.
+        leave_one_out: (G,) or (G, K), the same computed with one group left out.
+        counts: (G,), number of images in each group.
+        level: Confidence level of the interval, from Student's t with G - 1 degrees of freedom.
     """
-    whole = np.asarray(whole, dtype=np.float64)
+    estimate = np.asarray(estimate, dtype=np.float64)
     if len(counts) < 2:
-        nothing = np.full_like(whole, np.nan)
-        return Estimate(whole, nothing, nothing)
-    inverse = (counts.sum() / counts).reshape(-1, *[1] * whole.ndim)
-    pseudo = inverse * whole - (inverse - 1) * np.asarray(without)
-    value = whole + ((1 - 1 / inverse) * (whole - np.asarray(without))).sum(0)
+        nothing = np.full_like(estimate, np.nan)
+        return Interval(estimate, nothing, nothing)
+    leave_one_out = np.asarray(leave_one_out)
+    inverse = (counts.sum() / counts).reshape(-1, *[1] * estimate.ndim)
+    pseudo = inverse * estimate - (inverse - 1) * leave_one_out
+    value = estimate + ((1 - 1 / inverse) * (estimate - leave_one_out)).sum(0)
     error = np.sqrt(((pseudo - value) ** 2 / (inverse - 1)).mean(0))
-    reach = student_t(level, len(counts) - 1) * error
-    return Estimate(value, value - reach, value + reach)
-
-
-def student_t(level: float, freedom: int) -> float:
-    """The bound that Student's t stays within, on either side, with this probability.
-
-    The probability is a finite sum of powers of the cosine for whole degrees of freedom
-    (Abramowitz and Stegun 26.7.3 and 26.7.4); the bound is found by bisection of the angle.
-    """
-
-    def probability(angle: float) -> float:
-        sine, cosine = math.sin(angle), math.cos(angle)
-        is_odd = freedom % 2
-        term, total = (cosine, 0.0) if is_odd else (1.0, 0.0)
-        for k in range(1 + is_odd, freedom, 2):
-            total += term
-            term *= cosine**2 * k / (k + 1)
-        return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
+    reach = stdtrit(len(counts) - 1, (1 + level) / 2) * error
+    return Interval(value, value - reach, value + reach)

@@ -1,13 +1,21 @@
-"""Which output units an ERF is measured for, and how a unit's channels become one number.
+"""Which output units an ERF is measured for, and how the channels of a unit become one number.
 
-Coordinates are (row, column). A pixel of the picture belongs to the unit whose cell holds it when
-the picture is divided into as many cells as the feature map has units: pixel (H // 2, W // 2)
-belongs to unit (h // 2, w // 2) wherever the stride divides the picture.
+Coordinates are (row, column). Two questions have different answers:
 
-A unit has a place of its own, from which distances count (:func:`place_of_unit`): of networks whose
-strided layers are padded (SegFormer, ResNet) unit k is centred on pixel ``stride * k``; of those
-that cut the picture into patches without padding (ViT, ConvNeXt, Swin) on the middle of its patch,
-``stride * k + (stride - 1) / 2``, which lies between pixels.
+Which unit does a pixel select?
+    The image is divided into as many equal cells as the feature map has units, and a pixel selects
+    the unit whose cell it lies in. Pixel (H // 2, W // 2) selects unit (h // 2, w // 2) wherever
+    the stride divides the image::
+
+        pixels   0 1 2 3 | 4 5 6 7 | 8 9 10 11 | 12 13 14 15     16 pixels, 4 units:
+        units       0    |    1    |     2     |      3          pixel 6 selects unit 1
+
+Where is that unit?
+    Distances count from the position of the unit (:func:`unit_position`), not from the pixel that
+    selected it. Strided layers with padding (SegFormer, ResNet) centre unit k on pixel
+    ``stride * k``. Layers that cut the image into patches without padding (ViT, ConvNeXt, Swin)
+    centre it on the middle of its patch, ``stride * k + (stride - 1) / 2``, which can lie between
+    two pixels. Unit 1 above is at pixel 4 in SegFormer and at 5.5 in a ViT.
 """
 
 import operator
@@ -27,19 +35,22 @@ Gradient = Literal["abs", "relu", "signed"]
 
 @dataclass(frozen=True)
 class Grid:
-    """``rows`` x ``columns`` units, spread evenly over the picture."""
+    """``rows`` x ``columns`` units, spread evenly over the image."""
 
     rows: int
     columns: int
 
 
 @dataclass(frozen=True)
-class ClassPixels:
+class ClassUnits:
     """All units of one class together: the gradient of the mean over them.
 
-    Attributes:
-        train_id: The class.
-        source: Whether the label or the network's own prediction says which units they are.
+    Args:
+        train_id: Index of the class.
+        source: Whether the label or the network's own prediction says which units have the class.
+
+    Raises:
+        ValueError: The class index or the source is not valid.
     """
 
     train_id: int
@@ -47,101 +58,112 @@ class ClassPixels:
 
     def __post_init__(self) -> None:
         if not is_integer(self.train_id) or self.train_id < 0:
-            raise ValueError(f"ClassPixels: train_id={self.train_id!r}: give a train id, from 0 up")
+            raise ValueError(f"ClassUnits: train_id={self.train_id!r}: give a train id, from 0 up")
         if self.source not in ("label", "prediction"):
-            raise ValueError(f"ClassPixels: source={self.source!r}: give 'label' or 'prediction'")
+            raise ValueError(f"ClassUnits: source={self.source!r}: give 'label' or 'prediction'")
 
 
-Pixels = Sequence[tuple[int, int]]
-Place = tuple[float, float]
-Units = Literal["center"] | Pixels | Grid | ClassPixels
+PixelList = Sequence[tuple[int, int]]  # (row, column) each
+Position = tuple[float, float]  # (row, column) in pixels, also between pixels
+Units = Literal["center"] | PixelList | Grid | ClassUnits
 
 
 def is_integer(value: object) -> bool:
-    """True and False, which Python counts as 1 and 0, are none."""
+    """Return whether a value is an integer; True and False do not count as 1 and 0."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def pixels_of(units: Literal["center"] | Pixels | Grid, size: tuple[int, int]) -> Pixels:
-    """The pixels (row, column) in a picture of this (height, width) whose units are meant.
+def selecting_pixels(
+    units: Literal["center"] | PixelList | Grid, size: tuple[int, int]
+) -> PixelList:
+    """Return the pixels (row, column) that select the units in an image.
+
+    Args:
+        units: The middle of the image, pixels, or a grid.
+        size: Height and width of the image in pixels.
 
     Raises:
-        ValueError: there are none, or one lies outside.
+        ValueError: There are no pixels, or one lies outside the image.
     """
     height, width = size
     if isinstance(units, str) and units == "center":
         return [(height // 2, width // 2)]
     if isinstance(units, Grid):
         if not (1 <= units.rows <= height and 1 <= units.columns <= width):
-            raise ValueError(
-                f"units={units}: a picture of {height}x{width} pixels has no such grid"
-            )
+            raise ValueError(f"units={units}: an image of {height}x{width} pixels has no such grid")
         return [
             ((2 * i + 1) * height // (2 * units.rows), (2 * j + 1) * width // (2 * units.columns))
             for i in range(units.rows)
             for j in range(units.columns)
         ]
-    pixels = _pairs(units)
+    pixels = _pixel_list(units)
     for row, column in pixels:
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(
-                f"units: pixel ({row}, {column}) lies outside the picture of {height}x{width} "
+                f"units: pixel ({row}, {column}) lies outside the image of {height}x{width} "
                 "pixels; rows and columns count from 0"
             )
     return pixels
 
 
-def _pairs(units: object) -> Pixels:
-    words = f"units={units!r}: give 'center', a list of (row, column) pixels, a Grid or ClassPixels"
+def _pixel_list(units: object) -> PixelList:
+    message = (
+        f"units={units!r}: give 'center', a list of (row, column) pixels, a Grid or ClassUnits"
+    )
     if isinstance(units, str) or not isinstance(units, (Sequence, np.ndarray)) or len(units) == 0:
-        raise ValueError(words)
+        raise ValueError(message)
     try:
         return [(operator.index(row), operator.index(column)) for row, column in units]
     except (TypeError, ValueError) as error:  # a number in place of a pair, or fractions
-        raise ValueError(words) from error
+        raise ValueError(message) from error
 
 
-def units_of(
-    pixels: Pixels, size: tuple[int, int], grid: tuple[int, int]
+def units_at_pixels(
+    pixels: PixelList, size: tuple[int, int], grid: tuple[int, int]
 ) -> tuple[list[int], list[int]]:
-    """Rows and columns of the units that pixels belong to, in a map of ``grid`` units."""
+    """Return rows and columns of the units that pixels select in a map of ``grid`` units."""
     rows = [row * grid[0] // size[0] for row, _ in pixels]
     columns = [column * grid[1] // size[1] for _, column in pixels]
     return rows, columns
 
 
-def place_of_unit(
+def unit_position(
     unit: tuple[int, int], size: tuple[int, int], grid: tuple[int, int], in_patches: bool
-) -> Place:
-    """(row, column) in pixels of the unit's own centre, as the module says.
+) -> Position:
+    """Return (row, column) of the centre of a unit in pixels, as explained above.
 
     Args:
-        unit: Its row and column in the map.
-        size: Of the picture, (height, width).
-        grid: Of the map, (h, w).
-        in_patches: Whether the network cuts without padding: :func:`cuts_patches`.
+        unit: Row and column of the unit in the feature map.
+        size: Height and width of the image.
+        grid: Height and width of the feature map.
+        in_patches: Whether the network cuts patches without padding, :func:`cuts_patches`.
     """
-    places = []
-    for number, pixels, units in zip(unit, size, grid):
+    position = []
+    for index, pixels, units in zip(unit, size, grid):
         stride = _stride(pixels, units)
-        first = -(-number * pixels // units) if stride is None else number * stride
+        first = -(-index * pixels // units) if stride is None else index * stride
         middle = ((stride or pixels / units) - 1) / 2 if in_patches and pixels > units else 0
-        places.append(first + middle)
-    return places[0], places[1]
+        position.append(first + middle)
+    return position[0], position[1]
 
 
-def unit_at(place: Place, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """Row and column of the unit whose own centre this is: the inverse of :func:`place_of_unit`."""
+def unit_at_position(
+    position: Position, size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[int, int]:
+    """Return row and column of the unit at a position, the inverse of :func:`unit_position`."""
     row, column = (
-        int(at // (_stride(pixels, units) or pixels / units))
-        for at, pixels, units in zip(place, size, grid)
+        int(coordinate // (_stride(pixels, units) or pixels / units))
+        for coordinate, pixels, units in zip(position, size, grid)
     )
     return row, column
 
 
 def _stride(pixels: int, units: int) -> int | None:
-    """Whole stride of a layer with so many units. Where it does not divide the picture, the power
-    of two that gives so many, rounded up (padding) or down (no padding), and None if none does."""
+    """Return the stride of a layer that makes ``units`` of ``pixels``, or None if none does.
+
+    Where it does not divide the image, it is the power of two that gives the number of units,
+    rounded up (padding) or down (no padding): 65 pixels and 17 units have stride 4.
+    """
     if pixels % units == 0:
         return pixels // units
     powers = [2**n for n in range(1, pixels.bit_length())]
@@ -151,7 +173,7 @@ def _stride(pixels: int, units: int) -> int | None:
 
 
 def cuts_patches(model: nn.Module) -> bool:
-    """Whether every layer with a stride has windows that neither overlap nor are padded."""
+    """Return whether the windows of all strided layers neither overlap nor are padded."""
     strided = []
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
@@ -164,13 +186,13 @@ def cuts_patches(model: nn.Module) -> bool:
 
 
 def _pair(value: object) -> tuple[int, int]:
-    if isinstance(value, str):  # padding='valid'; 'same' is refused with a stride
+    if isinstance(value, str):  # padding='valid'; torch refuses 'same' with a stride
         return (0, 0)
     return (value[0], value[1]) if isinstance(value, tuple) else (value, value)  # type: ignore[return-value]
 
 
 def class_mask(classes: Tensor, train_id: int, grid: tuple[int, int]) -> Tensor:
-    """Train ids (B, H, W) of pixels -> (B, h, w) bool, which units belong to the class.
+    """Train ids (B, H, W) of pixels -> (B, h, w) bool, which units have the class.
 
     A unit has the class of the pixel in the middle of its cell.
     """
@@ -179,8 +201,10 @@ def class_mask(classes: Tensor, train_id: int, grid: tuple[int, int]) -> Tensor:
 
 
 def check_reduction(reduction: Reduction, gradient: Gradient) -> None:
-    """Raises:
-    ValueError: one of the two is no known one.
+    """Check that both are known.
+
+    Raises:
+        ValueError: One of them is not.
     """
     if not is_integer(reduction) and reduction not in get_args(NamedReduction):
         raise ValueError(
@@ -192,10 +216,10 @@ def check_reduction(reduction: Reduction, gradient: Gradient) -> None:
 
 
 def reduce_channels(vectors: Tensor, reduction: Reduction, layer: str, seed: int) -> Tensor:
-    """(..., C) -> (...): one number a unit.
+    """(..., C) -> (...), one number per unit.
 
     Raises:
-        ValueError: the layer has no such channel.
+        ValueError: The layer has no such channel.
     """
     if not isinstance(reduction, str):
         if not 0 <= reduction < vectors.shape[-1]:
@@ -209,8 +233,8 @@ def reduce_channels(vectors: Tensor, reduction: Reduction, layer: str, seed: int
         return vectors.abs().sum(-1)
     if reduction == "sum":
         return vectors.sum(-1)
-    # A generator of its own: the projection is the same for every picture and every batch, and
-    # torch's random state is left alone.
+    # A separate generator makes the same projection for every image and every batch, and leaves
+    # torch's random state alone.
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(vectors.shape[-1], generator=generator, dtype=torch.float64)
     projection /= vectors.shape[-1] ** 0.5
@@ -218,10 +242,14 @@ def reduce_channels(vectors: Tensor, reduction: Reduction, layer: str, seed: int
 
 
 def refuse_sum_after_norm(feature: Tensor, layer: str) -> None:
-    """Raises:
-    ValueError: the feature map comes straight out of a LayerNorm. The sum of normalised channels
-        is constant where the norm's weights are equal, and its gradient zero; with trained
-        weights what is left of it says nothing of the receptive field.
+    """Check that a feature map does not come straight out of a LayerNorm.
+
+    The sum of normalised channels is constant where the weights of the norm are equal, so its
+    gradient is zero. With trained weights the small rest says nothing about the receptive field.
+    The check follows the autograd graph back over operations that only change the memory layout.
+
+    Raises:
+        ValueError: The feature map does.
     """
     node = feature.grad_fn
     while node is not None:
@@ -248,7 +276,7 @@ _LAYOUT_CHANGES = tuple(
 
 
 def shift(maps: Tensor, down: int, right: int) -> Tensor:
-    """(B, H, W) -> (B, H, W), moved by so many pixels, with zeros from outside."""
+    """Move maps (B, H, W) by ``down`` rows and ``right`` columns; zeros enter from outside."""
     if down == right == 0:
         return maps
     height, width = maps.shape[1:]

@@ -39,7 +39,8 @@ from segformer_pl.data.corruptions.noise import (
 )
 from segformer_pl.data.corruptions.weather import fog, frost, snow, spatter
 from segformer_pl.data.decoding import EncodedImage
-from segformer_pl.data.transforms import Pixels, Sample, TrainIds, as_sample
+from segformer_pl.data.transforms import ImageAndLabel, Pixels, TrainIds, to_image_and_label
+from segformer_pl.errors import UserError
 
 Function = Callable[[npt.NDArray[np.float32], int, np.random.Generator], npt.NDArray[np.float32]]
 
@@ -78,11 +79,11 @@ def corrupt(image: Pixels, name: str, severity: int, rng: np.random.Generator) -
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ValueError: there is no such corruption or severity, or the picture is of another form.
+        UserError: There is no such corruption or severity, or the picture is of another form.
     """
     check(name, severity)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(
+        raise UserError(
             f"a picture to corrupt has shape {image.shape} and type {image.dtype}; give (H, W, 3) "
             "uint8 RGB"
         )
@@ -96,9 +97,9 @@ def check(name: str, severity: int) -> None:
     if name not in CORRUPTIONS:
         near = difflib.get_close_matches(name, CORRUPTIONS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(CORRUPTIONS)}"
-        raise ValueError(f"there is no corruption {name!r}; {hint}")
+        raise UserError(f"there is no corruption {name!r}; {hint}")
     if severity not in SEVERITIES:
-        raise ValueError(f"{name}: there is no severity {severity!r}; give 1, 2, 3, 4 or 5")
+        raise UserError(f"{name}: there is no severity {severity!r}; give 1, 2, 3, 4 or 5")
 
 
 class CorruptedPictures:
@@ -113,7 +114,7 @@ class CorruptedPictures:
         seed: Of the random numbers.
 
     Raises:
-        ValueError: there is no such corruption or severity.
+        UserError: There is no such corruption or severity.
     """
 
     def __init__(self, name: str, severity: int, seed: int) -> None:
@@ -122,8 +123,10 @@ class CorruptedPictures:
         self.severity = severity
         self.seed = seed
 
-    def __call__(self, image: EncodedImage, label: TrainIds, rng: np.random.Generator) -> Sample:
+    def __call__(
+        self, image: EncodedImage, label: TrainIds, rng: np.random.Generator
+    ) -> ImageAndLabel:
         """Image (3, H, W) float32 RGB in 0 to 1, label (H, W) int64, which stays as it is."""
         picture = int(rng.integers(1 << 63))
         own = np.random.default_rng([self.seed, picture, self.severity, *self.name.encode()])
-        return as_sample(corrupt(image.decode(), self.name, self.severity, own), label)
+        return to_image_and_label(corrupt(image.decode(), self.name, self.severity, own), label)

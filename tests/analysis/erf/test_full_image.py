@@ -1,4 +1,4 @@
-"""Radius of every unit: batched and looped alike, estimated within its error bars."""
+"""Radius of every unit: batches equal the loop, probes agree within their error bars."""
 
 import numpy as np
 import pytest
@@ -31,15 +31,15 @@ def test_batched_products_equal_the_loop(network, layer):
 
 
 def test_the_loop_is_the_plain_gradient_and_agrees_with_the_erf_of_that_unit(network):
-    found = radius_map(network, IMAGE, "stage2", every=3, method="loop")
-    assert [*found.rows] == [*found.columns] == [0, 24, 48]
+    radii = radius_map(network, IMAGE, "stage2", every=3, method="loop")
+    assert [*radii.rows] == [*radii.columns] == [0, 24, 48]
     x = IMAGE[None].clone().requires_grad_()
     unit = network.feature_maps(x)["stage2"][0, :, 3, 6].relu().sum()
     (gradient,) = torch.autograd.grad(unit, x)
     energy = gradient[0].square().sum(0).numpy()
     rows, columns = np.ogrid[:64, :64]
     square = (energy * ((rows - 24) ** 2 + (columns - 48) ** 2)).sum() / energy.sum()
-    assert found.radius[1, 2] == pytest.approx(np.sqrt(square), rel=1e-10)
+    assert radii.radius[1, 2] == pytest.approx(np.sqrt(square), rel=1e-10)
 
 
 def test_a_convolution_has_the_radius_of_its_taps():
@@ -48,12 +48,12 @@ def test_a_convolution_has_the_radius_of_its_taps():
     nn.init.ones_(conv.weight)
     model = nn.Sequential(conv)
     image = torch.ones(1, 12, 16, dtype=torch.float64)
-    found = radius_map(model, image, "0", layout="channels_first")
-    assert found.radius[5, 5] == pytest.approx(np.sqrt(12 / 9))
-    assert found.radius[0, 0] == pytest.approx(np.sqrt(4 / 4))
-    assert found.radius[0, 5] == pytest.approx(np.sqrt(7 / 6))
+    radii = radius_map(model, image, "0", layout="channels_first")
+    assert radii.radius[5, 5] == pytest.approx(np.sqrt(12 / 9))
+    assert radii.radius[0, 0] == pytest.approx(np.sqrt(4 / 4))
+    assert radii.radius[0, 5] == pytest.approx(np.sqrt(7 / 6))
     probed = radius_map(model, image, "0", layout="channels_first", method="probe", num_probes=200)
-    assert abs(probed.radius - found.radius).max() < 0.35
+    assert abs(probed.radius - radii.radius).max() < 0.35
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +71,16 @@ def test_the_probes_error_bars_hold_what_they_promise(small):
     # Not the ReLU's sum, which leaves units without any positive channel no gradient.
     chosen = {"layer": "2", "reduction": "random"}
     exact = radius_map(small, image, **chosen, batch_size=48)
-    scores = []
+    errors = []
     for seed in range(8):
         probed = radius_map(
             small, image, **chosen, method="probe", num_probes=48, batch_size=144, probe_seed=seed
         )
-        scores.append((probed.radius - exact.radius) / probed.standard_error)
-    scores = np.array(scores)
-    assert scores.shape == (8, 12, 16)
-    assert 0.92 < (abs(scores) < 1.96).mean() < 0.98
-    assert abs(scores.mean()) < 0.1
+        errors.append((probed.radius - exact.radius) / probed.standard_error)
+    errors = np.array(errors)
+    assert errors.shape == (8, 12, 16)
+    assert 0.92 < (abs(errors) < 1.96).mean() < 0.98
+    assert abs(errors.mean()) < 0.1
     assert probed.standard_error.max() < 0.25 * exact.radius.max()
 
 
@@ -97,9 +97,9 @@ def test_more_probes_smaller_errors(small):
 def test_probes_of_a_segformer_agree_with_its_exact_radii(network):
     exact = radius_map(network, IMAGE, "head", every=5, method="loop")
     probed = radius_map(network, IMAGE, "head", every=5, method="probe", num_probes=32)
-    scores = (probed.radius - exact.radius) / probed.standard_error
-    assert (abs(scores) < 4).all()
-    assert abs(scores.mean()) < 1
+    errors = (probed.radius - exact.radius) / probed.standard_error
+    assert (abs(errors) < 4).all()
+    assert abs(errors.mean()) < 1
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_the_network_and_the_random_state_are_left_alone():
         ({"every": 0}, "at least 1"),
         ({"method": "probe", "num_probes": 1}, "at least 2"),
         ({"layer": "stage9"}, "no layer 'stage9'"),
-        ({"image": torch.rand(2, 3, 64, 64)}, "give one picture"),
+        ({"image": torch.rand(2, 3, 64, 64)}, "give one image"),
         ({"reduction": "sum"}, "'stage4' ends in a LayerNorm"),
         ({"reduction": "sum", "method": "probe"}, "'stage4' ends in a LayerNorm"),
     ],
@@ -140,12 +140,12 @@ def test_radii_count_from_the_units_own_places():
     for layer in (conv, patches):
         nn.init.ones_(layer.weight)
     image = torch.ones(1, 230, 160)
-    found = radius_map(nn.Sequential(conv), image, "0")
-    assert [*found.rows] == [*range(0, 230, 32)]
-    assert found.radius[1:, 1:] == pytest.approx(np.sqrt(12 / 9))
-    found = radius_map(nn.Sequential(patches), image[:, :32, :40], "0")
-    assert [*found.rows[:2]] == [1.5, 5.5]
-    assert found.radius == pytest.approx(np.sqrt(2.5))
+    radii = radius_map(nn.Sequential(conv), image, "0")
+    assert [*radii.rows] == [*range(0, 230, 32)]
+    assert radii.radius[1:, 1:] == pytest.approx(np.sqrt(12 / 9))
+    radii = radius_map(nn.Sequential(patches), image[:, :32, :40], "0")
+    assert [*radii.rows[:2]] == [1.5, 5.5]
+    assert radii.radius == pytest.approx(np.sqrt(2.5))
     probed = radius_map(nn.Sequential(patches), image[:, :32, :40], "0", method="probe")
     assert abs(probed.radius.mean() - np.sqrt(2.5)) < 0.1
 
@@ -159,8 +159,8 @@ def test_probes_share_no_statistics_of_their_batch():
 
 def test_units_on_the_grid_are_the_units_of_their_pixels(network):
     """The pixel that a radius is measured from belongs to that very unit."""
-    found = radius_map(network, IMAGE, "stage3", every=2, method="loop")
-    pixel = (int(found.rows[1]), int(found.columns[0]))
+    radii = radius_map(network, IMAGE, "stage3", every=2, method="loop")
+    pixel = (int(radii.rows[1]), int(radii.columns[0]))
     erf = effective_receptive_field(network, IMAGE[None], layers=["stage3"], units=[pixel])
     x = IMAGE[None].clone().requires_grad_()
     unit = network.feature_maps(x)["stage3"][0, :, 2, 0].relu().sum()

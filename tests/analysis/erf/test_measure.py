@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from segformer_pl.analysis.erf import (
-    ClassPixels,
+    ClassUnits,
     Grid,
     NoFieldError,
     effective_receptive_field,
@@ -53,7 +53,7 @@ def box(channels=1, **options):
 
 
 def reference(network, image, layer, pixel, reduction=torch.relu):
-    """|gradient| by the plainest route: one picture, one unit, one forward and backward pass."""
+    """|gradient| by the plainest route: one image, one unit, one forward and backward pass."""
     image = image[None].clone().requires_grad_()
     feature = network.feature_maps(image)[layer]
     row, column = (p * s // n for p, s, n in zip(pixel, feature.shape[2:], image.shape[2:]))
@@ -120,10 +120,10 @@ def test_a_strided_layer_is_centred_on_its_pixel():
 
 
 def test_a_segformers_stage_4_at_an_odd_grid(network):
-    """Its smaller twin at an even one has its unit in the middle of the picture."""
+    """Its smaller twin at an even one has its unit in the middle of the image."""
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
     erf = effective_receptive_field(network, images)
-    assert {name: field.pixel for name, field in erf.layers.items()} == {
+    assert {name: field.position for name, field in erf.layers.items()} == {
         **dict.fromkeys(("stage1", "stage2", "stage3", "head"), (48, 48)),
         "stage4": (32, 32),
     }
@@ -146,7 +146,7 @@ def test_the_heads_half_pixel_shift():
 
 @pytest.mark.slow
 def test_gradients_agree_with_finite_differences(network):
-    """A random projection is smooth in the picture; the signed map is its derivative."""
+    """A random projection is smooth in the image; the signed map is its derivative."""
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     erf = effective_receptive_field(
         network, images, layers=["stage2", "head"], reduction="random", gradient="signed", seed=3
@@ -214,8 +214,8 @@ def test_one_channel_and_a_class_logit(network):
 
 
 @pytest.mark.slow
-def test_every_stage_sees_the_whole_picture_on_a_lattice_of_32_pixels():
-    """Structure, not a fault: the field is never zero, and its far part repeats every 32 px."""
+def test_every_stage_sees_the_whole_image_on_a_lattice_of_32_pixels():
+    """Structure, not a fault: no pixel has zero gradient, and the far part repeats every 32 px."""
     torch.manual_seed(0)
     network = segformer_b0(5).eval()
     erf = effective_receptive_field(network, torch.randn(4, 3, 192, 192))
@@ -283,9 +283,9 @@ def test_several_units_are_shifted_to_the_middle_and_averaged(network):
                 if 0 <= r + row - 32 < 64 and 0 <= c + column - 32 < 64:
                     expected[r, c] += one[r + row - 32, c + column - 32] / 2
     np.testing.assert_allclose(erf["stage2"].mean, expected, rtol=1e-9, atol=1e-14)
-    assert erf["stage2"].pixel == (32, 32)
+    assert erf["stage2"].position == (32, 32)
     alone = effective_receptive_field(network, images, layers=["stage2"], units=[(8, 40)])
-    assert alone["stage2"].pixel == (8, 40)
+    assert alone["stage2"].position == (8, 40)
     np.testing.assert_allclose(
         alone["stage2"].mean, reference(network, images[0], "stage2", (8, 40)), rtol=1e-9
     )
@@ -307,7 +307,7 @@ def test_all_pixels_of_a_class_in_the_label_and_in_the_prediction(network):
     labels[0, :32, :16] = 2
     labels[1, 60:, 60:] = 2  # one unit of stage 1; none of stage 3
     batch = {"image": images, "label": labels, "id": ["a", "b", "c"]}
-    erf = effective_receptive_field(network, [batch], layers=["stage1"], units=ClassPixels(2))
+    erf = effective_receptive_field(network, [batch], layers=["stage1"], units=ClassUnits(2))
     assert erf.without_units == ["c"]
     x = images[:1].clone().requires_grad_()
     of_class = network.feature_maps(x)["stage1"][0, :, :8, :4].relu().sum(0).mean()
@@ -320,21 +320,21 @@ def test_all_pixels_of_a_class_in_the_label_and_in_the_prediction(network):
     assert 0 < erf["stage1"].area_ratio(0.5) < 1
 
     layers = ["stage1", "stage3"]
-    erf = effective_receptive_field(network, [batch], layers=layers, units=ClassPixels(2))
+    erf = effective_receptive_field(network, [batch], layers=layers, units=ClassUnits(2))
     assert erf.without_units == ["b", "c"]
     with pytest.raises(ValueError, match="need labels"):
-        effective_receptive_field(network, images, units=ClassPixels(2))
+        effective_receptive_field(network, images, units=ClassUnits(2))
 
     with torch.no_grad():
         predicted = network(images).argmax(1)
     counts = predicted.flatten(1).eq(predicted[0, 0, 0]).any(1)
     erf = effective_receptive_field(
-        network, images, layers=["head"], units=ClassPixels(int(predicted[0, 0, 0]), "prediction")
+        network, images, layers=["head"], units=ClassUnits(int(predicted[0, 0, 0]), "prediction")
     )
     assert erf.num_images == counts.sum()
 
 
-def test_pictures_without_a_finite_gradient_are_counted_and_named(network):
+def test_images_without_a_finite_gradient_are_counted_and_named(network):
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     images[1, 0, 5, 5] = torch.nan
     images[3] = torch.inf
@@ -349,9 +349,9 @@ def test_pictures_without_a_finite_gradient_are_counted_and_named(network):
         effective_receptive_field(network, images[3:])
 
 
-@pytest.mark.parametrize("units", ["center", ClassPixels(0)])
-def test_a_picture_of_nan_does_not_count_where_gradients_are_finite(units):
-    """Those of linear layers and of |x| do not look at the picture."""
+@pytest.mark.parametrize("units", ["center", ClassUnits(0)])
+def test_an_image_of_nan_does_not_count_where_gradients_are_finite(units):
+    """Gradients of linear layers and of |x| do not depend on the values of the image."""
     network = nn.Sequential(nn.Conv2d(3, 5, 9, padding=4))
     images = torch.randn(3, 3, 16, 16)
     images[1] = torch.nan
@@ -359,13 +359,13 @@ def test_a_picture_of_nan_does_not_count_where_gradients_are_finite(units):
     options = {"layers": ["0"], "layout": "channels_first", "units": units}
     for reduction in ("relu", "l1", "sum"):
         erf = effective_receptive_field(network, [batch], reduction=reduction, **options)
-        assert (erf.not_finite, erf.num_images, erf.pictures) == (["b"], 2, ["a", "c"])
+        assert (erf.not_finite, erf.num_images, erf.image_ids) == (["b"], 2, ["a", "c"])
     with pytest.raises(NoFieldError, match="gradient of 3 was not finite"):
         effective_receptive_field(network, [batch | {"image": images * torch.nan}], **options)
 
 
 def test_values_that_overflow_inside_do_not_count():
-    """1 / 0 of a sound picture; the gradient of the positive part is zero there."""
+    """1 / 0 in a finite image; the gradient of the positive part is zero there."""
 
     class Inverse(nn.Module):
         def forward(self, images):
@@ -374,13 +374,13 @@ def test_values_that_overflow_inside_do_not_count():
     images = torch.ones(2, 1, 8, 8)
     images[0, 0, 4, 4] = 0
     erf = effective_receptive_field(Features(x=Inverse()), images, reduction="sum")
-    assert erf.not_finite == ["picture 0"]
+    assert erf.not_finite == ["image 0"]
 
 
-def test_a_field_of_zeros_is_said_in_words():
+def test_a_receptive_field_of_zeros_is_reported():
     network = Features(same=Scale(1), dead=nn.Sequential(Scale(-1), nn.ReLU()))
     images = torch.rand(2, 3, 8, 8) + 1
-    with pytest.raises(NoFieldError, match=r"the field of dead is zero everywhere.*'l1'"):
+    with pytest.raises(NoFieldError, match=r"the receptive field of dead is zero everywhere.*'l1'"):
         effective_receptive_field(network, images)
     effective_receptive_field(network, images, layers=["same"])
 
@@ -389,13 +389,13 @@ def test_a_field_of_zeros_is_said_in_words():
 
 
 def test_batchnorm_uses_its_running_statistics():
-    """A BatchNorm that looked at the batch would let pictures see each other."""
+    """Statistics of the batch would let images influence each other."""
     network = Features(norm=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).train()
     together = effective_receptive_field(network, torch.randn(6, 3, 8, 8), batch_size=6)
     assert (together["norm"].mean > 0).sum() == 1
 
 
-def test_a_batchnorm_without_running_statistics_takes_one_picture_at_a_time():
+def test_a_batchnorm_without_running_statistics_takes_one_image_at_a_time():
     norm = nn.BatchNorm2d(4, track_running_stats=False)
     network = Features(norm=nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm))
     images = torch.randn(3, 3, 8, 8)
@@ -407,7 +407,7 @@ def test_a_batchnorm_without_running_statistics_takes_one_picture_at_a_time():
     np.testing.assert_allclose(together.mean, np.mean([a.mean for a in alone], 0), rtol=1e-6)
 
 
-# Words
+# Messages
 
 
 @pytest.mark.parametrize(
@@ -422,15 +422,15 @@ def test_a_batchnorm_without_running_statistics_takes_one_picture_at_a_time():
         ({"units": np.array([3, 4])}, "give 'center', a list"),
         ({"units": [(3.5, 4)]}, "give 'center', a list"),
         ({"units": np.array([[3, 64]])}, r"pixel \(3, 64\) lies outside"),
-        ({"units": [(3, 64)]}, r"pixel \(3, 64\) lies outside the picture of 64x64"),
-        ({"units": Grid(0, 2)}, "picture of 64x64 pixels has no such grid"),
+        ({"units": [(3, 64)]}, r"pixel \(3, 64\) lies outside the image of 64x64"),
+        ({"units": Grid(0, 2)}, "an image of 64x64 pixels has no such grid"),
         ({"layers": ["stage5"]}, "no layer 'stage5'; close are stage4, stage3, stage2"),
         ({"layers": "stage1"}, "give a list of at least one name"),
         ({"layers": []}, "give a list of at least one name"),
         ({"reduction": True}, "give one of relu, l1, sum, random"),
         ({"batch_size": 0}, "integers of at least 1"),
         ({"images": torch.rand(3, 64, 64)}, "give batches"),
-        ({"images": []}, "no picture"),
+        ({"images": []}, "there was no image"),
         ({"images": [torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 96)]}, "resize or crop"),
     ],
 )
@@ -445,5 +445,5 @@ def test_a_layer_without_gradient_is_refused():
         def feature_maps(self, images):
             return {"signs": F.relu(images).detach()}
 
-    with pytest.raises(ValueError, match="'signs' does not depend on the picture"):
+    with pytest.raises(ValueError, match="'signs' does not depend on the image"):
         effective_receptive_field(Detached(), torch.rand(1, 3, 8, 8))

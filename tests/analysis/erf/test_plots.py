@@ -1,4 +1,4 @@
-"""The figures hold what they should, with labels and units, and no text runs into another."""
+"""Figures have the right content, labels and units, and no text overlaps another."""
 
 import dataclasses
 from itertools import combinations
@@ -10,6 +10,7 @@ from matplotlib.text import Text
 
 from segformer_pl.analysis.erf import ERF, LayerERF, RadiusMap
 from segformer_pl.analysis.erf.moments import Moments
+from segformer_pl.analysis.erf.panels import NARROW, WIDTH
 from segformer_pl.analysis.erf.plots import (
     plot_area_ratios,
     plot_difference,
@@ -18,23 +19,22 @@ from segformer_pl.analysis.erf.plots import (
     plot_radius_map,
     plot_signed,
 )
-from segformer_pl.analysis.erf.sheet import NARROW, WIDTH
 
-TITLE = "mean of 100 validation pictures of a data set with a long name, 1024x2048 pixels"
+TITLE = "mean of 100 validation images of a data set with a long name, 1024x2048 pixels"
 STAGES = ["stage1", "stage2", "stage3", "stage4", "head"]
 
 
-def erf_of(names, seed=0, gradient="abs", num_images=3, size=(64, 96), pixel="center"):
+def erf_of(names, seed=0, gradient="abs", num_images=3, size=(64, 96), position="center"):
     rng = np.random.default_rng(seed)
-    if pixel == "center":
-        pixel = (size[0] // 2, size[1] // 2)
+    if position == "center":
+        position = (size[0] // 2, size[1] // 2)
     layers = {}
     for name in names:
         moments = Moments.zeros(*size)
         maps = rng.normal(size=(num_images, *size))
         moments.add(maps if gradient == "signed" else np.exp(maps))
-        layers[name] = LayerERF.from_moments(name, moments, pixel, (8, 12), gradient)
-    return ERF(layers, num_images, recipe={"gradient": gradient, "image_size": list(size)})
+        layers[name] = LayerERF.from_moments(name, moments, position, (8, 12), gradient)
+    return ERF(layers, num_images, settings={"gradient": gradient, "image_size": list(size)})
 
 
 def zero_in(erf, *names):
@@ -47,11 +47,11 @@ def zero_in(erf, *names):
     return dataclasses.replace(erf, layers=layers)
 
 
-def with_units(erf, pixels):
+def with_units(erf, positions):
     names = list(erf.layers)
     layers = dict(erf.layers)
-    for name, pixel in zip(names, pixels):
-        layers[name] = dataclasses.replace(layers[name], pixel=pixel)
+    for name, position in zip(names, positions):
+        layers[name] = dataclasses.replace(layers[name], position=position)
     return dataclasses.replace(erf, layers=layers)
 
 
@@ -73,12 +73,12 @@ def texts_of(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    found = []
+    texts = []
     for text in figure.findobj(Text):
         box = text.get_window_extent(renderer)
         if text.get_visible() and text.get_text().strip() and box.width > 0:
-            found.append((text, box.transformed(figure.dpi_scale_trans.inverted())))
-    return found
+            texts.append((text, box.transformed(figure.dpi_scale_trans.inverted())))
+    return texts
 
 
 def assert_readable(figure):
@@ -120,11 +120,11 @@ CASES = {
     "nine layers": erf_of([f"encoder.stages.{i}.blocks.1.attn" for i in range(9)]),
     "wide": {"a": erf_of(STAGES, size=(100, 200)), "b": erf_of(STAGES, 1, size=(100, 200))},
     "tall": erf_of(STAGES, size=(160, 80)),
-    "corner": erf_of(STAGES, size=(150, 150), pixel=(1, 147)),
-    "class": erf_of(STAGES, pixel=None),
+    "corner": erf_of(STAGES, size=(150, 150), position=(1, 147)),
+    "class": erf_of(STAGES, position=None),
     "a layer of zeros": zero_in(erf_of(STAGES), "stage2"),
     "zeros": zero_in(erf_of(["stage1"]), "stage1"),
-    "one picture": erf_of(STAGES, num_images=1),
+    "one image": erf_of(STAGES, num_images=1),
     "units apart": with_units(erf_of(STAGES, size=(150, 150)), [(64, 64), (70.5, 80.5), (140, 9)]),
     "other sizes": {"a": erf_of(STAGES), "b": erf_of(STAGES, size=(128, 192), num_images=2)},
 }
@@ -167,16 +167,18 @@ def test_no_text_of_signed_figures_is_cut_or_overprinted(names):
 
 def test_figure_3_has_rows_of_networks_and_columns_of_layers():
     rows = {"one": erf_of(["stage1", "stage4", "head"]), "two": erf_of(["stage1", "stage4"], 1)}
-    figure = plot_erf(rows, "three pictures")
+    figure = plot_erf(rows, "three images")
     panels = maps_of(figure)
     assert [axes.get_label().split("\n")[0] for axes in panels] == [
         *("stage1", "stage4", "head"),
         *("stage1", "stage4"),
     ]
-    assert figure.get_suptitle() == "Effective receptive field: three pictures"
+    assert figure.get_suptitle() == "Effective receptive field: three images"
     written = [text.get_text() for text in figure.texts]
     assert written.count("pixels to the right of the unit") == 2
-    assert any("largest gradient per unit of the" in axes.get_xlabel() for axes in figure.axes)
+    assert any(
+        "largest: per unit of the normalised image" in axes.get_xlabel() for axes in figure.axes
+    )
     for axes, field in zip(panels, [*rows["one"].layers.values(), *rows["two"].layers.values()]):
         image = axes.images[0]
         assert image.cmap.name == "magma"
@@ -185,13 +187,13 @@ def test_figure_3_has_rows_of_networks_and_columns_of_layers():
         assert f"largest {field.mean.max():.2g}" in axes.get_label()
         area = field.interval(lambda erf: 100 * erf.area_ratio(0.5)).value
         assert f"half in {area:.2g} % of area" in axes.get_label()
-    with pytest.raises(ValueError, match="no field to draw"):
+    with pytest.raises(ValueError, match="no receptive field to draw"):
         plot_erf({})
 
 
-def test_zooms_are_drawn_where_they_enlarge_and_stay_inside_the_picture():
-    for pixel in ((0, 0), (64, 64), (3, 140), (149, 149)):
-        figure = plot_erf(erf_of(["stage1", "head"], size=(150, 150), pixel=pixel))
+def test_zooms_are_drawn_where_they_enlarge_and_stay_inside_the_image():
+    for position in ((0, 0), (64, 64), (3, 140), (149, 149)):
+        figure = plot_erf(erf_of(["stage1", "head"], size=(150, 150), position=position))
         zooms = [axes for axes in figure.axes if is_zoom(axes)]
         assert len(zooms) == 2
         for whole, axes in zip(maps_of(figure), zooms):
@@ -204,16 +206,19 @@ def test_zooms_are_drawn_where_they_enlarge_and_stay_inside_the_picture():
             assert box.get_bbox().bounds == pytest.approx((x0, y0, x1 - x0, y1 - y0))
     only = plot_erf(erf_of(["stage1", "head"], size=(150, 150)), zoom=["head"])
     assert sum(map(is_zoom, only.axes)) == 1
-    for field in (erf_of(["head"], size=(64, 64)), erf_of(["head"], size=(256, 256), pixel=None)):
+    for field in (
+        erf_of(["head"], size=(64, 64)),
+        erf_of(["head"], size=(256, 256), position=None),
+    ):
         assert not any(map(is_zoom, plot_erf(field).axes))
 
 
-def test_layers_with_units_at_several_places_share_the_axes_of_the_picture():
-    pixels = [(64, 64), (70.5, 80.5)]
-    figure = plot_erf(with_units(erf_of(["stage1", "head"], size=(150, 150)), pixels))
+def test_layers_with_units_at_several_positions_share_the_axes_of_the_image():
+    positions = [(64, 64), (70.5, 80.5)]
+    figure = plot_erf(with_units(erf_of(["stage1", "head"], size=(150, 150)), positions))
     assert "column (pixels; +: the unit)" in [text.get_text() for text in figure.texts]
     zooms = [axes for axes in figure.axes if is_zoom(axes)]
-    for axes, zoom, (row, column) in zip(maps_of(figure), zooms, pixels):
+    for axes, zoom, (row, column) in zip(maps_of(figure), zooms, positions):
         assert axes.images[0].get_extent() == [-0.5, 149.5, 149.5, -0.5]
         (unit,) = axes.lines
         assert (unit.get_xdata()[0], unit.get_ydata()[0]) == (column, row)
@@ -224,10 +229,10 @@ def test_layers_with_units_at_several_places_share_the_axes_of_the_picture():
 
 def test_rows_that_were_measured_differently_say_so():
     first, second = erf_of(["head"]), erf_of(["head"], num_images=2)
-    second.recipe["reduction"] = "l1"
+    second.settings["reduction"] = "l1"
     texts = [text.get_text() for text in plot_erf({"a": first, "b": second}).texts]
-    assert "a (pictures: 3; reduction: None)" in texts
-    assert "b (pictures: 2; reduction: l1)" in texts
+    assert "a (images: 3; reduction: None)" in texts
+    assert "b (images: 2; reduction: l1)" in texts
     alike = plot_erf({"a": first, "b": erf_of(["head"], 1)})
     assert {"a", "b"} < {text.get_text() for text in alike.texts}
 
@@ -238,7 +243,7 @@ def test_curves_have_a_line_for_each_layer_and_legends_of_layers_and_of_networks
         figure = plot(rows)
         left, right = figure.axes
         assert len(left.lines) == len(right.lines) == 3
-        layers, networks = figure.legends
+        (layers,), (networks,) = figure.subfigs[0].legends, figure.legends
         assert [text.get_text() for text in layers.get_texts()] == ["stage1", "head"]
         assert [text.get_text() for text in networks.get_texts()] == ["one", "two"]
         assert left.lines[0].get_color() == left.lines[2].get_color() != left.lines[1].get_color()
@@ -246,18 +251,19 @@ def test_curves_have_a_line_for_each_layer_and_legends_of_layers_and_of_networks
         assert left.lines[2].get_linestyle() == "--"
         assert left.get_xlabel()
         assert "%" in right.get_ylabel() + left.get_ylabel()
-    assert len(plot_radial_profiles(rows["one"]).legends) == 1
-    with pytest.raises(ValueError, match="plot_area_ratios: there is no field"):
+    alone = plot_radial_profiles(rows["one"])
+    assert (len(alone.subfigs[0].legends), len(alone.legends)) == (1, 0)
+    with pytest.raises(ValueError, match="plot_area_ratios: there is no receptive field"):
         plot_area_ratios({})
 
 
-def test_a_difference_has_sum_zero_and_needs_one_recipe():
+def test_a_difference_has_sum_zero_and_needs_equal_settings():
     first, second = erf_of(["stage1", "head"]), erf_of(["head", "stage2"], 1)
     (panel,) = maps_of(plot_difference(first, second, ("a", "b")))
     a, b = (erf["head"].mean / erf["head"].mean.sum() for erf in (first, second))
     assert panel.get_label() == f"head\n{100 * np.clip(a - b, 0, None).sum():.2g} % would move"
     assert panel.images[0].get_array().sum() == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError, match="measured differently"):
+    with pytest.raises(ValueError, match="measured with different settings"):
         plot_difference(first, erf_of(["head"], gradient="relu"), ("a", "b"))
     with pytest.raises(ValueError, match="no layer in common"):
         plot_difference(first, erf_of(["stage4"]), ("a", "b"))
@@ -271,26 +277,26 @@ def test_signed_maps_have_a_figure_of_their_own():
     assert panel.images[0].norm.vmin == -panel.images[0].norm.vmax
 
 
-def test_radii_lie_over_the_picture():
-    found = RadiusMap(
+def test_radii_lie_over_the_image():
+    radius_map = RadiusMap(
         "head", np.ones((4, 6)), np.zeros((4, 6)), np.arange(4), np.arange(6), (8, 12)
     )
-    figure = plot_radius_map(found, np.zeros((8, 12, 3)), TITLE)
-    picture, radii = maps_of(figure)
-    assert picture.images[0].get_extent() == radii.images[0].get_extent() == [-0.5, 11.5, 7.5, -0.5]
+    figure = plot_radius_map(radius_map, np.zeros((8, 12, 3)), TITLE)
+    photo, radii = maps_of(figure)
+    assert photo.images[0].get_extent() == radii.images[0].get_extent() == [-0.5, 11.5, 7.5, -0.5]
     assert_readable(figure)
-    single = plot_radius_map(found, title=TITLE)
+    single = plot_radius_map(radius_map, title=TITLE)
     assert len(maps_of(single)) == 1
     assert_readable(single)
 
 
-def test_a_field_of_zeros_is_said_in_words():
+def test_a_receptive_field_of_zeros_is_labelled():
     erf = zero_in(erf_of(["stage1", "head"]), "head")
     labels = [axes.get_label() for axes in maps_of(plot_erf(erf))]
     assert labels[1] == "head\nzero everywhere"
     for plot in (plot_radial_profiles, plot_area_ratios):
         figure = plot({"a": erf, "b": erf_of(["stage1", "head"])})
-        texts = [text.get_text() for text in figure.legends[0].get_texts()]
+        texts = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
         assert texts == ["stage1", "head: zero everywhere in a"]
         assert len(figure.axes[0].lines) == 3
     difference = plot_difference(erf, erf_of(["stage1", "head"]), ("a", "b"))

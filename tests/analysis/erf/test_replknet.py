@@ -1,5 +1,5 @@
 """RepLKNet's published script (``erf/visualize_erf.py``, ``erf/analyze_erf.py``), step by step,
-against the numbers that are called its own here."""
+against the numbers that are called RepLKNet's here."""
 
 import numpy as np
 import pytest

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from segformer_pl.analysis.erf import ClassPixels, Grid, effective_receptive_field, merge
+from segformer_pl.analysis.erf import ClassUnits, Grid, effective_receptive_field, merge
 from segformer_pl.models import segformer_b0
 
 
@@ -21,7 +21,7 @@ def field_of(layer, images, **options):
     return effective_receptive_field(nn.Sequential(layer), images, layers=["0"], **options)["0"]
 
 
-# Places
+# Positions
 
 
 @pytest.mark.parametrize("size", [(224, 224), (256, 256), (96, 160), (230, 500), (65, 97)])
@@ -30,7 +30,7 @@ def test_distances_count_from_the_unit_and_not_from_the_pixel_that_chose_it(size
     """Pixel 112 of 224 chooses unit 3 of 7, which is centred on pixel 96."""
     field = field_of(box(stride=stride), torch.ones(1, 1, *size))
     unit = tuple(s // 2 * n // s for s, n in zip(size, field.grid))
-    assert field.pixel == tuple(stride * k for k in unit)
+    assert field.position == tuple(stride * k for k in unit)
     assert field.centroid_shift() == (0, 0)
     assert 1 < field.radius(0.5) < np.sqrt(2)
     assert field.rms_radius() == pytest.approx(np.sqrt(12 / 9))
@@ -46,7 +46,7 @@ def test_patches_without_padding_are_centred_between_pixels(size):
         for parameter in layer.parameters():
             nn.init.ones_(parameter)
         field = field_of(layer, torch.ones(1, 1, *size))
-        assert field.pixel[0] % 1 == field.pixel[1] % 1 == 0.5
+        assert field.position[0] % 1 == field.position[1] % 1 == 0.5
         assert field.centroid_shift() == pytest.approx((0, 0))
         assert field.radius(0.99) < stride / np.sqrt(2)
 
@@ -57,7 +57,7 @@ def test_a_grid_of_units_of_a_strided_layer_smears_nothing():
         one = field_of(box(stride=32), torch.ones(1, 1, *size))
         grid = field_of(box(stride=32), torch.ones(1, 1, *size), units=Grid(3, 3))
         assert (grid.mean > 0).sum() == 9
-        assert grid.pixel == one.pixel
+        assert grid.position == one.position
         assert grid.centroid_shift() == pytest.approx((0, 0), abs=1.0)
 
 
@@ -65,7 +65,7 @@ def test_a_grid_of_units_of_a_strided_layer_smears_nothing():
 
 
 def test_a_plain_sum_after_a_layernorm_is_refused_and_would_be_zero():
-    """The pitfall that leaves naive attempts with an empty picture."""
+    """The pitfall that gives naive attempts an empty map."""
     network = segformer_b0(5).eval()
     images = torch.rand(1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"'stage1' ends in a LayerNorm.*no gradient"):
@@ -93,7 +93,7 @@ def test_a_plain_sum_after_a_layernorm_is_refused_for_any_network(name, layer):
 
     network = timm.create_model(name, num_classes=3).eval()
     image = torch.rand(1, 3, 224, 224)
-    for units in ("center", [(8, 9), (99, 100)], Grid(1, 2), ClassPixels(0)):
+    for units in ("center", [(8, 9), (99, 100)], Grid(1, 2), ClassUnits(0)):
         batch = {"image": image, "label": torch.zeros(1, 224, 224, dtype=torch.int64)}
         with pytest.raises(ValueError, match=f"'{layer}' ends in a LayerNorm"):
             effective_receptive_field(
@@ -110,21 +110,21 @@ def test_a_plain_sum_of_ones_own_feature_maps_after_a_layernorm_is_refused():
         effective_receptive_field(Tokens(), torch.rand(1, 3, 8, 8), reduction="sum")
 
 
-def test_the_seed_of_a_random_projection_is_in_the_recipe():
+def test_the_seed_of_a_random_projection_is_in_the_settings():
     images = torch.rand(1, 3, 8, 8)
     kind = {"reduction": "random"}
     one, two = (
         effective_receptive_field(nn.Sequential(box(3)), images, layers=["0"], seed=seed, **kind)
         for seed in (1, 2)
     )
-    assert one.recipe["seed"] == 1
-    with pytest.raises(ValueError, match="one recipe"):
+    assert one.settings["seed"] == 1
+    with pytest.raises(ValueError, match="equal settings"):
         merge([one, two])
     other = effective_receptive_field(nn.Sequential(box(3)), images, layers=["0"], seed=4)
-    assert "seed" not in other.recipe
+    assert "seed" not in other.settings
 
 
-# Words
+# Messages
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_the_seed_of_a_random_projection_is_in_the_recipe():
 )
 def test_classes_that_are_none(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ClassPixels(*arguments)
+        ClassUnits(*arguments)
 
 
 def test_pixels_can_be_an_array():
     of_array = effective_receptive_field(
         nn.Sequential(box(3)), torch.rand(1, 3, 16, 16), layers=["0"], units=np.array([[3, 4]])
     )
-    assert of_array["0"].pixel == (3, 4)
-    assert of_array.recipe["units"] == [[3, 4]]
+    assert of_array["0"].position == (3, 4)
+    assert of_array.settings["units"] == [[3, 4]]

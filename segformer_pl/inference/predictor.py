@@ -1,0 +1,270 @@
+"""A trained network together with what its predictions mean."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from segformer_pl.checkpoints.networks import load_network
+from segformer_pl.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.data.decoding import EncodedImage
+from segformer_pl.errors import UserError
+from segformer_pl.inference.engine import ClassMaps, predict_classes, probability_bands
+from segformer_pl.inference.protocol import Inference
+from segformer_pl.models.segmenter import Output
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
+
+ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.uint8 | np.uint16]
+
+INFERENCE = f"{__package__}.{Inference.__name__}"
+
+
+class Predictor:
+    """A segmenter, the normalisation of its images, its classes and the test-time protocol.
+
+    Example::
+
+        predictor = Predictor.load("runs/demo/version_0/checkpoints/best.ckpt")
+        mask = predictor("photo.jpg")  # (H, W), class indices
+        Image.fromarray(mask)
+        predictor.class_names[mask[0, 0]]
+
+    Args:
+        network: A segmenter (:class:`segformer_pl.models.segmenter.Segmenter`). It is put into
+            evaluation mode.
+        class_names: Names by class index.
+        palette: Colours by class index, RGB 0-255. None: not known.
+        normalization: Mean and standard deviation of the network's images.
+        protocol: Resizing, windows, scales and flips.
+
+    Raises:
+        UserError: The network has another number of classes or of input channels than the names
+            and the normalisation.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        class_names: Sequence[str],
+        palette: Sequence[Sequence[int]] | None = None,
+        normalization: Normalization | None = None,
+        protocol: Inference | None = None,
+    ) -> None:
+        self.network = network.eval()
+        self.class_names = list(class_names)
+        self.palette = None if palette is None else [list(color) for color in palette]
+        self.normalization = Normalization() if normalization is None else normalization
+        self.protocol = Inference() if protocol is None else protocol
+        if len(self.class_names) != network.num_classes:
+            raise UserError(
+                f"the network has {network.num_classes} classes, but there are "
+                f"{len(self.class_names)} class names; give one for each"
+            )
+        num_channels = {len(self.normalization.mean), len(self.normalization.std)}
+        if num_channels != {network.in_channels}:
+            raise UserError(
+                f"the network takes {network.in_channels} channels, but its images are normalised "
+                f"with mean {list(self.normalization.mean)} and standard deviation "
+                f"{list(self.normalization.std)}; give one value of each for every channel"
+            )
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        """Load a network and all that its source states about it, on the CPU.
+
+        Args:
+            source: A run's checkpoint, a native file (``.safetensors``), a folder written by
+                transformers, or a hub name ``owner/name@commit``. Other weights that
+                :func:`~segformer_pl.checkpoints.load_network` builds a network for do too. What a
+                source does not state takes a default: ImageNet's normalisation, ``"class 0"``,
+                ``"class 1"``, ..., and the whole image in one pass.
+
+        Raises:
+            WeightsError: The source cannot be read, does not say enough to build its network, or
+                contradicts itself.
+            UserError: It holds no segmenter, or states another number of classes or channels than
+                its network has.
+        """
+        return cls.from_weights(read_weights(source))
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        """As :meth:`load`, of a source that was read already."""
+        network, _ = load_network(weights)
+        if not hasattr(network, "num_classes"):  # which makes a segmenter of an encoder
+            raise UserError(
+                f"{weights.name} holds an encoder and no decode head, which predicts nothing; give "
+                "a whole segmenter"
+            )
+        facts = weights.task
+        names = facts.get("class_names") or [f"class {n}" for n in range(network.num_classes)]
+        protocol = _protocol(facts.get("inference"), weights.name)
+        try:
+            return cls(network, names, facts.get("palette"), normalization_of(weights), protocol)
+        except UserError as error:
+            raise UserError(f"{weights.name}: {error}") from error
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network, and return the predictor itself."""
+        self.network.to(device)
+        return self
+
+    def __call__(self, image: ImageSource) -> Mask:
+        """Predict the class of every pixel.
+
+        Args:
+            image: A file, decoded as data sets are (upright by its EXIF data, 8 bits of three
+                channels); an image of Pillow; or an array (H, W, 3) uint8, RGB.
+
+        Returns:
+            (H, W) class indices: uint8, or uint16 from 257 classes on.
+
+        Raises:
+            UserError: The image is of another kind, the network takes other channels than RGB, or
+                its output holds nan or infinity.
+            DataError: The file cannot be read.
+        """
+        network, images = self._prepare(image)
+        with torch.inference_mode():
+            mask = predict_classes(
+                network,
+                images,
+                (images.shape[2], images.shape[3]),
+                self.protocol,
+                self._normalize_bytes,
+                torch.uint8 if len(self.class_names) <= 256 else torch.uint16,
+            )
+        network.check_finite()
+        return mask[0].cpu().numpy()
+
+    def probabilities(self, image: ImageSource) -> tuple[Mask, npt.NDArray[np.float16]]:
+        """Predict the class of every pixel and the probabilities of all classes.
+
+        Args:
+            image: See :meth:`__call__`.
+
+        Returns:
+            The mask of :meth:`__call__`, and the probabilities (num_classes, H, W).
+        """
+        network, images = self._prepare(image)
+        height, width = images.shape[2:]
+        dtype = np.uint8 if len(self.class_names) <= 256 else np.uint16
+        mask: Mask = np.empty((height, width), dtype)
+        probabilities = np.empty((len(self.class_names), height, width), np.float16)
+        with torch.inference_mode():
+            for rows, band in probability_bands(
+                network, images, (height, width), self.protocol, self._normalize_bytes
+            ):
+                mask[rows] = band[0].argmax(dim=2).cpu().numpy()
+                probabilities[:, rows] = band[0].permute(2, 0, 1).half().cpu().numpy()
+        network.check_finite()
+        return mask, probabilities
+
+    @torch.inference_mode()
+    def predict_batch(self, images: Tensor) -> Tensor:
+        """Predict the classes of a batch of equally large images.
+
+        Args:
+            images: (B, in_channels, H, W) in 0 to 1, on any device.
+
+        Returns:
+            (B, H, W) int64 class indices, on the network's device.
+        """
+        size = (images.shape[2], images.shape[3])
+        on_device = images.to(self.device)
+        return predict_classes(self.network, on_device, size, self.protocol, self.normalization)
+
+    def _prepare(self, image: ImageSource) -> tuple["_Watched", Tensor]:
+        if self.network.in_channels != 3:
+            raise UserError(
+                f"the network takes {self.network.in_channels} channels, and images have 3 (RGB); "
+                "give it tensors with predict_batch"
+            )
+        pixels = torch.from_numpy(_pixels(image)).to(self.device)
+        # Of 8 bits until the network is given them, window by window.
+        return _Watched(self.network), pixels.permute(2, 0, 1)[None]
+
+    def _normalize_bytes(self, part: Tensor) -> Tensor:
+        return self.normalization(part / 255)
+
+
+def normalization_of(weights: Weights) -> Normalization:
+    """Return the normalisation of images that a source states, ImageNet's if it states none."""
+    mean, std = (
+        tuple(weights.task.get(key, usual))
+        for key, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+    )
+    return Normalization(mean, std)
+
+
+class _Watched:
+    """A network whose outputs are checked when the results are waited for anyway."""
+
+    def __init__(self, network: ClassMaps) -> None:
+        self.network = network
+        self.num_classes: int = network.num_classes
+        self.output: Output = network.output
+        self.is_finite: list[Tensor] = []  # of every window
+
+    def __call__(self, images: Tensor) -> Tensor:
+        class_maps = self.network(images)
+        self.is_finite.append(class_maps.isfinite().all())
+        return class_maps
+
+    def check_finite(self) -> None:
+        if not all(self.is_finite):
+            raise UserError(
+                "the network's outputs hold nan or infinity, so there is no mask; give another "
+                "checkpoint"
+            )
+
+
+def _pixels(image: ImageSource) -> npt.NDArray[np.uint8]:
+    """Return the pixels of an image, (H, W, 3) RGB."""
+    if isinstance(image, str | os.PathLike):
+        return EncodedImage.read(Path(image)).decode()
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            raise UserError(
+                f"an image of mode {image.mode} holds numbers without a known range; give one of 8 "
+                "bits per channel, or its file"
+            )
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+        return np.ascontiguousarray(image)
+    kind = type(image).__name__
+    if isinstance(image, np.ndarray):
+        kind = f"{image.dtype} array of shape {image.shape}"
+    raise UserError(
+        f"an image cannot be a {kind}; give a file, an image of Pillow, or an array (H, W, 3) of "
+        "uint8"
+    )
+
+
+def _protocol(stated: Any, name: str) -> Inference:
+    """Build the protocol that a checkpoint states, the default if it states none."""
+    if stated is None:
+        return Inference()
+    if not isinstance(stated, Mapping) or stated.get("class_path") != INFERENCE:
+        raise UserError(
+            f"{name} states its inference protocol as {str(stated)[:60]}; it has to be of "
+            f"{INFERENCE}"
+        )
+    try:
+        return Inference(**stated.get("init_args") or {})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} states an inference protocol that cannot be used here ({error})"
+        ) from error

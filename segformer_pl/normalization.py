@@ -1,0 +1,29 @@
+"""How images are normalised before a network sees them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Per channel (RGB) of images in 0 to 1, as torchvision and timm use them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """``(image - mean) / std``, channel by channel.
+
+    Args:
+        mean: Mean of every channel, for images in 0 to 1.
+        std: Standard deviation of every channel.
+    """
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, images: "Tensor") -> "Tensor":
+        """Normalise images (B, C, H, W) in 0 to 1, on their own device."""
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std

@@ -1,0 +1,186 @@
+"""The page holds what the run left, escaped, and nothing from elsewhere."""
+
+import math
+import re
+
+import pytest
+import yaml
+from matplotlib.figure import Figure
+
+from segformer_pl.analysis.report import summary, write_report
+from segformer_pl.analysis.run import Run
+
+
+def test_finished_run(folder):
+    folder.finished([0.3, 0.8312, 0.7954])
+    page = folder.page()
+    assert write_report(folder.run) == folder.path / "report.html"
+    assert "demo/version_0" in page.text
+    assert "79.5 % last, at step 30 best 83.1 % at step 20" in page.text
+    assert "mAcc 70.0 %" in page.text
+    assert "aAcc 90.0 %" in page.text
+    assert "val loss 0.432" in page.text
+    assert "steps trained 30 of 30" in page.text
+    assert "not finished" not in page.text
+    assert summary(folder.run) == "mIoU 79.5 % (best 83.1 % at step 20)"
+
+
+def test_nothing_is_loaded_from_elsewhere(folder):
+    folder.finished([0.3, 0.8])
+    page = folder.page()
+    assert not page.all("script")
+    assert not page.all("link")
+    assert not page.all("iframe")
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data"):
+            target = attributes.get(name) or "#"
+            assert target.startswith(("#", "data:")), (tag, name, target)
+    assert "@import" not in page.source
+    assert not re.search(r"url\((?!#)", page.source)
+
+
+def test_headers_have_a_scope_and_nothing_comes_from_elsewhere(page):
+    assert {header["scope"] for header in page.all("th")} == {"col", "row"}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            target = attributes.get(name) or "#"
+            assert target.startswith(("#", "data:")), (tag, name, target)
+
+
+def test_training_loss_that_became_nan(folder):
+    rows = folder.training(9, lr=False)
+    rows[5]["train/loss"] = math.nan
+    folder.plant(rows)
+    page = folder.page()
+    assert "not finite, first at step 6" in page.text
+
+
+def test_last_figures_are_shown_and_first_ones_folded(folder):
+    folder.finished([0.3, 0.8])
+    for kind, steps in {"erf": [20], "predictions": [10, 15, 20]}.items():
+        (folder.path / kind).mkdir()
+        for step in steps:
+            Figure(figsize=(1, 1)).savefig(folder.path / kind / f"step_{step:07d}.png")
+    page = folder.page()
+    images = page.all("img")
+    assert [image["alt"] for image in images] == [
+        "Predictions at step 20",
+        "Predictions at step 10",
+        "Effective receptive field at step 20",
+    ]
+    assert all((image["src"] or "").startswith("data:image/png;base64,iVBOR") for image in images)
+    assert page.text.count("How it began") == 1
+    opened = [index for index, (tag, _) in enumerate(page.tags) if tag == "details"]
+    placed = [index for index, (tag, _) in enumerate(page.tags) if tag == "img"]
+    assert placed[0] < opened[0] < placed[1]
+    assert all("open" not in attributes for attributes in page.all("details"))
+
+
+def test_departures_from_the_recipe(folder):
+    folder.finished([0.6])
+    config = folder.config
+    config["model"] |= {"lr": 0.003, "weight_decay": 0.01}
+    folder.config = config
+    page = folder.page()
+    assert "The paper does not have the data set <script>alert(1)</script>" in page.text
+    assert page.row("model.lr") == ["6e-05", "0.003", "reference,", "local_configs/segformer"]
+    assert page.rows_of("model.weight_decay") == []
+    assert "The reference trains unseeded" in page.text
+    summaries = [n for n, (tag, _) in enumerate(page.tags) if tag == "summary"]
+    assert page.text.index("What no setting changes") < page.text.index("trains unseeded")
+    assert len(summaries) == 2  # the remarks, the configuration
+
+
+def test_without_configuration_there_is_nothing_to_compare(folder):
+    folder.finished([0.6])
+    (folder.path / "config.yaml").unlink()
+    assert "recipe" not in folder.page().text
+
+
+@pytest.mark.parametrize("loss", [None, {"class_path": "segformer_pl.losses.CrossEntropy"}])
+def test_loss_of_the_paper_needs_no_name(folder, loss):
+    folder.plant(folder.training(7))
+    config = folder.config
+    config["model"]["loss"] = loss
+    folder.config = config
+    page = folder.page()
+    assert "CrossEntropy, the loss that is trained" in page.text
+    assert "train:" not in page.text
+
+
+def test_resumptions_are_marked_and_their_changes_listed(folder):
+    folder.finished([0.3, 0.8])
+    config = folder.config
+    config["trainer"]["max_steps"] = 90
+    config["ckpt_path"] = "last.ckpt"
+    for step in (8, 15):
+        resumed = folder.path / f"config_resumed_at_step_{step:07d}.yaml"
+        resumed.write_text(yaml.safe_dump(config))
+    page = folder.page()
+    assert page.text.count("dotted: resumed at 8, 15") == 2
+    assert page.row("8") == ["trainer.max_steps", "20", "90"]
+    assert page.row("15") == ["no", "setting", "changed"]
+    assert "steps trained 20 of 90: not finished" in page.text
+
+
+def test_changes_of_callbacks_are_single_settings(folder):
+    folder.finished([0.3])
+    config = folder.config
+
+    def callback(name, **arguments):
+        return {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": arguments}
+
+    ema = {"device": None, "decay": 0.99, "note": "x" * 500}
+    config["trainer"]["callbacks"] = [callback("EMAWeightAveraging", **ema)]
+    folder.config = config
+    config["trainer"]["callbacks"] = [
+        callback("LearningRateMonitor", logging_interval=None, log_momentum=False),
+        callback("EMAWeightAveraging", **ema | {"decay": 0.9, "note": "y" * 500}),
+    ]
+    (folder.path / "config_resumed_at_step_0000008.yaml").write_text(yaml.safe_dump(config))
+    changes = folder.run.resumptions[0].changes
+    assert list(changes) == [
+        "trainer.callbacks.EMAWeightAveraging.decay",
+        "trainer.callbacks.EMAWeightAveraging.note",
+        "trainer.callbacks.LearningRateMonitor",
+    ]
+    page = folder.page()
+    assert "EMAWeightAveraging.decay 0.99 0.9" in page.text
+    assert "x" * 50 not in page.text.split("config.yaml")[0]
+
+
+def test_what_was_said_at_the_start_stands_in_the_report(folder):
+    folder.finished([0.3])
+    (folder.path / "findings.json").write_text('["warm-up is <b>long</b>"]')
+    assert "Said when training started: warm-up is <b>long</b>." in folder.page().text
+
+
+def test_damaged_evaluation_is_named_and_the_rest_shown(folder):
+    folder.evaluated()
+    (folder.path / "evaluation" / "val_step_0000000.npz").write_bytes(b"PK cut short")
+    page = folder.page()
+    assert re.search(r"Left out .*val_step_0000000\.npz' is no evaluation .*damaged", page.text)
+    assert "mIoU 80.0 %" in page.text
+
+
+def test_damaged_configuration_is_named_and_the_rest_shown(folder):
+    folder.evaluated()
+    (folder.path / "config.yaml").write_text("a: [")
+    page = folder.page()
+    assert re.search(r"Left out .*config\.yaml' cannot be read as YAML", page.text)
+    assert "mIoU 80.0 %" in page.text
+
+
+def test_cell_that_is_no_number(folder):
+    folder.plant(folder.training(2, lr=False))
+    with (folder.path / "metrics.csv").open("a") as stream:
+        stream.write("0,2,oops\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv, line 4: expected numbers"):
+        write_report(folder.run)
+
+
+def test_missing_folder_and_missing_metrics(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run folder .*nowhere"):
+        write_report(Run(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.csv in .*CSVLogger"):
+        write_report(Run(tmp_path))

@@ -1,0 +1,51 @@
+"""Settings by dotted key, and in which of them configurations differ."""
+
+from segformer_pl.analysis.configuration import (
+    TrainingData,
+    changes,
+    differences,
+    leaves,
+    training_configuration,
+)
+
+
+def callback(name, **arguments):
+    return {"class_path": f"mine.{name}", "init_args": arguments}
+
+
+def test_callbacks_go_by_their_classes():
+    config = {"trainer": {"callbacks": [callback("Keep", k=1), callback("Keep", k=2), "no class"]}}
+    assert dict(leaves(config)) == {
+        "trainer.callbacks.Keep": "mine.Keep",
+        "trainer.callbacks.Keep.k": 1,
+        "trainer.callbacks.Keep.2": "mine.Keep",
+        "trainer.callbacks.Keep.2.k": 2,
+    }
+
+
+def test_places_are_no_changes_and_a_new_callback_is_one():
+    old = {"ckpt_path": None, "trainer": {"default_root_dir": "a", "logger": {"name": "a"}}}
+    new = {
+        "ckpt_path": "last.ckpt",
+        "trainer": {
+            "default_root_dir": "b",
+            "logger": {"name": "b"},
+            "callbacks": [callback("EMA", decay=0.9)],
+        },
+        "model": {"lr": 0.1},
+    }
+    assert changes(old, new) == {
+        "model.lr": (None, 0.1),
+        "trainer.callbacks.EMA": (None, "mine.EMA"),
+    }
+
+
+def test_the_protocol_of_another_run_takes_the_place_of_the_trainings():
+    part = {"seed_everything": 3, "model": {"lr": 0.1, "inference": None}, "data": {"path": "x"}}
+    data = TrainingData("shapes", 16, "contents")
+    own = training_configuration({0: part}, data)
+    other = training_configuration({0: part}, data, {"inference": "slide"})
+    assert differences([own, other]) == {"model.inference": [None, "slide"]}
+    assert (other.seed, other.data, other.data_path) == (3, data, "x")
+    assert part["model"]["inference"] is None
+    assert training_configuration({0: part | {"verbose": True}}, data) is None

@@ -1,0 +1,211 @@
+"""Weights of a network of the user's, of which nothing is known but the contract."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from segformer_pl.checkpoints import (
+    WeightsError,
+    export_weights,
+    load_network,
+    load_weights,
+    read_weights,
+)
+from segformer_pl.models import mit_b0
+from segformer_pl.models.segmenter import Segmenter
+
+NAMES = ["sky", "road", "car"]
+
+
+class Tiny(nn.Module, Segmenter):
+    """A stem with a BatchNorm, which is the encoder, and a classifier; a constant of its own."""
+
+    classifier_path = "predict.1"
+
+    def __init__(self, num_classes: int, width: int = 4, slope: float = 0.1) -> None:
+        super().__init__()
+        self.in_channels, self.num_classes, self.slope = 3, num_classes, slope
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 4, 1), nn.BatchNorm2d(width))
+        self.predict = nn.Sequential(nn.Dropout(), nn.Conv2d(width, num_classes, 1))
+
+    def forward(self, images):
+        return self.predict(self.feature_maps(images)["stem"])
+
+    def feature_maps(self, images):
+        return {"stem": nn.functional.leaky_relu(self.stem(images), self.slope)}
+
+    def init_args(self):
+        return {"num_classes": self.num_classes, "width": self.predict[1].in_channels}
+
+    def layer_ids(self):
+        return {name: 0 for name, _ in self.named_parameters() if name.startswith("stem.")}
+
+    def weight_constants(self):
+        return {"slope": self.slope}
+
+    def set_weight_constants(self, constants):
+        super().set_weight_constants({k: v for k, v in constants.items() if k != "slope"})
+        self.slope = constants.get("slope", self.slope)
+
+
+class Headless(Tiny):
+    """States neither an encoder nor a classifier."""
+
+    classifier_path = None
+
+    def layer_ids(self):
+        return {}
+
+
+@pytest.fixture
+def source(randomize):
+    return randomize(Tiny(3, slope=0.25)).float().eval()
+
+
+def image():
+    return torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
+
+
+def refuse(network, source, **arguments):
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    constants = network.weight_constants()
+    with pytest.raises(WeightsError) as error:
+        load_weights(network, source, **arguments)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert network.weight_constants() == constants
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("wrapper", ["", "network.", "module.", "model.", "network.module."])
+def test_its_own_state_dict_is_loaded_whatever_wraps_it(source, wrapper):
+    network = Tiny(3)
+    state = {f"{wrapper}{name}": tensor for name, tensor in source.state_dict().items()}
+    report = load_weights(network, state)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+    assert report.num_tensors == len(state)
+    assert report.layout == "names of the model"
+    assert "slope 0.1: the model's own, the source does not say" in str(report)
+    stray = state | {"step": torch.zeros(())}
+    assert "holds 1 tensors that the model has no place for (step)" in refuse(Tiny(3), stray)
+
+
+def test_what_does_not_fit_is_refused(source):
+    state = source.state_dict()
+    gap = {name: tensor for name, tensor in state.items() if name != "stem.1.running_var"}
+    assert "lacks 1 tensors of the model (stem.1.running_var)" in refuse(Tiny(3), gap)
+    assert "has stem.0.weight as 4x3x3x3, the model as 5x3x3x3, and" in refuse(Tiny(3, 5), state)
+    state["stem.0.bias"][0] = torch.nan
+    assert "nan or infinity in 1 value of stem.0.bias" in refuse(Tiny(3), state)
+    message = refuse(Tiny(3), mit_b0().state_dict())
+    assert "holds no tensor of a Tiny (stem.0.weight, stem.0.bias" in message
+    assert "backbone" in refuse(Tiny(3), {"backbone.patch_embed1.proj.weight": torch.zeros(2)})
+
+
+def test_classes_are_reordered_and_initialised_again(source):
+    content = {"state_dict": source.state_dict(), "hyper_parameters": {"class_names": NAMES}}
+    network = Tiny(3).eval()
+    message = refuse(network, content, class_names=["car", "sky", "road"])
+    assert "--model.match_classes by_name, which reorders the classifier" in message
+    names = ["car", "tree", "sky"]
+    report = load_weights(network, content, class_names=names, match_classes="by_name")
+    weights = (source.predict[1].weight, network.predict[1].weight)
+    assert torch.equal(weights[1][[0, 2]], weights[0][[2, 0]])
+    assert "1 classes that the source does not have: tree" in str(report)
+    report = load_weights(Tiny(5), content)
+    assert set(report.reinitialized) == {"predict.1.weight", "predict.1.bias"}
+
+
+def test_a_classifier_that_is_not_stated_is_not_reordered(source):
+    content = {"state_dict": source.state_dict(), "hyper_parameters": {"class_names": NAMES}}
+    message = refuse(Headless(3), content, class_names=["car", "sky", "road"])
+    assert "its classifier cannot be reordered" in message
+    report = load_weights(Headless(3), content, class_names=NAMES)
+    assert "classes: those of the data set, in the same order" in str(report)
+    load_weights(Headless(3), content, class_names=list("abc"), match_classes="by_index")
+    assert "has predict.1.weight as 3x4x1x1, the model as 5x4x1x1" in refuse(Headless(5), content)
+
+
+def test_the_encoder_alone_with_its_running_statistics(source):
+    network = Tiny(7)
+    before = network.predict[1].weight.clone()
+    report = load_weights(network, source.state_dict(), parts="encoder")
+    for name, tensor in source.stem.state_dict().items():
+        assert torch.equal(network.stem.state_dict()[name], tensor), name
+    assert torch.equal(network.predict[1].weight, before)
+    assert set(report.dropped) == {"predict.1.weight", "predict.1.bias"}
+    message = refuse(Headless(3), source.state_dict(), parts="encoder")
+    assert "a Headless has no encoder that could be loaded alone" in message
+
+
+def test_arguments_and_constants_of_the_training_are_compared(source):
+    spec = {"class_path": "mine.Tiny", "init_args": {"num_classes": 9, "width": 8, "slope": 0.5}}
+    content = {"state_dict": source.state_dict(), "hyper_parameters": {"network": spec}}
+    network = Tiny(3)
+    report = load_weights(network, content)
+    assert report.changed == ("width is 4 here and 8 in the source",)
+    assert network.slope == 0.5
+    assert "slope 0.5: the arguments of the run that the source is of" in str(report)
+    content["weight_constants"] = {"slope": 0.75}
+    assert load_weights(network, content).constants == {"slope": 0.75}
+    content["weight_constants"] = {"curve": 0.75}
+    assert "was trained with curve 0.75, and a Tiny has no such constant" in refuse(
+        Tiny(3), content
+    )
+    for wrong in ([1.0], {"slope": "steep"}, {"slope": float("inf")}):
+        content["weight_constants"] = wrong
+        assert "it has to be numbers by name" in refuse(Tiny(3), content)
+
+
+@torch.no_grad()
+def test_the_native_layout_describes_any_network(source, tmp_path):
+    file = tmp_path / "w.safetensors"
+    assert export_weights(source, file, "native", {"class_names": NAMES}) == []
+    with safe_open(file, framework="pt") as content:
+        known = json.loads(content.metadata()["segformer_pl"])
+    assert known["task"]["network"] == source.spec()
+    assert known["weight_constants"] == {"slope": 0.25}
+    network, report = load_network(file)
+    assert type(network) is Tiny
+    assert network.slope == 0.25
+    assert "slope 0.25: stated in the source" in str(report)
+    assert torch.equal(network.eval()(image()), source(image()))
+    assert read_weights(file).task["class_names"] == NAMES
+    for layout, name in (("huggingface", "x"), ("smp", "x"), ("nvlabs", "x.pth")):
+        with pytest.raises(WeightsError, match="is that of SegFormer, and this is a Tiny; use nat"):
+            export_weights(source, tmp_path / name, layout)
+
+
+def test_a_description_that_is_no_plain_data_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tiny, "init_args", lambda self: {"act": nn.ReLU()})
+    with pytest.raises(WeightsError, match="is not described by plain data"):
+        export_weights(source, tmp_path / "w.safetensors", "native")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_description_of_another_number_of_classes_is_refused(source, tmp_path):
+    spec = source.spec() | {"init_args": {"num_classes": 4, "width": 4}}
+    content = {"state_dict": source.state_dict(), "hyper_parameters": {"network": spec}}
+    torch.save(content, tmp_path / "w.ckpt")
+    with pytest.raises(WeightsError, match=r"describes another network .*3 classes in the source"):
+        load_network(tmp_path / "w.ckpt")
+
+
+@torch.no_grad()
+def test_a_native_file_of_before_this_layout_still_loads(request):
+    """Its metadata state `norm_eps`, and networks by the names of `segformer_pl.models`."""
+    folder = request.config.rootpath / "tests" / "fixtures"
+    network, report = load_network(folder / "native_norm_eps.safetensors")
+    assert report.constants == {"norm_eps": 0.25, "conv_norm_eps": 0.125}
+    assert network.spec()["init_args"]["dropout"] == 0.2
+    images = torch.linspace(-1, 1, 3 * 32 * 64).view(1, 3, 32, 64)
+    expected = torch.from_numpy(np.load(folder / "native_norm_eps_logits.npy"))
+    torch.testing.assert_close(network.eval()(images), expected, rtol=1e-5, atol=1e-5)
+    facts = read_weights(folder / "native_norm_eps.safetensors").task
+    assert facts["class_names"] == NAMES
+    assert facts["image_mean"] == [0.1, 0.2, 0.3]

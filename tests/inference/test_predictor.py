@@ -1,0 +1,188 @@
+"""The ten-line way from a file of weights to a mask."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from segformer_pl.checkpoints import WeightsError, export_weights
+from segformer_pl.data import DataError
+from segformer_pl.errors import UserError
+from segformer_pl.inference import Inference, Predictor
+from segformer_pl.models import SegFormer, mit_b0
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
+
+NAMES = ["sky", "road", "car"]
+PALETTE = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
+@pytest.fixture
+def network(randomize):
+    encoder = MixTransformer((4, 4, 8, 8), (1, 1, 1, 1), (1, 1, 2, 2), sr_ratios=(4, 2, 2, 1))
+    network = randomize(SegFormer(encoder, 3, decoder_dim=8)).float().eval()
+    with torch.no_grad():  # no class is preferred, so that an image has several
+        network.head.classifier.bias -= network(torch.randn(1, 3, 64, 64)).mean((0, 2, 3))
+    return network
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+def expected(network, pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    with torch.no_grad():
+        logits = network((images - mean) / std)
+    logits = nn.functional.interpolate(logits, size=pixels.shape[:2], mode="bilinear")
+    return logits[0]
+
+
+def test_every_kind_of_image(network, pixels, tmp_path):
+    predictor = Predictor(network.train(), NAMES, PALETTE)
+    mask = predictor(pixels)
+    logits = expected(network, pixels)  # in evaluation mode by now
+    assert (mask.shape, mask.dtype) == ((40, 56), np.uint8)
+    assert (mask != logits.argmax(0).numpy()).mean() < 0.005  # rounding where classes are equal
+    assert len(np.unique(mask)) > 1
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter to the right for viewing
+    Image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "turned.png", exif=exif)
+    for same in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        image,
+        tmp_path / "turned.png",
+        Image.open(tmp_path / "turned.png"),
+        pixels[:, ::-1][:, ::-1],  # not contiguous in memory
+    ):
+        assert np.array_equal(predictor(same), mask)
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].repeat(2, 1, 1, 1) / 255
+    classes = predictor.predict_batch(batch)
+    assert (classes.shape, classes.dtype) == ((2, 40, 56), torch.int64)
+    assert np.array_equal(classes[1].numpy(), mask)
+    again, probabilities = predictor.probabilities(pixels)
+    assert np.array_equal(again, mask)
+    assert (probabilities.shape, probabilities.dtype) == ((3, 40, 56), np.float16)
+    assert np.abs(probabilities - logits.softmax(0).numpy()).max() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"cannot be a float32 array of shape \(4, 4, 3\)"),
+        (np.zeros((4, 4), np.uint8), r"cannot be a uint8 array of shape \(4, 4\)"),
+        (torch.zeros(1, 3, 4, 4), "cannot be a Tensor; give a file, an image of Pillow, or an"),
+        (Image.new("F", (4, 4)), "an image of mode F holds numbers without a known range"),
+        ("nowhere.png", "nowhere.png: it cannot be read"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_image_is_refused(network, image, sentence):
+    with pytest.raises((UserError, DataError), match=sentence):
+        Predictor(network, NAMES)(image)
+
+
+def test_the_protocol_is_used(network, pixels):
+    protocol = Inference(window=(32, 32), flip=True)
+    predictor = Predictor(network, NAMES, protocol=protocol)
+    sizes = []
+    network.register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape[2:]))
+    predictor(pixels)
+    assert set(sizes) == {(32, 32)}
+
+
+def test_outputs_that_are_no_numbers_make_no_mask(network, pixels):
+    network.head.classifier.weight.data.fill_(torch.inf)
+    for predict in (Predictor(network, NAMES), Predictor(network, NAMES).probabilities):
+        with pytest.raises(UserError, match="outputs hold nan or infinity, so there is no mask"):
+            predict(pixels)
+
+
+def test_facts_that_contradict_the_network_are_refused(network):
+    with pytest.raises(UserError, match="the network has 3 classes, but there are 2 class names"):
+        Predictor(network, NAMES[:2])
+    with pytest.raises(UserError, match=r"takes 3 channels, but its images are normalised with"):
+        Predictor(network, NAMES, normalization=Normalization((0.5,), (0.5,)))
+
+
+FACTS = {
+    "class_names": NAMES,
+    "palette": PALETTE,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4, 0.5, 0.6],
+}
+PROTOCOL = {
+    "class_path": "segformer_pl.inference.Inference",
+    "init_args": {"window": None, "scales": [1.0], "flip": True, "pad_to": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("native", "w.safetensors"), ("huggingface", "w"), ("run", "w.ckpt")]
+)
+def test_all_that_a_source_states_is_loaded(network, pixels, tmp_path, layout, name):
+    network.set_weight_constants({"norm_eps": 1e-5, "conv_norm_eps": 1e-5})
+    if layout == "run":
+        state = {f"network.{key}": value for key, value in network.state_dict().items()}
+        stated = FACTS | {"network": network.spec(), "inference": PROTOCOL}
+        constants = network.weight_constants()
+        content = {"state_dict": state, "hyper_parameters": stated, "weight_constants": constants}
+        torch.save(content, tmp_path / name)
+    else:
+        facts = FACTS | ({"inference": PROTOCOL} if layout == "native" else {})
+        export_weights(network, tmp_path / name, layout, facts)
+    predictor = Predictor.load(tmp_path / name)
+    assert predictor.class_names == NAMES
+    assert predictor.palette == PALETTE
+    assert predictor.normalization == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    if layout == "huggingface":
+        assert predictor.protocol == Inference()
+    else:
+        assert predictor.protocol == Inference(flip=True, pad_to=32, scales=[1.0])
+    here = Predictor(network, NAMES, PALETTE, predictor.normalization, predictor.protocol)
+    assert np.array_equal(predictor(pixels), here(pixels))
+
+
+def test_what_a_source_does_not_state_takes_a_default(tmp_path):
+    network = SegFormer(mit_b0(), 2, decoder_dim=8)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    predictor = Predictor.load(tmp_path / "w.pth")
+    assert predictor.class_names == ["class 0", "class 1"]
+    assert predictor.palette is None
+    assert predictor.normalization == Normalization()
+    assert predictor.protocol == Inference()
+    assert predictor.device == torch.device("cpu")
+    assert not predictor.network.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"class_names": ["sky"]}, "'.*w.ckpt': the network has 3 classes, but there are 1"),
+        ({"class_names": [1, 2, 3]}, "it has to be a list of texts"),
+        ({"inference": {"class_path": "os.system"}}, "inference protocol as .*os.system"),
+        ({"inference": {**PROTOCOL, "init_args": {"angle": 3}}}, "protocol that cannot be used"),
+        ({"inference": {**PROTOCOL, "init_args": {"scales": []}}}, "scales is empty"),
+    ],
+)
+def test_a_source_that_contradicts_itself(network, tmp_path, changes, sentence):
+    stated = FACTS | {"network": network.spec()} | changes
+    content = {"state_dict": network.state_dict(), "hyper_parameters": stated}
+    torch.save(content, tmp_path / "w.ckpt")
+    with pytest.raises(UserError, match=sentence) as error:
+        Predictor.load(tmp_path / "w.ckpt")
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_predicts_nothing(tmp_path):
+    torch.save(mit_b0().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="holds an encoder and no decode head, which predicts noth"):
+        Predictor.load(tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="there is no file or folder"):
+        Predictor.load(tmp_path / "nowhere.pth")

@@ -1,0 +1,141 @@
+"""What the contract promises of the package's own networks."""
+
+import pytest
+import torch
+from torch import nn
+
+from segformer_pl import models
+from segformer_pl.errors import UserError
+from segformer_pl.models import Encoder, MixTransformer, SegFormer, Segmenter
+
+TINY = {"embed_dims": (2, 4, 4, 8), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 1, 2)}
+VARIATIONS = [
+    {},
+    {"sr_ratios": (4, 2, 1, 1), "mlp_ratio": 2, "drop_path_rate": 0.3, "in_channels": 5},
+    {"kv_border": "keep", "norm_eps": 0.25, "conv_norm_eps": 0.5},
+    {"patch_sizes": (4, 2, 2, 2)},
+    {"patch_sizes": (8, 3, 2, 3), "strides": (8, 2, 1, 2), "paddings": (2, 1, 0, 1)},
+    {"pos_encoding": "learned", "image_size": 64},
+    {"pos_encoding": "none", "depths": (1, 1, 1, 1)},
+]
+
+
+def build(spec):
+    """A network from its specification, as a checkpoint stores it."""
+    arguments = {
+        key: build(value) if isinstance(value, dict) else value
+        for key, value in spec["init_args"].items()
+    }
+    return getattr(models, spec["class_path"].rsplit(".", 1)[1])(**arguments)
+
+
+@pytest.mark.parametrize("arguments", VARIATIONS, ids=str)
+def test_a_specification_builds_a_network_like_it(arguments):
+    encoder = MixTransformer(**TINY | arguments)
+    network = SegFormer(encoder, 3, decoder_dim=4, in_indices=(1, 3), dropout=0.4).eval()
+    again = build(network.spec())
+    assert again.init_args() == network.init_args()
+    stated = network.init_args()["encoder"]["init_args"]
+    for key, value in (TINY | arguments).items():
+        # Of the sizes that give the same position tables the smallest is stated.
+        assert stated[key] == (61 if key == "image_size" else value), key
+    again.load_state_dict(network.state_dict())
+    images = torch.randn(2, encoder.in_channels, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images), network(images))
+
+
+@pytest.mark.parametrize("arguments", VARIATIONS, ids=str)
+def test_sizes(arguments):
+    encoder = MixTransformer(**TINY | arguments).eval()
+    for height, width in ((64, 64), (70, 101), (97, 64)):
+        with torch.no_grad():
+            features = encoder(torch.zeros(1, encoder.in_channels, height, width))
+        sizes = encoder.out_sizes(height, width)
+        assert [tuple(feature.shape[2:]) for feature in features] == sizes
+
+
+@pytest.mark.parametrize("arguments", VARIATIONS, ids=str)
+def test_the_smallest_image(arguments):
+    network = SegFormer(MixTransformer(**TINY | arguments), 2, decoder_dim=4).eval()
+    side = network.min_size
+    with torch.no_grad():
+        network(torch.zeros(1, network.in_channels, side, side))
+        if side > 1:
+            with pytest.raises((ValueError, RuntimeError)):
+                network(torch.zeros(1, network.in_channels, side - 1, side))
+
+
+def test_the_smallest_image_of_the_paper():
+    with torch.device("meta"):
+        assert models.segformer_b0(2).min_size == 29
+
+
+def test_parts_hold_every_parameter_once():
+    network = SegFormer(MixTransformer(**TINY), 2, decoder_dim=4)
+    inside = [
+        parameter
+        for path in network.parts().values()
+        for parameter in network.get_submodule(path).parameters()
+    ]
+    assert [id(p) for p in inside] == [id(p) for p in network.parameters()]
+
+
+def test_constants_of_weights():
+    network = SegFormer(MixTransformer(**TINY), 2, decoder_dim=4)
+    assert network.weight_constants() == {"norm_eps": 1e-6, "conv_norm_eps": 1e-5}
+    network.set_weight_constants({"conv_norm_eps": 0.5})
+    assert network.weight_constants() == {"norm_eps": 1e-6, "conv_norm_eps": 0.5}
+    assert {m.eps for m in network.encoder.modules() if isinstance(m, nn.LayerNorm)} == {1e-6, 0.5}
+    with pytest.raises(UserError, match="the weights state tau, which MixTransformer does not"):
+        network.set_weight_constants({"tau": 1.0, "norm_eps": 0.5})
+    assert network.weight_constants()["norm_eps"] == 1e-6
+
+
+class Plain(Encoder):
+    """An encoder that says only what it has to."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels, self.out_channels, self.out_strides = 3, (2, 4), (4, 8)
+        self.fine, self.coarse = nn.Conv2d(3, 2, 4, 4), nn.Conv2d(2, 4, 3, 2, 1)
+
+    def forward(self, images):
+        fine = self.fine(images)
+        return [fine, self.coarse(fine)]
+
+    def init_args(self):
+        return {}
+
+
+def test_segformer_takes_an_encoder_that_is_no_transformer():
+    network = SegFormer(Plain(), 5, decoder_dim=4, in_indices=(0, 1))
+    assert network(torch.zeros(2, 3, 20, 32)).shape == (2, 5, 5, 8)
+    assert network.encoder.out_sizes(20, 32) == [(5, 8), (3, 4)]
+    assert list(network.feature_maps(torch.zeros(1, 3, 32, 32))) == ["stage1", "stage2", "head"]
+    assert network.parts() == {"fine": "encoder.fine", "coarse": "encoder.coarse", "head": "head"}
+    assert set(network.layer_ids().values()) == {0}
+    assert len(network.layer_ids()) == 4
+    assert network.no_weight_decay() == set()
+    assert network.weight_constants() == {}
+    assert network.paper_macs(64, 64) is None
+    assert network.min_size == 1
+    assert network.spec() == {
+        "class_path": "segformer_pl.models.segformer.SegFormer",
+        "init_args": {
+            "encoder": {"class_path": f"{__name__}.Plain", "init_args": {}},
+            "num_classes": 5,
+            "decoder_dim": 4,
+            "in_indices": (0, 1),
+            "dropout": 0.1,
+        },
+    }
+
+
+def test_a_network_that_lacks_a_method_is_not_built():
+    class Half(Segmenter):
+        def forward(self, images):
+            return images
+
+    with pytest.raises(TypeError, match="feature_maps"):
+        Half()
