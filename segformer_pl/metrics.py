@@ -41,8 +41,13 @@ def mean_present(values: Array) -> Array:
     return ratio(_nansum(values), (values == values).sum(-1))
 
 
+def class_union(counts: Array) -> Array:
+    """Pixels that are labelled or predicted as a class, P + L - I: (..., 3) -> (...)."""
+    return counts[..., TARGET] + counts[..., PRED] - counts[..., INTERSECTION]
+
+
 def class_iou(counts: Array) -> Array:
-    """Intersection over union, I / (P + L - I).
+    """Intersection over union.
 
     Args:
         counts: (..., 3) pixels of intersection, target and prediction.
@@ -50,8 +55,7 @@ def class_iou(counts: Array) -> Array:
     Returns:
         (...), nan where a class is neither labelled nor predicted.
     """
-    intersection = counts[..., INTERSECTION]
-    return ratio(intersection, counts[..., TARGET] + counts[..., PRED] - intersection)
+    return ratio(counts[..., INTERSECTION], class_union(counts))
 
 
 def class_accuracy(counts: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from segformer_pl.analysis.evaluation import Evaluation
-from segformer_pl.metrics import INTERSECTION, PRED, TARGET, mean_present, ratio
+from segformer_pl.metrics import INTERSECTION, TARGET, class_union, mean_present, ratio
 
 NUM_RESAMPLES = 10_000
 ALPHA = 0.05  # level of the tests; intervals hold the rest, 95 %
@@ -269,9 +269,7 @@ def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -
 def _overlaps(evaluation: Evaluation) -> Floats:
     """(N, C, 2) intersection and union; doubles hold these whole numbers exactly."""
     counts = evaluation.counts.astype(np.float64)
-    intersection = counts[..., INTERSECTION]
-    union = counts[..., TARGET] + counts[..., PRED] - intersection
-    return np.stack([intersection, union], axis=-1)
+    return np.stack([counts[..., INTERSECTION], class_union(counts)], axis=-1)
 
 
 def _blocks(overlaps: Floats, block_size: int) -> Floats:
