@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom without a display, and are committed with light outputs."""
+"""Notebooks run from top to bottom without a display, and are committed with small outputs."""
 
 import re
 from pathlib import Path
@@ -18,11 +18,11 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_outputs_are_light_and_say_nothing_of_the_machine(file):
+def test_outputs_are_small_and_hold_no_path_of_a_machine(file):
     nbformat = pytest.importorskip("nbformat")
     text = file.read_text()
     assert len(text) < 450_000
-    assert not re.search(r"/(home|root|Users|tmp)/|site-packages", text)  # a path of a machine
+    assert not re.search(r"/(home|root|Users|tmp)/|site-packages", text)
     notebook = nbformat.reads(text, 4)
     nbformat.validate(notebook)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -36,7 +36,7 @@ def test_outputs_are_light_and_say_nothing_of_the_machine(file):
 def test_runs_from_top_to_bottom(file, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    # The kernel is a process of its own, which must take this very package.
+    # The kernel is a process of its own and must import this package.
     monkeypatch.setenv("PYTHONPATH", str(file.parents[1]))
     notebook = nbformat.read(file, 4)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
@@ -49,5 +49,5 @@ def test_runs_from_top_to_bottom(file, monkeypatch):
     text = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    assert "random weights; 2 pictures of shapes, 64x64 pixels" in text
-    assert "Along the border of the pictures (64x64 px) the field is" in text
+    assert "random weights; 2 images of shapes, 64x64 pixels" in text
+    assert "Along the border of the images (64x64 px) the gradient is" in text
