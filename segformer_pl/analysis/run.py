@@ -398,8 +398,8 @@ def num_steps_trained(columns: dict[str, Series]) -> int:
     trained = [
         int(series.step[-1])
         for name, series in columns.items()
-        # A validation pass of its own is logged as the first step.
-        if name.startswith(("train/", "lr-")) or (name == "val/miou" and series.step[-1] > 1)
+        # A validation of its own leaves one row, which has the step of its checkpoint.
+        if name.startswith(("train/", "lr-")) or (name == "val/miou" and len(series.step) > 1)
     ]
     return max(trained, default=0)
 

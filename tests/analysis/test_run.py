@@ -56,6 +56,14 @@ def test_repeated_steps_and_a_row_cut_short(tmp_path):
     assert Run(tmp_path).num_steps == 5
 
 
+def test_a_validation_of_a_checkpoint_is_no_training(tmp_path):
+    write(tmp_path, "metrics.csv", "step,val/miou\n1599,0.5\n")
+    assert Run(tmp_path).metrics["val/miou"].step.tolist() == [1600]
+    assert Run(tmp_path).num_steps == 0
+    write(tmp_path, "metrics.csv", "step,val/miou\n799,0.4\n1599,0.5\n")
+    assert Run(tmp_path).num_steps == 1600
+
+
 @pytest.mark.parametrize("line", ["0,2,oops", "0,two,1.0"])
 def test_cell_that_is_no_number(tmp_path, line):
     write(tmp_path, "metrics.csv", f"epoch,step,train/loss\n0,0,1.5\n0,1,1.0\n{line}\n")

@@ -148,8 +148,7 @@ def _last_evaluation(run: Run, split: str, logged_step: int | None) -> Evaluatio
 
     Args:
         logged_step: Of a validation in training, whose evaluation is one of the same step. None for
-            a pass of its own: Lightning logs it as if it were of step 0, and only the evaluation
-            tells the step.
+            a validation or test of its own, which leaves one evaluation.
     """
     stored = [one for one in run.evaluations if one.split == split]
     if logged_step is not None:
