@@ -10,7 +10,6 @@ from segformer_pl.cli.doctor import doctor
 from segformer_pl.cli.exits import exits
 from segformer_pl.cli.training import SegformerCLI, resolve
 from segformer_pl.commands import COMMANDS
-from segformer_pl.commands.parser import current_spelling
 from segformer_pl.commands.recipe import recipe
 
 __all__ = ["SegformerCLI", "main", "resolve"]
@@ -28,7 +27,7 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
     command, options = (arguments[0], arguments[1:]) if run and arguments else ("", [])
     with exits():
         if command in COMMANDS:
-            COMMANDS[command](current_spelling(options))
+            COMMANDS[command](options)
         elif command == "doctor":
             doctor(options)
         elif command == "recipe":

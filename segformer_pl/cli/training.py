@@ -34,7 +34,7 @@ from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 from segformer_pl.cli.resumption import check_settings
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.parser import PROG, RunArgumentParser
 from segformer_pl.commands.run_folder import (
     DEFAULT_LOGGER,
     find_continuation,
@@ -76,7 +76,7 @@ class SegformerCLI(SettingsWinCLI):
         super().__init__(
             SegmentationTask,
             StreamingSegmentationData,
-            parser_class=SegformerArgumentParser,
+            parser_class=RunArgumentParser,
             parser_kwargs={
                 "prog": PROG,
                 "description": "Train, score and use segmentation networks. Other commands, each "

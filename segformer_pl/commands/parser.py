@@ -3,7 +3,7 @@
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -75,8 +75,11 @@ def find_segmenter(name: str) -> Callable[..., Segmenter]:
     return build
 
 
-class SegformerArgumentParser(LightningArgumentParser):
-    """Says what is wrong in one sentence, and lets links reach into a function's arguments."""
+class RunArgumentParser(LightningArgumentParser):
+    """The parser of ``fit``, ``validate``, ``test`` and ``doctor``.
+
+    It says what is wrong in one sentence, and lets links reach into a function's arguments.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations, --trainer.max_step would pass for trainer.max_steps.
@@ -96,3 +99,13 @@ class SegformerArgumentParser(LightningArgumentParser):
         self, *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
     ) -> list[str]:
         return super().add_function_arguments(*args, **kwargs)
+
+
+class SegformerArgumentParser(RunArgumentParser):
+    """The parser of the project's own commands, which accepts the old spellings of options too."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
+    ) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        return super().parse_args(current_spelling(given), *others, **kwargs)

@@ -100,7 +100,7 @@ def test_two_run_folders(run, runs):
     assert all(row.endswith(" 40") for row in rows)
     said = " ".join(text.split())
     assert "is better:" not in said
-    assert "give --block-size; otherwise intervals are too narrow" in said
+    assert "give --block_size; otherwise intervals are too narrow" in said
 
 
 def test_json_holds_fractions(run, runs):
@@ -116,12 +116,12 @@ def test_json_holds_fractions(run, runs):
 
 def test_files_and_blocks(run, runs):
     files = [next(folder.glob("evaluation/*.npz")) for folder in runs]
-    text = run(*files, "--block-size", 4)
+    text = run(*files, "--block_size", 4)
     assert "40 images in 10 blocks of 4" in text
     said = " ".join(text.split())
     assert "There are only 10 blocks, so that every interval and p is rough." in said
     assert "Blocks of neighbouring images are taken for independent" in said
-    assert json.loads(run(*files, "--block-size", 4, "--json"))["num_blocks"] == 10
+    assert json.loads(run(*files, "--block_size", 4, "--json"))["num_blocks"] == 10
 
 
 def test_run_with_itself(run, runs):
@@ -173,7 +173,7 @@ def test_runs_that_cannot_be_compared(runs, tmp_path, changes, message):
     ("arguments", "message"),
     [
         ([], "runs"),
-        (["--block-size", "0"], "block"),
+        (["--block_size", "0"], "block"),
         (["--blocks", "2"], "unrecognized arguments: --blocks"),
     ],
 )
@@ -387,7 +387,7 @@ def test_runs_are_grouped_by_configuration(run, study):
     assert "Every run of B scores higher than every run of A." in " ".join(text.split())
     assert "better." in text.split("\n\n")[1]  # in what it does not say, and nowhere else
     assert text.count("better") == 1
-    assert "in blocks of 4" in run(*study.values(), "--block-size", 4)
+    assert "in blocks of 4" in run(*study.values(), "--block_size", 4)
 
 
 def test_groups_that_overlap_or_have_one_run(run, study, tmp_path):
@@ -438,7 +438,7 @@ def test_one_seed_twice_and_unknown_configurations_are_refused(study, tmp_path):
 
 def test_groups_over_one_block_are_refused(study):
     with pytest.raises(ValueError, match="40 images in blocks of 40 make one block"):
-        compare([*map(str, study.values()), "--block-size", "40"])
+        compare([*map(str, study.values()), "--block_size", "40"])
 
 
 def test_one_run_is_nothing_to_compare(runs):

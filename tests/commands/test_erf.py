@@ -194,7 +194,7 @@ def test_a_data_set_without_a_place_asks_for_this_commands_own_argument(tmp_path
     with pytest.raises(SystemExit) as exit_:
         main(["erf", "--model", "segformer_b0", "--data", "camvid", "--output", str(tmp_path)])
     assert "give --data.path with a folder" in exit_.value.code
-    assert "data.path" not in exit_.value.code
+    assert "--path" not in exit_.value.code
 
 
 @pytest.mark.slow
