@@ -18,6 +18,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segformer_pl.errors import UserError
 from segformer_pl.upsampling import SeparableMap, bands, bilinear_matrix
 
 Average = Literal["all", "valid"]
@@ -37,7 +38,7 @@ class CrossEntropy(nn.Module):
         label_smoothing: Share of the target that is spread over all classes (Szegedy et al. 2016).
 
     Raises:
-        ValueError: a class weight is negative, nan or infinite, or all of them are 0.
+        UserError: A class weight is negative, nan or infinite, or all of them are 0.
     """
 
     class_weights: Tensor | None
@@ -60,7 +61,7 @@ class CrossEntropy(nn.Module):
         """See the module's docstring.
 
         Raises:
-            ValueError: there is not one class weight for every class.
+            UserError: There is not one class weight for every class.
         """
         valid = labels != ignore_index
         if self.average == "all":
@@ -183,13 +184,13 @@ class WeightedSum(nn.Module):
         weights: One factor for each.
 
     Raises:
-        ValueError: there are not as many weights as losses.
+        UserError: There are not as many weights as losses.
     """
 
     def __init__(self, losses: list[nn.Module], weights: list[float]) -> None:
         super().__init__()
         if len(losses) != len(weights):
-            raise ValueError(
+            raise UserError(
                 f"{len(losses)} losses but {len(weights)} weights; give one weight for each loss"
             )
         self.losses = nn.ModuleList(losses)
@@ -246,7 +247,7 @@ def weighted_cross_entropy(
         label_smoothing: Share of the target that is spread over all classes.
 
     Raises:
-        ValueError: there is not one class weight for every class.
+        UserError: There is not one class weight for every class.
     """
     if class_weights is not None:
         _check_weights(class_weights, logits)
@@ -331,12 +332,12 @@ def _log_sum_exp(band: Tensor, probabilities: Tensor) -> Tensor:
 def _check_values(class_weights: Sequence[float]) -> None:
     bad = [weight for weight in class_weights if not (math.isfinite(weight) and weight >= 0)]
     if bad:
-        raise ValueError(
+        raise UserError(
             f"class_weights: {bad[0]} at train id {list(class_weights).index(bad[0])} is no "
             "weight; give finite numbers of at least 0"
         )
     if not any(class_weights):
-        raise ValueError(
+        raise UserError(
             "class_weights are all 0, so that nothing would be learnt; give at least one class a "
             "weight above 0"
         )
@@ -344,7 +345,7 @@ def _check_values(class_weights: Sequence[float]) -> None:
 
 def _check_weights(class_weights: Tensor, logits: Tensor) -> None:
     if len(class_weights) != logits.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"there are {len(class_weights)} class weights but {logits.shape[1]} classes; give one "
             "for each class, in the order of the train ids"
         )

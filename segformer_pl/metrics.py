@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, SumMetric
 
+from segformer_pl.errors import UserError
+
 NUM_BINS = 15  # of the calibration, as in Guo et al. 2017
 BOUNDARY_RATIO = 0.02  # width of the boundary bands over the image's diagonal, Cheng et al. 2021
 INTERSECTION, TARGET, PRED = range(3)  # last axis of the counts of a class
@@ -116,14 +118,14 @@ def as_classes(
         ``(pred, target)``, (B, H, W) int32 each.
 
     Raises:
-        ValueError: A target or a prediction is not a train id.
+        UserError: A target or a prediction is not a train id.
     """
     ignored = target == ignore_index
     classes = []
     for what, ids in (("label", target.masked_fill(ignored, 0)), ("prediction", pred)):
         low, high = (extreme.item() for extreme in ids.aminmax())
         if low < 0 or high >= num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{what} {low if low < 0 else high} is not a train id: there are {num_classes} "
                 f"classes, 0 to {num_classes - 1}, and the ignored label {ignore_index}"
             )
@@ -310,7 +312,7 @@ class SegmentationMetrics(nn.Module):
             loss: (B, H, W) loss of every pixel, 0 where ignored.
 
         Raises:
-            ValueError: A target or a prediction is not a train id.
+            UserError: A target or a prediction is not a train id.
         """
         classes = as_classes(pred, target, self.num_classes, self.ignore_index)
         matrices = confusion_matrices(*classes, self.num_classes)

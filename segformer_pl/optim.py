@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
+from segformer_pl.errors import UserError
+
 WARMUP_RATIO = 1e-6  # of the base rate, at step 0
 
 Schedule = Literal["paper", "mmseg1"]
@@ -53,24 +55,24 @@ def parameter_groups(
     state is stored.
 
     Raises:
-        ValueError: ``layer_decay`` is not in (0, 1], the network has fewer than two layers for it,
+        UserError: ``layer_decay`` is not in (0, 1], the network has fewer than two layers for it,
             or its hints name parameters that it does not have.
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(
+        raise UserError(
             f"layer_decay={layer_decay}: give a factor above 0 and at most 1; 1 is no decay"
         )
     kind = type(network).__name__
     parameters = dict(network.named_parameters())
     layers, undecayed = network.layer_ids(), network.no_weight_decay()
     if unknown := sorted((layers.keys() | undecayed) - parameters.keys()):
-        raise ValueError(
+        raise UserError(
             f"{kind} has no parameter {unknown[0]!r}, which its layer_ids() or no_weight_decay() "
             "names; correct them"
         )
     num_layers = max(layers.values(), default=-1) + 1
     if layer_decay < 1 and num_layers < 2:
-        raise ValueError(
+        raise UserError(
             f"layer_decay={layer_decay} is for encoders of several layers, and {kind} tells of "
             f"{num_layers}: leave it at 1"
         )
@@ -109,10 +111,10 @@ def poly_factor(
     then decays over the steps that are left, to exactly 0 in the last one.
 
     Raises:
-        ValueError: there is no such schedule.
+        UserError: There is no such schedule.
     """
     if schedule not in get_args(Schedule):
-        raise ValueError(f"schedule={schedule!r}: choose one of {', '.join(get_args(Schedule))}")
+        raise UserError(f"schedule={schedule!r}: choose one of {', '.join(get_args(Schedule))}")
     warming = step < warmup_steps
     if schedule == "paper":
         factor = (1 - min(step / max_steps, 1)) ** power

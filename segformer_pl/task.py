@@ -118,12 +118,12 @@ class SegmentationTask(pl.LightningModule):
     ) -> None:
         super().__init__()
         if weights is not None and encoder_weights is not None:
-            raise ValueError(
+            raise UserError(
                 "weights and encoder_weights are both given, and the first hold an encoder too; "
                 "give one of them"
             )
         if match_classes != "exact" and weights is None:
-            raise ValueError(
+            raise UserError(
                 f"model.match_classes is {match_classes}, but there are no model.weights whose "
                 "classes could be matched; leave it out"
             )
@@ -135,7 +135,7 @@ class SegmentationTask(pl.LightningModule):
             "poly_power": poly_power,
         }.items():
             if value < 0:
-                raise ValueError(f"model.{name} is {value}; give a number of at least 0")
+                raise UserError(f"model.{name} is {value}; give a number of at least 0")
         if loss is not None:
             _check_loss(loss)
             if not network.takes_criterion:
@@ -254,7 +254,7 @@ class SegmentationTask(pl.LightningModule):
         metrics.reset()
         iou, num_labelled = values.pop("iou"), values.pop("num_labelled")
         if not num_labelled and not self.trainer.sanity_checking:
-            raise ValueError(
+            raise UserError(
                 f"not one pixel of the {split} images carries a label, so there is nothing to "
                 "score; check labels.ignored of the data set and the label files"
             )
@@ -264,7 +264,7 @@ class SegmentationTask(pl.LightningModule):
                 f"{values['loss'].item():g}), so their scores mean nothing"
             )
             if self.trainer.state.fn != TrainerFn.FITTING:
-                raise ValueError(
+                raise UserError(
                     f"{sentence}; give other weights, or --trainer.precision 32-true if this was "
                     "in 16 bits"
                 )
@@ -292,7 +292,7 @@ class SegmentationTask(pl.LightningModule):
         """Set a network like this task's to the ``weights`` or ``encoder_weights``.
 
         Raises:
-            WeightsError: they cannot be read, do not fit, or mean other classes or images.
+            UserError: They cannot be read, do not fit, or mean other classes or images.
         """
         source = self.encoder_weights if self.weights is None else self.weights
         assert source is not None
@@ -318,14 +318,14 @@ class SegmentationTask(pl.LightningModule):
         if self._weights_are_set:
             return
         if self.weights is None and not is_training:
-            raise ValueError(
+            raise UserError(
                 "model.encoder_weights leaves the head untrained, and its scores would mean "
                 "nothing; give --ckpt_path or --model.weights, or train it with `fit` first"
             )
         report = self.read_weights(self.network)
         self._check_labels(report)
         if report.changed and not is_training:
-            raise ValueError(
+            raise UserError(
                 f"model.weights: {report.changed[0]}, so that this is not the network that was "
                 "trained; build that one, or train this one with `fit` first"
             )
@@ -333,7 +333,7 @@ class SegmentationTask(pl.LightningModule):
             rank_zero_warn(f"{report.source}: {difference}; what is here is used")
         if report.reinitialized and not is_training:
             reason = next(iter(report.reinitialized.values()))
-            raise ValueError(
+            raise UserError(
                 f"model.weights: the classifier would be drawn anew ({reason}), and its scores "
                 "would mean nothing; train it with `fit` first"
             )
@@ -434,7 +434,7 @@ class SegmentationTask(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         max_steps = self.trainer.max_steps
         if max_steps < 1:
-            raise ValueError(
+            raise UserError(
                 "trainer.max_steps is not set, and the learning-rate schedule is counted in steps; "
                 "give --trainer.max_steps N"
             )
@@ -450,12 +450,12 @@ class SegmentationTask(pl.LightningModule):
 
 def _check_loss(loss: nn.Module) -> None:
     """Raises:
-    ValueError: it cannot be called as the task does, as torch's own losses cannot.
+    UserError: It cannot be called as the task does, as torch's own losses cannot.
     """
     try:
         inspect.signature(loss.forward).bind(None, None, None)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"model.loss: {type(loss).__name__} cannot be called as loss(logits, labels, "
             "ignore_index) with logits at the network's stride; take one of segformer_pl.losses, "
             "or wrap it"

@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 
 from segformer_pl.cli import main
-from segformer_pl.data import DataError, StreamingSegmentationData, shapes
+from segformer_pl.data import StreamingSegmentationData, shapes
 from segformer_pl.doctor import examine
+from segformer_pl.errors import UserError
 from segformer_pl.models import MixTransformer, SegFormer
 from segformer_pl.task import SegmentationTask
 
@@ -368,7 +369,7 @@ def test_skipping_is_advised_where_it_helps(visit, healthy, monkeypatch):
     """Not for a network that is down."""
 
     def failing(self, group):
-        raise DataError("the shard could not be read for 600 s")
+        raise UserError("the shard could not be read for 600 s")
 
     healthy["train"][3]["label"] = {"bytes": b"no image", "path": None}
     (finding,) = [one for one in visit(healthy).findings if one.check == "samples"]

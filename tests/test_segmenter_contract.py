@@ -182,7 +182,7 @@ def test_profile_refuses_what_is_no_segmenter():
 @pytest.mark.slow
 def test_erf(tmp_path, capsys, checkpoint, monkeypatch):
     monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "DPI", 30)
-    arguments = ["--num-images", "2", "--device", "cpu", "--output", str(tmp_path / "erf")]
+    arguments = ["--num_images", "2", "--device", "cpu", "--output", str(tmp_path / "erf")]
     main(["erf", "--ckpt", str(checkpoint), *arguments])
     assert "ToySegmenter" in capsys.readouterr().out
     known = json.loads((tmp_path / "erf" / "erf.json").read_text())

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from segformer_pl.analysis.evaluation import Evaluation
+from segformer_pl.errors import UserError
 from segformer_pl.metrics import INTERSECTION, TARGET, class_union, mean_present, ratio
 
 NUM_RESAMPLES = 10_000
@@ -131,7 +132,7 @@ def miou_interval(
         Low and high, fractions; nan if there are fewer than two blocks, or nothing is labelled.
 
     Raises:
-        ValueError: ``block_size`` is less than 1.
+        UserError: ``block_size`` is less than 1.
     """
     blocks = _blocks(_overlaps(evaluation), block_size)
     if len(blocks) < 2 or np.isnan(evaluation.miou):
@@ -163,7 +164,7 @@ def compare_evaluations(
         seed: Of draws and swaps.
 
     Raises:
-        ValueError: classes, pictures or labels differ, nothing is labelled, or there are fewer
+        UserError: Classes, pictures or labels differ, nothing is labelled, or there are fewer
             than two blocks; one sentence says which.
     """
     b = matched(a, b)
@@ -171,9 +172,9 @@ def compare_evaluations(
     overlaps_a, overlaps_b = _overlaps(a), _overlaps(b)
     blocks_a, blocks_b = _blocks(overlaps_a, block_size), _blocks(overlaps_b, block_size)
     if len(blocks_a) < 2:
-        raise ValueError(
+        raise UserError(
             f"{len(a.ids)} pictures in blocks of {block_size} make {len(blocks_a)} block, and two "
-            "are the least to draw from; give a smaller --block-size or more pictures"
+            "are the least to draw from; give a smaller --block_size or more pictures"
         )
     drawn = _bootstrap(np.concatenate([blocks_a, blocks_b], axis=1), num_resamples, seed)
     drawn_a, drawn_b = drawn[:, :num_classes], drawn[:, num_classes:]
@@ -216,7 +217,7 @@ def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -
         names: What messages call them.
 
     Raises:
-        ValueError: classes, their order, images or labels differ, or nothing is labelled; one
+        UserError: Classes, their order, images or labels differ, or nothing is labelled; one
             sentence says which.
     """
     if a.class_names != b.class_names:
@@ -224,14 +225,14 @@ def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -
         how = "in another order"
         if any(only):
             how = f"only {names[0]} has {_brief(only[0])}, only {names[1]} {_brief(only[1])}"
-        raise ValueError(
+        raise UserError(
             f"{names[0]} has {len(a.class_names)} classes and {names[1]} {len(b.class_names)}, "
             f"{how}; give runs on the same data set"
         )
     for name, evaluation in zip(names, (a, b)):
         if len(set(evaluation.ids)) < len(evaluation.ids):
             twice = next(i for i in evaluation.ids if evaluation.ids.count(i) > 1)
-            raise ValueError(
+            raise UserError(
                 f"{name} holds image '{twice}' more than once, and images are matched by their "
                 "ids; give every image an id of its own and validate again"
             )
@@ -246,7 +247,7 @@ def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -
             for holder, other, images in ((*names, missing), (*names[::-1], more))
             if images
         ]
-        raise ValueError(
+        raise UserError(
             f"{names[0]} and {names[1]} hold {common} images in common, but "
             f"{', and '.join(absent)}; validate both on the same images"
         )
@@ -254,13 +255,13 @@ def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -
     ordered = replace(b, ids=a.ids, counts=b.counts[rows], loss=b.loss[rows])
     labelled_a, labelled_b = a.counts[..., TARGET], ordered.counts[..., TARGET]
     if (differs := (labelled_a != labelled_b).any(axis=1)).any():
-        raise ValueError(
+        raise UserError(
             f"the labels of {differs.sum()} of {len(a.ids)} images are not the same in {names[0]} "
             f"and {names[1]}, such as those of '{a.ids[int(differs.argmax())]}'; validate both "
             "with the same labels and label mapping, at the same size"
         )
     if not labelled_a.any():
-        raise ValueError(
+        raise UserError(
             f"{names[0]} and {names[1]} hold no labelled pixel; there is nothing to compare"
         )
     return ordered
@@ -275,7 +276,7 @@ def _overlaps(evaluation: Evaluation) -> Floats:
 def _blocks(overlaps: Floats, block_size: int) -> Floats:
     """(M, C, 2) sums over contiguous blocks; the last may be shorter."""
     if block_size < 1:
-        raise ValueError(f"--block-size is {block_size}; give an integer of at least 1")
+        raise UserError(f"--block_size is {block_size}; give an integer of at least 1")
     return np.add.reduceat(overlaps, np.arange(0, len(overlaps), block_size), axis=0)
 
 

@@ -108,7 +108,7 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
         width: Width of the image in pixels.
 
     Raises:
-        ValueError: The network refuses images of this size.
+        UserError: The network refuses images of this size.
     """
     parts = {name: (path, network.get_submodule(path)) for name, path in network.parts().items()}
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from segformer_pl import metrics
 from segformer_pl.atomic import atomic_write
+from segformer_pl.errors import UserError
 
 EVALUATION_FOLDER = "evaluation"
 # What numpy raises for bytes that are cut short or changed, for other formats (a text file is
@@ -46,7 +47,7 @@ class Evaluation:
         calibration: (bins, 3) by confidence: pixels, sum of confidence, pixels that are right.
 
     Raises:
-        ValueError: The shapes do not fit together.
+        UserError: The shapes do not fit together.
     """
 
     split: str
@@ -69,7 +70,7 @@ class Evaluation:
         for name, shape in expected.items():
             given = getattr(self, name).shape
             if given != shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} has shape {given}, but {num_images} ids and {num_classes} class "
                     f"names ask for {shape}; give one row for each"
                 )
@@ -126,11 +127,11 @@ def load_evaluation(file: Path) -> Evaluation:
     """Read the evaluation in one npz file; :class:`~.run.Run` finds those of a run folder.
 
     Raises:
-        ValueError: There is no such file, or it is damaged or something else; one sentence says
+        UserError: There is no such file, or it is damaged or something else; one sentence says
             which.
     """
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"there is no run folder or file '{file}'; give a run folder, such as "
             f"runs/demo/version_0, or an .npz file of its {EVALUATION_FOLDER} folder"
         )
@@ -148,6 +149,6 @@ def load_evaluation(file: Path) -> Evaluation:
             calibration=arrays["calibration"].astype(np.float64, casting="safe"),
         )
     except DAMAGES as error:
-        raise ValueError(
+        raise UserError(
             f"'{file}' is no evaluation of a run, or is damaged; validate again, or give another"
         ) from error

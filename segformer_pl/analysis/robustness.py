@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from segformer_pl.analysis.style import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION
 from segformer_pl.atomic import atomic_write_text
+from segformer_pl.errors import UserError
 
 CLEAN = "clean"
 NOTES = (
@@ -61,7 +62,7 @@ def read_scores(file: Path) -> list[Score]:
     """The finished settings; none if there is no file yet.
 
     Raises:
-        ValueError: the file is not one that :func:`write_scores` wrote.
+        UserError: The file is not one that :func:`write_scores` wrote.
     """
     if not file.is_file():
         return []
@@ -73,7 +74,7 @@ def read_scores(file: Path) -> list[Score]:
                 for row in reader
             ]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}, line {reader.line_num}: this is no row of scores ({error}); remove the "
                 "file, or give another folder"
             ) from None
@@ -131,11 +132,11 @@ def summarize(scores: list[Score]) -> Robustness:
     """Groups and corruptions in the order of the scores.
 
     Raises:
-        ValueError: the clean score is missing, or every other one.
+        UserError: The clean score is missing, or every other one.
     """
     clean = [score for score in scores if score.corruption == CLEAN]
     if not clean or len(clean) == len(scores):
-        raise ValueError("a table of robustness needs a clean score and others to compare it with")
+        raise UserError("a table of robustness needs a clean score and others to compare it with")
     severities: dict[str, dict[str, dict[int, float]]] = {}
     for score in scores:
         if score.corruption != CLEAN:

@@ -120,7 +120,7 @@ class EvaluationFile(NamedTuple):
         """Read the whole file.
 
         Raises:
-            ValueError: It is damaged; one sentence names the file.
+            UserError: It is damaged; one sentence names the file.
         """
         return load_evaluation(self.file)
 
@@ -325,7 +325,7 @@ class Run:
         """Read the evaluation of the most training steps.
 
         Raises:
-            ValueError: The folder holds no evaluation, or the last one is damaged; one sentence
+            UserError: The folder holds no evaluation, or the last one is damaged; one sentence
                 says which.
         """
         if not self.evaluations:

@@ -16,6 +16,7 @@ import numpy as np
 from segformer_pl.analysis.comparison import Estimate, matched, miou_interval, without_nan
 from segformer_pl.analysis.configuration import Configuration, differences
 from segformer_pl.analysis.evaluation import Evaluation
+from segformer_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def group_runs(runs: Sequence[ComparedRun], block_size: int = 1) -> tuple[Group,
             :func:`~segformer_pl.analysis.comparison.miou_interval`.
 
     Raises:
-        ValueError: Classes, images or labels differ; the images make fewer than two blocks; a
+        UserError: Classes, images or labels differ; the images make fewer than two blocks; a
             configuration is not known; one seed of a configuration is there twice; or the runs of
             one configuration were scored after different numbers of steps. One sentence says which.
     """
@@ -100,14 +101,14 @@ def group_runs(runs: Sequence[ComparedRun], block_size: int = 1) -> tuple[Group,
     for run in runs[1:]:
         matched(first.evaluation, run.evaluation, (f"'{first.path}'", f"'{run.path}'"))
     if len(first.evaluation.ids) <= block_size:
-        raise ValueError(
+        raise UserError(
             f"{len(first.evaluation.ids)} images in blocks of {block_size} make one block, and two "
-            "are the least to draw from; give a smaller --block-size or more images"
+            "are the least to draw from; give a smaller --block_size or more images"
         )
     known: list[Configuration] = []
     for run in runs:
         if run.configuration is None:
-            raise ValueError(
+            raise UserError(
                 f"what '{run.path}' was trained with is not known, and runs are grouped by that: "
                 "there is no config.yaml of a training; give run folders of `fit`, or of a "
                 "`validate` whose --ckpt_path is still where it was"
@@ -122,7 +123,7 @@ def group_runs(runs: Sequence[ComparedRun], block_size: int = 1) -> tuple[Group,
         else:
             members.append([number])
     if len(members) > len(string.ascii_uppercase):
-        raise ValueError(
+        raise UserError(
             f"the runs have {len(members)} configurations; give runs of at most "
             f"{len(string.ascii_uppercase)}"
         )
@@ -148,14 +149,14 @@ def _check_spread(runs: Sequence[ScoredRun]) -> None:
     by_seed: dict[int, ScoredRun] = {}
     for run in runs:
         if run.seed is not None and run.seed in by_seed:
-            raise ValueError(
+            raise UserError(
                 f"'{by_seed[run.seed].path}' and '{run.path}' are both seed {run.seed} of one "
                 "configuration, which would count twice; give every seed once"
             )
         if run.seed is not None:
             by_seed[run.seed] = run
         if run.step != runs[0].step:
-            raise ValueError(
+            raise UserError(
                 f"'{runs[0].path}' was scored after {runs[0].step:,} steps and '{run.path}' after "
                 f"{run.step:,}, but they are runs of one configuration, whose spread would not be "
                 "that of their seeds; give the .npz files of one step"

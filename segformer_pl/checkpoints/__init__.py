@@ -15,12 +15,7 @@
 
 from segformer_pl.checkpoints.export import ExportLayout, export_weights
 from segformer_pl.checkpoints.facts import MatchClasses
-from segformer_pl.checkpoints.files import (
-    WeightsError,
-    describe_non_finite,
-    load_file,
-    non_finite,
-)
+from segformer_pl.checkpoints.files import describe_non_finite, load_file, non_finite
 from segformer_pl.checkpoints.loading import load_weights
 from segformer_pl.checkpoints.networks import load_network
 from segformer_pl.checkpoints.report import LoadReport
@@ -31,7 +26,6 @@ __all__ = [
     "LoadReport",
     "MatchClasses",
     "Weights",
-    "WeightsError",
     "describe_non_finite",
     "export_weights",
     "load_file",

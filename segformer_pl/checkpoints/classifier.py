@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from segformer_pl.checkpoints.facts import MatchClasses, class_difference, rows_of_classifier
-from segformer_pl.checkpoints.files import WeightsError
 from segformer_pl.checkpoints.report import listed
 from segformer_pl.checkpoints.sources import Weights
+from segformer_pl.errors import UserError
 
 Rows = list[int | None]
 
@@ -48,7 +48,7 @@ def match_classifier(
         compared; lines for the report.
 
     Raises:
-        WeightsError: The classes do not match in this way.
+        UserError: The classes do not match in this way.
     """
     if not names:
         return {}, None, _compare_names(weights, class_names, how)
@@ -67,7 +67,7 @@ def match_classifier(
     if class_names is None:
         return {}, None, []
     if len(class_names) != ours:
-        raise WeightsError(
+        raise UserError(
             f"the model has {ours} classes, but there are {len(class_names)} class names; give one "
             "for each"
         )
@@ -95,7 +95,7 @@ def _compare_names(
         return []
     difference = class_difference(theirs, class_names)
     if difference is not None:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} was trained on other classes: {difference}; its classifier cannot be "
             "reordered, because the network does not say where it is (its classifier_path is "
             "None); give --model.match_classes by_index if only the spelling differs"
@@ -122,7 +122,7 @@ def data_of_rows(
     """Return what the source states about its data, the raw values of its classes in our order.
 
     Raises:
-        WeightsError: It describes its labels in another way.
+        UserError: It describes its labels in another way.
     """
     labels = weights.data.get("labels")
     if labels is None:
@@ -130,7 +130,7 @@ def data_of_rows(
     try:
         raw = [[] if row is None else labels["raw"][row] for row in rows]
     except (KeyError, TypeError, IndexError) as error:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} does not describe its labels as this version does; give another"
         ) from error
     return dict(weights.data) | {"labels": {**labels, "names": list(class_names or ()), "raw": raw}}

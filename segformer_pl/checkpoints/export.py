@@ -14,7 +14,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from segformer_pl.atomic import WriteError, atomic_write, atomic_write_text
-from segformer_pl.checkpoints.files import WeightsError
 from segformer_pl.checkpoints.layouts import (
     NATIVE,
     NVLABS,
@@ -27,6 +26,7 @@ from segformer_pl.checkpoints.loading import encoder_arguments, variants
 from segformer_pl.checkpoints.matching import native_prefix, parts_of
 from segformer_pl.checkpoints.report import listed
 from segformer_pl.checkpoints.sources import SUFFIXES
+from segformer_pl.errors import UserError
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
@@ -74,7 +74,7 @@ def export_weights(
         Remarks on what the other code base will do differently, one sentence each.
 
     Raises:
-        WeightsError: the destination exists or has the wrong form, or the layout cannot express
+        UserError: The destination exists or has the wrong form, or the layout cannot express
             the network.
     """
     destination = Path(destination).expanduser()
@@ -98,7 +98,7 @@ def export_weights(
             os.replace(made, destination)
     except OSError as error:
         reason: Any = error.__cause__ if isinstance(error, WriteError) else error
-        raise WeightsError(
+        raise UserError(
             f"'{destination}' cannot be written ({reason.strerror}); give another place"
         ) from error
     return remarks + _eps_remarks(model, layout) + _lost_facts(task, layout)
@@ -108,20 +108,20 @@ def check_destination(destination: str | Path, layout: ExportLayout) -> None:
     """Whether weights can be written there, for a caller with work to do before.
 
     Raises:
-        WeightsError: it exists, has the wrong form for the layout, or there is no such layout.
+        UserError: It exists, has the wrong form for the layout, or there is no such layout.
     """
     destination = Path(destination).expanduser()
     if layout not in LAYOUTS:
-        raise WeightsError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
+        raise UserError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
     if destination.exists():
-        raise WeightsError(f"'{destination}' exists already; remove it or give another")
+        raise UserError(f"'{destination}' exists already; remove it or give another")
     suffix = FILE_SUFFIX.get(layout, "")
     if suffix and destination.suffix != suffix:
-        raise WeightsError(
+        raise UserError(
             f"layout {layout} is a file that ends in {suffix}, and '{destination}' does not"
         )
     if not suffix and destination.suffix in SUFFIXES:
-        raise WeightsError(
+        raise UserError(
             f"layout {layout} is a folder, and '{destination}' looks like a file; leave out "
             f"{destination.suffix}"
         )
@@ -145,13 +145,13 @@ def _foreign_state(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
     elif alone:
         prefix = alone[0]
     else:
-        raise WeightsError(
+        raise UserError(
             f"layout {layout} is for whole segmenters, and this is an encoder alone; use nvlabs, "
             "huggingface or native"
         )
     state, homeless = from_parts(names, prefix, parts_of(model))
     if homeless:
-        raise WeightsError(
+        raise UserError(
             f"layout {layout} cannot express this network ({listed(homeless)}); use native"
         )
     return state
@@ -167,7 +167,7 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
     if layout == "native":
         return
     if native_prefix(model) is None:
-        raise WeightsError(
+        raise UserError(
             f"layout {layout} is that of SegFormer, and this is a {type(model).__name__}; use "
             "native"
         )
@@ -189,7 +189,7 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
     if (indices := model.init_args().get("in_indices", (0, 1, 2, 3))) != (0, 1, 2, 3):
         changed.append(f"in_indices {indices}")
     if changed:
-        raise WeightsError(
+        raise UserError(
             f"layout {layout} cannot express this network ({', '.join(changed)}); use native"
         )
 
@@ -342,7 +342,7 @@ def _write_native(
     try:
         text = json.dumps(known)
     except TypeError as error:
-        raise WeightsError(
+        raise UserError(
             f"the network or its task is not described by plain data ({error}); return numbers, "
             "texts and lists from init_args()"
         ) from error

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from segformer_pl.checkpoints.files import WeightsError
+from segformer_pl.errors import UserError
 
 MatchClasses = Literal["exact", "by_name", "by_index"]
 
@@ -25,10 +25,10 @@ def checked_facts(name: str, stated: Any) -> dict[str, Any]:
     """The facts of a task's hyperparameters, each of the form that it has to have.
 
     Raises:
-        WeightsError: one has another form.
+        UserError: One has another form.
     """
     if not isinstance(stated, Mapping):
-        raise WeightsError(f"{name} describes its task by a {type(stated).__name__}, not by names")
+        raise UserError(f"{name} describes its task by a {type(stated).__name__}, not by names")
     facts = dict(stated)
     for key, (is_right, form) in {
         "network": (_is_network, "a class path with arguments"),
@@ -41,7 +41,7 @@ def checked_facts(name: str, stated: Any) -> dict[str, Any]:
         if facts.get(key) is None:
             facts.pop(key, None)
         elif not is_right(facts[key]):
-            raise WeightsError(f"{name} states {key} as {_brief(facts[key])}; it has to be {form}")
+            raise UserError(f"{name} states {key} as {_brief(facts[key])}; it has to be {form}")
     return facts
 
 
@@ -58,12 +58,12 @@ def checked_constants(name: str, content: Mapping[str, Any]) -> dict[str, float]
         nothing is stated.
 
     Raises:
-        WeightsError: They are not finite numbers, or the epsilons are not two between 0 and 1.
+        UserError: They are not finite numbers, or the epsilons are not two between 0 and 1.
     """
     stated = content.get("weight_constants")
     if stated is not None:
         if not isinstance(stated, Mapping) or not all(map(_is_constant, stated.items())):
-            raise WeightsError(
+            raise UserError(
                 f"{name} states weight_constants as {_brief(stated)}; it has to be numbers by name"
             )
         return {key: float(value) for key, value in stated.items()}
@@ -72,7 +72,7 @@ def checked_constants(name: str, content: Mapping[str, Any]) -> dict[str, float]
         return {}
     is_pair = _is_list_of(int, float)(eps) and len(eps) == 2
     if not is_pair or not all(0 < value < 1 for value in eps):
-        raise WeightsError(
+        raise UserError(
             f"{name} states norm_eps as {_brief(eps)}; it has to be two numbers between 0 and 1"
         )
     return {"norm_eps": eps[0], "conv_norm_eps": eps[1]}
@@ -114,17 +114,17 @@ def names_from_id2label(id2label: Any, name: str) -> list[str] | None:
     """Class names by id, or None if they are the placeholders LABEL_0, LABEL_1, ...
 
     Raises:
-        WeightsError: the ids are not 0, 1, 2, ...
+        UserError: The ids are not 0, 1, 2, ...
     """
     try:
         by_id = {int(index): str(label) for index, label in id2label.items()}
     except (AttributeError, ValueError, TypeError) as error:
-        raise WeightsError(
+        raise UserError(
             f"{name}: id2label is {_brief(id2label)}; it has to name the classes 0, 1, 2, ..."
         ) from error
     ids = sorted(by_id)
     if ids != list(range(len(id2label))):
-        raise WeightsError(
+        raise UserError(
             f"{name}: id2label has the ids {_numbers_in_short(ids)}, not 0 to "
             f"{len(id2label) - 1}; correct config.json"
         )
@@ -141,7 +141,7 @@ def normalization_from_preprocessor(preprocessor: Mapping[str, Any], name: str) 
     """``image_mean`` and ``image_std`` for images in 0 to 1, as transformers' processor computes.
 
     Raises:
-        WeightsError: a value has another form.
+        UserError: A value has another form.
     """
     stated = checked_facts(
         name, {key: preprocessor.get(key) for key in ("image_mean", "image_std")}
@@ -156,7 +156,7 @@ def normalization_from_preprocessor(preprocessor: Mapping[str, Any], name: str) 
     if preprocessor.get("do_rescale", True) is False:
         factor = 1.0
     if not isinstance(factor, int | float) or not factor > 0:
-        raise WeightsError(f"{name} states rescale_factor as {_brief(factor)}; correct it")
+        raise UserError(f"{name} states rescale_factor as {_brief(factor)}; correct it")
     # The processor sees values of 0 to 255, multiplies, subtracts and divides.
     scale = 1.0 if math.isclose(factor * 255, 1) else factor * 255
     return {
@@ -233,31 +233,31 @@ def rows_of_classifier(
         report.
 
     Raises:
-        WeightsError: the classes do not match in this way.
+        UserError: The classes do not match in this way.
     """
     same = list(range(len(ours)))
     if how == "by_index":
         if num_theirs != len(ours):
-            raise WeightsError(
+            raise UserError(
                 f"model.match_classes by_index: {name} has {num_theirs} classes and the data set "
                 f"{len(ours)}; by index there have to be as many"
             )
         return list(same), "classes taken in their order, as match_classes by_index asks for"
     if theirs is not None and len(theirs) != num_theirs:
-        raise WeightsError(
+        raise UserError(
             f"{name} names {len(theirs)} classes and its classifier has {num_theirs}, so its names "
             "cannot be compared with the data set's; correct them, or give --model.match_classes "
             "by_index if its classes are the data set's in the same order"
         )
     if how == "by_name":
         if theirs is None:
-            raise WeightsError(
+            raise UserError(
                 f"model.match_classes by_name: {name} does not name its classes; if they are the "
                 "data set's in the same order, leave it out"
             )
         if len(set(theirs)) < len(theirs):
             twice = next(n for i, n in enumerate(theirs) if n in theirs[:i])
-            raise WeightsError(
+            raise UserError(
                 f"model.match_classes by_name: {name} has two classes named {twice!r}; correct its "
                 "names, or give by_index if its classes are the data set's in the same order"
             )
@@ -280,7 +280,7 @@ def rows_of_classifier(
             "--model.match_classes by_name to keep the classes of equal names and initialise the "
             "others; give --model.match_classes by_index if only the spelling differs"
         )
-    raise WeightsError(f"{name} was trained on other classes: {difference}; {remedy}")
+    raise UserError(f"{name} was trained on other classes: {difference}; {remedy}")
 
 
 def normalization_difference(
@@ -320,7 +320,7 @@ def check_facts(
         normalization: Mean and standard deviation of the run's images.
 
     Raises:
-        WeightsError: it is not.
+        UserError: It is not.
     """
     compared = ("class_names", "image_mean", "image_std")
     facts = checked_facts(name, {key: stated[key] for key in compared if key in stated})
@@ -337,12 +337,12 @@ def check_facts(
                 "--model.match_classes by_name to keep the classes of equal names (by_index if "
                 "only the spelling differs)"
             )
-        raise WeightsError(
+        raise UserError(
             f"{name} was trained on other classes: {difference}; take the data set that it was "
             f"trained on, or {remedy}"
         )
     if difference := normalization_difference(facts, *normalization):
-        raise WeightsError(f"{name}: {difference}")
+        raise UserError(f"{name}: {difference}")
 
 
 def _are_close(theirs: Sequence[float], ours: Sequence[float]) -> bool:

@@ -32,15 +32,11 @@ from segformer_pl.errors import UserError
 _ZIP = b"PK\x03\x04"
 
 
-class WeightsError(UserError):
-    """Weights that cannot be read, or do not fit; the message says which, where and what to do."""
-
-
 def load_file(path: Path) -> Any:
     """What ``torch.save`` wrote, on the CPU.
 
     Raises:
-        WeightsError: it is no regular file, cannot be read, is damaged or cut short, or holds
+        UserError: It is no regular file, cannot be read, is damaged or cut short, or holds
             code.
     """
     with open_file(path) as stream:
@@ -52,13 +48,13 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file.
 
     Raises:
-        WeightsError: It is something else, or may not be read.
+        UserError: It is something else, or may not be read.
     """
     check_regular(path)
     try:
         stream = path.open("rb")
     except PermissionError as error:
-        raise WeightsError(f"'{path}' cannot be read ({error.strerror}); change that") from error
+        raise UserError(f"'{path}' cannot be read ({error.strerror}); change that") from error
     with stream:
         yield stream
 
@@ -69,19 +65,19 @@ def load_stream(stream: BufferedReader, path: Path) -> Any:
     try:
         is_archive = stream.read(len(_ZIP)) == _ZIP
         if is_archive and (record := _damaged_record(stream)):
-            raise WeightsError(
+            raise UserError(
                 f"'{path}' is damaged: its record {record!r} does not agree with the checksum "
                 "that was written with it; copy the file again or give another"
             )
         stream.seek(0)
         return torch.load(stream, weights_only=True, map_location="cpu")
-    except WeightsError:
+    except UserError:
         raise
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
             raise damaged(path, size, error) from error
-        raise WeightsError(
+        raise UserError(
             f"'{path}' holds code ({code[1]}), which reading it would run, so it is refused; have "
             "whoever made it save tensors only: torch.save(model.state_dict(), FILE)"
         ) from error
@@ -93,23 +89,23 @@ def check_regular(path: Path) -> int:
     """The size of a regular file in bytes; a pipe would be waited for, a device never ends.
 
     Raises:
-        WeightsError: there is no such file, or it is something else.
+        UserError: There is no such file, or it is something else.
     """
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:197]}..."
-        raise WeightsError(f"{shown!r} cannot be opened ({reason}); give another") from error
+        raise UserError(f"{shown!r} cannot be opened ({reason}); give another") from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise WeightsError(f"'{path}' is {kind}; give a file")
+        raise UserError(f"'{path}' is {kind}; give a file")
     return status.st_size
 
 
-def damaged(path: Path, size: int, error: Exception) -> WeightsError:
+def damaged(path: Path, size: int, error: Exception) -> UserError:
     """The sentence for a file that cannot be understood."""
-    return WeightsError(
+    return UserError(
         f"'{path}' is no file of tensors, or is cut short ({type(error).__name__}); compare its "
         f"size ({size:,} bytes) with the original and fetch it again"
     )
@@ -155,17 +151,17 @@ def check_usable(tensors: Mapping[str, Tensor], name: str) -> None:
         name: Where they came from, for messages.
 
     Raises:
-        WeightsError: one has not.
+        UserError: One has not.
     """
     for key, tensor in tensors.items():
         if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
             kind = "without values (meta)" if tensor.is_meta else "sparse or nested"
-            raise WeightsError(
+            raise UserError(
                 f"{name} holds {key} as a tensor that is {kind}; have whoever made it save plain "
                 "tensors"
             )
         if key.endswith("running_var") and tensor.is_floating_point() and bool((tensor < 0).any()):
-            raise WeightsError(
+            raise UserError(
                 f"{name} holds a negative variance in {key}, which no training leaves; it is "
                 "damaged: give another"
             )

@@ -16,16 +16,12 @@ from segformer_pl.checkpoints.classifier import (
     reinitialize_classifier,
 )
 from segformer_pl.checkpoints.facts import MatchClasses, normalization_difference
-from segformer_pl.checkpoints.files import (
-    WeightsError,
-    describe_non_finite,
-    non_finite,
-    wrong_kind,
-)
+from segformer_pl.checkpoints.files import describe_non_finite, non_finite, wrong_kind
 from segformer_pl.checkpoints.layouts import NATIVE, REFERENCE_EPS, TRANSFORMERS_EPS
 from segformer_pl.checkpoints.matching import Matched, match
 from segformer_pl.checkpoints.report import LoadReport, Parts, listed
 from segformer_pl.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.errors import UserError
 from segformer_pl.models import mit
 from segformer_pl.models.mit import MixTransformer, default_paddings
 
@@ -72,7 +68,7 @@ def load_weights(
             which the source's must be if it states them. None: not compared.
 
     Raises:
-        WeightsError: The source cannot be read, does not fit the model, means other classes or
+        UserError: The source cannot be read, does not fit the model, means other classes or
             other images, or holds nan or infinity.
     """
     for name, value, known in (
@@ -80,9 +76,9 @@ def load_weights(
         ("match_classes", match_classes, MatchClasses),
     ):
         if value not in get_args(known):
-            raise WeightsError(f"{name}={value!r}: choose one of {', '.join(get_args(known))}")
+            raise UserError(f"{name}={value!r}: choose one of {', '.join(get_args(known))}")
     if not hasattr(model, "weight_constants"):
-        raise WeightsError(
+        raise UserError(
             "weights go into a network that keeps the contract of segformer_pl.models.segmenter, "
             f"and a {type(model).__name__} does not; inherit from its Segmenter or Encoder"
         )
@@ -116,12 +112,12 @@ def load_weights(
     _check_shapes(weights, fitting, wanted)
     empty = [name for name, tensor in fitting.items() if tensor.is_meta > wanted[name].is_meta]
     if empty:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} holds {empty[0]} as a tensor that is without values (meta); give the "
             "state dict of a network that has weights"
         )
     if broken := non_finite(fitting):
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} holds {describe_non_finite(broken)}; it comes from a training that "
             "diverged, or is damaged: give an earlier checkpoint"
         )
@@ -198,7 +194,7 @@ def _compare_images(
             f"{len(normalization[0])} here"
         ]
     if difference := normalization_difference(weights.task, *normalization):
-        raise WeightsError(f"{weights.name}: {difference}")
+        raise UserError(f"{weights.name}: {difference}")
     return ["normalisation: as in the source"]
 
 
@@ -222,7 +218,7 @@ def _compare_arguments(
         theirs = _stated_arguments(weights)
     differing = [key for key in theirs if key in ours and theirs[key] != ours[key]]
     if "num_heads" in differing:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} was trained with num_heads {theirs['num_heads']}, and the model has "
             f"{ours['num_heads']}; build the model that the weights are for"
         )
@@ -247,7 +243,7 @@ def _stated_arguments(weights: Weights) -> dict[str, Any]:
         try:
             stated["paddings"] = default_paddings(sizes, stated["strides"])
         except TypeError as error:
-            raise WeightsError(
+            raise UserError(
                 f"{weights.name} describes a network with patch_sizes {sizes} and strides "
                 f"{stated['strides']}; both have to be lists of whole numbers"
             ) from error
@@ -277,7 +273,7 @@ def _constants(weights: Weights, model: Any, matched: Matched) -> tuple[dict[str
     else:
         constants, reason = layout.constants, f"what {layout.name} trains with"
     if unknown := [key for key in constants if key not in ours]:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} was trained with {unknown[0]} {constants[unknown[0]]:g}, and a "
             f"{type(model).__name__} has no such constant; return it from weight_constants()"
         )
@@ -315,7 +311,7 @@ def _check_variant(weights: Weights, found: Mapping, wanted: Mapping) -> None:
         + f" (embed_dims {_numbers(both[0])}; depths {_numbers(both[1])})"
         for both in (theirs, ours)
     ]
-    raise WeightsError(
+    raise UserError(
         f"{weights.name} holds {described[0]}, but the model is {described[1]}; "
         "build the model that the weights are for"
     )
@@ -330,13 +326,13 @@ def _check_complete(
 ) -> None:
     is_alone = matched.kind != "segmenter"
     if missing and all(name.startswith("head.") for name in missing) and is_alone:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} holds an encoder and no decode head; load it with parts='encoder' "
             "(model.encoder_weights on the command line)"
         )
     is_whole = matched.layout is not None and parts == "all"
     if unexpected and is_whole and all(name.startswith("head.") for name in unexpected):
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} holds a whole segmenter and the model is an encoder; load it with "
             "parts='encoder'"
         )
@@ -349,7 +345,7 @@ def _check_complete(
             f"({listed(unexpected)})"
         )
     if problems:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} {' and '.join(problems)}; give the weights of this network, or the "
             "arguments that the weights were trained with"
         )
@@ -358,7 +354,7 @@ def _check_complete(
 def _check_shapes(weights: Weights, found: Mapping, wanted: Mapping) -> None:
     for name, tensor in found.items():
         if kind := wrong_kind(tensor, wanted[name]):
-            raise WeightsError(
+            raise UserError(
                 f"{weights.name} has {name} as {kind}, and the model computes with floating-point "
                 "numbers; give weights that are not quantised or converted"
             )
@@ -367,7 +363,7 @@ def _check_shapes(weights: Weights, found: Mapping, wanted: Mapping) -> None:
         return
     first = unfit[0]
     others = f", and {len(unfit) - 1} more differ" if len(unfit) > 1 else ""
-    raise WeightsError(
+    raise UserError(
         f"{weights.name} has {first} as {_numbers(found[first].shape, 'x')}, the model as "
         f"{_numbers(wanted[first].shape, 'x')}{others}; build the model with the arguments that "
         "the weights were trained with"

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from segformer_pl.checkpoints.files import WeightsError
 from segformer_pl.checkpoints.layouts import NATIVE, Layout, detect, from_parts, to_parts
 from segformer_pl.checkpoints.report import Parts, listed
 from segformer_pl.checkpoints.sources import Weights
+from segformer_pl.errors import UserError
 
 OWN_NAMES = "names of the model"
 
@@ -59,7 +59,7 @@ def match(weights: Weights, model: Any, parts: Parts) -> Matched:
     """Match a source with a model.
 
     Raises:
-        WeightsError: The source's names are neither the model's nor those of a known layout that
+        UserError: The source's names are neither the model's nor those of a known layout that
             fits it, or the model has no encoder and that alone was asked for.
     """
     prefix = native_prefix(model)
@@ -97,11 +97,11 @@ def split(
         names.
 
     Raises:
-        WeightsError: No layout fits, or the head is another network and was asked for.
+        UserError: No layout fits, or the head is another network and was asked for.
     """
     detected = detect(weights.tensors)
     if detected is None:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} is no SegFormer of a layout that is known here: it holds "
             f"{len(weights.tensors)} tensors, such as {listed(list(weights.tensors))}"
         )
@@ -112,7 +112,7 @@ def split(
     pattern = layout.other_head
     other_head = [name for name in unknown if pattern and re.fullmatch(pattern, name)]
     if other_head and parts == "all":
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} has {layout.name}'s own head ({listed(other_head)}), a different "
             "network from SegFormer's (BatchNorm and ReLU on every projection, stages in the other "
             "order), so it cannot be loaded; its backbone can: parts='encoder'"
@@ -130,7 +130,7 @@ def _match_own_names(weights: Weights, model: Any, parts: Parts) -> Matched:
     own = dict(model.state_dict())
     wrapper = _wrapper(weights.tensors, own)
     if wrapper is None:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} holds no tensor of a {type(model).__name__} ({listed(list(own))}): it "
             f"holds {len(weights.tensors)} tensors, such as {listed(list(weights.tensors))}; give "
             "weights that were trained in this network"
@@ -150,11 +150,11 @@ def _encoder_names(model: Any, own: Iterable[str]) -> set[str]:
     """Return the encoder's parameters, which ``layer_ids()`` names, and the buffers beside them.
 
     Raises:
-        WeightsError: The network names none.
+        UserError: The network names none.
     """
     layers = model.layer_ids()
     if not layers:
-        raise WeightsError(
+        raise UserError(
             f"a {type(model).__name__} has no encoder that could be loaded alone: its layer_ids() "
             "are empty; load the whole network (model.weights on the command line)"
         )

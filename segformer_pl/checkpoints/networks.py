@@ -14,7 +14,6 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from segformer_pl.checkpoints.files import WeightsError
 from segformer_pl.checkpoints.loading import (
     FREE_ARGUMENTS,
     STEM,
@@ -26,6 +25,7 @@ from segformer_pl.checkpoints.loading import (
 from segformer_pl.checkpoints.matching import split
 from segformer_pl.checkpoints.report import LoadReport
 from segformer_pl.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.errors import UserError
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 
@@ -50,7 +50,7 @@ def load_network(source: Source | Weights) -> tuple[Any, LoadReport]:
         the report.
 
     Raises:
-        WeightsError: The source cannot be read, does not say enough to build its network, or
+        UserError: The source cannot be read, does not say enough to build its network, or
             describes another one than its tensors are of.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
@@ -60,7 +60,7 @@ def load_network(source: Source | Weights) -> tuple[Any, LoadReport]:
     report = load_weights(network, weights)
     if adapted := {**report.reinitialized, **report.inflated}:
         name, reason = next(iter(adapted.items()))
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} describes another network than the one that its tensors are of "
             f"({name}: {reason}); correct its description, or build the network yourself and use "
             "load_weights"
@@ -76,7 +76,7 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
         name: The file that states it, for messages.
 
     Raises:
-        WeightsError: The class path is not that of a network, or it cannot be built. A file of
+        UserError: The class path is not that of a network, or it cannot be built. A file of
             weights must not choose what other code runs, so only classes of :class:`nn.Module` are
             called, and functions whose return annotation is one.
     """
@@ -88,7 +88,7 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
     try:
         return factory(**arguments)
     except Exception as error:  # of any kind, from whatever the arguments are given to
-        raise WeightsError(
+        raise UserError(
             f"{name} describes a network that cannot be built here ({brief(error)}); build it "
             "yourself and use load_weights"
         ) from error
@@ -107,13 +107,13 @@ def _factory(class_path: str, name: str) -> Any:
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # the module is not installed, has no such name, or fails
-        raise WeightsError(
+        raise UserError(
             f"{name} was trained in a {class_path}, which cannot be imported here "
             f"({brief(error)}); make it importable, or build the network yourself and use "
             "load_weights"
         ) from error
     if not _is_network(factory):
-        raise WeightsError(
+        raise UserError(
             f"{name} was trained in a {class_path}, which is no class of torch.nn.Module and no "
             "function that is annotated to return one, so it is not called; build the network "
             "yourself and use load_weights"
@@ -135,7 +135,7 @@ def function_arguments(spec: Mapping[str, Any], name: str) -> dict[str, Any] | N
     from others (``paddings``) filled in; None if the network does not state its arguments.
 
     Raises:
-        WeightsError: There cannot be such a network.
+        UserError: There cannot be such a network.
     """
     with torch.device("meta"):
         network: Any = build(spec, name)
@@ -174,7 +174,7 @@ def _check_config(name: str, config: Mapping[str, Any], parts: Mapping[str, Tens
     other weights, and what only it tells (heads, strides) would be wrong too.
 
     Raises:
-        WeightsError: They differ.
+        UserError: They differ.
     """
     dims, depths = dims_and_depths(parts)
     stages = [f"encoder.stages.{s}." for s in range(4)]
@@ -200,7 +200,7 @@ def _check_config(name: str, config: Mapping[str, Any], parts: Mapping[str, Tens
             texts = (
                 ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (stated, value)
             )
-            raise WeightsError(
+            raise UserError(
                 "{} has a config.json that states {} as {}, its tensors as {}; put the two files "
                 "together that belong together".format(name, key, *texts)
             )
@@ -217,7 +217,7 @@ def _arguments_from_shapes(
         hidden = [parts[s + "blocks.0.mlp.fc1.weight"].shape[0] for s in stages]
         in_channels = parts[STEM].shape[1]
     except KeyError as error:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} lacks {error}, so its network cannot be built; give complete weights"
         ) from error
     reductions = [parts.get(s + "blocks.0.attn.sr.weight", torch.empty(1)) for s in stages]
@@ -236,7 +236,7 @@ def _arguments_from_shapes(
     elif not stated["reshape_last_stage"]:
         problem = "reshape_last_stage false in its config.json, which is not SegFormer"
     if problem is not None:
-        raise WeightsError(
+        raise UserError(
             f"{weights.name} holds {problem}; build the network yourself and use load_weights"
         )
     return {

@@ -9,7 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
 
-from segformer_pl.checkpoints.files import WeightsError, load_stream, open_file
+from segformer_pl.checkpoints.files import load_stream, open_file
 from segformer_pl.checkpoints.sources import Weights, weights_from_content
 from segformer_pl.checkpoints.training_state import check_content
 from segformer_pl.errors import UserError
@@ -62,7 +62,7 @@ class RunCheckpoint:
         """Return the network's tensors, with what the checkpoint states about them.
 
         Raises:
-            WeightsError: A fact has another form than it has to have.
+            UserError: A fact has another form than it has to have.
         """
         weights = weights_from_content(self.name, self.content)
         # A training loss can have buffers of its own.
@@ -97,7 +97,7 @@ def _open(ckpt: str | Path, option: str) -> Iterator[BufferedReader]:
     try:
         with open_file(Path(ckpt)) as stream:
             yield stream
-    except WeightsError as error:
+    except UserError as error:
         raise UserError(f"{option}: {error}") from error
 
 

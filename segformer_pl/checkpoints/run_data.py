@@ -20,7 +20,7 @@ def load_data(checkpoint: RunCheckpoint, **changes: Any) -> StreamingSegmentatio
     Raises:
         UserError: The data cannot be opened, or its classes are others than those that the run was
             trained on.
-        DataError: Its labels mean something else than they did then, or are not there.
+        UserError: Its labels mean something else than they did then, or are not there.
     """
     content = checkpoint.content
     given = {key: value for key, value in changes.items() if value is not None}

@@ -22,13 +22,8 @@ from segformer_pl.checkpoints.facts import (
     names_from_id2label,
     normalization_from_preprocessor,
 )
-from segformer_pl.checkpoints.files import (
-    WeightsError,
-    check_regular,
-    check_usable,
-    damaged,
-    load_file,
-)
+from segformer_pl.checkpoints.files import check_regular, check_usable, damaged, load_file
+from segformer_pl.errors import UserError
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -71,7 +66,7 @@ def read_weights(source: Source) -> Weights:
     """Read a source, whatever it is.
 
     Raises:
-        WeightsError: it is not there, cut short, holds code, or holds no tensors, or some that
+        UserError: It is not there, cut short, holds code, or holds no tensors, or some that
             cannot be weights.
     """
     weights = _read(source)
@@ -86,7 +81,7 @@ def _read(source: Source) -> Weights:
     if isinstance(source, Mapping):
         return weights_from_content("the state dict", source)
     if not isinstance(source, str | os.PathLike):
-        raise WeightsError(
+        raise UserError(
             f"weights cannot come from a {type(source).__name__}; give a file, a folder, a hub "
             "name or a state dict"
         )
@@ -103,7 +98,7 @@ def _read(source: Source) -> Weights:
         hub_name = _HUB_NAME.fullmatch(source)
         if hub_name is not None:
             return _read_hub(hub_name["repo"], hub_name["revision"])
-    raise WeightsError(
+    raise UserError(
         f"there is no file or folder {str(source)!r}; give weights as a file "
         f"({', '.join(SUFFIXES)}), a folder written by save_pretrained, or a hub name "
         "like 'nvidia/mit-b0@COMMIT'"
@@ -146,7 +141,7 @@ def weights_from_content(name: str, content: Any) -> Weights:
         content: What ``torch.load`` returned.
 
     Raises:
-        WeightsError: It holds no state dict, or states facts in another form.
+        UserError: It holds no state dict, or states facts in another form.
     """
     tensors: Any = content
     beside: Mapping[str, Any] = {}
@@ -157,7 +152,7 @@ def weights_from_content(name: str, content: Any) -> Weights:
     if not isinstance(tensors, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):
-        raise WeightsError(
+        raise UserError(
             f"{name} holds a {type(content).__name__} with no state dict in it; give one that "
             "holds named tensors, alone or as its 'state_dict'"
         )
@@ -166,7 +161,7 @@ def weights_from_content(name: str, content: Any) -> Weights:
     task |= _facts_of_mmcv(beside, name)
     data = beside.get("StreamingSegmentationData") or {}
     if not isinstance(data, Mapping):
-        raise WeightsError(f"{name} describes its data by a {type(data).__name__}, not by names")
+        raise UserError(f"{name} describes its data by a {type(data).__name__}, not by names")
     constants = checked_constants(name, beside)
     return Weights(name, tensors, task=task, data=data, constants=constants)
 
@@ -189,7 +184,7 @@ def _facts_of_mmcv(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _read_folder(folder: Path, name: str) -> Weights:
     file = next((folder / f for f in TENSOR_FILES if (folder / f).is_file()), None)
     if file is None:
-        raise WeightsError(
+        raise UserError(
             f"folder {name!r} holds neither {' nor '.join(TENSOR_FILES)}; give the folder that "
             "save_pretrained wrote, or a file"
         )
@@ -212,9 +207,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsError(f"'{file}' is no JSON ({error}); fetch it again") from error
+        raise UserError(f"'{file}' is no JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"'{file}' holds a {type(content).__name__}, not settings by name")
+        raise UserError(f"'{file}' holds a {type(content).__name__}, not settings by name")
     return content
 
 
@@ -230,26 +225,26 @@ def _read_hub(repo: str, revision: str | None) -> Weights:
         # Also a quick question whether there is network: downloads try again for half a minute.
         commit = hub.HfApi().model_info(repo, revision=revision, timeout=10).sha
         if not is_pinned:
-            raise WeightsError(
+            raise UserError(
                 f"hub name {name!r} pins no commit, so it could mean other weights tomorrow; "
                 f"write '{repo}@{commit}', which is what it means today"
             )
         folder = _fetch(repo, revision)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise WeightsError(
+        raise UserError(
             f"the hub has no {name!r}, or hides it from you ({type(error).__name__}); check the "
             "name, or give a file or folder that is on this machine"
         ) from error
-    except WeightsError:
+    except UserError:
         raise
     except Exception as error:  # of the network library, the hub and the cache
-        raise WeightsError(
+        raise UserError(
             f"the hub cannot be reached for {name!r} ({type(error).__name__}); without network "
             "give a file or folder that is on this machine, or fill the cache where there is "
             f"network: hf download {repo} --revision COMMIT"
         ) from error
     if folder is None:
-        raise WeightsError(
+        raise UserError(
             f"hub repository {name!r} holds neither {' nor '.join(TENSOR_FILES)}; give one that "
             "save_pretrained wrote"
         )

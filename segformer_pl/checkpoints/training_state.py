@@ -12,13 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from segformer_pl.checkpoints.files import (
-    WeightsError,
-    check_usable,
-    describe_non_finite,
-    non_finite,
-    wrong_kind,
-)
+from segformer_pl.checkpoints.files import check_usable, describe_non_finite, non_finite, wrong_kind
+from segformer_pl.errors import UserError
 
 # Lightning's EMA and its like keep the weights that were trained beside their average.
 STATE_DICTS = ("state_dict", "current_model_state")
@@ -32,20 +27,20 @@ def check_content(content: Any, name: str) -> dict[str, Any]:
     """A checkpoint as Lightning writes it: named parts, each of its kind.
 
     Raises:
-        WeightsError: it is something else.
+        UserError: It is something else.
     """
     if not isinstance(content, dict):
-        raise WeightsError(
+        raise UserError(
             f"{name} holds a {type(content).__name__} and is no checkpoint of a run; give one"
         )
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError(
+        raise UserError(
             f"{name} holds bare weights and is no checkpoint of a run; start from them with "
             "--model.weights"
         )
     missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in content]
     if missing:
-        raise WeightsError(
+        raise UserError(
             f"{name} has no {missing[0]!r} and is no checkpoint of a run; give one, or load its "
             "weights with --model.weights"
         )
@@ -66,19 +61,19 @@ def check_content(content: Any, name: str) -> dict[str, Any]:
     for key, (kind, what) in kinds.items():
         value = content.get(key)
         if key in content and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise WeightsError(_wrong(name, key, value, what))
+            raise UserError(_wrong(name, key, value, what))
         if isinstance(value, int) and value < 0:
-            raise WeightsError(_wrong(name, key, value, "at least 0"))
+            raise UserError(_wrong(name, key, value, "at least 0"))
     version = content["pytorch-lightning_version"]
     if not re.match(r"\d+\.\d+", version):
-        raise WeightsError(_wrong(name, "pytorch-lightning_version", version, "a version"))
+        raise UserError(_wrong(name, "pytorch-lightning_version", version, "a version"))
     for key in STATE_DICTS:
         for tensor_name, tensor in content.get(key, {}).items():
             if not isinstance(tensor_name, str) or not isinstance(tensor, Tensor):
-                raise WeightsError(_wrong(name, f"{key}, {tensor_name}", tensor, "a tensor"))
+                raise UserError(_wrong(name, f"{key}, {tensor_name}", tensor, "a tensor"))
         check_usable(content.get(key, {}), name)
         if counts := non_finite(content.get(key, {})):
-            raise WeightsError(
+            raise UserError(
                 f"{name} holds {describe_non_finite(counts)}; it comes from a training that "
                 "diverged, or is damaged: give an earlier checkpoint"
             )
@@ -96,7 +91,7 @@ def check_tensors(
     """The tensors of the model, each of its shape, and if strict no more and no less.
 
     Raises:
-        WeightsError: one is of another shape or kind, or if strict missing or left over.
+        UserError: One is of another shape or kind, or if strict missing or left over.
     """
     missing = [key for key in here if strict and key not in there]
     unexpected = [key for key in there if strict and key not in here]
@@ -113,7 +108,7 @@ def check_tensors(
         kind = next(iter(kinds.values()))
         problems.append(f"has {_some(list(kinds))} as {kind}, no floating-point numbers")
     if problems:
-        raise WeightsError(
+        raise UserError(
             f"{name} {', '.join(problems)}; make model.network the network that was trained"
         )
 
@@ -134,11 +129,11 @@ def check_training_state(
         name: The checkpoint, for messages.
 
     Raises:
-        WeightsError: a part is missing, does not fit, or counts other steps than the rest.
+        UserError: A part is missing, does not fit, or counts other steps than the rest.
     """
     for key in ("optimizer_states", "lr_schedulers", "loops"):
         if key not in checkpoint:
-            raise WeightsError(f"{name} has no {key!r}, so training cannot go on from it; {REMEDY}")
+            raise UserError(f"{name} has no {key!r}, so training cannot go on from it; {REMEDY}")
     step = _check_counters(checkpoint, name)
     try:
         (optimizer,) = checkpoint["optimizer_states"]
@@ -149,30 +144,30 @@ def check_training_state(
         if any(not isinstance(values, Mapping) for values in state.values()):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(
+        raise UserError(
             f"{name} does not hold the state of one optimiser and one schedule; {REMEDY}"
         ) from error
     sizes = [[len(params) for params in of] for of in (theirs, [g["params"] for g in groups])]
     if sizes[0] != sizes[1]:
-        raise WeightsError(
+        raise UserError(
             f"{name} has an optimiser of {sizes[0]} parameters in its groups, and this run one of "
             f"{sizes[1]}; {REMEDY}"
         )
     if last_epoch != step:
-        raise WeightsError(
+        raise UserError(
             f"{name} was written after {step} steps, but its schedule stands at {last_epoch}; "
             f"{REMEDY}"
         )
     for path, value in _leaves(rates, "the schedule's _last_lr"):
         if not _is_rate(value):
-            raise WeightsError(_wrong(name, path, value, "a finite number of at least 0"))
+            raise UserError(_wrong(name, path, value, "a finite number of at least 0"))
     for number, group in enumerate(optimizer["param_groups"]):
         for path, value in _leaves({key: group.get(key) for key in NUMBERS}, f"group {number}"):
             if not _is_rate(value):
-                raise WeightsError(_wrong(name, path, value, "a finite number of at least 0"))
+                raise UserError(_wrong(name, path, value, "a finite number of at least 0"))
         betas = group["betas"]
         if not isinstance(betas, list | tuple) or len(betas) != 2 or not _are_below_1(betas):
-            raise WeightsError(_wrong(name, f"group {number}.betas", betas, "two numbers below 1"))
+            raise UserError(_wrong(name, f"group {number}.betas", betas, "two numbers below 1"))
     _check_moments(state, theirs, groups, step, name)
 
 
@@ -189,17 +184,17 @@ def _check_counters(checkpoint: Mapping[str, Any], name: str) -> int:
     """The number of optimiser steps, which the trainer counts in its loops."""
     for path, value in _leaves(checkpoint["loops"], "loops"):
         if isinstance(value, int) and value < 0:
-            raise WeightsError(_wrong(name, path, value, "at least 0"))
+            raise UserError(_wrong(name, path, value, "at least 0"))
     try:
         progress = checkpoint["loops"]["fit_loop"][
             "epoch_loop.automatic_optimization.optim_progress"
         ]
         step = progress["optimizer"]["step"]["total"]["completed"]
     except (KeyError, TypeError) as error:
-        raise WeightsError(f"{name} does not hold the counters of a training; {REMEDY}") from error
+        raise UserError(f"{name} does not hold the counters of a training; {REMEDY}") from error
     stated = checkpoint.get("global_step")
     if not isinstance(step, int) or stated != step:
-        raise WeightsError(
+        raise UserError(
             f"{name} says that it was written after {stated} steps, but its trainer counted "
             f"{step}; {REMEDY}"
         )
@@ -220,7 +215,7 @@ def _check_moments(
                 tensor = state.get(key, {}).get(moment)
                 if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
                     found = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing"
-                    raise WeightsError(
+                    raise UserError(
                         f"{name} has {found} as the optimiser's {moment} of parameter {key}, whose "
                         f"shape is {tuple(parameter.shape)}; {REMEDY}"
                     )
@@ -229,15 +224,15 @@ def _check_moments(
             if not state:
                 continue
             if not (isinstance(step, Tensor) and step.numel() == 1 and step.item() >= 0):
-                raise WeightsError(_wrong(name, f"the step of parameter {key}", step, "a number"))
+                raise UserError(_wrong(name, f"the step of parameter {key}", step, "a number"))
             # Less than all where a gradient scaler skipped some, or a second fit began anew.
             if not (step.item() <= num_steps and float(step).is_integer()):
-                raise WeightsError(
+                raise UserError(
                     f"{name} was written after {num_steps} steps, but its optimiser counted "
                     f"{step.item():.12g} for parameter {key}; {REMEDY}"
                 )
     if counts := non_finite(flat):
-        raise WeightsError(
+        raise UserError(
             f"{name}, optimiser: {describe_non_finite(counts)}; it comes from a training that "
             "diverged: give an earlier checkpoint"
         )

@@ -45,19 +45,6 @@ def explain(error: Exception) -> str | None:
     """Say in one sentence what the user can mend; None if it is a fault of the program."""
     if (user_error := find_user_error(error)) is not None:
         return str(user_error)
-    # sweep: begin
-    from pathlib import Path
-    from traceback import extract_tb
-
-    cause: BaseException | None = error
-    while cause is not None:
-        frames = extract_tb(cause.__traceback__)
-        package = Path(__file__).parent.parent
-        if isinstance(cause, ValueError) and frames:  # noqa: SIM102
-            if Path(frames[-1].filename).is_relative_to(package):
-                return str(cause)
-        cause = cause.__cause__
-    # sweep: end
     if isinstance(error, MisconfigurationException):  # Lightning's word for such a mistake
         return str(error)
     if isinstance(error, OSError) and (sentence := _explain_failed_write(error)) is not None:

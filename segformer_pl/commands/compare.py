@@ -26,6 +26,7 @@ from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.analysis.run import Run
 from segformer_pl.analysis.run_groups import ComparedRun, Group, group_runs
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.errors import UserError
 
 FEW_BLOCKS = 20
 # In simulations of 100 pictures the 95 % interval of a class's IoU covers it in 91 % of the sets
@@ -76,7 +77,7 @@ def compare(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     runs: list[Path] = options.runs
     if len(runs) < 2:
-        raise ValueError(f"there is nothing to compare '{runs[0]}' with; give two or more runs")
+        raise UserError(f"there is nothing to compare '{runs[0]}' with; give two or more runs")
     compared = [_read(run) for run in runs]
     num_images = len(compared[0].evaluation.ids)
     if len(compared) == 2:

@@ -105,10 +105,10 @@ def erf(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     given = [key for key in ("ckpt", "weights", "model") if options[key] is not None]
     if len(given) != 1:
-        raise ValueError("give one of --ckpt, --weights and --model: whose field to measure")
+        raise UserError("give one of --ckpt, --weights and --model: whose field to measure")
     resolve_device(options.device)
     if options.size is not None and min(options.size) < 1:
-        raise ValueError("--size: give height and width of at least 1 pixel")
+        raise UserError("--size: give height and width of at least 1 pixel")
     checkpoint = None if options.ckpt is None else RunCheckpoint.read(options.ckpt)
     data = _data(options, checkpoint)
     if checkpoint is not None:
@@ -187,7 +187,7 @@ def _pictures(
     """Batches of validation pictures spread evenly over the split, for stored order can be by
     class or place; the same ones each time."""
     if num_images < 1:
-        raise ValueError("--num_images: give an integer of at least 1")
+        raise UserError("--num_images: give an integer of at least 1")
     samples: Any = data.val_dataloader().dataset
     num_rows = samples.order.num_rows
     count = min(num_images, num_rows)
@@ -202,7 +202,7 @@ def _pictures(
         if size is not None:
             image = F.interpolate(image, tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
         if images and image.shape != images[0].shape:
-            raise ValueError(
+            raise UserError(
                 f"the pictures of {data.entry.name!r} have different sizes and their fields cannot "
                 "be averaged; give --size H W"
             )

@@ -40,7 +40,7 @@ def named_checkpoint(name: str, config: Any, settings: dict[str, Any], is_fit: b
         is_fit: Whether the command trains.
 
     Raises:
-        ValueError: There is none, and the sentence says where it was expected; or the newest run is
+        UserError: There is none, and the sentence says where it was expected; or the newest run is
             another experiment.
     """
     if name == "hpc":
@@ -62,7 +62,7 @@ def _last(name: str, config: Any) -> Path:
         files = [Run(run_dir).last_checkpoint for run_dir in folder.glob("*")]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise ValueError(
+        raise UserError(
             f"ckpt_path: {name!r} needs the last.ckpt of an earlier run, and there is no "
             f"{str(expected)!r}; give the checkpoint's path, or leave ckpt_path out to start anew"
         )
@@ -94,7 +94,7 @@ def _refuse_another_experiment(last: Path, here: dict[str, Any], is_fit: bool) -
             f"{then} there"
             for key, (then, now) in different.items()
         )
-        raise ValueError(
+        raise UserError(
             f"ckpt_path: the newest run is that in {str(last.parent.parent)!r}, which is another "
             f"experiment: {told}; give the path of the checkpoint that is meant, such as {last}"
         )
@@ -122,7 +122,7 @@ def _best(last: Path) -> Path:
     }
     if len(best) != 1:
         found = f"those of {', '.join(sorted(best))}" if best else "none"
-        raise ValueError(
+        raise UserError(
             f"ckpt_path: 'best' needs one ModelCheckpoint with a monitor in the run of "
             f"{str(last)!r}, which has {found}; give the checkpoint's path"
         )
@@ -131,7 +131,7 @@ def _best(last: Path) -> Path:
     for candidate in (last.parent / file.name, file):
         if candidate.is_file():
             return candidate
-    raise ValueError(
+    raise UserError(
         f"ckpt_path: the best checkpoint of the run is {str(file)!r}, which is not there; give "
         "another"
     )
@@ -144,7 +144,7 @@ def _hpc(folder: Path) -> Path:
         if (match := re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", file.name))
     }
     if not numbered:
-        raise ValueError(
+        raise UserError(
             f"ckpt_path: there is no {str(folder / 'hpc_ckpt_*.ckpt')!r}; give the checkpoint's "
             "path, or leave ckpt_path out to start anew"
         )

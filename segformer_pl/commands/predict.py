@@ -21,9 +21,9 @@ from segformer_pl.atomic import WriteError, atomic_write, make_writable_folder
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
-from segformer_pl.data import DataError
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.data.image_folder import PICTURES
+from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, Predictor
 
 MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
@@ -100,7 +100,7 @@ def predict(arguments: list[str]) -> None:
                 labels, probabilities = _segment(
                     predictor, pixels, options.probabilities, str(file)
                 )
-            except DataError as error:
+            except UserError as error:
                 num_skipped += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 continue
@@ -134,10 +134,10 @@ def find_pictures(pattern: str, output: Path) -> dict[Path, Path]:
         Relative path of the outputs, without the suffix that they get, by file. No two are equal.
 
     Raises:
-        ValueError: there is no such file or folder, or nothing matches.
+        UserError: There is no such file or folder, or nothing matches.
     """
     if not pattern:
-        raise ValueError("--input is empty; give a picture, a folder or a pattern")
+        raise UserError("--input is empty; give a picture, a folder or a pattern")
     path = Path(pattern).expanduser()
     remedy = "give a picture, a folder of pictures, or a pattern in quotes like 'photos/**/*.jpg'"
     if path.is_file():
@@ -151,7 +151,7 @@ def find_pictures(pattern: str, output: Path) -> dict[Path, Path]:
         base, found = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)
         missing = f"no file matches {pattern!r}"
     else:
-        raise ValueError(f"--input: there is no file or folder {pattern!r}; {remedy}")
+        raise UserError(f"--input: there is no file or folder {pattern!r}; {remedy}")
     ours = [(output / folder).resolve() for folder in (MASKS, OVERLAYS, PROBABILITIES)]
     files = [
         file
@@ -161,7 +161,7 @@ def find_pictures(pattern: str, output: Path) -> dict[Path, Path]:
         and not any(file.resolve().is_relative_to(folder) for folder in ours)
     ]
     if not files:
-        raise ValueError(f"--input: {missing}; {remedy}")
+        raise UserError(f"--input: {missing}; {remedy}")
     return _named(files, Path(os.path.normpath(base)))
 
 
@@ -170,7 +170,7 @@ def _named(files: list[Path], base: Path) -> dict[Path, Path]:
     relative = {file: Path(os.path.relpath(file, base)) for file in files}
     outside = next((file for file, name in relative.items() if ".." in name.parts), None)
     if outside is not None:
-        raise ValueError(
+        raise UserError(
             f"--input: '{outside}' is not below '{base}', where the pattern starts; use '..' "
             "before its first wildcard only"
         )
@@ -185,7 +185,7 @@ def _named(files: list[Path], base: Path) -> dict[Path, Path]:
 def _check_channels(predictor: Predictor) -> None:
     num_channels = predictor.network.in_channels
     if num_channels != 3:
-        raise ValueError(
+        raise UserError(
             f"--ckpt: the network takes {num_channels} channels, but pictures are read with 3 "
             "(RGB); give a checkpoint of a network with in_channels 3"
         )
@@ -220,12 +220,12 @@ def _segment(
             return predictor.probabilities(pixels)
         return predictor(pixels), None
     except torch.OutOfMemoryError as error:
-        raise DataError(
+        raise UserError(
             f"{where}: {height}x{width} pixels need more memory than the device has; give "
             "--inference.window and --inference.stride, or --device cpu"
         ) from error
     except ValueError as error:  # such as: smaller than the network can take
-        raise DataError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 class PredictionFiles:

@@ -22,7 +22,7 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
             command line's.
 
     Raises:
-        ValueError: a folder holds no configuration, or it cannot be read; one sentence says which.
+        UserError: A folder holds no configuration, or it cannot be read; one sentence says which.
     """
     parser = SegformerArgumentParser(
         prog=f"{PROG} recipe",

@@ -39,6 +39,7 @@ from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Sample, Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
 from segformer_pl.metrics import (
     as_classes,
@@ -118,7 +119,7 @@ def _score_all(
     source = data.open("validation")
     order = StoredOrder(source.group_rows)
     if num_images is not None and num_images > order.num_rows:
-        raise ValueError(
+        raise UserError(
             f"--num_images {num_images}: the validation split has {order.num_rows} pictures; give "
             "at most so many, or leave it out"
         )
@@ -170,7 +171,7 @@ def _check_origin(file: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     }.items():
         same = same_data if key == "fingerprint" else operator.eq
         if not same(there[key], here[key]):
-            raise ValueError(
+            raise UserError(
                 f"--output: {file} holds scores of something else: its {what} is {there[key]}, "
                 f"here it is {here[key]}; give another folder, or remove that file"
             )

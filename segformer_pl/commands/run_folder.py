@@ -30,7 +30,7 @@ def place_below_root(trainer: Any) -> None:
     The default place of the logger counts as not given.
 
     Raises:
-        ValueError: The logger was given another place.
+        UserError: The logger was given another place.
     """
     root, logger = trainer["default_root_dir"], trainer["logger"]
     first = logger[0] if isinstance(logger, list) and logger else logger
@@ -40,7 +40,7 @@ def place_below_root(trainer: Any) -> None:
     if place == DEFAULT_LOGGER["init_args"]["save_dir"]:  # type: ignore[index]
         first["init_args"]["save_dir"] = str(root)
     elif place is not None and not Path(place).resolve().is_relative_to(Path(root).resolve()):
-        raise ValueError(
+        raise UserError(
             f"trainer.default_root_dir is {str(root)!r}, but the run would be kept in "
             f"{str(place)!r}, which trainer.logger.init_args.save_dir asks for; give one of them"
         )
@@ -86,11 +86,11 @@ def find_continuation(ckpt_path: str, step: int, logger: Any) -> Continuation:
 
 
 def refuse_used_folder(logger: Any) -> None:
-    """Raise ValueError if the logger names, as a version, a folder that holds a history."""
+    """Raise UserError if the logger names, as a version, a folder that holds a history."""
     first = logger[0] if isinstance(logger, list) and logger else logger
     folder = _folder(first) if isinstance(first, dict) else None
     if folder is not None and Run(folder).metrics_file.is_file():
-        raise ValueError(
+        raise UserError(
             f"trainer.logger.init_args.version: {folder} holds the history of a run already; "
             "leave the version out, or go on with that run by --ckpt_path"
         )

@@ -2,6 +2,5 @@
 
 from segformer_pl.data.datamodule import StreamingSegmentationData
 from segformer_pl.data.labels import LabelSpec
-from segformer_pl.errors import UserError as DataError
 
-__all__ = ["DataError", "LabelSpec", "StreamingSegmentationData"]
+__all__ = ["LabelSpec", "StreamingSegmentationData"]

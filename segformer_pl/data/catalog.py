@@ -93,7 +93,7 @@ def find_dataset(dataset: str) -> DatasetEntry:
         dataset: A name, or a path that ends in ``.yaml`` or ``.yml``.
 
     Raises:
-        UserError: there is none, and the message lists the names; or the file has a mistake, and
+        UserError: There is none, and the message lists the names; or the file has a mistake, and
             the message says where.
     """
     if dataset.endswith((".yaml", ".yml")):

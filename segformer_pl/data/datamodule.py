@@ -68,7 +68,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         seed: Of order and augmentation.
 
     Raises:
-        UserError: what is asked for is not there, or a row is broken; one sentence says which.
+        UserError: What is asked for is not there, or a row is broken; one sentence says which.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         """The rows of a split.
 
         Raises:
-            UserError: see :func:`~segformer_pl.data.sources.open_split`.
+            UserError: See :func:`~segformer_pl.data.sources.open_split`.
         """
         return open_split(self.entry, self.location(), split)
 
@@ -242,7 +242,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         """Go on where the checkpoint stands, if this is its data.
 
         Raises:
-            UserError: it is not, the checkpoint does not say, or its position is not that of whole
+            UserError: It is not, the checkpoint does not say, or its position is not that of whole
                 steps.
         """
         self._check_steps()

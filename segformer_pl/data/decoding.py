@@ -49,7 +49,7 @@ def cell_bytes(
             :class:`UserError`.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     encoded = cell.get("bytes") if isinstance(cell, dict) else cell
     if not encoded and isinstance(cell, dict) and cell.get("path"):
@@ -84,7 +84,7 @@ class EncodedImage:
         num_frames: Frames or pages in the file, of which the first is read.
 
     Raises:
-        UserError: it is no picture, one whose values have no known range (32-bit integers,
+        UserError: It is no picture, one whose values have no known range (32-bit integers,
             floating point), or one with more pixels than Pillow opens.
     """
 
@@ -121,7 +121,7 @@ class EncodedImage:
         """Read an image file.
 
         Raises:
-            DataError: It cannot be read, or is no image; see the class.
+            UserError: It cannot be read, or is no image; see the class.
         """
         try:
             encoded = file.read_bytes()
@@ -196,7 +196,7 @@ def decode_label(encoded: bytes, where: str, coding: Coding = "values") -> RawLa
             applied, and alpha is dropped where it is opaque.
 
     Raises:
-        UserError: it is no image, a damaged one, of a lossy format or one that may rescale values,
+        UserError: It is no image, a damaged one, of a lossy format or one that may rescale values,
             has several frames or pages, or stores what classes cannot be read from.
     """
     image = _open(encoded, where)
@@ -343,7 +343,7 @@ def check_orientation(image: EncodedImage, label: RawLabel, where: str) -> str |
         the stored one.
 
     Raises:
-        UserError: the label was drawn on the stored image, or has an orientation that the image
+        UserError: The label was drawn on the stored image, or has an orientation that the image
             does not have.
     """
     if label.orientation == image.orientation:
@@ -436,7 +436,7 @@ def _reading(encoded: bytes, where: str) -> Iterator[None]:
     """One sentence for whatever Pillow raises."""
     try:
         yield
-    except UserError:  # a ValueError, and a better sentence
+    except UserError:  # has a better sentence; DAMAGED includes ValueError
         raise
     except Image.DecompressionBombError as error:
         raise UserError(

@@ -50,7 +50,7 @@ def check_labels(trained: Mapping[str, Any], dataset: str, labels: LabelSpec) ->
         labels: Its labels.
 
     Raises:
-        UserError: it has the name of the training's, and a raw value meant another class then.
+        UserError: It has the name of the training's, and a raw value meant another class then.
     """
     before, now = trained.get("labels"), describe_labels(labels)
     if before is None or not (difference := compare_labels(before, now)):

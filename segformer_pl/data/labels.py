@@ -17,7 +17,6 @@ from segformer_pl.data.label_diagnosis import (
 )
 from segformer_pl.errors import UserError
 
-DataError = UserError  # the name that other rooms import until they raise UserError themselves
 TrainIds: TypeAlias = npt.NDArray[np.integer[Any]]
 
 RAW_VALUES = range(-(1 << 16), 1 << 16)  # those that a spec can give a meaning

@@ -78,7 +78,7 @@ def open_split(
         split: Which part; the entry says what it is called in the data.
 
     Raises:
-        UserError: there is no such place or split, a shard is damaged, there is no row, or a
+        UserError: There is no such place or split, a shard is damaged, there is no row, or a
             column of the entry is missing.
     """
     source = _find(entry, path, split)

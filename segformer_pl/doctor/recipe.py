@@ -5,8 +5,9 @@ import copy
 import lightning.pytorch as pl
 from torch import nn
 
-from segformer_pl.data import DataError, StreamingSegmentationData
+from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.doctor.findings import Examination
+from segformer_pl.errors import UserError
 from segformer_pl.lightning_workarounds import synchronizes_batch_norm
 from segformer_pl.task import SegmentationTask
 
@@ -19,7 +20,7 @@ def examine_weights(
     try:
         report = task.read_weights(copy.deepcopy(task.network))
         data.check_labels(report.data)
-    except (ValueError, DataError) as error:
+    except UserError as error:
         found.error("weights", str(error))
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from segformer_pl.data import DataError, StreamingSegmentationData
+from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.decoding import FirstColors, PaletteColors
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import Source, Split
 from segformer_pl.data.streaming import Sample, Samples, Transforms
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.doctor.findings import Examination
+from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import Segmenter
 
 NUM_SAMPLES = 200  # looked at in each split
@@ -78,7 +79,7 @@ def examine_split(
 ) -> Look | None:
     try:
         source = _Kept(data.open(split))
-    except DataError as error:
+    except UserError as error:
         found.error("open", str(error))
         return None
     for level, remark in source.remarks:
@@ -165,7 +166,7 @@ def _read(
         try:
             sample = samples[position]
             yield position, sample, next(iter(sample["skipped"].values()), "")
-        except DataError as error:
+        except UserError as error:
             yield position, None, str(error)
 
 

@@ -87,7 +87,7 @@ class Predictor:
                 ``"class 1"``, ..., and the whole image in one pass.
 
         Raises:
-            WeightsError: The source cannot be read, does not say enough to build its network, or
+            UserError: The source cannot be read, does not say enough to build its network, or
                 contradicts itself.
             UserError: It holds no segmenter, or states another number of classes or channels than
                 its network has.
@@ -134,7 +134,7 @@ class Predictor:
         Raises:
             UserError: The image is of another kind, the network takes other channels than RGB, or
                 its output holds nan or infinity.
-            DataError: The file cannot be read.
+            UserError: The file cannot be read.
         """
         network, images = self._prepare(image)
         with torch.inference_mode():

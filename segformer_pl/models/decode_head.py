@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segformer_pl.errors import UserError
 from segformer_pl.models.mit import convolution_macs, to_channels_first, to_tokens
 
 
@@ -36,7 +37,7 @@ class AllMLPHead(nn.Module):
         dropout: Rate of the channel dropout before the classifier.
 
     Raises:
-        ValueError: ``in_indices`` repeats a stage, names one the encoder does not have, or leaves
+        UserError: ``in_indices`` repeats a stage, names one the encoder does not have, or leaves
             out the deepest one.
     """
 
@@ -51,12 +52,12 @@ class AllMLPHead(nn.Module):
         super().__init__()
         deepest = len(in_channels) - 1
         if sorted(set(in_indices) & set(range(deepest + 1))) != sorted(in_indices):
-            raise ValueError(
+            raise UserError(
                 f"in_indices={tuple(in_indices)}: name each stage at most once, "
                 f"out of 0 to {deepest}"
             )
         if deepest not in in_indices:
-            raise ValueError(
+            raise UserError(
                 f"in_indices={tuple(in_indices)} leaves out the deepest stage, {deepest}, whose "
                 f"parameters would then never be trained; add {deepest}"
             )

@@ -17,6 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import Encoder
 
 PosEncoding = Literal["mix_ffn", "learned", "none"]
@@ -79,7 +80,7 @@ class EfficientSelfAttention(nn.Module):
     Shapes: (B, H, W, C) -> (B, H, W, C).
 
     Raises:
-        ValueError: r is larger than the token grid, and the border is dropped.
+        UserError: R is larger than the token grid, and the border is dropped.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class EfficientSelfAttention(nn.Module):
         if self.kv_border == "keep" and any(missing):
             return self.norm(to_tokens(self._reduce_to_the_border(tokens, *missing)))
         if min(height, width) < self.sr_ratio:
-            raise ValueError(
+            raise UserError(
                 f"sr_ratio {self.sr_ratio} is larger than the {height}x{width} token grid that "
                 "it should reduce; use larger images (or windows and scales, where there are), a "
                 "smaller sr_ratio in this stage or kv_border keep"
@@ -280,7 +281,7 @@ class MixTransformer(Encoder):
         out_channels, out_strides: C_i and s_i, the encoder contract that a decode head reads.
 
     Raises:
-        ValueError: an impossible combination of arguments, with the value, the limit, the remedy.
+        UserError: An impossible combination of arguments, with the value, the limit, the remedy.
 
     Example:
         >>> [tuple(f.shape) for f in mit_b0()(torch.zeros(1, 3, 64, 96))]
@@ -320,7 +321,7 @@ class MixTransformer(Encoder):
         )
         _check_pos_encoding(pos_encoding, image_size)
         if kv_border not in get_args(KvBorder):
-            raise ValueError(
+            raise UserError(
                 f"kv_border={kv_border!r}: choose one of {', '.join(get_args(KvBorder))}"
             )
 
@@ -338,7 +339,7 @@ class MixTransformer(Encoder):
             if grid is not None:
                 grid = (grid + 2 * paddings[s] - patch_sizes[s]) // strides[s] + 1
                 if grid < 1:
-                    raise ValueError(
+                    raise UserError(
                         f"image_size={image_size} leaves no token in stage {s + 1}; "
                         "use larger images or smaller strides"
                     )
@@ -549,7 +550,7 @@ def _check_stage_arguments(**per_stage: Sequence[int]) -> None:
     for name, values in per_stage.items():
         lowest = 0 if name == "paddings" else 1
         if len(values) != 4 or any(v < lowest for v in values):
-            raise ValueError(
+            raise UserError(
                 f"{name}={tuple(values)}: give one integer of at least {lowest} for each of the "
                 "four stages"
             )
@@ -558,17 +559,17 @@ def _check_stage_arguments(**per_stage: Sequence[int]) -> None:
         kernel, stride = per_stage["patch_sizes"][s], per_stage["strides"][s]
         padding = per_stage["paddings"][s]
         if dim % heads:
-            raise ValueError(
+            raise UserError(
                 f"stage {s + 1}: embed_dim {dim} is not a multiple of its {heads} heads; "
                 "change embed_dims or num_heads"
             )
         if kernel < stride:
-            raise ValueError(
+            raise UserError(
                 f"stage {s + 1}: patch_size {kernel} is smaller than stride {stride}, so pixels "
                 f"between patches would never be seen; use a patch_size of at least {stride}"
             )
         if padding > kernel // 2:
-            raise ValueError(
+            raise UserError(
                 f"stage {s + 1}: padding {padding} is more than half of patch_size {kernel}, so "
                 f"border patches would hold mostly padding; use at most {kernel // 2}"
             )
@@ -576,16 +577,16 @@ def _check_stage_arguments(**per_stage: Sequence[int]) -> None:
 
 def _check_pos_encoding(pos_encoding: PosEncoding, image_size: int | None) -> None:
     if pos_encoding not in get_args(PosEncoding):
-        raise ValueError(
+        raise UserError(
             f"pos_encoding={pos_encoding!r}: choose one of {', '.join(get_args(PosEncoding))}"
         )
     if pos_encoding == "learned" and image_size is None:
-        raise ValueError(
+        raise UserError(
             "pos_encoding='learned' needs image_size, the side in pixels of the training crops "
             "that its tables are laid out for"
         )
     if pos_encoding != "learned" and image_size is not None:
-        raise ValueError(
+        raise UserError(
             f"image_size={image_size} has no meaning with pos_encoding={pos_encoding!r}: only "
             "learned tables have a size; leave it out"
         )

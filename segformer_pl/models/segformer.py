@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from segformer_pl.errors import UserError
 from segformer_pl.models.decode_head import AllMLPHead
 from segformer_pl.models.mit import mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5
 from segformer_pl.models.segmenter import Encoder, Segmenter
@@ -73,13 +74,13 @@ class SegFormer(Segmenter):
         """Return the encoder's layers; everything else is the head.
 
         Raises:
-            ValueError: The encoder leaves out some of its parameters, which would then train at
+            UserError: The encoder leaves out some of its parameters, which would then train at
                 the head's learning rate.
         """
         layers = {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
         names = {name for name, _ in self.named_parameters() if name.startswith("encoder.")}
         if missing := sorted(names - layers.keys()):
-            raise ValueError(
+            raise UserError(
                 f"{type(self.encoder).__name__}.layer_ids() leaves out {len(missing)} parameters, "
                 f"such as {missing[0].removeprefix('encoder.')}; give every one a layer"
             )

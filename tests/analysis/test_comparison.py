@@ -314,7 +314,7 @@ def test_refusals():
         (changed(b, class_names=b.class_names[::-1]), 1, "3 classes and B 3, in another order"),
         (evaluation(relabelled), 1, "labels of 1 of 6 images .* such as those of 'picture 2'"),
         (b, 6, "6 pictures in blocks of 6 make 1 block"),
-        (b, 0, "--block-size is 0; give an integer of at least 1"),
+        (b, 0, "--block_size is 0; give an integer of at least 1"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message) as error:
             compare_evaluations(a, other, block_size)

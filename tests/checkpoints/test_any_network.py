@@ -8,13 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from segformer_pl.checkpoints import (
-    WeightsError,
-    export_weights,
-    load_network,
-    load_weights,
-    read_weights,
-)
+from segformer_pl.checkpoints import export_weights, load_network, load_weights, read_weights
+from segformer_pl.errors import UserError
 from segformer_pl.models import mit_b0
 from segformer_pl.models.segmenter import Segmenter
 
@@ -73,7 +68,7 @@ def image():
 def refuse(network, source, **arguments):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     constants = network.weight_constants()
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(UserError) as error:
         load_weights(network, source, **arguments)
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
     assert network.weight_constants() == constants
@@ -177,13 +172,13 @@ def test_the_native_layout_describes_any_network(source, tmp_path):
     assert torch.equal(network.eval()(image()), source(image()))
     assert read_weights(file).task["class_names"] == NAMES
     for layout, name in (("huggingface", "x"), ("smp", "x"), ("nvlabs", "x.pth")):
-        with pytest.raises(WeightsError, match="is that of SegFormer, and this is a Tiny; use nat"):
+        with pytest.raises(UserError, match="is that of SegFormer, and this is a Tiny; use nat"):
             export_weights(source, tmp_path / name, layout)
 
 
 def test_a_description_that_is_no_plain_data_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr(Tiny, "init_args", lambda self: {"act": nn.ReLU()})
-    with pytest.raises(WeightsError, match="is not described by plain data"):
+    with pytest.raises(UserError, match="is not described by plain data"):
         export_weights(source, tmp_path / "w.safetensors", "native")
     assert list(tmp_path.iterdir()) == []
 
@@ -192,7 +187,7 @@ def test_a_description_of_another_number_of_classes_is_refused(source, tmp_path)
     spec = source.spec() | {"init_args": {"num_classes": 4, "width": 4}}
     content = {"state_dict": source.state_dict(), "hyper_parameters": {"network": spec}}
     torch.save(content, tmp_path / "w.ckpt")
-    with pytest.raises(WeightsError, match=r"describes another network .*3 classes in the source"):
+    with pytest.raises(UserError, match=r"describes another network .*3 classes in the source"):
         load_network(tmp_path / "w.ckpt")
 
 

@@ -8,14 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from segformer_pl.checkpoints import (
-    WeightsError,
-    export_weights,
-    load_network,
-    read_weights,
-)
+from segformer_pl.checkpoints import export_weights, load_network, read_weights
 from segformer_pl.checkpoints.networks import build
 from segformer_pl.checkpoints.sources import weights_from_content
+from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer, mit_b0, segformer_b0
 from segformer_pl.models.mit import MixTransformer, NormEps
 
@@ -167,7 +163,7 @@ def test_ablations_travel_in_the_native_layout_only(arguments, tmp_path, randomi
     assert torch.equal(loaded.eval()(batch), network(batch))
     assert loaded.spec() == network.spec()
     for layout in ("huggingface", "smp", "nvlabs"):
-        with pytest.raises(WeightsError, match="cannot express this network"):
+        with pytest.raises(UserError, match="cannot express this network"):
             export_weights(network, tmp_path / f"x{FORMS[layout]}", layout)
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
@@ -178,11 +174,11 @@ def test_an_unnamed_encoder(tmp_path):
     assert build(network.spec(), "it").encoder.out_channels == (4, 8, 8, 16)
     export_weights(network, tmp_path / "hf", "huggingface")
     assert load_network(tmp_path / "hf")[0].spec()["class_path"].endswith("SegFormer")
-    with pytest.raises(WeightsError, match="cannot express this network"):
+    with pytest.raises(UserError, match="cannot express this network"):
         export_weights(network, tmp_path / "smp", "smp")
     export_weights(network, tmp_path / "w.safetensors", "native")
     bare = dict(load_file(tmp_path / "w.safetensors"))
-    with pytest.raises(WeightsError, match="none of MiT-B0 to B5"):
+    with pytest.raises(UserError, match="none of MiT-B0 to B5"):
         load_network(bare)
 
 
@@ -220,7 +216,7 @@ def test_code_that_is_no_network_is_not_chosen_by_a_file(tmp_path, network, clas
             "hyper_parameters": {"network": chosen},
         }
         torch.save(content, tmp_path / "w.ckpt")
-        with pytest.raises(WeightsError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             load_network(tmp_path / "w.ckpt")
         assert "\n" not in str(error.value)
 
@@ -242,7 +238,7 @@ def test_descriptions_that_do_not_fit(tmp_path, network):
     }
     content = {"state_dict": network.state_dict(), "hyper_parameters": {"network": unknown}}
     torch.save(content, tmp_path / "w.ckpt")
-    with pytest.raises(WeightsError, match=r"cannot be built here \(.*'width'"):
+    with pytest.raises(UserError, match=r"cannot be built here \(.*'width'"):
         load_network(tmp_path / "w.ckpt")
     task = {"class_names": ["only one"]}
     remarks = export_weights(network, tmp_path / "hf", "huggingface", task)
@@ -251,10 +247,10 @@ def test_descriptions_that_do_not_fit(tmp_path, network):
     assert config["id2label"] == {str(n): f"LABEL_{n}" for n in range(3)}
     config["num_attention_heads"] = [1, 2]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="num_heads"):
+    with pytest.raises(UserError, match="num_heads"):
         load_network(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text("[1]")
-    with pytest.raises(WeightsError, match="holds a list, not settings by name"):
+    with pytest.raises(UserError, match="holds a list, not settings by name"):
         load_network(tmp_path / "hf")
 
 
@@ -270,13 +266,13 @@ def test_descriptions_that_do_not_fit(tmp_path, network):
 )
 def test_destination_of_the_wrong_form(name, layout, message, network, tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(UserError, match=message):
         export_weights(network, tmp_path / name, layout)
     assert [file.name for file in tmp_path.iterdir()] == ["there"]
 
 
 def test_smp_wants_a_whole_segmenter(tmp_path):
-    with pytest.raises(WeightsError, match="an encoder alone"):
+    with pytest.raises(UserError, match="an encoder alone"):
         export_weights(mit_b0(), tmp_path / "out", "smp")
     export_weights(mit_b0(), tmp_path / "mit_b0.pth", "nvlabs")
     assert "patch_embed1.proj.weight" in torch.load(tmp_path / "mit_b0.pth", weights_only=True)
@@ -292,7 +288,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, layout, name):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a disk with as much room
     try:
-        with pytest.raises(WeightsError, match=r"/w.*' cannot be written \(File too large\); give"):
+        with pytest.raises(UserError, match=r"/w.*' cannot be written \(File too large\); give"):
             export_weights(network, tmp_path / name, layout)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -6,14 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from segformer_pl.checkpoints import (
-    WeightsError,
-    export_weights,
-    load_network,
-    load_weights,
-    read_weights,
-)
+from segformer_pl.checkpoints import export_weights, load_network, load_weights, read_weights
 from segformer_pl.checkpoints.facts import class_difference, match_names
+from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer
 from segformer_pl.models.mit import MixTransformer, NormEps
 
@@ -43,7 +38,7 @@ def logits(network):
 
 
 def refuse(content, network=None, **arguments):
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(UserError) as error:
         load_weights(network or small(), content, **arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -217,7 +212,7 @@ def folder(tmp_path, randomize):
 def test_id2label(folder, id2label, names):
     path = folder("config.json", id2label=id2label)
     if isinstance(names, str):
-        with pytest.raises(WeightsError, match=names):
+        with pytest.raises(UserError, match=names):
             read_weights(path)
     else:
         assert read_weights(path).task.get("class_names") == names
@@ -261,7 +256,7 @@ def test_normalisation_is_what_transformers_computes(folder, changes):
     ],
 )
 def test_a_description_of_other_tensors(folder, changes, message):
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(UserError, match=message):
         load_network(folder("config.json", **changes))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from segformer_pl import models
-from segformer_pl.checkpoints import WeightsError, load_weights
+from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.layouts import (
     LAYOUTS,
     MMSEG,
@@ -18,6 +18,7 @@ from segformer_pl.checkpoints.layouts import (
     from_parts,
     to_parts,
 )
+from segformer_pl.errors import UserError
 from segformer_pl.models.mit import EfficientSelfAttention
 
 WIDE = (64, 128, 320, 512)
@@ -158,7 +159,7 @@ def test_mmseg_backbone_converts_and_its_head_is_refused(variant):
         f"decode_head.{name}": torch.empty(1, device="meta")
         for name in ("convs.0.conv.weight", "fusion_conv.bn.running_mean", "conv_seg.bias")
     }
-    with pytest.raises(WeightsError, match=r"own head .*a different network.*backbone can"):
+    with pytest.raises(UserError, match=r"own head .*a different network.*backbone can"):
         load_weights(network, whole | head)
     report = load_weights(network, whole | head, parts="encoder")
     assert report.num_tensors == bare.num_tensors

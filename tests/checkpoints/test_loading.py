@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from segformer_pl.checkpoints import WeightsError, load_weights
+from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.layouts import (
     NATIVE,
     NVLABS,
@@ -16,6 +16,7 @@ from segformer_pl.checkpoints.layouts import (
     from_parts,
 )
 from segformer_pl.checkpoints.matching import parts_of
+from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer, mit_b0, segformer_b0, segformer_b1
 from segformer_pl.models.mit import MixTransformer, NormEps
 
@@ -51,7 +52,7 @@ def foreign(network, layout=NVLABS):
 
 def refuse(network, source, **arguments):
     before = snapshot(network)
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(UserError) as error:
         load_weights(network, source, **arguments)
     assert is_unchanged(network, before)
     message = str(error.value)
@@ -61,7 +62,7 @@ def refuse(network, source, **arguments):
 
 @pytest.mark.parametrize("source", [123, None, ["mit_b0.pth"]])
 def test_what_is_no_source_is_refused_in_words(source):
-    with pytest.raises(WeightsError, match=r"^weights cannot come from a \w+; give a file, a fol"):
+    with pytest.raises(UserError, match=r"^weights cannot come from a \w+; give a file, a fol"):
         load_weights(segformer_b0(5), source)
 
 
@@ -70,9 +71,7 @@ def test_weights_of_a_diverged_training_are_refused():
     state["encoder.stages.0.norm.weight"][3] = torch.nan
     before = model.encoder.stages[0].norm.bias.clone()
     state["encoder.stages.0.norm.bias"] += 1
-    with pytest.raises(
-        WeightsError, match=r"nan or infinity in 1 value of encoder\.stages\.0\.norm"
-    ):
+    with pytest.raises(UserError, match=r"nan or infinity in 1 value of encoder\.stages\.0\.norm"):
         load_weights(model, state)
     assert torch.equal(model.encoder.stages[0].norm.bias, before)
 
@@ -313,7 +312,7 @@ def test_a_state_dict_without_values_is_no_weights():
     network = segformer_b0(num_classes=2)
     with torch.device("meta"):
         state = segformer_b0(num_classes=2).state_dict()
-    with pytest.raises(WeightsError, match="without values"):
+    with pytest.raises(UserError, match="without values"):
         load_weights(network, state)
     with torch.device("meta"):
         load_weights(segformer_b0(num_classes=2), state)  # only its names and shapes are asked for

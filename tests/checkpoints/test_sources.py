@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from segformer_pl.checkpoints import WeightsError, load_weights, read_weights
+from segformer_pl.checkpoints import load_weights, read_weights
+from segformer_pl.errors import UserError
 from segformer_pl.models import mit_b0
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def error_of(source):
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(UserError) as error:
         read_weights(source)
     return str(error.value)
 
@@ -46,11 +47,12 @@ def test_what_is_not_there():
 PROGRAM = """
 import sys
 from segformer_pl.models import mit_b0
-from segformer_pl.checkpoints import WeightsError, load_weights
+from segformer_pl.checkpoints import load_weights
+from segformer_pl.errors import UserError
 for name in sys.argv[1:]:
     try:
         line = load_weights(mit_b0(), name)
-    except WeightsError as error:
+    except UserError as error:
         line = f"refused: {error}"
     sys.stdout.write(str(line).splitlines()[0] + chr(10))
 """

@@ -50,7 +50,7 @@ def run(pictures, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_random_weights(run):
-    text, folder = run("--model", "segformer_b0", "--num-images", "3")
+    text, folder = run("--model", "segformer_b0", "--num_images", "3")
     assert {file.name for file in folder.iterdir()} == {
         *(f"{name}.{kind}" for name in ("erf", "erf_profile", "erf_area") for kind in FIGURES),
         *("erf.npz", "erf.json"),
@@ -88,7 +88,7 @@ def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures, reads_o
     (ckpt,) = (tmp_path / "runs").rglob("last.ckpt")
     with reads_of(ckpt) as reads:
         text, folder = run(
-            *("--ckpt", str(ckpt), "--against", "timm:resnet18", "--num-images", "2"),
+            *("--ckpt", str(ckpt), "--against", "timm:resnet18", "--num_images", "2"),
             *("--size", "128", "128", "--gradient", "relu", "--layers", "stage2", "stage4"),
         )
     assert reads == {"opened": 1, "loaded": 1}
@@ -115,7 +115,7 @@ def test_pictures_are_spread_over_the_split(run, monkeypatch):
     module = sys.modules["segformer_pl.commands.erf"]
     monkeypatch.setattr(module, "effective_receptive_field", measure)
     with pytest.raises(ValueError, match="enough"):
-        run("--model", "segformer_b0", "--num-images", "3")
+        run("--model", "segformer_b0", "--num_images", "3")
     # The first one was tried before.
     assert [name.split("/")[-1].split(".")[0] for name in names] == ["0", "0", "2", "4"]
 
@@ -127,10 +127,10 @@ def test_pictures_are_spread_over_the_split(run, monkeypatch):
         (["--model", "segformer_b0", "--ckpt", "x"], "give one of --ckpt, --weights and --model"),
         (["--ckpt", "nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
         (["--model", "segformer_b0", "--against", "timm:resnet1"], "no network 'resnet1'"),
-        (["--model", "segformer_b0", "--num-images", "0"], "an integer of at least 1"),
+        (["--model", "segformer_b0", "--num_images", "0"], "an integer of at least 1"),
         (["--model", "segformer_b0", "--reduction", "mean"], "give one of relu, l1, sum, random"),
         (["--model", "segformer_b0", "--size", "0", "64"], "at least 1 pixel"),
-        (["--model", "segformer_b0", "--num-images", "1", "--layers", "x"], "no layer 'x'"),
+        (["--model", "segformer_b0", "--num_images", "1", "--layers", "x"], "no layer 'x'"),
         (
             ["--model", "segformer_b0", "--data.path", "nowhere"],
             "data.path: there is no folder 'nowhere",
@@ -156,7 +156,7 @@ def refusal_before_measuring(run, monkeypatch, *arguments):
 
     monkeypatch.setattr(module, "_measure", only_one)
     with pytest.raises(SystemExit) as exit_:
-        run("--model", "segformer_b0", "--num-images", "5", *arguments)
+        run("--model", "segformer_b0", "--num_images", "5", *arguments)
     return exit_.value.code
 
 
@@ -199,7 +199,7 @@ def test_a_data_set_without_a_place_asks_for_this_commands_own_argument(tmp_path
 
 @pytest.mark.slow
 def test_one_picture_has_no_intervals(run):
-    text, _ = run("--model", "segformer_b0", "--num-images", "1", "--layers", "stage1")
+    text, _ = run("--model", "segformer_b0", "--num_images", "1", "--layers", "stage1")
     assert "1 picture of 64x96 pixels, no intervals" in text
     assert "nan" not in text
 
@@ -213,7 +213,7 @@ def test_pictures_of_several_sizes_need_one(run, pictures, tmp_path):
     with pytest.raises(SystemExit) as exit_:
         run("--path", str(other), "--model", "segformer_b0")
     assert "have different sizes" in exit_.value.code
-    run("--path", str(other), "--model", "segformer_b0", "--size", "64", "64", "--num-images", "2")
+    run("--path", str(other), "--model", "segformer_b0", "--size", "64", "64", "--num_images", "2")
 
 
 @pytest.mark.slow
@@ -221,6 +221,6 @@ def test_random_weights_are_the_same_each_time(run):
     known = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        _, folder = run("--model", "segformer_b0", "--num-images", "1", "--layers", "stage1")
+        _, folder = run("--model", "segformer_b0", "--num_images", "1", "--layers", "stage1")
         known.append(load_erf(folder / "erf").about["weights_hash"])
     assert known[0] == known[1]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from segformer_pl.checkpoints import WeightsError, load_weights, read_weights
+from segformer_pl.checkpoints import load_weights, read_weights
+from segformer_pl.errors import UserError
 from segformer_pl.models.mit import mit_b0
 
 
@@ -42,7 +43,7 @@ def runner_checkpoint(mmseg, tmp_path_factory):
 
 def test_it_is_refused_in_one_sentence(runner_checkpoint):
     _, file = runner_checkpoint
-    with pytest.raises(WeightsError, match=r"holds code \(mmengine\.\S+HistoryBuffer\)") as error:
+    with pytest.raises(UserError, match=r"holds code \(mmengine\.\S+HistoryBuffer\)") as error:
         read_weights(file)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith("torch.save(model.state_dict(), FILE)")

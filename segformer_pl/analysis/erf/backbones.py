@@ -7,6 +7,7 @@ import timm
 from torch import Tensor, nn
 
 from segformer_pl.analysis.erf.feature_extractor import channels_first
+from segformer_pl.errors import UserError
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 STAGES = {4: "stage1", 8: "stage2", 16: "stage3", 32: "stage4"}  # by stride
@@ -44,18 +45,18 @@ class TimmStages(nn.Module):
         std: Standard deviation that normalises images in 0 to 1.
 
     Raises:
-        ValueError: timm has no such network, or it has no feature maps of these strides.
+        UserError: Timm has no such network, or it has no feature maps of these strides.
     """
 
     def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name}*")[:5])
-            raise ValueError(
+            raise UserError(
                 f"timm has no network {name!r}" + (f"; close are {close}" if close else "")
             )
         if weights not in (None, "pretrained") and not Path(str(weights)).is_file():
-            raise ValueError(f"timm:{name}: there is no file {weights!r} of weights")
+            raise UserError(f"timm:{name}: there is no file {weights!r} of weights")
         given: dict[str, Any] = {"pretrained": weights == "pretrained"}
         if weights not in (None, "pretrained"):
             given["pretrained_cfg_overlay"] = {"file": weights}
@@ -63,13 +64,13 @@ class TimmStages(nn.Module):
         try:
             network = _create(name, given)
         except (RuntimeError, AttributeError) as error:
-            raise ValueError(f"timm:{name} gives no feature maps: {error}") from error
+            raise UserError(f"timm:{name} gives no feature maps: {error}") from error
         self.name, self.network = name, network
         strides = network.feature_info.reduction()
         # Several maps can have one stride; the last and deepest wins.
         self.indices = {STAGES[stride]: i for i, stride in enumerate(strides) if stride in STAGES}
         if not self.indices:
-            raise ValueError(f"timm:{name} has no feature map of stride 4, 8, 16 or 32")
+            raise UserError(f"timm:{name} has no feature map of stride 4, 8, 16 or 32")
         self.channels: list[int] = network.feature_info.channels()
         config: dict[str, Any] = getattr(network, "pretrained_cfg", {})
         self.mean = tuple(config.get("mean", IMAGENET_MEAN))
@@ -79,13 +80,13 @@ class TimmStages(nn.Module):
         """(B, 3, H, W) -> ``stage1`` ... ``stage4``, (B, C_i, H_i, W_i).
 
         Raises:
-            ValueError: The network accepts no images of this size.
+            UserError: The network accepts no images of this size.
         """
         size = (images.shape[2], images.shape[3])
         try:
             maps = self.network(images)
         except AssertionError as error:
-            raise ValueError(
+            raise UserError(
                 f"timm:{self.name} accepts no images of {size[0]}x{size[1]} pixels ({error}); "
                 "resize them, on the command line with --size"
             ) from error

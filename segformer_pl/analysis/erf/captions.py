@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from segformer_pl.analysis.erf.result import ERF
+from segformer_pl.errors import UserError
 
 UNITS = {"center": "middle unit"}
 REDUCTIONS = {
@@ -47,11 +48,11 @@ def label_rows(results: ERF | Mapping[str, ERF], caller: str) -> dict[str, ERF]:
         caller: Name of the function for which this is done, for the message.
 
     Raises:
-        ValueError: There is no result, or none has a layer.
+        UserError: There is no result, or none has a layer.
     """
     rows = {"": results} if isinstance(results, ERF) else dict(results)
     if not any(erf.layers for erf in rows.values()):
-        raise ValueError(f"{caller}: there is no receptive field to draw")
+        raise UserError(f"{caller}: there is no receptive field to draw")
     facts = {label: erf.settings | {"images": erf.num_images} for label, erf in rows.items()}
     keys = dict.fromkeys(key for fact in facts.values() for key in fact)
     different = [

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 
 from segformer_pl.analysis.erf.units import Position
+from segformer_pl.errors import UserError
 
 ERFMap = npt.NDArray[np.floating]  # (H, W)
 AreaDefinition = Literal["smallest", "square", "replknet"]
@@ -303,10 +304,10 @@ def lattice_share(erf: ERFMap, period: int = 32, center: Position | None = None)
     for an image with fewer than three periods a side, because the window needs one of them.
 
     Raises:
-        ValueError: The period is less than 2.
+        UserError: The period is less than 2.
     """
     if period < 2:
-        raise ValueError(f"lattice_share: period={period}: give one of at least 2 pixels")
+        raise UserError(f"lattice_share: period={period}: give one of at least 2 pixels")
     if min(erf.shape) < 3 * period or not erf.max() > 0:
         return math.nan
     logs = np.log(np.maximum(erf.astype(np.float64), erf.max() * 1e-30))

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from segformer_pl.analysis.erf.head_units import ChooseUnits, UnitAdapter, adapter_for
 from segformer_pl.analysis.erf.units import PixelList, units_at_pixels
+from segformer_pl.errors import UserError
 
 AxisLayout = Literal["auto", "channels_first", "channels_last", "tokens"]
 OUTPUT = "output"
@@ -84,7 +85,7 @@ class FeatureExtractor:
         layout: Order of the axes of layers that are modules, where their sizes leave it open.
 
     Raises:
-        ValueError: The names or the layout are not valid, or none are given and the network has no
+        UserError: The names or the layout are not valid, or none are given and the network has no
             ``feature_maps``.
     """
 
@@ -92,11 +93,11 @@ class FeatureExtractor:
         self, model: nn.Module, layers: Sequence[str] | None = None, layout: AxisLayout = "auto"
     ) -> None:
         if layout not in get_args(AxisLayout):
-            raise ValueError(f"layout={layout!r}: give one of {', '.join(get_args(AxisLayout))}")
+            raise UserError(f"layout={layout!r}: give one of {', '.join(get_args(AxisLayout))}")
         if layers is not None and (
             isinstance(layers, str) or not layers or len(set(layers)) != len(layers)
         ):
-            raise ValueError(f"layers={layers!r}: give a list of at least one name, each once")
+            raise UserError(f"layers={layers!r}: give a list of at least one name, each once")
         self.model = model
         self.layers = None if layers is None else list(layers)
         self.layout = layout
@@ -106,7 +107,7 @@ class FeatureExtractor:
         self.adapter = None if needs_forward else adapter_for(model)
         if layers is None and not hasattr(model, "feature_maps"):
             some = [name for name in self.modules if name.count(".") < 2 and name][:12]
-            raise ValueError(
+            raise UserError(
                 f"layers: {type(model).__name__} has no feature_maps, so name modules, as in "
                 f"named_modules(); the first are {', '.join(some) or 'none'}"
             )
@@ -119,7 +120,7 @@ class FeatureExtractor:
             state: What :meth:`state` returned.
 
         Raises:
-            ValueError: A layer does not exist, did not run, ran twice, returned no tensor, or the
+            UserError: A layer does not exist, did not run, ran twice, returned no tensor, or the
                 order of its axes is ambiguous.
         """
         maps: dict[str, Tensor] = {}
@@ -132,7 +133,7 @@ class FeatureExtractor:
         rest = [name for name in wanted if name not in maps and name not in caught]
         for name in rest:
             if name not in hooked and name != OUTPUT:
-                raise ValueError(self._no_such_layer(name, maps))
+                raise UserError(self._no_such_layer(name, maps))
         if rest:
             with _hooks({name: hooked[name] for name in rest if name in hooked}, caught):
                 output = functional_call(_Forward(self.model), state, (images,))
@@ -140,7 +141,7 @@ class FeatureExtractor:
                 caught[OUTPUT] = _tensor_of(output, OUTPUT)
         for name in rest:
             if name not in caught:
-                raise ValueError(f"layer {name!r} did not run in the forward pass; name another")
+                raise UserError(f"layer {name!r} did not run in the forward pass; name another")
         size = (images.shape[2], images.shape[3])
         return {
             name: maps[name]
@@ -174,7 +175,7 @@ class FeatureExtractor:
             Layer -> the vectors of its units (B, C, n), and the grid (h, w) of the layer.
 
         Raises:
-            ValueError: As for :meth:`__call__`.
+            UserError: As for :meth:`__call__`.
         """
         size = (images.shape[2], images.shape[3])
         if self.adapter is not None:
@@ -249,7 +250,7 @@ def _hooks(modules: dict[str, nn.Module], caught: dict[str, Tensor]) -> Iterator
     def catch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if name in caught:
-                raise ValueError(
+                raise UserError(
                     f"layer {name!r} runs more than once in a forward pass, so it has no one "
                     "feature map; name the module around it"
                 )
@@ -275,7 +276,7 @@ def _tensor_of(output: Any, name: str) -> Tensor:
         tensors = [value for value in values if isinstance(value, Tensor)]
         if len(tensors) == 1:
             return tensors[0]
-    raise ValueError(
+    raise UserError(
         f"layer {name!r} returns a {type(output).__name__} and not one tensor; name a module "
         "inside it"
     )
@@ -320,7 +321,7 @@ def channels_first(
             be the channels, they come first.
 
     Raises:
-        ValueError: The shape fits in no way, or in two.
+        UserError: The shape fits in no way, or in two.
     """
     if tensor.dim() == 4 and layout != "tokens":
         first = _is_grid(tensor.shape[2:], size)
@@ -332,7 +333,7 @@ def channels_first(
         if layout == "channels_last" or (layout == "auto" and last and not first):
             return tensor.permute(0, 3, 1, 2)
         if first and last:
-            raise ValueError(
+            raise UserError(
                 f"layer {name!r}: its shape {tuple(tensor.shape)} can be read with channels first "
                 "or last; say which with layout='channels_first' or 'channels_last'"
             )
@@ -342,14 +343,14 @@ def channels_first(
             ways = " or ".join(
                 f"{h}x{w} behind {tensor.shape[1] - h * w} others" for h, w in sorted(grids)
             )
-            raise ValueError(
+            raise UserError(
                 f"layer {name!r}: its {tensor.shape[1]} tokens can be read as {ways}; give "
                 "images of another size"
             )
         for grid in grids:
             tokens = tensor[:, tensor.shape[1] - grid[0] * grid[1] :]
             return tokens.transpose(1, 2).reshape(len(tensor), -1, *grid)
-    raise ValueError(
+    raise UserError(
         f"layer {name!r}: its shape {tuple(tensor.shape)} is no feature map of images of "
         f"{size[0]}x{size[1]} pixels with layout={layout!r}; name another layer"
     )

@@ -50,6 +50,7 @@ from segformer_pl.analysis.erf.units import (
     refuse_sum_after_norm,
     unit_position,
 )
+from segformer_pl.errors import UserError
 
 Method = Literal["vjp", "loop", "probe"]
 
@@ -112,18 +113,18 @@ def radius_map(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: An argument or the layer does not fit.
+        UserError: An argument or the layer does not fit.
     """
     check_reduction(reduction, "abs")
     if method not in get_args(Method):
-        raise ValueError(f"method={method!r}: give one of {', '.join(get_args(Method))}")
+        raise UserError(f"method={method!r}: give one of {', '.join(get_args(Method))}")
     if min(every, batch_size) < 1 or (method == "probe" and num_probes < 2):
-        raise ValueError("every and batch_size: give at least 1; num_probes: at least 2")
+        raise UserError("every and batch_size: give at least 1; num_probes: at least 2")
     batch = image[None] if image.dim() == 3 else image
     if batch.dim() != 4 or len(batch) != 1:
-        raise ValueError(f"image: give one image (C, H, W), not shape {tuple(image.shape)}")
+        raise UserError(f"image: give one image (C, H, W), not shape {tuple(image.shape)}")
     if method == "probe" and (norms := batch_dependent_norms(model)):
-        raise ValueError(
+        raise UserError(
             f"{norms[0]!r} has no running statistics and normalises with those of the batch, so "
             "that probes influence each other; take method='vjp'"
         )

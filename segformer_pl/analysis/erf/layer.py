@@ -11,6 +11,7 @@ from segformer_pl.analysis.erf import extent
 from segformer_pl.analysis.erf.jackknife import Interval, jackknife
 from segformer_pl.analysis.erf.moments import NUM_GROUPS, Moments
 from segformer_pl.analysis.erf.units import Position, unit_at_position
+from segformer_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class LayerERF:
         """(H, W), the mean map, if it can have an extent.
 
         Raises:
-            ValueError: The map is one of signed gradients.
+            UserError: The map is one of signed gradients.
         """
         if self.gradient == "signed":
-            raise ValueError(
+            raise UserError(
                 "a signed map has no extent, because negative gradients would cancel positive "
                 "ones; measure with gradient='abs' or 'relu'"
             )
@@ -101,7 +102,7 @@ class LayerERF:
                 default). The last two agree where the unit is at that pixel.
 
         Raises:
-            ValueError: The share is not between 0 and 1, the map is signed, ``square`` or
+            UserError: The share is not between 0 and 1, the map is signed, ``square`` or
                 ``replknet`` is asked of a class, or ``replknet`` of a map that the script does not
                 measure: another gradient, another unit, a map that is not square.
         """
@@ -112,12 +113,12 @@ class LayerERF:
             return extent.square_area_ratio(self.unsigned_map, share, self._center())
         if definition == "replknet":
             if (reason := self.replknet_mismatch()) is not None:
-                raise ValueError(
+                raise UserError(
                     f"definition='replknet': {reason}; measure with these settings, or take "
                     "'square'"
                 )
             return extent.square_area_ratio(self.unsigned_map, share)
-        raise ValueError(f"definition={definition!r}: give 'smallest', 'square' or 'replknet'")
+        raise UserError(f"definition={definition!r}: give 'smallest', 'square' or 'replknet'")
 
     def replknet_mismatch(self) -> str | None:
         """Return why RepLKNet's script does not measure this map, or None if it does."""
@@ -140,7 +141,7 @@ class LayerERF:
         """Return the radius in pixels of the disc about the unit that holds ``share`` of the map.
 
         Raises:
-            ValueError: The share is not between 0 and 1.
+            UserError: The share is not between 0 and 1.
         """
         _check_share("radius", share)
         return extent.energy_radius(self.unsigned_map, share, self._center())
@@ -169,10 +170,10 @@ class LayerERF:
         """Return the share of the map within ``radius`` pixels of the unit.
 
         Raises:
-            ValueError: The radius is negative.
+            UserError: The radius is negative.
         """
         if not radius >= 0:
-            raise ValueError(f"center_share within {radius} pixels: give a radius of at least 0")
+            raise UserError(f"center_share within {radius} pixels: give a radius of at least 0")
         near = extent.distances(self.mean.shape, self._center()) <= radius
         total = self.unsigned_map.sum()
         return float(self.mean[near].sum() / total) if total > 0 else float("nan")
@@ -191,7 +192,7 @@ class LayerERF:
             level: Confidence level.
 
         Raises:
-            ValueError: The level is not between 0 and 1.
+            UserError: The level is not between 0 and 1.
         """
         return self.intervals({"": number}, level)[""]
 
@@ -208,7 +209,7 @@ class LayerERF:
     def band(self, curve: Callable[["LayerERF"], Any], level: float = 0.95) -> Interval:
         """Return a curve (K,) with its interval at every point, see :meth:`interval`."""
         if not 0 < level < 1:
-            raise ValueError(f"level={level}: give a confidence between 0 and 1, such as 0.95")
+            raise UserError(f"level={level}: give a confidence between 0 and 1, such as 0.95")
         groups = np.arange(len(self.groups))
         left_out = groups if len(groups) > 1 else groups[:0]
         leave_one_out = [curve(self._average_of(groups != group)) for group in left_out]
@@ -222,7 +223,7 @@ class LayerERF:
 
     def _center(self) -> Position:
         if self.position is None:
-            raise ValueError(
+            raise UserError(
                 "the receptive field of all units of a class has no centre to measure from; see "
                 "radius_map for the radius of every unit"
             )
@@ -231,4 +232,4 @@ class LayerERF:
 
 def _check_share(what: str, share: float) -> None:
     if not 0 < share < 1:
-        raise ValueError(f"{what} of {share}: give a share between 0 and 1")
+        raise UserError(f"{what} of {share}: give a share between 0 and 1")

@@ -47,9 +47,10 @@ from segformer_pl.analysis.erf.units import (
     unit_position,
     units_at_pixels,
 )
+from segformer_pl.errors import UserError
 
 
-class NoFieldError(ValueError):
+class NoFieldError(UserError):
     """No image has a finite receptive field, or that of a layer is zero everywhere."""
 
 
@@ -115,14 +116,14 @@ def effective_receptive_field(
     Raises:
         NoFieldError: No image could be measured, or the receptive field of a layer is zero
             everywhere.
-        ValueError: An argument or a layer does not fit, or a BatchNorm has no running statistics
+        UserError: An argument or a layer does not fit, or a BatchNorm has no running statistics
             and the batch size is not 1.
     """
     check_reduction(reduction, gradient)
     if (batch_size is not None and batch_size < 1) or (num_images is not None and num_images < 1):
-        raise ValueError("batch_size and num_images: give integers of at least 1")
+        raise UserError("batch_size and num_images: give integers of at least 1")
     if batch_size != 1 and (norms := batch_dependent_norms(model)):
-        raise ValueError(
+        raise UserError(
             f"{norms[0]!r} has no running statistics and normalises with those of the batch, so "
             "that images change each other's receptive fields; give batch_size=1"
         )
@@ -167,7 +168,7 @@ class _Measurement:
         if self.size is None:
             self.size = (images.shape[2], images.shape[3])
         if tuple(images.shape[2:]) != self.size:
-            raise ValueError(
+            raise UserError(
                 f"image {ids[0]!r} has {images.shape[2]}x{images.shape[3]} pixels and "
                 f"those before had {self.size[0]}x{self.size[1]}, which cannot be averaged; "
                 "resize or crop them to one size"
@@ -194,7 +195,7 @@ class _Measurement:
         assert isinstance(self.units, ClassUnits)
         if self.units.source == "label":
             if labels is None:
-                raise ValueError(
+                raise UserError(
                     "units: the pixels of a class need labels; give batches with 'image' and "
                     "'label', or take the class in the prediction (source='prediction')"
                 )
@@ -202,7 +203,7 @@ class _Measurement:
         with torch.no_grad():
             logits = self.model(inputs.to(next(self.model.parameters()).dtype))
         if not isinstance(logits, Tensor) or logits.dim() != 4:
-            raise ValueError(
+            raise UserError(
                 f"units: {type(self.model).__name__} returns no logits (B, classes, h, w) to take "
                 "a predicted class from"
             )
@@ -261,7 +262,7 @@ class _Measurement:
 
     def _check(self, name: str, feature: Tensor) -> None:
         if not feature.requires_grad:
-            raise ValueError(
+            raise UserError(
                 f"layer {name!r} does not depend on the image in a way that has a gradient "
                 "(detached, or computed without gradients); name another"
             )
@@ -367,7 +368,7 @@ def _batches(
         tensor = batch if isinstance(batch, Tensor) else batch["image"]
         labels = None if isinstance(batch, Tensor) else batch.get("label")
         if tensor.dim() != 4:
-            raise ValueError(
+            raise UserError(
                 f"images: give batches (B, C, H, W), not a tensor of shape {tuple(tensor.shape)}"
             )
         ids = [f"image {num_read + number}" for number in range(len(tensor))]

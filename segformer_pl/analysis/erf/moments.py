@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from segformer_pl.errors import UserError
+
 NUM_GROUPS = 16
 
 
@@ -65,12 +67,12 @@ class Moments:
         """Add the maps of another rank or measurement (Chan's update).
 
         Raises:
-            ValueError: Its maps have another size.
+            UserError: Its maps have another size.
         """
         if other.count == 0:
             return
         if other.mean.shape != self.mean.shape:
-            raise ValueError(
+            raise UserError(
                 f"receptive fields of {self.mean.shape} and {other.mean.shape} pixels cannot be "
                 "averaged; use images of one size"
             )

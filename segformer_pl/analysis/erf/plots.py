@@ -31,6 +31,7 @@ from segformer_pl.analysis.erf.panels import (
 from segformer_pl.analysis.erf.result import ERF
 from segformer_pl.analysis.erf.units import Position
 from segformer_pl.analysis.style import INK, SKY
+from segformer_pl.errors import UserError
 
 DECADES = (3, 5)  # fewest and most decades of the colour scale
 ZOOM = 8  # an enlarged panel shows one eighth of the longer side of the image
@@ -57,7 +58,7 @@ def plot_erf(
         zoom: Layers to enlarge; all by default, none if it is empty.
 
     Raises:
-        ValueError: There is nothing to draw, or a map is signed (see :func:`plot_signed`).
+        UserError: There is nothing to draw, or a map is signed (see :func:`plot_signed`).
     """
     rows = label_rows(results, "plot_erf")
     shape = _first(rows).mean.shape
@@ -215,16 +216,16 @@ def plot_difference(first: ERF, second: ERF, names: tuple[str, str], title: str 
         title: What was measured: weights, images.
 
     Raises:
-        ValueError: They have no layer in common, or differ in their settings.
+        UserError: They have no layer in common, or differ in their settings.
     """
     if first.settings != second.settings:
-        raise ValueError(
+        raise UserError(
             f"these results were measured with different settings ({first.settings} and "
             f"{second.settings}) and have no difference; measure both with the same"
         )
     common = [name for name in first.layers if name in second.layers]
     if not common:
-        raise ValueError(
+        raise UserError(
             f"these results have no layer in common: {', '.join(first.layers)} and "
             f"{', '.join(second.layers)}"
         )
@@ -309,7 +310,7 @@ def plot_radial_profiles(results: ERF | Mapping[str, ERF], title: str = "") -> F
         title: What was measured: weights, images.
 
     Raises:
-        ValueError: There is nothing to draw, a map is signed, or a result is one of a class.
+        UserError: There is nothing to draw, a map is signed, or a result is one of a class.
     """
     rows = label_rows(results, "plot_radial_profiles")
 
@@ -345,7 +346,7 @@ def plot_area_ratios(results: ERF | Mapping[str, ERF], title: str = "") -> Figur
         title: What was measured: weights, images.
 
     Raises:
-        ValueError: There is nothing to draw, or a map is signed.
+        UserError: There is nothing to draw, or a map is signed.
     """
     rows = label_rows(results, "plot_area_ratios")
 

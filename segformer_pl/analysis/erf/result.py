@@ -15,6 +15,7 @@ from torch import nn
 
 from segformer_pl.analysis.erf.layer import LayerERF
 from segformer_pl.atomic import atomic_write, atomic_write_text
+from segformer_pl.errors import UserError
 
 FORMAT = 3
 SHARES = (0.2, 0.3, 0.5, 0.99)  # those of RepLKNet's table
@@ -142,18 +143,18 @@ def merge(parts: Sequence[ERF]) -> ERF:
     """Merge results over different images into one, as if measured together.
 
     Raises:
-        ValueError: There is no result, or they differ in settings, layers, weights or
+        UserError: There is no result, or they differ in settings, layers, weights or
             normalisation.
     """
     if not parts or any(part.settings != parts[0].settings for part in parts):
-        raise ValueError("merge: give results of equal settings (units, reduction, gradient, size)")
+        raise UserError("merge: give results of equal settings (units, reduction, gradient, size)")
     if any(part.layers.keys() != parts[0].layers.keys() for part in parts):
         different = " and ".join(sorted({", ".join(part.layers) for part in parts}))
-        raise ValueError(f"merge: give results of the same layers, not of {different}")
+        raise UserError(f"merge: give results of the same layers, not of {different}")
     for key in ("weights_hash", "mean", "std"):
         values = {str(part.about[key]) for part in parts if key in part.about}
         if len(values) > 1:
-            raise ValueError(
+            raise UserError(
                 f"merge: give results of one network, not of several: their {key} are "
                 f"{' and '.join(sorted(values))}"
             )
@@ -183,12 +184,12 @@ def load_erf(path: str | Path) -> ERF:
         path: Path as given to it, or one of the two files.
 
     Raises:
-        ValueError: A file is missing, is not one of an ERF, is damaged, or has an old format.
+        UserError: A file is missing, is not one of an ERF, is damaged, or has an old format.
     """
     files = _files(path)
     for file in files:
         if not file.is_file():
-            raise ValueError(f"there is no file '{file}', and an ERF is read from .npz and .json")
+            raise UserError(f"there is no file '{file}', and an ERF is read from .npz and .json")
     try:
         description = json.loads(files[1].read_text(encoding="utf-8"))
         if (version := description["format"]) == 2:
@@ -211,11 +212,11 @@ def load_erf(path: str | Path) -> ERF:
             keys = ("num_images", "not_finite", "without_units", "settings", "about", "image_ids")
             return ERF(layers, **{key: description[key] for key in keys})
     except _DAMAGE as error:
-        raise ValueError(
+        raise UserError(
             f"'{files[0]}' and '{files[1].name}' hold no ERF, or are damaged "
             f"({type(error).__name__}); measure it again"
         ) from error
-    raise ValueError(
+    raise UserError(
         f"'{files[1]}' has format {version}, and formats 2 and {FORMAT} can be read; measure it "
         "again"
     )

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segformer_pl.errors import UserError
+
 NamedReduction = Literal["relu", "l1", "sum", "random"]
 Reduction = NamedReduction | int
 Gradient = Literal["abs", "relu", "signed"]
@@ -50,7 +52,7 @@ class ClassUnits:
         source: Whether the label or the network's own prediction says which units have the class.
 
     Raises:
-        ValueError: The class index or the source is not valid.
+        UserError: The class index or the source is not valid.
     """
 
     train_id: int
@@ -58,9 +60,9 @@ class ClassUnits:
 
     def __post_init__(self) -> None:
         if not is_integer(self.train_id) or self.train_id < 0:
-            raise ValueError(f"ClassUnits: train_id={self.train_id!r}: give a train id, from 0 up")
+            raise UserError(f"ClassUnits: train_id={self.train_id!r}: give a train id, from 0 up")
         if self.source not in ("label", "prediction"):
-            raise ValueError(f"ClassUnits: source={self.source!r}: give 'label' or 'prediction'")
+            raise UserError(f"ClassUnits: source={self.source!r}: give 'label' or 'prediction'")
 
 
 PixelList = Sequence[tuple[int, int]]  # (row, column) each
@@ -83,14 +85,14 @@ def selecting_pixels(
         size: Height and width of the image in pixels.
 
     Raises:
-        ValueError: There are no pixels, or one lies outside the image.
+        UserError: There are no pixels, or one lies outside the image.
     """
     height, width = size
     if isinstance(units, str) and units == "center":
         return [(height // 2, width // 2)]
     if isinstance(units, Grid):
         if not (1 <= units.rows <= height and 1 <= units.columns <= width):
-            raise ValueError(f"units={units}: an image of {height}x{width} pixels has no such grid")
+            raise UserError(f"units={units}: an image of {height}x{width} pixels has no such grid")
         return [
             ((2 * i + 1) * height // (2 * units.rows), (2 * j + 1) * width // (2 * units.columns))
             for i in range(units.rows)
@@ -99,7 +101,7 @@ def selecting_pixels(
     pixels = _pixel_list(units)
     for row, column in pixels:
         if not (0 <= row < height and 0 <= column < width):
-            raise ValueError(
+            raise UserError(
                 f"units: pixel ({row}, {column}) lies outside the image of {height}x{width} "
                 "pixels; rows and columns count from 0"
             )
@@ -111,11 +113,11 @@ def _pixel_list(units: object) -> PixelList:
         f"units={units!r}: give 'center', a list of (row, column) pixels, a Grid or ClassUnits"
     )
     if isinstance(units, str) or not isinstance(units, (Sequence, np.ndarray)) or len(units) == 0:
-        raise ValueError(message)
+        raise UserError(message)
     try:
         return [(operator.index(row), operator.index(column)) for row, column in units]
     except (TypeError, ValueError) as error:  # a number in place of a pair, or fractions
-        raise ValueError(message) from error
+        raise UserError(message) from error
 
 
 def units_at_pixels(
@@ -204,26 +206,26 @@ def check_reduction(reduction: Reduction, gradient: Gradient) -> None:
     """Check that both are known.
 
     Raises:
-        ValueError: One of them is not.
+        UserError: One of them is not.
     """
     if not is_integer(reduction) and reduction not in get_args(NamedReduction):
-        raise ValueError(
+        raise UserError(
             f"reduction={reduction!r}: give one of {', '.join(get_args(NamedReduction))}, or the "
             "number of a channel"
         )
     if gradient not in get_args(Gradient):
-        raise ValueError(f"gradient={gradient!r}: give one of {', '.join(get_args(Gradient))}")
+        raise UserError(f"gradient={gradient!r}: give one of {', '.join(get_args(Gradient))}")
 
 
 def reduce_channels(vectors: Tensor, reduction: Reduction, layer: str, seed: int) -> Tensor:
     """(..., C) -> (...), one number per unit.
 
     Raises:
-        ValueError: The layer has no such channel.
+        UserError: The layer has no such channel.
     """
     if not isinstance(reduction, str):
         if not 0 <= reduction < vectors.shape[-1]:
-            raise ValueError(
+            raise UserError(
                 f"reduction={reduction}: layer {layer!r} has channels 0 to {vectors.shape[-1] - 1}"
             )
         return vectors[..., reduction]
@@ -249,13 +251,13 @@ def refuse_sum_after_norm(feature: Tensor, layer: str) -> None:
     The check follows the autograd graph back over operations that only change the memory layout.
 
     Raises:
-        ValueError: The feature map does.
+        UserError: The feature map does.
     """
     node = feature.grad_fn
     while node is not None:
         name = node.name()
         if name.startswith("NativeLayerNormBackward"):
-            raise ValueError(
+            raise UserError(
                 f"reduction='sum': layer {layer!r} ends in a LayerNorm, after which the plain sum "
                 "of the channels is constant and has no gradient; use 'relu' or 'l1', or a layer "
                 "before the norm"

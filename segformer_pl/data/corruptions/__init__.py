@@ -93,7 +93,7 @@ def corrupt(image: Pixels, name: str, severity: int, rng: np.random.Generator) -
 
 
 def check(name: str, severity: int) -> None:
-    """Raise ValueError, in one sentence, for a corruption or severity that there is not."""
+    """Raise UserError, in one sentence, for a corruption or severity that there is not."""
     if name not in CORRUPTIONS:
         near = difflib.get_close_matches(name, CORRUPTIONS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(CORRUPTIONS)}"
