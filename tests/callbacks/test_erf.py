@@ -143,7 +143,7 @@ def test_ranks_whose_first_pictures_differ_in_size_take_that_of_the_most(monkeyp
         with pytest.warns(UserWarning, match="2 sizes.*the 3 of 32x48 pixels are taken"):
             found = callback._measure(trainer, task)
         assert found.num_images == 3
-        assert found.recipe["image_size"] == [32, 48]
+        assert found.settings["image_size"] == [32, 48]
 
 
 def test_a_picture_of_another_size_is_passed_over_aloud():
