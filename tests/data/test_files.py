@@ -21,6 +21,7 @@ from segformer_pl.data.transforms import to_tensors
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.doctor.splits import examine_split
 from segformer_pl.errors import UserError
+from segformer_pl.models import segformer_b0
 
 ENTRY = find_dataset("shapes")
 
@@ -291,7 +292,8 @@ def test_images_of_other_suffixes_are_read(pairs):
 
 def examined(folder):
     found = Examination()
-    examine_split(found, StreamingSegmentationData(path=str(folder), num_workers=0), "train")
+    data = StreamingSegmentationData(path=str(folder), num_workers=0)
+    examine_split(found, segformer_b0(num_classes=data.entry.labels.num_classes), data, "train")
     return [(f.level, f.message) for f in found.findings if f.check in ("files", "open")]
 
 
