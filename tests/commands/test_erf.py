@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from segformer_pl import __version__
-from segformer_pl.analysis.erf import load_erf
+from segformer_pl.analysis.erf import NoFieldError, load_erf
 from segformer_pl.cli import main
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
