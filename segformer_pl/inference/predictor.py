@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from segformer_pl.checkpoints.networks import load_network
-from segformer_pl.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.errors import UserError
 from segformer_pl.inference.engine import ClassMaps, predict_classes, probability_bands
@@ -76,7 +76,7 @@ class Predictor:
             )
 
     @classmethod
-    def load(cls, source: Source) -> Self:
+    def load(cls, source: WeightsSource) -> Self:
         """Load a network and all that its source states about it, on the CPU.
 
         Args:

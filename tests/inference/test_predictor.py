@@ -164,7 +164,7 @@ def test_what_a_source_does_not_state_takes_a_default(tmp_path):
     ("changes", "sentence"),
     [
         ({"class_names": ["sky"]}, "'.*w.ckpt': the network has 3 classes, but there are 1"),
-        ({"class_names": [1, 2, 3]}, "it has to be a list of texts"),
+        ({"class_names": [1, 2, 3]}, "it has to be a list of strings"),
         ({"inference": {"class_path": "os.system"}}, "inference protocol as .*os.system"),
         ({"inference": {**PROTOCOL, "init_args": {"angle": 3}}}, "protocol that cannot be used"),
         ({"inference": {**PROTOCOL, "init_args": {"scales": []}}}, "scales is empty"),

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from segformer_pl.checkpoints import load_weights
-from segformer_pl.checkpoints.layouts import detect, to_parts
-from segformer_pl.checkpoints.matching import parts_of
+from segformer_pl.checkpoints.layouts import detect, to_canonical
+from segformer_pl.checkpoints.matching import canonical_tensors
 from segformer_pl.models import decode_head, mit, segformer
 from segformer_pl.models.mit import NormEps
 
@@ -127,8 +127,8 @@ def test_training_mode_gives_the_same_gradients_and_running_statistics(variant, 
 
     layout, prefix, _ = detect(theirs.state_dict())
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    their_gradients = to_parts(layout, prefix, gradients)[0]
-    our_gradients = parts_of(_WithState(network))
+    their_gradients = to_canonical(layout, prefix, gradients)[0]
+    our_gradients = canonical_tensors(_WithState(network))
     assert our_gradients.keys() == their_gradients.keys()
     largest = max(gradient.abs().max() for gradient in their_gradients.values())
     for name, gradient in their_gradients.items():
@@ -136,7 +136,7 @@ def test_training_mode_gives_the_same_gradients_and_running_statistics(variant, 
         close = torch.allclose(our_gradients[name], gradient, rtol=1e-9, atol=1e-12 * largest)
         assert close, name
 
-    their_state = to_parts(layout, prefix, theirs.state_dict())[0]
+    their_state = to_canonical(layout, prefix, theirs.state_dict())[0]
     for name in ("head.bn.running_mean", "head.bn.running_var", "head.bn.num_batches_tracked"):
         torch.testing.assert_close(network.state_dict()[name], their_state[name])
 
