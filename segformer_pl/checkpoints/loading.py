@@ -23,7 +23,8 @@ from segformer_pl.checkpoints.report import LoadReport, Parts, listed
 from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
 from segformer_pl.errors import UserError
 from segformer_pl.models import mit
-from segformer_pl.models.mit import MixTransformer, default_paddings
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.mit_arguments import default_paddings
 
 STEM = "encoder.stages.0.patch_embed.proj.weight"
 

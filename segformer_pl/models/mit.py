@@ -10,7 +10,7 @@ nor the LayerNorms ever meet a copy.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import DropPath
@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
+from segformer_pl.models.mit_arguments import (
+    KvBorder,
+    PosEncoding,
+    check_kv_border,
+    check_pos_encoding,
+    check_stage_arguments,
+    default_paddings,
+    min_size,
+)
+from segformer_pl.models.paper_macs import encoder_macs, output_size
 from segformer_pl.models.segmenter import Encoder
-
-PosEncoding = Literal["mix_ffn", "learned", "none"]
-KvBorder = Literal["drop", "keep"]
 
 
 class NormEps(NamedTuple):
@@ -310,7 +317,7 @@ class MixTransformer(Encoder):
         eps = NormEps(norm_eps, conv_norm_eps)
         if paddings is None:
             paddings = default_paddings(patch_sizes, strides)
-        _check_stage_arguments(
+        check_stage_arguments(
             embed_dims=embed_dims,
             depths=depths,
             num_heads=num_heads,
@@ -319,17 +326,14 @@ class MixTransformer(Encoder):
             strides=strides,
             paddings=paddings,
         )
-        _check_pos_encoding(pos_encoding, image_size)
-        if kv_border not in get_args(KvBorder):
-            raise UserError(
-                f"kv_border={kv_border!r}: choose one of {', '.join(get_args(KvBorder))}"
-            )
+        check_pos_encoding(pos_encoding, image_size)
+        check_kv_border(kv_border)
 
         self.in_channels = in_channels
         self.drop_path_rate = drop_path_rate
         self.out_channels = tuple(embed_dims)
         self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
-        self.min_size = _min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
+        self.min_size = min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
 
         last_block = max(sum(depths) - 1, 1)
         stages = []
@@ -466,30 +470,14 @@ class MixTransformer(Encoder):
         sizes = []
         size = (height, width)
         for stage in cast(list[Stage], list(self.stages)):
-            size = _output_size(stage.patch_embed.proj, size)
+            size = output_size(stage.patch_embed.proj, size)
             sizes.append(size)
         return sizes
 
     def paper_macs(self, height: int, width: int) -> int:
         """Return the encoder's share of :meth:`~segformer_pl.models.SegFormer.paper_macs`."""
-        macs = 0.0
         stages = cast(list[Stage], list(self.stages))
-        for stage, size in zip(stages, self.out_sizes(height, width)):
-            num_tokens = math.prod(size)
-            macs += convolution_macs(stage.patch_embed.proj, num_tokens)
-            for block in cast(list[Block], list(stage.blocks)):
-                attn, mlp = block.attn, block.mlp
-                num_keys = num_tokens / attn.sr_ratio**2
-                if attn.sr_ratio > 1:
-                    macs += convolution_macs(attn.sr, math.prod(_output_size(attn.sr, size)))
-                macs += attn.q.weight.numel() * num_tokens
-                macs += attn.kv.weight.numel() * num_keys
-                macs += 2 * num_tokens * num_keys * attn.proj.out_features
-                macs += attn.proj.weight.numel() * num_tokens
-                macs += (mlp.fc1.weight.numel() + mlp.fc2.weight.numel()) * num_tokens
-                if isinstance(mlp.dwconv, nn.Conv2d):
-                    macs += convolution_macs(mlp.dwconv, num_tokens)
-        return round(macs)
+        return encoder_macs(stages, self.out_sizes(height, width))
 
     def weight_constants(self) -> dict[str, float]:
         return {"norm_eps": self.norm_eps.norm, "conv_norm_eps": self.norm_eps.conv_norm}
@@ -499,36 +487,6 @@ class MixTransformer(Encoder):
         super().set_weight_constants({k: v for k, v in constants.items() if k not in eps})
         eps |= constants
         self.norm_eps = NormEps(eps["norm_eps"], eps["conv_norm_eps"])
-
-
-def _min_size(
-    patch_sizes: Sequence[int],
-    strides: Sequence[int],
-    paddings: Sequence[int],
-    sr_ratios: Sequence[int],
-    kv_border: KvBorder,
-) -> int:
-    """Walk from the last stage to the image: the side that leaves each stage enough tokens."""
-    side = 1
-    for kernel, stride, padding, sr_ratio in reversed(
-        list(zip(patch_sizes, strides, paddings, sr_ratios))
-    ):
-        tokens = max(side, sr_ratio if kv_border == "drop" else 1)
-        side = max((tokens - 1) * stride + kernel - 2 * padding, 1)
-    return side
-
-
-def convolution_macs(convolution: nn.Conv2d, num_outputs: int) -> int:
-    """Multiply-adds of a convolution at ``num_outputs`` positions, bias additions included."""
-    bias = 0 if convolution.bias is None else convolution.out_channels
-    return (convolution.weight.numel() + bias) * num_outputs
-
-
-def _output_size(convolution: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
-    kernel, stride = convolution.kernel_size[0], convolution.stride[0]
-    padding = int(convolution.padding[0])
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
-    return height, width
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -546,59 +504,8 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.pos_embed, std=0.02)
 
 
-def _check_stage_arguments(**per_stage: Sequence[int]) -> None:
-    for name, values in per_stage.items():
-        lowest = 0 if name == "paddings" else 1
-        if len(values) != 4 or any(v < lowest for v in values):
-            raise UserError(
-                f"{name}={tuple(values)}: give one integer of at least {lowest} for each of the "
-                "four stages"
-            )
-    for s in range(4):
-        dim, heads = per_stage["embed_dims"][s], per_stage["num_heads"][s]
-        kernel, stride = per_stage["patch_sizes"][s], per_stage["strides"][s]
-        padding = per_stage["paddings"][s]
-        if dim % heads:
-            raise UserError(
-                f"stage {s + 1}: embed_dim {dim} is not a multiple of its {heads} heads; "
-                "change embed_dims or num_heads"
-            )
-        if kernel < stride:
-            raise UserError(
-                f"stage {s + 1}: patch_size {kernel} is smaller than stride {stride}, so pixels "
-                f"between patches would never be seen; use a patch_size of at least {stride}"
-            )
-        if padding > kernel // 2:
-            raise UserError(
-                f"stage {s + 1}: padding {padding} is more than half of patch_size {kernel}, so "
-                f"border patches would hold mostly padding; use at most {kernel // 2}"
-            )
-
-
-def _check_pos_encoding(pos_encoding: PosEncoding, image_size: int | None) -> None:
-    if pos_encoding not in get_args(PosEncoding):
-        raise UserError(
-            f"pos_encoding={pos_encoding!r}: choose one of {', '.join(get_args(PosEncoding))}"
-        )
-    if pos_encoding == "learned" and image_size is None:
-        raise UserError(
-            "pos_encoding='learned' needs image_size, the side in pixels of the training crops "
-            "that its tables are laid out for"
-        )
-    if pos_encoding != "learned" and image_size is not None:
-        raise UserError(
-            f"image_size={image_size} has no meaning with pos_encoding={pos_encoding!r}: only "
-            "learned tables have a size; leave it out"
-        )
-
-
 # Variants (Table 6; depths of B2 and B3 as in the released weights). Every other argument of
 # MixTransformer is open to an ablation.
-
-
-def default_paddings(patch_sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Paddings of patch embeddings: half the patch where patches overlap, else none."""
-    return tuple(k // 2 if k > s else 0 for k, s in zip(patch_sizes, strides))
 
 
 def mit_b0(**kwargs: Any) -> MixTransformer:
