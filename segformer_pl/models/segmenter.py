@@ -111,7 +111,7 @@ class Network(nn.Module, ABC):
             )
 
     def paper_macs(self, height: int, width: int) -> int | None:
-        """Return the multiply-adds for one image as counted by the network's paper, None if unknown.
+        """Return the multiply-adds of one image as the paper counts them, None if unknown.
 
         Papers and their tools differ in what they count.
 
