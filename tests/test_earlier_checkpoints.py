@@ -1,8 +1,8 @@
-"""A checkpoint of an earlier version, which stored ``norm_eps`` in place of weight constants.
+"""A checkpoint of an earlier version opens: it holds ``norm_eps`` in place of weight constants.
 
 ``fixtures/norm_eps_run.ckpt.xz`` was written by ``fit`` at commit c4d03b3 after three steps from
-weights with LayerNorm epsilons of 0.02 and 0.001; ``norm_eps_run.json`` holds what that version
-then made of it.
+weights with LayerNorm epsilons of 0.02 and 0.001. ``norm_eps_run.json`` holds the results of that
+version.
 """
 
 import json
@@ -74,10 +74,10 @@ def test_it_loads_in_python(checkpoint, expected):
     task = SegmentationTask.load_from_checkpoint(checkpoint, weights_only=True)
     assert task.network.weight_constants() == EPS
     assert logits_of(task.network, task) == pytest.approx(expected["logits"], abs=1e-5)
-    # Without the stored epsilons it would be another function.
+    # With other epsilons the network computes another function.
     task.network.set_weight_constants({"norm_eps": 1e-6, "conv_norm_eps": 1e-5})
     assert logits_of(task.network, task) != pytest.approx(expected["logits"], abs=1e-2)
-    # As weights too, for the network that it describes and for one that is there.
+    # It also loads as weights, into the network that it describes and into an existing one.
     network, _ = load_network(checkpoint)
     assert network.weight_constants() == EPS
     load_weights(task.network, checkpoint)
@@ -88,20 +88,20 @@ def test_it_loads_in_python(checkpoint, expected):
 @pytest.mark.slow
 def test_it_is_validated(checkpoint, expected, options):
     cli = main(["validate", *options, f"--ckpt_path={checkpoint}"])
-    known = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
-    assert known == pytest.approx(expected["validate"], rel=1e-4, nan_ok=True)
+    metrics = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
+    assert metrics == pytest.approx(expected["validate"], rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.slow
 def test_it_is_resumed(checkpoint, expected, options, tmp_path):
     cli = main(["fit", *options, "--trainer.max_steps=6", f"--ckpt_path={checkpoint}"])
-    known = {name: cli.trainer.callback_metrics[name].item() for name in expected["resumed"]}
-    assert known == pytest.approx(expected["resumed"], rel=1e-3)
+    metrics = {name: cli.trainer.callback_metrics[name].item() for name in expected["resumed"]}
+    assert metrics == pytest.approx(expected["resumed"], rel=1e-3)
     groups = cli.trainer.optimizers[0].param_groups
     assert [[g["name"], len(g["params"]), g["weight_decay"]] for g in groups] == (
         expected["groups"]
     )
-    # The constants go on with the weights, by name now.
+    # The new checkpoint stores the constants by name.
     (last,) = tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")
     assert torch.load(last, weights_only=True)["weight_constants"] == EPS
     assert SegmentationTask.load_from_checkpoint(last).network.weight_constants() == EPS

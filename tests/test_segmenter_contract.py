@@ -1,4 +1,4 @@
-"""A segmenter that the package has never heard of goes through every command."""
+"""Every command works with a user's segmenter that keeps the contract."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ TOY = "toy_segmenter.ToySegmenter"
 
 @pytest.fixture(scope="module", autouse=True)
 def importable():
-    """The module of the toy networks can be named on the command line."""
+    """Make the module of the toy networks importable for the command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         yield
@@ -39,7 +39,7 @@ def options(data, runs, network=TOY, **changes):
         "model.network": network,
         "model.lr": 0.01,
         "model.warmup_steps": 0,
-        "model.poly_power": 0,  # a constant rate, whatever the number of steps
+        "model.poly_power": 0,  # a constant learning rate
         "data.path": data,
         "data.batch_size": 2,
         "data.num_workers": 0,
@@ -57,7 +57,7 @@ def options(data, runs, network=TOY, **changes):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """The folder of a run of two steps, with a width that is not the default."""
+    """Folder of a run of two steps, with a width other than the default."""
     torch.manual_seed(0)
     runs = tmp_path_factory.mktemp("runs")
     main(["fit", *options(data, runs, model__network__width=6)])
@@ -71,7 +71,7 @@ def checkpoint(run):
 
 @pytest.fixture
 def again(data, tmp_path):
-    """Options of a command that goes on with the run's network."""
+    """Options of a command on the run's network."""
     return options(data, tmp_path, model__network__width=6)
 
 
@@ -85,7 +85,7 @@ def network(task):
     return task.network
 
 
-def test_fit(run, checkpoint):
+def test_fit_groups_its_parameters_and_writes_a_report(run, checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     assert content["global_step"] == 2
     assert content["hyper_parameters"]["network"]["class_path"] == TOY
@@ -98,20 +98,20 @@ def test_fit(run, checkpoint):
     assert (run / "report.html").is_file()
 
 
-def test_load_from_checkpoint(network):
+def test_a_checkpoint_rebuilds_the_network(network):
     assert type(network).__name__ == "ToySegmenter"
     assert network.init_args() == {"num_classes": 6, "width": 6, "in_channels": 3}
 
 
 @pytest.mark.slow
-def test_validate(run, checkpoint, again):
+def test_validate_gives_the_loss_of_the_run(run, checkpoint, again):
     cli = main(["validate", *again, f"--ckpt_path={checkpoint}"])
     (row,) = (row for row in csv.DictReader((run / "metrics.csv").open()) if row["val/loss"])
     assert cli.trainer.callback_metrics["val/loss"].item() == pytest.approx(float(row["val/loss"]))
 
 
 @pytest.mark.slow
-def test_resume(data, tmp_path, checkpoint):
+def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, checkpoint):
     width = {"model__network__width": 6}
     longer = options(data, tmp_path, trainer__max_steps=4, **width)
     resumed = main(["fit", *longer, f"--ckpt_path={checkpoint}"])
@@ -128,7 +128,7 @@ def test_another_network_is_refused_on_resume(data, tmp_path, checkpoint):
 
 
 @pytest.mark.slow
-def test_layer_decay(data, tmp_path):
+def test_layer_decay_follows_layer_ids(data, tmp_path):
     changes = {"model__layer_decay": 0.5, "trainer__limit_val_batches": 0}
     cli = main(["fit", *options(data, tmp_path, trainer__max_steps=1, **changes)])
     rates = {g["name"]: g["initial_lr"] for g in cli.trainer.optimizers[0].param_groups}
@@ -140,7 +140,7 @@ def test_layer_decay(data, tmp_path):
     }
 
 
-def test_predict(tmp_path, checkpoint, task):
+def test_predict_writes_the_masks_of_the_network(tmp_path, checkpoint, task):
     image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
     files = [f"--input={tmp_path / 'image.png'}", f"--output={tmp_path / 'out'}"]
@@ -152,7 +152,7 @@ def test_predict(tmp_path, checkpoint, task):
 
 
 @pytest.mark.slow
-def test_profile(capsys):
+def test_profile_counts_the_parts_of_the_network(capsys):
     size = ["--size", "32", "48", "--num-classes", "3", "--device", "cpu", "--json"]
     main(["profile", TOY, *size, "--width", "4", "--in_channels", "2"])
     cost = json.loads(capsys.readouterr().out)
@@ -168,7 +168,7 @@ def test_profile(capsys):
     assert cost["macs"] == 96 * 4 * 2 * 25 + 24 * 4 * 4 * 9 + 24 * 3 * 4
 
 
-def test_profile_refuses_what_is_no_segmenter():
+def test_profile_refuses_other_classes():
     for name, sentence in {
         "toy_segmenter.ToyEncoder": "has no argument num_classes",
         "toy_segmenter.Nothing": "there is no network 'toy_segmenter.Nothing'",
@@ -180,7 +180,7 @@ def test_profile_refuses_what_is_no_segmenter():
 
 
 @pytest.mark.slow
-def test_erf(tmp_path, capsys, checkpoint, monkeypatch):
+def test_erf_measures_the_feature_maps(tmp_path, capsys, checkpoint, monkeypatch):
     monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "DPI", 30)
     arguments = ["--num_images", "2", "--device", "cpu", "--output", str(tmp_path / "erf")]
     main(["erf", "--ckpt", str(checkpoint), *arguments])
@@ -190,7 +190,7 @@ def test_erf(tmp_path, capsys, checkpoint, monkeypatch):
     assert [layer["grid"] for layer in known["layers"]] == [[16, 16], [8, 8]]
 
 
-def test_recipe_diff(run, capsys):
+def test_recipe_diff_reports_no_recipe(run, capsys):
     main(["recipe", "diff", str(run)])
     text = capsys.readouterr().out
     assert "ToySegmenter" in text
@@ -198,12 +198,12 @@ def test_recipe_diff(run, capsys):
 
 
 @pytest.mark.slow
-def test_doctor(data, tmp_path, capsys):
+def test_doctor_checks_the_smallest_size(data, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["doctor", *options(data, tmp_path, data__crop_size="[6,64]"), "--json"])
-    found = json.loads(capsys.readouterr().out)["findings"]
+    findings = json.loads(capsys.readouterr().out)["findings"]
     assert exit_.value.code == 1
-    (finding,) = (one for one in found if one["check"] == "sizes")
+    (finding,) = (finding for finding in findings if finding["check"] == "sizes")
     assert (
         "crops of [6, 64] pixels are smaller than the 8 that ToySegmenter needs"
         in (finding["message"])
@@ -222,7 +222,7 @@ def native(checkpoint, tmp_path_factory):
     return file
 
 
-def test_native_convert_and_load(native, network):
+def test_a_native_file_rebuilds_the_network(native, network):
     loaded, _ = load_network(native)
     assert type(loaded).__name__ == "ToySegmenter"
     assert loaded.init_args() == network.init_args()
@@ -261,7 +261,7 @@ def test_its_own_state_dict_loads(network):
 def test_segformer_takes_any_encoder_from_the_command_line(data, tmp_path, encoder, changes):
     given = {f"model__network__{key}": value for key, value in changes.items()}
     given |= {"model__network__encoder": encoder, "model__network__decoder_dim": 4}
-    # An argument of the encoder comes after its class.
+    # The arguments of the encoder have to follow its class.
     given = dict(sorted(given.items(), key=lambda item: len(item[0].split("."))))
     cli = main(options(data, tmp_path, "segformer_pl.models.SegFormer", **given), run=False)
     network = cli.model.network
@@ -278,7 +278,7 @@ def test_segformer_takes_any_encoder_from_the_command_line(data, tmp_path, encod
     )
 
 
-def test_what_is_no_encoder_is_refused(data, tmp_path, capsys):
+def test_other_modules_are_refused_as_encoder_or_network(data, tmp_path, capsys):
     given = {"model__network__encoder": "torch.nn.Identity"}
     with pytest.raises(SystemExit):
         main(options(data, tmp_path, "segformer_pl.models.SegFormer", **given), run=False)

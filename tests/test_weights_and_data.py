@@ -1,4 +1,4 @@
-"""Weights and the data set they are given to have to agree, on every way in."""
+"""Weights and data set have to agree, for every option and command that takes weights."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from segformer_pl.inference import Predictor
 
 pytestmark = pytest.mark.slow
 NAMES = list(shapes.CLASS_NAMES)
-# Class i of the other description is class ORDER[i] of the first.
+# Class i of the reordered description is class ORDER[i] of the original.
 ORDER = [0, 2, 1, 4, 3, 5]
 
 
@@ -51,14 +51,14 @@ def options(folder, runs, **changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Folder of a run of two steps: ``data``, ``mine.yaml`` and ``last.ckpt``."""
+    """Folder of a run of two steps, with ``data``, ``mine.yaml`` and ``last.ckpt``."""
     folder = tmp_path_factory.mktemp("run")
     shapes.generate(folder / "data", {"train": 8, "validation": 4})
     describe(folder / "mine.yaml")
     main(["fit", *options(folder, folder / "runs")])
     (file,) = (folder / "runs").rglob("last.ckpt")
     content = torch.load(file, weights_only=True)
-    generator = torch.Generator().manual_seed(0)  # a classifier that has every class
+    generator = torch.Generator().manual_seed(0)  # a classifier that predicts every class
     content["state_dict"]["network.head.classifier.weight"].normal_(generator=generator)
     torch.save(content, folder / "last.ckpt")
     return folder
@@ -66,7 +66,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def fail(capsys):
-    """Function: run a command that must fail, return the one sentence."""
+    """Function: run a command that must fail; return its one-line message."""
 
     def call(*arguments):
         with pytest.raises(SystemExit) as exit_:
@@ -83,31 +83,31 @@ def fail(capsys):
 
 @pytest.fixture
 def described(run):
-    """Function: describe the data set in another way, until the test ends."""
+    """Function: change the description of the data set until the test ends."""
     yield lambda **changes: describe(run / "mine.yaml", **changes)
     describe(run / "mine.yaml")
 
 
 def reorder(described):
-    """The same data with its classes in another order, as another hand would describe it."""
+    """Describe the same data with its classes in another order."""
     described(
         names=[NAMES[index] for index in ORDER],
         raw_to_train={index: number for number, index in enumerate(ORDER)},
     )
 
 
-def scores(folder):
-    (metrics,) = folder.rglob("metrics.csv")
-    (row,) = csv.DictReader(metrics.open())
+def metrics_of(folder):
+    (file,) = folder.rglob("metrics.csv")
+    (row,) = csv.DictReader(file.open())
     return {key: float(value) for key, value in row.items() if value and "/" in key}
 
 
-def test_classes_in_another_order_are_refused_or_reordered_when_asked(
+def test_classes_in_another_order_are_refused_unless_matched_by_name(
     run, described, fail, tmp_path
 ):
     ckpt = run / "last.ckpt"
     main(["validate", *options(run, tmp_path / "a"), f"--ckpt_path={ckpt}"])
-    expected = scores(tmp_path / "a")
+    expected = metrics_of(tmp_path / "a")
     assert expected["val/miou"] > 0
     reorder(described)
     for command, option in (
@@ -122,17 +122,17 @@ def test_classes_in_another_order_are_refused_or_reordered_when_asked(
         assert "match_classes" in message
     message = fail("robustness", "--ckpt", ckpt, "--output", tmp_path / "r", "--device=cpu")
     assert "was trained on other classes than data set" in message
-    asked = [f"--model.weights={ckpt}", "--model.match_classes=by_name"]
-    main(["validate", *options(run, tmp_path / "c"), *asked])
-    assert scores(tmp_path / "c") == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    by_name = [f"--model.weights={ckpt}", "--model.match_classes=by_name"]
+    main(["validate", *options(run, tmp_path / "c"), *by_name])
+    assert metrics_of(tmp_path / "c") == pytest.approx(expected, rel=1e-6, nan_ok=True)
     message = fail("validate", *options(run, tmp_path / "d"), "--model.match_classes=by_name")
     assert "no model.weights whose classes could be matched" in message
 
 
-def test_a_classifier_that_is_drawn_anew_can_be_trained_and_not_scored(
+def test_a_reinitialised_classifier_can_be_trained_and_not_evaluated(
     run, described, fail, tmp_path
 ):
-    # the last class is no longer one
+    # The last class becomes an ignored label.
     described(names=NAMES[:5], ignored=[5, 255])
     weights = f"--model.weights={run / 'last.ckpt'}"
     message = fail("validate", *options(run, tmp_path), weights)
@@ -153,20 +153,20 @@ def test_a_changed_meaning_of_the_labels_is_refused(run, described, fail, tmp_pa
         assert "restore `labels`" in message
     message = fail("robustness", "--ckpt", ckpt, "--output", tmp_path / "r", "--device=cpu")
     assert "raw value 1 was" in message
-    # The same file as weights to start from or to score, also if asked to match by index.
+    # The same holds for the file as weights, in training and evaluation, even matched by index.
     for command, *more in (["fit"], ["validate"], ["validate", "--model.match_classes=by_index"]):
         message = fail(command, *options(run, tmp_path), f"--model.weights={ckpt}", *more)
         assert f"raw value 1 was {NAMES[1]!r} and is {NAMES[2]!r}" in message
     encoder = f"--model.encoder_weights={ckpt}"
     main(["fit", *options(run, tmp_path / "e", trainer__limit_val_batches=0), encoder])
-    # Another data set may mean anything by its values, and where it has the same classes it is said
+    # In another data set the values may differ; with the same classes this is a warning.
     other = describe(tmp_path / "other.yaml", raw_to_train=swapped)
     other.write_text(other.read_text().replace("name: mine\n", ""))
     for option in ("--ckpt_path", "--model.weights"):
         place = options(run, tmp_path / option, data__dataset=other)
         with pytest.warns(UserWarning, match=f"raw value 1 was {NAMES[1]!r} and is {NAMES[2]!r}"):
             main(["validate", *place, f"{option}={ckpt}"])
-    # a value that had no meaning before ended the run then, and may get one
+    # A raw value without a meaning would have ended the run, so it may get one now.
     described(ignored=[99, 255])
     main(["validate", *options(run, tmp_path / "b"), f"--ckpt_path={ckpt}"])
 
@@ -179,7 +179,7 @@ def test_another_normalisation_is_refused(run, fail, tmp_path):
         assert "give --model.image_mean=[0.485,0.456,0.406]" in message
 
 
-def test_an_encoder_alone_is_not_scored(run, fail, tmp_path):
+def test_an_encoder_alone_is_not_evaluated(run, fail, tmp_path):
     encoder = f"--model.encoder_weights={run / 'last.ckpt'}"
     message = fail("validate", *options(run, tmp_path), encoder)
     assert "model.encoder_weights leaves the head untrained" in message
@@ -202,7 +202,7 @@ def test_other_arguments_of_the_network_are_refused(run, fail, tmp_path):
             assert f"model.network.{key} is {list(here)} here and was {list(was)}" in message
         message = fail("validate", *options(run, tmp_path), other, f"--model.weights={ckpt}")
         assert f"{key} is {here} here and {was} in the source" in message
-    same = "--model.network.paddings=[3,1,1,1]"  # what follows from the default
+    same = "--model.network.paddings=[3,1,1,1]"  # equals the derived default
     main(["validate", *options(run, tmp_path / "a"), same, f"--ckpt_path={ckpt}"])
 
 
@@ -212,11 +212,11 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run, fail, tmp_path):
     ckpt = config.parent / "checkpoints" / "last.ckpt"
     place = ["--trainer.max_steps=4", f"--ckpt_path={ckpt}"]
     fail("fit", *options(run, run / "runs"), "--model.image_mean=[0.5,0.5,0.5]", *place)
-    fail("fit", *options(run, run / "runs"), "--data.seed=7", *place)  # known by the data alone
+    fail("fit", *options(run, run / "runs"), "--data.seed=7", *place)  # detected by the data module
     assert before == {f: f.stat().st_mtime_ns for f in config.parent.rglob("*") if f.is_file()}
 
 
-def test_weights_that_are_no_numbers_are_refused_by_every_reader(run, fail, tmp_path):
+def test_non_finite_weights_are_refused_by_every_command(run, fail, tmp_path):
     content = torch.load(run / "last.ckpt", weights_only=True)
     name = "network.encoder.stages.1.norm.weight"
     content["state_dict"][name][:3] = torch.nan
@@ -237,8 +237,8 @@ def test_weights_that_are_no_numbers_are_refused_by_every_reader(run, fail, tmp_
         assert name.removeprefix("network.") in message
 
 
-def test_outputs_that_are_no_numbers_are_not_scored(run, fail, tmp_path):
-    # Every weight is finite, and what they compute overflows.
+def test_non_finite_outputs_are_not_evaluated(run, fail, tmp_path):
+    # Every weight is finite, and the outputs overflow.
     content = torch.load(run / "last.ckpt", weights_only=True)
     for name in ("network.head.classifier.weight", "network.head.bn.weight"):
         content["state_dict"][name].fill_(3e38)
@@ -254,7 +254,7 @@ def test_outputs_that_are_no_numbers_are_not_scored(run, fail, tmp_path):
     assert not list((tmp_path / "p").rglob("*.png"))
 
 
-def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
+def test_a_resume_refuses_incomplete_or_wrong_states(run, fail, tmp_path):
     def remove(*path):
         def change(content):
             for key in path[:-1]:
@@ -276,14 +276,14 @@ def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
     for change, expected in (
         (remove("state_dict", norm), f"lacks {norm}"),
         (put(torch.zeros(3), "state_dict", norm), f"has {norm} of another shape, (3,) and not"),
-        (put(torch.zeros(3), "state_dict", "more"), "has more, which the model has not"),
+        (put(torch.zeros(3), "state_dict", "more"), "has more, which the model lacks"),
         (remove("optimizer_states"), "has no 'optimizer_states'"),
         (remove("lr_schedulers"), "has no 'lr_schedulers'"),
         (remove("loops"), "has no 'loops'"),
         (put({}, "loops"), "does not hold the counters of a training"),
         (put(-1, "global_step"), "holds -1 as global_step"),
         (put(7, "global_step"), "written after 7 steps, but its trainer counted 2"),
-        (put(1, "lr_schedulers", 0, "last_epoch"), "its schedule stands at 1"),
+        (put(1, "lr_schedulers", 0, "last_epoch"), "its schedule is at step 1"),
         (remove("optimizer_states", 0, "state", 0, "exp_avg"), "exp_avg of parameter 0"),
         (put(torch.tensor(1e6), "optimizer_states", 0, "state", 0, "step"), "counted 1000000 for"),
         (put([math.nan], "lr_schedulers", 0, "_last_lr"), "holds nan as the schedule's _last_lr.0"),
@@ -305,7 +305,7 @@ def test_a_resume_takes_whole_states_only(run, fail, tmp_path):
         assert expected in message
 
 
-def test_a_training_that_diverges_says_so_and_leaves_its_report(run, fail, tmp_path):
+def test_a_diverged_training_ends_with_a_message_and_a_report(run, fail, tmp_path):
     rate = ["--model.lr=1e30", "--model.warmup_steps=0", "--last_checkpoint.every_n_train_steps=1"]
     message = fail("fit", *options(run, tmp_path, trainer__max_steps=9), *rate)
     assert message.startswith("error: the training diverged: after step ")
@@ -317,7 +317,7 @@ def test_a_training_that_diverges_says_so_and_leaves_its_report(run, fail, tmp_p
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-def test_the_erf_of_weights_takes_their_normalisation(run, tmp_path):
+def test_the_erf_of_weights_uses_their_normalisation(run, tmp_path):
     main(["convert", str(run / "last.ckpt"), str(tmp_path / "hf"), "--to", "huggingface"])
     file = tmp_path / "hf" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.4, 0.3]}))

@@ -1,4 +1,4 @@
-"""Networks that are none of the package's, as a user's module would hold them."""
+"""Networks outside of the package, as in a user's module."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from segformer_pl.models.segmenter import Encoder, Segmenter
 
 
 class ToySegmenter(Segmenter):
-    """Three convolutions; nothing in it is called ``encoder`` or ``head``."""
+    """Three convolutions. No submodule is named ``encoder`` or ``head``."""
 
     def __init__(self, num_classes: int, width: int = 8, in_channels: int = 3) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ToySegmenter(Segmenter):
 
 
 class ToyEncoder(Encoder):
-    """A pyramid of two maps."""
+    """An encoder with a pyramid of two maps."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
-"""Weights from anywhere, and back again.
+"""Read, load, translate and export weights.
 
-- ``files.py`` reads a file whole or not at all;
-- ``sources.py`` reads tensors from files, folders and the hub;
-- ``facts.py`` compares what they mean;
-- ``layouts.py`` knows the names of every code base;
-- ``matching.py`` brings a source and a network under the same names;
-- ``classifier.py`` gives a classifier other classes;
-- ``loading.py`` puts tensors into a network, and ``report.py`` says what that did;
-- ``networks.py`` builds the network that weights are for;
-- ``export.py`` writes a network in another code base's layout;
-- ``run_checkpoint.py`` reads the checkpoint of a run, and ``run_data.py`` opens its data;
-- ``training_state.py`` checks what a training continues from.
+- ``files.py`` reads a file of tensors and checks that it is intact;
+- ``sources.py`` reads tensors and their metadata from files, folders and the hub;
+- ``facts.py`` compares what a source states about classes and images with the run;
+- ``layouts.py`` holds the key names of the published code bases;
+- ``matching.py`` brings a source and a network to common keys;
+- ``classifier.py`` reorders or re-initialises a classifier for other classes;
+- ``loading.py`` copies tensors into a network; ``report.py`` describes the result;
+- ``networks.py`` builds the network that weights belong to;
+- ``export.py`` writes a network in the layout of another code base;
+- ``run_checkpoint.py`` reads the checkpoint of a run; ``run_data.py`` opens its data;
+- ``training_state.py`` checks the state that a training resumes from.
 """
 
 from segformer_pl.checkpoints.export import ExportLayout, export_weights

@@ -1,4 +1,4 @@
-"""Give the classifier of some weights the classes of a model."""
+"""Adapt the classifier of a source to the classes of a model."""
 
 import copy
 from collections.abc import Sequence
@@ -12,12 +12,15 @@ from segformer_pl.checkpoints.report import listed
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
 
-Rows = list[int | None]
+# For each class of the model: its row in the source's classifier, or None if the source lacks it.
+ClassifierRows = list[int | None]
 
 
-def classifier_names(model: Any) -> tuple[str, ...]:
-    """Return the parameters whose first dimension is the model's classes; empty if it states none,
-    as an encoder does not."""
+def classifier_keys(model: Any) -> tuple[str, ...]:
+    """Return the keys of the parameters whose first dimension is the model's classes.
+
+    Empty if the model has no ``classifier_path``, as an encoder.
+    """
     path = getattr(model, "classifier_path", None)
     if path is None:
         return ()
@@ -26,70 +29,74 @@ def classifier_names(model: Any) -> tuple[str, ...]:
 
 def match_classifier(
     weights: Weights,
-    names: Sequence[str],
-    found: dict[str, Tensor],
-    wanted: dict[str, Tensor],
+    keys: Sequence[str],
+    source_tensors: dict[str, Tensor],
+    model_tensors: dict[str, Tensor],
     class_names: Sequence[str] | None,
     how: MatchClasses,
-) -> tuple[dict[str, str], Rows | None, list[str]]:
-    """Give the source's classifier the model's classes, or leave it out of both.
+) -> tuple[dict[str, str], ClassifierRows | None, list[str]]:
+    """Reorder the source's classifier to the model's classes, or drop it from both dicts.
 
     Args:
         weights: The source.
-        names: The classifier's parameters, see :func:`classifier_names`.
-        found: The source's tensors, which are changed.
-        wanted: The model's tensors, which are changed.
-        class_names: The model's classes. None: not compared.
-        how: See :func:`~segformer_pl.checkpoints.facts.rows_of_classifier`.
+        keys: Keys of the classifier's parameters, see :func:`classifier_keys`.
+        source_tensors: Tensors of the source by key. Changed in place.
+        model_tensors: Tensors of the model by key. Changed in place.
+        class_names: The model's classes, or None to compare no classes.
+        how: Rule by which classes are matched, see
+            :func:`~segformer_pl.checkpoints.facts.rows_of_classifier`.
 
     Returns:
-        Names that are to be initialised again -> why; the source's output for each of the model's
-        classes, None for one that is initialised again, or None if outputs and classes were not
-        compared; lines for the report.
+        A triple:
+
+        - keys to re-initialise -> reason;
+        - the row of the source for each of the model's classes, or None if outputs and classes were
+          not compared;
+        - lines for the report.
 
     Raises:
-        UserError: The classes do not match in this way.
+        UserError: The classes do not match under this rule.
     """
-    if not names:
+    if not keys:
         return {}, None, _compare_names(weights, class_names, how)
-    if not all(name in found and name in wanted for name in names):
+    if not all(key in source_tensors and key in model_tensors for key in keys):
         return {}, None, []
-    fits = all(found[name].shape[1:] == wanted[name].shape[1:] for name in names)
-    is_per_class = all(found[name].ndim for name in names)
-    if not fits or not is_per_class or len({len(found[name]) for name in names}) != 1:
+    fits = all(source_tensors[key].shape[1:] == model_tensors[key].shape[1:] for key in keys)
+    is_per_class = all(source_tensors[key].ndim for key in keys)
+    if not fits or not is_per_class or len({len(source_tensors[key]) for key in keys}) != 1:
         return {}, None, []  # left to the check of shapes
-    theirs, ours = (len(tensors[names[0]]) for tensors in (found, wanted))
-    if theirs != ours and (class_names is None or how == "exact"):
-        for name in names:
-            del found[name], wanted[name]
-        reason = f"{theirs} classes in the source, {ours} in the model"
-        return dict.fromkeys(names, reason), None, []
+    num_source, num_model = (len(tensors[keys[0]]) for tensors in (source_tensors, model_tensors))
+    if num_source != num_model and (class_names is None or how == "exact"):
+        for key in keys:
+            del source_tensors[key], model_tensors[key]
+        reason = f"{num_source} classes in the source, {num_model} in the model"
+        return dict.fromkeys(keys, reason), None, []
     if class_names is None:
         return {}, None, []
-    if len(class_names) != ours:
+    if len(class_names) != num_model:
         raise UserError(
-            f"the model has {ours} classes, but there are {len(class_names)} class names; give one "
-            "for each"
+            f"the model has {num_model} classes, but there are {len(class_names)} class names; "
+            "give one for each"
         )
     rows, remark = rows_of_classifier(
-        weights.name, weights.task.get("class_names"), theirs, class_names, how
+        weights.name, weights.task.get("class_names"), num_source, class_names, how
     )
+    # A class that the source lacks copies row 0 here and is re-initialised after loading.
     index = torch.tensor([row or 0 for row in rows])
-    for name in names:
-        found[name] = found[name][index]
+    for key in keys:
+        source_tensors[key] = source_tensors[key][index]
     new = [number for number, row in enumerate(rows) if row is None]
     if not new:
         return {}, rows, [remark]
-    missing = [class_names[number] for number in new]
-    those = listed(missing, 12)
-    reason = f"the rows of {len(new)} classes that the source does not have: {those}"
-    return dict.fromkeys(names, reason), rows, [remark]
+    missing = listed([class_names[number] for number in new], 12)
+    reason = f"the rows of {len(new)} classes that the source does not have: {missing}"
+    return dict.fromkeys(keys, reason), rows, [remark]
 
 
 def _compare_names(
     weights: Weights, class_names: Sequence[str] | None, how: MatchClasses
 ) -> list[str]:
-    """Compare the classes of a network that does not say where its classifier is."""
+    """Compare the class names of a network that does not state its classifier's path."""
     theirs = weights.task.get("class_names")
     if class_names is None or theirs is None or how == "by_index":
         return []
@@ -97,14 +104,14 @@ def _compare_names(
     if difference is not None:
         raise UserError(
             f"{weights.name} was trained on other classes: {difference}; its classifier cannot be "
-            "reordered, because the network does not say where it is (its classifier_path is "
+            "reordered, because the network does not state where it is (its classifier_path is "
             "None); give --model.match_classes by_index if only the spelling differs"
         )
     return ["classes: those of the data set, in the same order"]
 
 
-def reinitialize_classifier(model: Any, rows: Rows | None) -> None:
-    """Initialise the classifier again, or the rows of it that no class of the source fills."""
+def reinitialize_classifier(model: Any, rows: ClassifierRows | None) -> None:
+    """Re-initialise the classifier, or only the rows of classes that the source lacks."""
     classifier = model.get_submodule(model.classifier_path)
     fresh = copy.deepcopy(classifier)
     for module in fresh.modules():
@@ -119,10 +126,10 @@ def reinitialize_classifier(model: Any, rows: Rows | None) -> None:
 def data_of_rows(
     weights: Weights, rows: Sequence[int | None], class_names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Return what the source states about its data, the raw values of its classes in our order.
+    """Return the source's description of its data, its raw values reordered to the model's classes.
 
     Raises:
-        UserError: It describes its labels in another way.
+        UserError: The source describes its labels in an unknown form.
     """
     labels = weights.data.get("labels")
     if labels is None:

@@ -1,4 +1,4 @@
-"""Write a network so that another code base, or this one, opens it."""
+"""Export a network to a file or folder that another code base, or this one, opens."""
 
 import inspect
 import json
@@ -20,10 +20,10 @@ from segformer_pl.checkpoints.layouts import (
     SMP,
     TRANSFORMERS_DISK,
     Layout,
-    from_parts,
+    from_canonical,
 )
 from segformer_pl.checkpoints.loading import encoder_arguments, variants
-from segformer_pl.checkpoints.matching import native_prefix, parts_of
+from segformer_pl.checkpoints.matching import canonical_tensors, native_prefix
 from segformer_pl.checkpoints.report import listed
 from segformer_pl.checkpoints.sources import SUFFIXES
 from segformer_pl.errors import UserError
@@ -33,9 +33,10 @@ from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 ExportLayout = Literal["huggingface", "nvlabs", "smp", "native"]
 
 LAYOUTS = {"huggingface": TRANSFORMERS_DISK, "nvlabs": NVLABS, "smp": SMP, "native": NATIVE}
-FILE_SUFFIX = {"nvlabs": ".pth", "native": ".safetensors"}  # the others are folders
+FILE_SUFFIX = {"nvlabs": ".pth", "native": ".safetensors"}  # the other layouts are folders
 
-# The other code bases have our MiT at these values alone, but for what their layouts state.
+# Arguments of MixTransformer that the other code bases fix. A layout may free some of them, see
+# _check_expressible.
 ENCODER_DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(MixTransformer).parameters.items()
@@ -50,7 +51,7 @@ def export_weights(
     task: Mapping[str, Any] | None = None,
     preprocessor: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Write a network in some code base's layout. Nothing is left behind if that fails.
+    """Export a network in the layout of a code base. On an error no file is left behind.
 
     - ``"huggingface"``: a folder that ``SegformerForSemanticSegmentation.from_pretrained`` opens
       (``SegformerModel`` for an encoder alone), with ``config.json``, ``model.safetensors`` and
@@ -58,24 +59,24 @@ def export_weights(
     - ``"smp"``: a folder that ``segmentation_models_pytorch.from_pretrained`` opens;
     - ``"nvlabs"``: a ``.pth`` file with ``state_dict`` and ``meta``; for an encoder alone the bare
       state dict;
-    - ``"native"``: a ``.safetensors`` file with the network's own names, for any network of this
-      package. Its metadata state how to build it (``spec()``), what the task knows, and the
+    - ``"native"``: a ``.safetensors`` file with the network's own keys, for any network that keeps
+      the contract. Its metadata hold the specification (``spec()``), the facts of the task and the
       constants that the weights depend on.
 
     Args:
         model: A segmenter or an encoder. Layouts other than ``"native"`` are for SegFormer and MiT.
-        destination: File or folder, which must not exist.
-        layout: Whose.
-        task: What the weights' source says of classes, pictures and network, see
+        destination: Path of the file or folder to write, which must not exist.
+        layout: Layout of the result.
+        task: Facts about classes, images and network that are stored with the weights, see
             :class:`~segformer_pl.checkpoints.sources.Weights`.
-        preprocessor: ``preprocessor_config.json`` of the source, if it had one.
+        preprocessor: Content of the source's ``preprocessor_config.json``, if it had one.
 
     Returns:
         Remarks on what the other code base will do differently, one sentence each.
 
     Raises:
-        UserError: The destination exists or has the wrong form, or the layout cannot express
-            the network.
+        UserError: The destination exists, has the wrong form or cannot be written, or the layout
+            cannot express the network.
     """
     destination = Path(destination).expanduser()
     task = dict(task or {})
@@ -84,18 +85,18 @@ def export_weights(
     tensors = _tensors(model, layout)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the destination, so that the last step is a rename: all or nothing.
+        # Write beside the destination and rename at the end, so that it is complete or absent.
         with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as work:
-            made = Path(work) / destination.name
+            temporary = Path(work) / destination.name
             if layout == "huggingface":
-                remarks = _write_huggingface(model, made, tensors, task, preprocessor or {})
+                remarks = _write_huggingface(model, temporary, tensors, task, preprocessor or {})
             elif layout == "smp":
-                remarks = _write_smp(model, made, tensors)
+                remarks = _write_smp(model, temporary, tensors)
             elif layout == "nvlabs":
-                remarks = _write_nvlabs(model, made, tensors, task)
+                remarks = _write_nvlabs(model, temporary, tensors, task)
             else:
-                remarks = _write_native(model, made, tensors, task)
-            os.replace(made, destination)
+                remarks = _write_native(model, temporary, tensors, task)
+            os.replace(temporary, destination)
     except OSError as error:
         reason: Any = error.__cause__ if isinstance(error, WriteError) else error
         raise UserError(
@@ -105,20 +106,25 @@ def export_weights(
 
 
 def check_destination(destination: str | Path, layout: ExportLayout) -> None:
-    """Whether weights can be written there, for a caller with work to do before.
+    """Check a destination before the work that comes ahead of an export.
+
+    Args:
+        destination: Path of the file or folder to write.
+        layout: Layout of the export.
 
     Raises:
-        UserError: It exists, has the wrong form for the layout, or there is no such layout.
+        UserError: The layout is unknown, or the destination exists or has the wrong form for it.
     """
     destination = Path(destination).expanduser()
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
     if destination.exists():
-        raise UserError(f"'{destination}' exists already; remove it or give another")
+        raise UserError(f"'{destination}' exists already; remove it or give another path")
     suffix = FILE_SUFFIX.get(layout, "")
     if suffix and destination.suffix != suffix:
         raise UserError(
-            f"layout {layout} is a file that ends in {suffix}, and '{destination}' does not"
+            f"layout {layout} is a file that ends in {suffix}, and '{destination}' does not; "
+            f"give a path with {suffix}"
         )
     if not suffix and destination.suffix in SUFFIXES:
         raise UserError(
@@ -128,42 +134,46 @@ def check_destination(destination: str | Path, layout: ExportLayout) -> None:
 
 
 def _tensors(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
-    """Return the network's tensors under the layout's names."""
+    """Return the network's tensors under the layout's keys."""
     state = model.state_dict() if layout == "native" else _foreign_state(model, layout)
-    # Convolution weights are channels-last in memory here; files keep plain order.
+    # Convolution weights are channels-last in memory; files hold them in contiguous order.
     return {
-        name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
+        key: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+        for key, tensor in state.items()
     }
 
 
 def _foreign_state(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
-    names: Layout = LAYOUTS[layout]
-    segmenter, *alone = names.encoder_prefixes
+    table: Layout = LAYOUTS[layout]
+    segmenter, *encoder = table.encoder_prefixes
     if is_segmenter(model):
         prefix = segmenter
-    elif alone:
-        prefix = alone[0]
+    elif encoder:
+        prefix = encoder[0]
     else:
         raise UserError(
             f"layout {layout} is for whole segmenters, and this is an encoder alone; use nvlabs, "
             "huggingface or native"
         )
-    state, homeless = from_parts(names, prefix, parts_of(model))
-    if homeless:
+    state, inexpressible = from_canonical(table, prefix, canonical_tensors(model))
+    if inexpressible:
         raise UserError(
-            f"layout {layout} cannot express this network ({listed(homeless)}); use native"
+            f"layout {layout} cannot express this network ({listed(inexpressible)}); use native"
         )
     return state
 
 
 def is_segmenter(model: Any) -> bool:
-    """Whether a network has classes; an encoder has none."""
+    """Return whether a network has classes. An encoder has none."""
     return hasattr(model, "num_classes")
 
 
 def _check_expressible(model: Any, layout: ExportLayout) -> None:
-    """Refuse what the other code base would silently compute in another way."""
+    """Refuse a network that the other code base would silently compute in another way.
+
+    Raises:
+        UserError: The network is no SegFormer, or has an argument that the layout cannot express.
+    """
     if layout == "native":
         return
     if native_prefix(model) is None:
@@ -172,7 +182,8 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
             "native"
         )
     arguments = encoder_arguments(model)
-    of_weights = {"norm_eps", "conv_norm_eps", "drop_path_rate"}
+    # Epsilons have a remark of their own, and drop path acts in training only.
+    ignored = {"norm_eps", "conv_norm_eps", "drop_path_rate"}
     if layout == "huggingface":
         free = {"num_heads", "mlp_ratio", "sr_ratios", "patch_sizes", "strides", "in_channels"}
         fixed = ENCODER_DEFAULTS | {"paddings": tuple(k // 2 for k in arguments["patch_sizes"])}
@@ -184,7 +195,7 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
     changed = [
         f"{name} {arguments[name]}"
         for name, value in fixed.items()
-        if name not in free | of_weights and arguments[name] != value
+        if name not in free | ignored and arguments[name] != value
     ]
     if (indices := model.init_args().get("in_indices", (0, 1, 2, 3))) != (0, 1, 2, 3):
         changed.append(f"in_indices {indices}")
@@ -195,6 +206,7 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
 
 
 def _eps_remarks(model: Any, layout: ExportLayout) -> list[str]:
+    """Return a remark if the other code base computes with other LayerNorm epsilons."""
     ours, theirs = model.weight_constants(), LAYOUTS[layout].constants
     if not theirs or theirs == ours:
         return []
@@ -206,7 +218,7 @@ def _eps_remarks(model: Any, layout: ExportLayout) -> list[str]:
 
 
 def _lost_facts(task: Mapping[str, Any], layout: ExportLayout) -> list[str]:
-    """What the source states and the layout has no place for."""
+    """Return a remark on the facts that the layout cannot store."""
     lost = {
         "nvlabs": ("image_mean", "image_std"),
         "smp": ("class_names", "palette", "image_mean", "image_std"),
@@ -214,7 +226,7 @@ def _lost_facts(task: Mapping[str, Any], layout: ExportLayout) -> list[str]:
     names = [name for name in lost.get(layout, ()) if task.get(name)]
     if not names:
         return []
-    return [f"the layout has no place for {', '.join(names)}, so note them yourself"]
+    return [f"the layout cannot store {', '.join(names)}; keep them elsewhere"]
 
 
 def _write_huggingface(
@@ -254,7 +266,7 @@ def _write_huggingface(
             if names:
                 remarks.append(
                     f"the source names {len(names)} classes and has {num_classes}, so config.json "
-                    "says LABEL_0, LABEL_1, ..."
+                    "names them LABEL_0, LABEL_1, ..."
                 )
             names = [f"LABEL_{n}" for n in range(num_classes)]
         config |= {
@@ -265,7 +277,7 @@ def _write_huggingface(
             "id2label": {str(n): name for n, name in enumerate(names)},
             "label2id": {name: n for n, name in enumerate(names)},
         }
-        if task.get("palette"):  # transformers keeps what it does not know
+        if task.get("palette"):  # transformers ignores and keeps entries that it does not know
             config["palette"] = [list(color) for color in task["palette"]]
     if not preprocessor:
         preprocessor = {
@@ -280,7 +292,7 @@ def _write_huggingface(
         }
         remarks.append(
             "preprocessor_config.json normalises and does not resize, while transformers' own "
-            "default squashes every picture to 512x512"
+            "default resizes every image to 512x512"
         )
     folder.mkdir()
     _write_json(folder / "config.json", config)
@@ -335,23 +347,23 @@ def _write_native(
     tensors: dict[str, Tensor],
     task: Mapping[str, Any],
 ) -> list[str]:
-    known = {
+    metadata = {
         "task": {**task, "network": model.spec()},
         "weight_constants": model.weight_constants(),
     }
     try:
-        text = json.dumps(known)
+        text = json.dumps(metadata)
     except TypeError as error:
         raise UserError(
             f"the network or its task is not described by plain data ({error}); return numbers, "
-            "texts and lists from init_args()"
+            "strings and lists from init_args()"
         ) from error
     _write_safetensors(file, tensors, {"segformer_pl": text})
     return []
 
 
 def _save(file: Path, content: dict[str, Any]) -> None:
-    # Not straight to the disk: if that is full, torch hides the error behind one of its own.
+    # Serialise to memory first: on a full disk torch.save would raise an error that is no OSError.
     buffer = BytesIO()
     torch.save(content, buffer)
     with atomic_write(file) as stream:
@@ -365,6 +377,6 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _write_safetensors(
     file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    # Not its save_file, whose error on a full disk is no OSError.
+    # On a full disk safetensors' save_file would raise an error that is no OSError.
     with atomic_write(file) as stream:
         stream.write(save(tensors, metadata={"format": "pt", **(metadata or {})}))

@@ -1,8 +1,8 @@
-"""What weights mean: the facts that their source states, compared with those of a run.
+"""Compare the facts that a source states about its classes and images with those of a run.
 
-Tensors fit by their shapes alone, and then class 3 of the source is taken for class 3 of the data
-set, and images for images of the same normalisation. Sources state both: a run's checkpoint and a
-native file in the task's hyperparameters, transformers in ``id2label`` and
+Tensors whose shapes fit load without an error, even if class 3 of the source is not class 3 of the
+data set, or if the images are normalised in another way. Most sources state both: a run's
+checkpoint and a native file in the task's hyperparameters, transformers in ``id2label`` and
 ``preprocessor_config.json``, mmsegmentation in ``meta``.
 """
 
@@ -15,27 +15,33 @@ from segformer_pl.errors import UserError
 
 MatchClasses = Literal["exact", "by_name", "by_index"]
 
-SHOWN_CLASSES = 12  # of those that differ, in a message
-NORMALIZATION_TOLERANCE = 1e-4  # code bases write 58.395 / 255 and 0.229
+SHOWN_CLASSES = 12  # most classes that a message lists
+NORMALIZATION_TOLERANCE = 1e-4  # 58.395 / 255 in some code bases is 0.229 in others
 
-_PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls classes without names
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # names that transformers gives to unnamed classes
 
 
 def checked_facts(name: str, stated: Any) -> dict[str, Any]:
-    """The facts of a task's hyperparameters, each of the form that it has to have.
+    """Return a task's hyperparameters after checking the form of those that are used.
+
+    Args:
+        name: Name of the source, for messages.
+        stated: Hyperparameters as the source states them.
 
     Raises:
-        UserError: One has another form.
+        UserError: A hyperparameter has the wrong form.
     """
     if not isinstance(stated, Mapping):
-        raise UserError(f"{name} describes its task by a {type(stated).__name__}, not by names")
+        raise UserError(
+            f"{name} describes its task by a {type(stated).__name__}; it has to be a dict"
+        )
     facts = dict(stated)
     for key, (is_right, form) in {
-        "network": (_is_network, "a class path with arguments"),
-        "class_names": (_is_list_of(str), "a list of texts"),
+        "network": (_is_network, "a dict with class_path and init_args"),
+        "class_names": (_is_list_of(str), "a list of strings"),
         "image_mean": (_is_list_of(int, float), "a list of numbers"),
         "image_std": (_is_list_of(int, float), "a list of numbers"),
-        "ignore_index": (_is_whole, "a whole number"),
+        "ignore_index": (_is_integer, "an integer"),
         "palette": (_is_list_of(list, tuple), "a list of colours"),
     }.items():
         if facts.get(key) is None:
@@ -49,22 +55,24 @@ def checked_constants(name: str, content: Mapping[str, Any]) -> dict[str, float]
     """Return the constants that weights depend on, as a checkpoint or a native file states them.
 
     Args:
-        name: The source, for messages.
-        content: What stands beside the weights: ``weight_constants`` by name, or ``norm_eps``, the
-            two LayerNorm epsilons of MiT that earlier versions wrote.
+        name: Name of the source, for messages.
+        content: Entries beside the weights: ``weight_constants`` by name, or ``norm_eps``, the two
+            LayerNorm epsilons of MiT in files of earlier versions.
 
     Returns:
         Value by name (:meth:`segformer_pl.models.segmenter.Network.weight_constants`); empty if
-        nothing is stated.
+        the source states none.
 
     Raises:
-        UserError: They are not finite numbers, or the epsilons are not two between 0 and 1.
+        UserError: A constant is not a finite number, or ``norm_eps`` is not two numbers between 0
+            and 1.
     """
     stated = content.get("weight_constants")
     if stated is not None:
         if not isinstance(stated, Mapping) or not all(map(_is_constant, stated.items())):
             raise UserError(
-                f"{name} states weight_constants as {_brief(stated)}; it has to be numbers by name"
+                f"{name} states weight_constants as {_brief(stated)}; it has to be a dict of "
+                "numbers"
             )
         return {key: float(value) for key, value in stated.items()}
     eps = content.get("norm_eps")
@@ -93,7 +101,7 @@ def _is_network(value: Any) -> bool:
     )
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -111,7 +119,11 @@ def _brief(value: Any) -> str:
 
 
 def names_from_id2label(id2label: Any, name: str) -> list[str] | None:
-    """Class names by id, or None if they are the placeholders LABEL_0, LABEL_1, ...
+    """Return the class names in the order of their ids, None for placeholders (LABEL_0, ...).
+
+    Args:
+        id2label: Class name by id, as transformers' ``config.json`` states it.
+        name: Name of the source, for messages.
 
     Raises:
         UserError: The ids are not 0, 1, 2, ...
@@ -138,10 +150,14 @@ def _numbers_in_short(numbers: list[int]) -> str:
 
 
 def normalization_from_preprocessor(preprocessor: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """``image_mean`` and ``image_std`` for images in 0 to 1, as transformers' processor computes.
+    """Return ``image_mean`` and ``image_std`` for images in 0 to 1, from transformers' settings.
+
+    Args:
+        preprocessor: Content of ``preprocessor_config.json``.
+        name: Name of the source, for messages.
 
     Raises:
-        UserError: A value has another form.
+        UserError: A value has the wrong form.
     """
     stated = checked_facts(
         name, {key: preprocessor.get(key) for key in ("image_mean", "image_std")}
@@ -157,7 +173,8 @@ def normalization_from_preprocessor(preprocessor: Mapping[str, Any], name: str) 
         factor = 1.0
     if not isinstance(factor, int | float) or not factor > 0:
         raise UserError(f"{name} states rescale_factor as {_brief(factor)}; correct it")
-    # The processor sees values of 0 to 255, multiplies, subtracts and divides.
+    # The processor computes (image * factor - mean) / std with an image in 0 to 255. For an image
+    # in 0 to 1 that is (image - mean / scale) / (std / scale) with scale = 255 * factor.
     scale = 1.0 if math.isclose(factor * 255, 1) else factor * 255
     return {
         "image_mean": [value / scale for value in mean],
@@ -166,10 +183,10 @@ def normalization_from_preprocessor(preprocessor: Mapping[str, Any], name: str) 
 
 
 def match_names(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
-    """Index in ``theirs`` of each of ``ours``, None for those that are not there.
+    """Return the index in ``theirs`` of each class of ``ours``, None for those that are not there.
 
-    Case, and whether words are joined by spaces, underscores or hyphens, make no difference
-    (``traffic light``, ``Traffic_Light``) unless a list has classes that differ in nothing else.
+    Case, spaces, underscores and hyphens are ignored (``traffic light`` equals ``Traffic_Light``),
+    unless two classes of one list differ in nothing else.
     """
     theirs, ours = _comparable(theirs, ours)
     index = {name: number for number, name in enumerate(theirs)}
@@ -177,6 +194,7 @@ def match_names(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
 
 
 def _comparable(theirs: Sequence[str], ours: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return both lists in the form in which names are compared, see :func:`match_names`."""
     simple = [[" ".join(re.split(r"[\s_-]+", n.strip().casefold())) for n in ns]
               for ns in (theirs, ours)]  # fmt: skip
     if any(len(set(s)) < len(set(ns)) for s, ns in zip(simple, (theirs, ours))):
@@ -185,7 +203,7 @@ def _comparable(theirs: Sequence[str], ours: Sequence[str]) -> tuple[list[str], 
 
 
 def class_difference(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
-    """Which classes differ, index by index, as part of a sentence; None if none do."""
+    """Describe which classes differ, index by index, as part of a sentence; None if none do."""
     if len(theirs) != len(ours):
         return (
             f"it has {len(theirs)} classes ({_names_in_short(theirs)}), the data set {len(ours)} "
@@ -217,30 +235,35 @@ def rows_of_classifier(
     ours: Sequence[str],
     how: MatchClasses,
 ) -> tuple[list[int | None], str]:
-    """Which output of a source's classifier belongs to each class of a data set.
+    """Return the row of a source's classifier for each class of a data set.
+
+    Example: the source has sky, road, car; the data set car, tree, sky::
+
+        "by_name"   [2, None, 0]   tree is not in the source
+        "exact"     refused
+        "by_index"  [0, 1, 2]
 
     Args:
-        name: The source, for messages.
-        theirs: Its class names, if it states them.
-        num_theirs: Outputs of its classifier.
+        name: Name of the source, for messages.
+        theirs: Class names of the source, None if it does not state them.
+        num_theirs: Number of outputs of the source's classifier.
         ours: Class names of the data set.
-        how: ``"exact"``: the names are the same in the same order; ``"by_name"``: each class
-            takes the output of the class of its name; ``"by_index"``: class i takes output i,
-            whatever the names.
+        how: Rule of the match. ``"exact"``: both have the same names in the same order.
+            ``"by_name"``: each class takes the row of the class of the same name. ``"by_index"``:
+            class i takes row i, and names are not compared.
 
     Returns:
-        Index of the output, or None for a class that is not in the source; and a line for the
-        report.
+        Row for each class, or None for a class that the source lacks; and a line for the report.
 
     Raises:
-        UserError: The classes do not match in this way.
+        UserError: The classes do not match under this rule.
     """
     same = list(range(len(ours)))
     if how == "by_index":
         if num_theirs != len(ours):
             raise UserError(
                 f"model.match_classes by_index: {name} has {num_theirs} classes and the data set "
-                f"{len(ours)}; by index there have to be as many"
+                f"{len(ours)}; matching by index needs the same number"
             )
         return list(same), "classes taken in their order, as match_classes by_index asks for"
     if theirs is not None and len(theirs) != num_theirs:
@@ -262,12 +285,12 @@ def rows_of_classifier(
                 "names, or give by_index if its classes are the data set's in the same order"
             )
         rows = match_names(theirs, ours)
-        num_found = len(ours) - rows.count(None)
-        return rows, f"classes matched by name: {num_found} of {len(ours)} are in the source"
+        num_matched = len(ours) - rows.count(None)
+        return rows, f"classes matched by name: {num_matched} of {len(ours)} are in the source"
     if theirs is None:
         return list(same), (
-            "the source does not name its classes; they are taken for the data set's, in the same "
-            "order"
+            "the source does not name its classes; they are taken to be the data set's, in the "
+            "same order"
         )
     difference = class_difference(theirs, ours)
     if difference is None:
@@ -286,8 +309,16 @@ def rows_of_classifier(
 def normalization_difference(
     stated: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]
 ) -> str | None:
-    """How the images of a source are normalised in another way than a run's, with the arguments
-    that would agree; None if they are not, or the source does not say."""
+    """Describe how the normalisation of a source differs from a run's; None if it does not.
+
+    The text ends with the arguments that would agree. A value that the source does not state is not
+    compared.
+
+    Args:
+        stated: Facts of the source, perhaps with ``image_mean`` and ``image_std``.
+        mean: Mean of the run's images, for each channel.
+        std: Standard deviation of the run's images, for each channel.
+    """
     here = {"image_mean": list(mean), "image_std": list(std)}
     there = {key: list(stated[key]) for key in here if key in stated}
     if all(_are_close(values, here[key]) for key, values in there.items()):
@@ -311,16 +342,16 @@ def check_facts(
     class_names: Sequence[str],
     normalization: tuple[Sequence[float], Sequence[float]],
 ) -> None:
-    """What a checkpoint states about its classes and images is what a run has that takes it whole.
+    """Check that a checkpoint has the classes and the normalisation of the run that opens it.
 
     Args:
-        stated: Hyperparameters of its task.
-        name: The checkpoint, for messages.
-        class_names: Those of the run.
+        stated: Hyperparameters of the checkpoint's task.
+        name: Name of the checkpoint, for messages.
+        class_names: Class names of the run.
         normalization: Mean and standard deviation of the run's images.
 
     Raises:
-        UserError: It is not.
+        UserError: The classes or the normalisation differ.
     """
     compared = ("class_names", "image_mean", "image_std")
     facts = checked_facts(name, {key: stated[key] for key in compared if key in stated})

@@ -1,18 +1,25 @@
-"""The names that published SegFormers give to their tensors, and ours for the same tensors.
+"""Key names of the published SegFormers, as tables that translate between them.
 
-Every code base names and packs the same network in its own way. A :class:`Layout` is the table of
-one of them: its name of a module on the left, the *parts* that it holds on the right. Parts are
-our own names, except that the joint key/value projection ``attn.kv`` is two parts, ``attn.k`` and
-``attn.v``: some layouts store them apart, some together with the query. A row with several parts
-holds them one after the other along the first dimension. So a state dict goes from any layout to
-any other through its parts.
+Every code base names and packs the tensors of the same network in its own way. A :class:`Layout`
+is the table of one code base. Its left column holds the code base's module paths, its right column
+the *canonical* paths. Canonical keys are our own, with one exception: our joint key/value
+projection ``attn.kv`` is split into ``attn.k`` and ``attn.v``, because some layouts store the two
+apart and others together with the query. Any layout translates to any other through the canonical
+keys. In the first block of the first stage, leaving out ``.weight``::
 
-In the tables: ``{s}`` stage counted from 0, ``{i}`` stage counted from 1, ``{r}`` stage counted
-down from 3, ``{b}`` block, ``{p}`` a parameter or buffer (``weight``, ``running_mean``, ...);
-``.{p}`` is understood at the end of a name that has none.
+    NVlabs             canonical                          transformers (on disk)
+    block1.0.attn.q    encoder.stages.0.blocks.0.attn.q   block.0.0.attention.self.query
+    block1.0.attn.kv   encoder.stages.0.blocks.0.attn.k   block.0.0.attention.self.key
+      (k, then v)      encoder.stages.0.blocks.0.attn.v   block.0.0.attention.self.value
 
-Sources, all for their key names only: NVlabs/SegFormer @65fa8cf; transformers 4.x (on disk) and
-5.23 (in memory); mmsegmentation 0.20 to 1.2.2; segmentation_models_pytorch 0.6.0.
+A row with several canonical paths holds their tensors concatenated along the first dimension.
+
+Placeholders of the tables: ``{s}`` is the stage counted from 0, ``{i}`` the stage counted from 1,
+``{r}`` the stage counted down from 3, ``{b}`` the block, ``{p}`` a parameter or buffer (``weight``,
+``running_mean``, ...). A path without ``{p}`` is completed by ``.{p}``.
+
+Sources, for their key names only: NVlabs/SegFormer @65fa8cf; transformers 4.x (on disk) and 5.23
+(in memory); mmsegmentation 0.20 to 1.2.2; segmentation_models_pytorch 0.6.0.
 """
 
 import re
@@ -23,39 +30,39 @@ from functools import cache
 import torch
 from torch import Tensor
 
-Table = Mapping[str, tuple[str, ...]]
+KeyTable = Mapping[str, tuple[str, ...]]
 
-# What each code base computes with, wherever its weights came from.
+# LayerNorm epsilons that each code base computes with, whatever its weights were trained with.
 REFERENCE_EPS = {"norm_eps": 1e-6, "conv_norm_eps": 1e-5}
-# Its config.layer_norm_eps is never read.
+# transformers never reads its config.layer_norm_eps.
 TRANSFORMERS_EPS = {"norm_eps": 1e-5, "conv_norm_eps": 1e-5}
 MMSEG_EPS = {"norm_eps": 1e-6, "conv_norm_eps": 1e-6}
 
 
-@dataclass(frozen=True, eq=False)  # a layout is itself: hashed by identity
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Layout:
-    """One code base's names.
+    """The key names of one code base.
 
     Attributes:
-        name: What the user calls it.
-        anchor: The encoder's first tensor, by which the layout is known.
-        encoder_prefixes: What may stand before the encoder's names -> what such a file is; the
-            first is that of a whole segmenter.
-        encoder: Names inside its encoder -> parts inside ours.
-        head: Names at its top level -> parts at our top level. Empty if its head is another
-            network.
-        constants: The LayerNorm epsilons that this code base computes with, under the names of
+        name: Name for messages and reports.
+        anchor: Key of the encoder's first tensor, by which the layout is detected.
+        encoder_prefixes: Possible prefix of the encoder's keys -> what a file with this prefix
+            holds. The first one is that of a whole segmenter.
+        encoder: Paths inside its encoder -> canonical paths inside ours.
+        head: Paths at its top level -> canonical paths at our top level. Empty if its head is a
+            different network from ours.
+        constants: LayerNorm epsilons that this code base computes with, by the names of
             :meth:`segformer_pl.models.segmenter.Network.weight_constants`. Empty: not fixed.
-        dropped: Pattern of names that are left out on purpose -> why.
-        other_head: Pattern of the names of a head that is another network than ours.
-        open: Names that are in no row are parts themselves.
+        dropped: Pattern of keys that are left out on purpose -> reason.
+        other_head: Pattern of the keys of a head that is a different network from ours.
+        open: Whether keys that are in no row are canonical already.
     """
 
     name: str
     anchor: str
     encoder_prefixes: Mapping[str, str]
-    encoder: Table
-    head: Table
+    encoder: KeyTable
+    head: KeyTable
     constants: Mapping[str, float] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     other_head: str | None = None
@@ -111,7 +118,7 @@ NVLABS = Layout(
 )
 
 TRANSFORMERS_DISK = Layout(
-    name="transformers (names on disk)",
+    name="transformers (keys on disk)",
     anchor="patch_embeddings.0.proj.weight",
     encoder_prefixes={"segformer.encoder.": "segmenter", "encoder.": "encoder", "": "encoder"},
     encoder={
@@ -140,10 +147,10 @@ TRANSFORMERS_DISK = Layout(
     dropped={r"classifier\.(weight|bias)": "the classification head of the ImageNet training"},
 )
 
-# save_pretrained writes, and from_pretrained reads, the names of version 4 above; only
-# state_dict() shows these.
+# save_pretrained writes the keys of version 4 above, and from_pretrained reads them. The keys below
+# appear only in state_dict().
 TRANSFORMERS_MEMORY = Layout(
-    name="transformers (names in memory)",
+    name="transformers (keys in memory)",
     anchor="stages.0.patch_embeddings.proj.weight",
     encoder_prefixes={"segformer.": "segmenter", "": "encoder"},
     encoder={
@@ -193,7 +200,7 @@ MMSEG = Layout(
         "layers.{s}.1.{b}.attn.sr": ("stages.{s}.blocks.{b}.attn.sr",),
         "layers.{s}.1.{b}.attn.norm": ("stages.{s}.blocks.{b}.attn.norm",),
         "layers.{s}.1.{b}.norm2": ("stages.{s}.blocks.{b}.norm2",),
-        # 1x1 convolutions there, see to_parts
+        # mmsegmentation stores these as 1x1 convolutions, see to_canonical.
         "layers.{s}.1.{b}.ffn.layers.0": ("stages.{s}.blocks.{b}.mlp.fc1",),
         "layers.{s}.1.{b}.ffn.layers.1": ("stages.{s}.blocks.{b}.mlp.dwconv",),
         "layers.{s}.1.{b}.ffn.layers.4": ("stages.{s}.blocks.{b}.mlp.fc2",),
@@ -218,141 +225,169 @@ SMP = Layout(
     constants=REFERENCE_EPS,
 )
 
-LAYOUTS = (NATIVE, NVLABS, TRANSFORMERS_DISK, TRANSFORMERS_MEMORY, MMSEG, SMP)
+KNOWN_LAYOUTS = (NATIVE, NVLABS, TRANSFORMERS_DISK, TRANSFORMERS_MEMORY, MMSEG, SMP)
 
 
-def detect(names: Mapping[str, object]) -> tuple[Layout, str, str] | None:
-    """Find out whose names these are.
+def detect(keys: Mapping[str, object]) -> tuple[Layout, str, str] | None:
+    """Detect the layout of a state dict from its keys.
+
+    ::
+
+        module.backbone.patch_embed1.proj.weight
+        wrapper
+               prefix ("backbone.": a segmenter)
+                        anchor of NVLABS
 
     Returns:
-        Layout, encoder prefix, and what wraps the whole network (``"module."``, ``"network."``,
-        usually nothing), or None if no layout fits.
+        Layout, prefix of the encoder's keys, and wrapper: the prefix of the whole network
+        (``"module."``, ``"network."``, usually ``""``). None if no layout fits.
     """
     candidates = [
-        (len(prefix), layout, prefix, name.removesuffix(prefix + layout.anchor))
-        for layout in LAYOUTS
+        (len(prefix), layout, prefix, key.removesuffix(prefix + layout.anchor))
+        for layout in KNOWN_LAYOUTS
         for prefix in layout.encoder_prefixes
-        for name in names
-        if name.endswith(prefix + layout.anchor)
+        for key in keys
+        if key.endswith(prefix + layout.anchor)
     ]
-    # A wrapper is a chain of attributes: "module.", not "xpatch_embed1". The longest prefix is
-    # the one that explains most of the name: "backbone." is a segmenter's, not a wrapper.
+    # A wrapper is a chain of attributes: "module.", but not the "my_" of "my_patch_embed1".
     candidates = [c for c in candidates if c[3] == "" or c[3].endswith(".")]
     if not candidates:
         return None
+    # The longest prefix explains most of the key: "backbone." belongs to a segmenter and is no
+    # wrapper.
     _, layout, prefix, wrapper = max(candidates, key=lambda c: (c[0], -len(c[3])))
     return layout, prefix, wrapper
 
 
-def to_parts(
+def to_canonical(
     layout: Layout, prefix: str, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Split a state dict of this layout into parts.
+    """Translate a state dict of a layout to canonical keys, splitting joint projections.
+
+    Args:
+        layout: Layout of the state dict.
+        prefix: Prefix of the encoder's keys, one of ``layout.encoder_prefixes``.
+        tensors: The state dict.
 
     Returns:
-        Parts; names that were dropped on purpose -> why; names that the layout does not know.
+        Tensors by canonical key; keys that were dropped on purpose -> reason; keys that the layout
+        does not have.
     """
-    parts: dict[str, Tensor] = {}
+    canonical: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     unknown: list[str] = []
-    for name, tensor in tensors.items():
-        if part_names := _part_names(layout, prefix, name):
-            chunks = tensor.chunk(len(part_names)) if len(part_names) > 1 else (tensor,)
-            for part, chunk in zip(part_names, chunks):
-                is_pointwise = part.endswith(("mlp.fc1.weight", "mlp.fc2.weight"))
-                parts[part] = chunk.flatten(1) if is_pointwise else chunk
-        elif reason := _first_match(layout.dropped, name):
-            dropped[name] = reason
+    for key, tensor in tensors.items():
+        if targets := _canonical_keys(layout, prefix, key):
+            chunks = tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,)
+            for target, chunk in zip(targets, chunks):
+                # A 1x1 convolution, as in mmsegmentation, becomes a Linear layer.
+                is_pointwise = target.endswith(("mlp.fc1.weight", "mlp.fc2.weight"))
+                canonical[target] = chunk.flatten(1) if is_pointwise else chunk
+        elif reason := _first_match(layout.dropped, key):
+            dropped[key] = reason
         else:
-            unknown.append(name)
-    return parts, dropped, unknown
+            unknown.append(key)
+    return canonical, dropped, unknown
 
 
-def from_parts(
-    layout: Layout, prefix: str, parts: Mapping[str, Tensor]
+def from_canonical(
+    layout: Layout, prefix: str, canonical: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Join parts to a state dict of this layout.
+    """Translate tensors with canonical keys to a state dict of a layout.
+
+    Args:
+        layout: Layout of the result.
+        prefix: Prefix of the encoder's keys, one of ``layout.encoder_prefixes``.
+        canonical: Tensors by canonical key.
 
     Returns:
-        The state dict; the parts that the layout has no name for.
+        The state dict; canonical keys that the layout cannot express.
     """
     chunks: dict[str, dict[int, Tensor]] = {}
-    homeless = []
-    for part, tensor in parts.items():
-        for pattern, template, place in _patterns(layout, prefix)[1]:
-            if variables := _match(pattern, part):
-                chunks.setdefault(_fill(template, variables), {})[place] = tensor
+    inexpressible = []
+    for source, tensor in canonical.items():
+        for pattern, template, index in _patterns(layout, prefix)[1]:
+            if variables := _match(pattern, source):
+                chunks.setdefault(_fill(template, variables), {})[index] = tensor
                 break
         else:
             if layout.open:
-                chunks[part.removeprefix("" if prefix else "encoder.")] = {0: tensor}
+                chunks[source.removeprefix("" if prefix else "encoder.")] = {0: tensor}
             else:
-                homeless.append(part)
+                inexpressible.append(source)
     joined = {
-        name: torch.cat([pieces[place] for place in sorted(pieces)])
+        key: torch.cat([pieces[index] for index in sorted(pieces)])
         if len(pieces) > 1
         else pieces[0]
-        for name, pieces in chunks.items()
+        for key, pieces in chunks.items()
     }
-    return joined, homeless
+    return joined, inexpressible
 
 
-def _part_names(layout: Layout, prefix: str, name: str) -> list[str]:
+def _canonical_keys(layout: Layout, prefix: str, key: str) -> list[str]:
     for pattern, templates in _patterns(layout, prefix)[0]:
-        if variables := _match(pattern, name):
+        if variables := _match(pattern, key):
             return [_fill(template, variables) for template in templates]
-    return [name if prefix else f"encoder.{name}"] if layout.open else []
+    return [key if prefix else f"encoder.{key}"] if layout.open else []
 
 
-def _first_match(reasons: Mapping[str, str], name: str) -> str | None:
-    return next((why for pattern, why in reasons.items() if re.fullmatch(pattern, name)), None)
+def _first_match(reasons: Mapping[str, str], key: str) -> str | None:
+    return next((why for pattern, why in reasons.items() if re.fullmatch(pattern, key)), None)
 
 
-Rows = list[tuple[re.Pattern[str], tuple[str, ...]]]
-Columns = list[tuple[re.Pattern[str], str, int]]
+_ToCanonical = list[tuple[re.Pattern[str], tuple[str, ...]]]
+_FromCanonical = list[tuple[re.Pattern[str], str, int]]
 
 
 @cache
-def _patterns(layout: Layout, prefix: str) -> tuple[Rows, Columns]:
-    """The table read from left to right, and from right to left (with the part's place)."""
+def _patterns(layout: Layout, prefix: str) -> tuple[_ToCanonical, _FromCanonical]:
+    """Compile the table of a layout in both directions.
+
+    Returns:
+        (pattern of the layout's key, canonical templates) of every row; and (pattern of a canonical
+        key, the layout's template, index among the row's chunks) of every canonical path.
+    """
     table = dict(_templates(layout, prefix))
-    rows = [(_pattern(template), parts) for template, parts in table.items()]
-    columns = [
-        (_pattern(part), template, place)
-        for template, parts in table.items()
-        for place, part in enumerate(parts)
+    forward = [(_pattern(template), targets) for template, targets in table.items()]
+    backward = [
+        (_pattern(target), template, index)
+        for template, targets in table.items()
+        for index, target in enumerate(targets)
     ]
-    return rows, columns
+    return forward, backward
 
 
 def _templates(layout: Layout, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    inside = {
-        prefix + name: tuple(f"encoder.{part}" for part in parts)
-        for name, parts in layout.encoder.items()
+    """Yield the rows of a layout's table with prefixes and ``{p}`` completed."""
+    encoder = {
+        prefix + path: tuple(f"encoder.{target}" for target in targets)
+        for path, targets in layout.encoder.items()
     }
-    for name, parts in (inside | dict(layout.head)).items():
+    for path, targets in (encoder | dict(layout.head)).items():
         yield (
-            name if "{p}" in name else name + ".{p}",
-            tuple(part + ".{p}" for part in parts),
+            path if "{p}" in path else path + ".{p}",
+            tuple(target + ".{p}" for target in targets),
         )
 
 
 def _pattern(template: str) -> re.Pattern[str]:
+    """Compile a template: each placeholder becomes a named group."""
     for name, values in {"s": r"\d", "i": r"\d", "r": r"\d", "b": r"\d+", "p": r"\w+"}.items():
         template = template.replace(f"{{{name}}}", f"(?P<{name}>{values})")
     return re.compile(template.replace(".", r"\."))
 
 
-def _match(pattern: re.Pattern[str], name: str) -> dict[str, str | int] | None:
-    found = pattern.fullmatch(name)
-    if found is None:
+def _match(pattern: re.Pattern[str], key: str) -> dict[str, str | int] | None:
+    """Return the values of a pattern's placeholders, with ``s`` derived from ``i`` or ``r``."""
+    matched = pattern.fullmatch(key)
+    if matched is None:
         return None
-    variables: dict[str, str | int] = dict(found.groupdict())
+    variables: dict[str, str | int] = dict(matched.groupdict())
     stage = {"s": 0, "i": -1, "r": 3}
-    for key, offset in stage.items():
-        if key in variables:
-            number = int(variables[key])
-            variables["s"] = offset - number if key == "r" else number + offset
+    for name, offset in stage.items():
+        if name in variables:
+            number = int(variables[name])
+            variables["s"] = offset - number if name == "r" else number + offset
     return variables
 
 

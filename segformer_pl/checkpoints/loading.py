@@ -1,4 +1,4 @@
-"""Put weights of any layout into a network, all of them or none."""
+"""Load weights of any layout into a network; on an error the network stays unchanged."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from segformer_pl.checkpoints.classifier import (
-    classifier_names,
+    classifier_keys,
     data_of_rows,
     match_classifier,
     reinitialize_classifier,
@@ -20,17 +20,18 @@ from segformer_pl.checkpoints.files import describe_non_finite, non_finite, wron
 from segformer_pl.checkpoints.layouts import NATIVE, REFERENCE_EPS, TRANSFORMERS_EPS
 from segformer_pl.checkpoints.matching import Matched, match
 from segformer_pl.checkpoints.report import LoadReport, Parts, listed
-from segformer_pl.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
 from segformer_pl.errors import UserError
 from segformer_pl.models import mit
-from segformer_pl.models.mit import MixTransformer, default_paddings
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.mit_arguments import default_paddings
 
 STEM = "encoder.stages.0.patch_embed.proj.weight"
 
 
 def load_weights(
     model: Any,
-    source: Source | Weights,
+    source: WeightsSource | Weights,
     *,
     parts: Parts = "all",
     strict: bool = True,
@@ -40,36 +41,40 @@ def load_weights(
 ) -> LoadReport:
     """Set a network's weights, and the constants that they were trained with.
 
-    A state dict with the model's own names, alone or after a prefix such as ``network.`` or
-    ``module.``, fits any network. Weights of other layouts, which are detected from their names,
-    fit a network with the names of our SegFormer or MiT. If anything does not fit, the model is
-    left as it was. Two differences do fit, and are reported:
+    A state dict with the model's own keys, alone or after a prefix such as ``network.`` or
+    ``module.``, fits any network. Other layouts are detected from their keys and fit a network with
+    the keys of our SegFormer or MiT. If anything does not fit, the model is left as it was.
 
-    - another number of classes: the classifier is initialised again, everything else is loaded;
-    - a SegFormer for images with other than three channels: the stem's filters are adapted as in
-      timm and segmentation_models_pytorch: for one channel those of R, G and B are summed;
-      otherwise new channel c takes that of channel c mod 3, and all are scaled by 3 / number of
+    Two differences are allowed, and reported:
+
+    - Another number of classes: the classifier is re-initialised, everything else is loaded.
+    - Another number of input channels than three, in a SegFormer: the stem's filters are adapted as
+      in timm and segmentation_models_pytorch. For one channel, those of R, G and B are summed.
+      Otherwise channel c takes the filter of channel c mod 3, and all are scaled by 3 / number of
       channels.
 
     Args:
         model: A segmenter or an encoder (:mod:`segformer_pl.models.segmenter`).
         source: File, folder, hub name ``owner/name@commit`` or state dict; see
             :func:`~segformer_pl.checkpoints.sources.read_weights`.
-        parts: ``"encoder"`` sets the encoder alone and drops the source's head.
-        strict: Whether a tensor that is missing or left over is an error; otherwise it is named
-            in the report. Another shape is always an error.
-        class_names: The model's classes, which the source's must be if it names them and has as
-            many. None: not compared.
-        match_classes: How the source's classes become these: see
-            :func:`~segformer_pl.checkpoints.facts.rows_of_classifier`. By name the
-            classifier's outputs are reordered, and those of classes that the source does not have
-            are initialised again.
-        normalization: Mean and standard deviation that the model's images are normalised with,
-            which the source's must be if it states them. None: not compared.
+        parts: Parts of the model to load. ``"encoder"`` leaves the model's head as it is and drops
+            the source's.
+        strict: Whether a missing or unexpected tensor is an error. If not, it is listed in the
+            report. Another shape is always an error.
+        class_names: The model's classes, to be compared with those that the source states. None:
+            not compared.
+        match_classes: Rule by which the source's classes become the model's, see
+            :func:`~segformer_pl.checkpoints.facts.rows_of_classifier`. ``"by_name"`` reorders the
+            classifier's rows and re-initialises those of classes that the source lacks.
+        normalization: Mean and standard deviation of the model's images, to be compared with those
+            that the source states. None: not compared.
+
+    Returns:
+        Report on what was loaded, adapted and left out.
 
     Raises:
-        UserError: The source cannot be read, does not fit the model, means other classes or
-            other images, or holds nan or infinity.
+        UserError: The source cannot be read, does not fit the model, was trained on other classes
+            or with another normalisation, or holds nan or infinity.
     """
     for name, value, known in (
         ("parts", parts, Parts),
@@ -79,38 +84,31 @@ def load_weights(
             raise UserError(f"{name}={value!r}: choose one of {', '.join(get_args(known))}")
     if not hasattr(model, "weight_constants"):
         raise UserError(
-            "weights go into a network that keeps the contract of segformer_pl.models.segmenter, "
-            f"and a {type(model).__name__} does not; inherit from its Segmenter or Encoder"
+            "weights can be loaded into a network that keeps the contract of "
+            f"segformer_pl.models.segmenter, and a {type(model).__name__} does not; inherit from "
+            "its Segmenter or Encoder"
         )
     weights = source if isinstance(source, Weights) else read_weights(source)
     matched = match(weights, model, parts)
-    found, wanted = matched.found, matched.wanted
+    source_tensors, model_tensors = matched.source_tensors, matched.model_tensors
     if matched.layout is not None:
-        _check_variant(weights, found, wanted)
+        _check_variant(weights, source_tensors, model_tensors)
 
-    inflated = {}
-    if STEM in found and STEM in wanted and found[STEM].shape[1] == 3 != wanted[STEM].shape[1]:
-        num_channels = wanted[STEM].shape[1]
-        found[STEM] = adapt_input_conv(num_channels, found[STEM])
-        inflated[STEM] = f"from 3 to {num_channels} input channels, " + (
-            "the sum over R, G and B"
-            if num_channels == 1
-            else f"channel c from channel c mod 3, times 3/{num_channels}"
-        )
+    inflated = _adapt_stem(source_tensors, model_tensors)
     border, changed = _compare_arguments(weights, model, matched)
     remarks = [*_compare_images(weights, normalization), *border]
     reinitialized, rows, remark = match_classifier(
-        weights, classifier_names(model), found, wanted, class_names, match_classes
+        weights, classifier_keys(model), source_tensors, model_tensors, class_names, match_classes
     )
     remarks += remark
 
-    missing = [name for name in wanted if name not in found]
-    unexpected = [*matched.unknown, *(name for name in found if name not in wanted)]
+    missing = [key for key in model_tensors if key not in source_tensors]
+    unexpected = [*matched.unknown, *(key for key in source_tensors if key not in model_tensors)]
     if strict:
         _check_complete(weights, parts, matched, missing, unexpected)
-    fitting = {name: tensor for name, tensor in found.items() if name in wanted}
-    _check_shapes(weights, fitting, wanted)
-    empty = [name for name, tensor in fitting.items() if tensor.is_meta > wanted[name].is_meta]
+    fitting = {key: tensor for key, tensor in source_tensors.items() if key in model_tensors}
+    _check_shapes(weights, fitting, model_tensors)
+    empty = [key for key, tensor in fitting.items() if tensor.is_meta > model_tensors[key].is_meta]
     if empty:
         raise UserError(
             f"{weights.name} holds {empty[0]} as a tensor that is without values (meta); give the "
@@ -124,13 +122,13 @@ def load_weights(
     constants, reason = _constants(weights, model, matched)
     model.set_weight_constants(constants)
 
-    # From here on nothing can fail.
+    # Nothing below this line can fail, so the model is changed as a whole or not at all.
     state = matched.state_dict(fitting)
-    # Not by load_state_dict, which would reset the step count of a BatchNorm that is not named.
+    # load_state_dict would reset the step count of a BatchNorm whose count is not in the source.
     own = model.state_dict()
     with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
+        for key, tensor in state.items():
+            own[key].copy_(tensor)
     if reinitialized:
         reinitialize_classifier(model, rows)
     return LoadReport(
@@ -151,26 +149,47 @@ def load_weights(
     )
 
 
+def _adapt_stem(
+    source_tensors: dict[str, Tensor], model_tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Adapt the stem's filters from three to the model's channels; return key -> rule."""
+    if STEM not in source_tensors or STEM not in model_tensors:
+        return {}
+    num_channels = model_tensors[STEM].shape[1]
+    if source_tensors[STEM].shape[1] != 3 or num_channels == 3:
+        return {}
+    source_tensors[STEM] = adapt_input_conv(num_channels, source_tensors[STEM])
+    rule = (
+        "the sum over R, G and B"
+        if num_channels == 1
+        else f"channel c from channel c mod 3, times 3/{num_channels}"
+    )
+    return {STEM: f"from 3 to {num_channels} input channels, {rule}"}
+
+
 def encoder_arguments(network: Any) -> dict[str, Any]:
     """Return the arguments of a segmenter's encoder, or those of an encoder itself."""
     return _innermost({"init_args": network.init_args()})[1]
 
 
 def _innermost(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return class path and arguments of the encoder in a specification, or of the network."""
+    """Return class path and arguments of a specification's encoder, or of itself if it has none."""
     arguments = spec.get("init_args", {})
     if isinstance(arguments.get("encoder"), Mapping):
         return _innermost(arguments["encoder"])
     return str(spec.get("class_path")), dict(arguments)
 
 
-# They change how a network is trained and not what it computes, or follow from the data set.
+# Arguments that a comparison of networks ignores: the two rates matter in training only, and the
+# number of classes follows from the data set.
 FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes")
 
 
 def flat_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments in a specification, those of nested networks among them; lists, which
-    files hold, as tuples."""
+    """Return the arguments of a specification and of all networks nested in it, in one dict.
+
+    Lists become tuples: files hold lists where networks have tuples.
+    """
     arguments: dict[str, Any] = {}
     for key, value in spec.get("init_args", {}).items():
         if isinstance(value, Mapping) and "class_path" in value:
@@ -187,7 +206,7 @@ def _compare_images(
         return []
     stated = [weights.task[key] for key in ("image_mean", "image_std") if key in weights.task]
     if not stated:
-        return ["the source does not say how its images were normalised"]
+        return ["the source does not state how its images were normalised"]
     if any(len(values) != len(normalization[0]) for values in stated):
         return [
             f"normalisation not compared: for {len(stated[0])} channels in the source, for "
@@ -201,18 +220,23 @@ def _compare_images(
 def _compare_arguments(
     weights: Weights, model: Any, matched: Matched
 ) -> tuple[list[str], list[str]]:
-    """Compare the arguments that no shape tells: another number of heads makes nonsense of the
-    weights; strides, paddings and padded keys can be changed on purpose.
+    """Compare the arguments that no tensor's shape shows.
+
+    Another number of heads makes trained weights meaningless. Strides, paddings and the keys at the
+    border can be changed on purpose.
 
     Returns:
-        Sentences on the keys at the border, which trained weights can be used with either way; and
-        on all others that differ.
+        Two lists of sentences for the report: on ``kv_border``, which trained weights work with
+        either way; and on all other arguments that differ.
+
+    Raises:
+        UserError: The number of heads differs.
     """
     if matched.layout is None:
         ours = flat_arguments(model.spec())
-        told_elsewhere = {*FREE_ARGUMENTS, *model.weight_constants()}
+        compared_elsewhere = {*FREE_ARGUMENTS, *model.weight_constants()}
         theirs = flat_arguments(weights.task.get("network", {}))
-        theirs = {key: value for key, value in theirs.items() if key not in told_elsewhere}
+        theirs = {key: value for key, value in theirs.items() if key not in compared_elsewhere}
     else:
         ours = flat_arguments({"init_args": encoder_arguments(model)})
         theirs = _stated_arguments(weights)
@@ -222,13 +246,18 @@ def _compare_arguments(
             f"{weights.name} was trained with num_heads {theirs['num_heads']}, and the model has "
             f"{ours['num_heads']}; build the model that the weights are for"
         )
-    told = {key: f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing}
-    border = [told.pop("kv_border")] if "kv_border" in told else []
-    return border, list(told.values())
+    sentences = {
+        key: f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing
+    }
+    border = [sentences.pop("kv_border")] if "kv_border" in sentences else []
+    return border, list(sentences.values())
 
 
 def _stated_arguments(weights: Weights) -> dict[str, Any]:
-    """Return the encoder arguments that a source of our SegFormer states, defaults included."""
+    """Return the encoder arguments that a source states, with our defaults for the others.
+
+    Sources of other code bases state the number of heads and the strides at most.
+    """
     class_path, arguments = _innermost(weights.task.get("network", {}))
     if class_path.startswith("segformer_pl.models."):
         defaults = inspect.signature(MixTransformer).parameters
@@ -245,13 +274,13 @@ def _stated_arguments(weights: Weights) -> dict[str, Any]:
         except TypeError as error:
             raise UserError(
                 f"{weights.name} describes a network with patch_sizes {sizes} and strides "
-                f"{stated['strides']}; both have to be lists of whole numbers"
+                f"{stated['strides']}; both have to be lists of integers"
             ) from error
     return stated
 
 
 def _constants(weights: Weights, model: Any, matched: Matched) -> tuple[dict[str, float], str]:
-    """Return the constants that the weights were trained with, and why these."""
+    """Return the constants to set with the weights, and their origin for the report."""
     layout, ours = matched.layout, model.weight_constants()
     if weights.constants:
         constants, reason = weights.constants, "stated in the source"
@@ -260,9 +289,9 @@ def _constants(weights: Weights, model: Any, matched: Matched) -> tuple[dict[str
         defaults = {} if layout is None else REFERENCE_EPS
         constants = {key: arguments[key] for key in ours if key in arguments}
         constants = {**defaults, **constants}
-        reason = "the arguments of the run that the source is of"
+        reason = "the arguments of the run that the source comes from"
     elif layout is None or not layout.constants:
-        return {}, "the model's own, the source does not say"
+        return {}, "the model's own, the source does not state any"
     elif layout.constants == TRANSFORMERS_EPS:
         constants = layout.constants
         reason = (
@@ -282,7 +311,7 @@ def _constants(weights: Weights, model: Any, matched: Matched) -> tuple[dict[str
 
 @cache
 def variants() -> dict[tuple[tuple[int, ...], tuple[int, ...]], str]:
-    """(embed_dims, depths) -> "b0" ... "b5"."""
+    """Return the published variants: (embed_dims, depths) -> "b0" ... "b5"."""
     with torch.device("meta"):
         encoders = {f"b{n}": getattr(mit, f"mit_b{n}")() for n in range(6)}
     return {
@@ -291,21 +320,24 @@ def variants() -> dict[tuple[tuple[int, ...], tuple[int, ...]], str]:
     }
 
 
-def dims_and_depths(parts: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(embed_dims, depths) of the encoder that these parts make up."""
+def dims_and_depths(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (embed_dims, depths) of the encoder in a dict of tensors with canonical keys."""
     dims, depths = [], []
     for s in range(4):
         stage = f"encoder.stages.{s}."
-        dims.append(len(parts.get(stage + "patch_embed.norm.weight", ())))
-        blocks = {name.split(".")[4] for name in parts if name.startswith(stage + "blocks.")}
+        dims.append(len(tensors.get(stage + "patch_embed.norm.weight", ())))
+        blocks = {key.split(".")[4] for key in tensors if key.startswith(stage + "blocks.")}
         depths.append(len(blocks))
     return tuple(dims), tuple(depths)
 
 
-def _check_variant(weights: Weights, found: Mapping, wanted: Mapping) -> None:
-    theirs, ours = dims_and_depths(found), dims_and_depths(wanted)
+def _check_variant(
+    weights: Weights, source_tensors: Mapping[str, Tensor], model_tensors: Mapping[str, Tensor]
+) -> None:
+    theirs, ours = dims_and_depths(source_tensors), dims_and_depths(model_tensors)
+    # A zero means that the source has gaps; the check for missing tensors lists them.
     if theirs == ours or 0 in theirs[0] + theirs[1]:
-        return  # the latter is a file with gaps, whose missing tensors are named
+        return
     described = [
         (f"MiT-{variants()[both].upper()}" if both in variants() else "an encoder")
         + f" (embed_dims {_numbers(both[0])}; depths {_numbers(both[1])})"
@@ -324,14 +356,14 @@ def _check_complete(
     missing: list[str],
     unexpected: list[str],
 ) -> None:
-    is_alone = matched.kind != "segmenter"
-    if missing and all(name.startswith("head.") for name in missing) and is_alone:
+    is_encoder = matched.kind != "segmenter"
+    if missing and all(key.startswith("head.") for key in missing) and is_encoder:
         raise UserError(
             f"{weights.name} holds an encoder and no decode head; load it with parts='encoder' "
             "(model.encoder_weights on the command line)"
         )
     is_whole = matched.layout is not None and parts == "all"
-    if unexpected and is_whole and all(name.startswith("head.") for name in unexpected):
+    if unexpected and is_whole and all(key.startswith("head.") for key in unexpected):
         raise UserError(
             f"{weights.name} holds a whole segmenter and the model is an encoder; load it with "
             "parts='encoder'"
@@ -351,22 +383,24 @@ def _check_complete(
         )
 
 
-def _check_shapes(weights: Weights, found: Mapping, wanted: Mapping) -> None:
-    for name, tensor in found.items():
-        if kind := wrong_kind(tensor, wanted[name]):
+def _check_shapes(
+    weights: Weights, source_tensors: Mapping[str, Tensor], model_tensors: Mapping[str, Tensor]
+) -> None:
+    for key, tensor in source_tensors.items():
+        if kind := wrong_kind(tensor, model_tensors[key]):
             raise UserError(
-                f"{weights.name} has {name} as {kind}, and the model computes with floating-point "
+                f"{weights.name} has {key} as {kind}, and the model computes with floating-point "
                 "numbers; give weights that are not quantised or converted"
             )
-    unfit = [name for name in found if found[name].shape != wanted[name].shape]
+    unfit = [key for key in source_tensors if source_tensors[key].shape != model_tensors[key].shape]
     if not unfit:
         return
     first = unfit[0]
     others = f", and {len(unfit) - 1} more differ" if len(unfit) > 1 else ""
     raise UserError(
-        f"{weights.name} has {first} as {_numbers(found[first].shape, 'x')}, the model as "
-        f"{_numbers(wanted[first].shape, 'x')}{others}; build the model with the arguments that "
-        "the weights were trained with"
+        f"{weights.name} has {first} as {_numbers(source_tensors[first].shape, 'x')}, the model as "
+        f"{_numbers(model_tensors[first].shape, 'x')}{others}; build the model with the arguments "
+        "that the weights were trained with"
     )
 
 

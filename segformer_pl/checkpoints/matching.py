@@ -1,8 +1,19 @@
-"""Bring a source's tensors and a model's under the same names.
+"""Bring the tensors of a source and of a model to common keys.
 
-A state dict with the model's own names fits any network. Foreign layouts are those of published
-SegFormers: by way of their *parts* (:mod:`~segformer_pl.checkpoints.layouts`) they fit a network
-whose own names are those of our SegFormer or MiT, whatever its class.
+::
+
+    source: a state dict                                model: a network
+      |                                                   |
+      |  its keys are the model's, perhaps                |  another network:
+      |  after a prefix such as "module."                 |  its own keys
+      |                                                   |
+      |  another layout of SegFormer:                     |  our SegFormer or MiT:
+      |  canonical keys (layouts.py)                      |  canonical keys
+      v                                                   v
+    Matched.source_tensors  <---- the same keys ---->   Matched.model_tensors
+
+A state dict with the model's own keys fits any network. A layout of a published SegFormer fits any
+network whose keys are those of our SegFormer or MiT, whatever its class.
 """
 
 import re
@@ -13,68 +24,70 @@ from typing import Any
 
 from torch import Tensor
 
-from segformer_pl.checkpoints.layouts import NATIVE, Layout, detect, from_parts, to_parts
+from segformer_pl.checkpoints.layouts import NATIVE, Layout, detect, from_canonical, to_canonical
 from segformer_pl.checkpoints.report import Parts, listed
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
 
-OWN_NAMES = "names of the model"
+OWN_KEYS = "keys of the model"
 
 
 @dataclass
 class Matched:
-    """The tensors of a source and those of a model under common names.
+    """The tensors of a source and of a model under common keys.
 
     Attributes:
-        layout: The source's layout. None: its names are the model's own, nothing is translated.
-        kind: What the source is: ``"segmenter"``, ``"encoder"``, ...
-        found: The source's tensors.
-        wanted: The model's tensors that are to be set.
-        dropped: Names in the source that were left out on purpose -> why.
-        unknown: Names in the source that nothing is known of.
-        native_prefix: Prefix of the encoder's names in the model, if it is translated into.
+        layout: Layout of the source. None: its keys are the model's own, and none is translated.
+        kind: What the source holds: ``"segmenter"``, ``"encoder"`` or ``"backbone"``.
+        source_tensors: Tensors of the source.
+        model_tensors: Tensors of the model that are to be set.
+        dropped: Keys of the source that are left out on purpose -> reason.
+        unknown: Keys of the source that belong to no known tensor.
+        native_prefix: Prefix of the encoder's keys in the model, if keys are translated.
     """
 
     layout: Layout | None
     kind: str
-    found: dict[str, Tensor]
-    wanted: dict[str, Tensor]
+    source_tensors: dict[str, Tensor]
+    model_tensors: dict[str, Tensor]
     dropped: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     native_prefix: str = ""
 
     @property
     def description(self) -> str:
-        """The source's layout and kind, for people."""
-        return OWN_NAMES if self.layout is None else f"{self.layout.name} {self.kind}"
+        """Layout and kind of the source, for the report."""
+        return OWN_KEYS if self.layout is None else f"{self.layout.name} {self.kind}"
 
     def state_dict(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give tensors of :attr:`found` the names that they have in the model."""
+        """Translate some of :attr:`source_tensors` to the keys of the model."""
         if self.layout is None:
             return dict(tensors)
-        return from_parts(NATIVE, self.native_prefix, tensors)[0]
+        return from_canonical(NATIVE, self.native_prefix, tensors)[0]
 
 
 def match(weights: Weights, model: Any, parts: Parts) -> Matched:
-    """Match a source with a model.
+    """Match the tensors of a source with those of a model.
 
     Raises:
-        UserError: The source's names are neither the model's nor those of a known layout that
-            fits it, or the model has no encoder and that alone was asked for.
+        UserError: The source's keys are neither the model's nor those of a known layout that fits
+            it, or ``parts`` is ``"encoder"`` and the model has none.
     """
     prefix = native_prefix(model)
     if prefix is None:
-        return _match_own_names(weights, model, parts)
-    layout, kind, found, dropped, unknown = split(weights, parts)
-    wanted = parts_of(model)
+        return _match_own_keys(weights, model, parts)
+    layout, kind, source_tensors, dropped, unknown = split(weights, parts)
+    model_tensors = canonical_tensors(model)
     if parts == "encoder":
-        wanted = {name: tensor for name, tensor in wanted.items() if name.startswith("encoder.")}
-    return Matched(layout, kind, found, wanted, dropped, unknown, prefix)
+        model_tensors = {k: v for k, v in model_tensors.items() if k.startswith("encoder.")}
+    return Matched(layout, kind, source_tensors, model_tensors, dropped, unknown, prefix)
 
 
 def native_prefix(model: Any) -> str | None:
-    """Return the prefix of the encoder's names if they are those of our MiT: ``"encoder."`` in a
-    segmenter, ``""`` in an encoder. None: the network is another."""
+    """Return the prefix of the encoder's keys in a network with the keys of our SegFormer or MiT.
+
+    It is ``"encoder."`` in a segmenter, ``""`` in an encoder, and None in any other network.
+    """
     detected = detect(model.state_dict())
     if detected is None:
         return None
@@ -82,35 +95,35 @@ def native_prefix(model: Any) -> str | None:
     return prefix if layout is NATIVE and not wrapper else None
 
 
-def parts_of(model: Any) -> dict[str, Tensor]:
-    """Return the tensors of a network with the names of our SegFormer or MiT, as parts."""
-    return to_parts(NATIVE, native_prefix(model) or "", model.state_dict())[0]
+def canonical_tensors(model: Any) -> dict[str, Tensor]:
+    """Return the tensors of a SegFormer or MiT under their canonical keys."""
+    return to_canonical(NATIVE, native_prefix(model) or "", model.state_dict())[0]
 
 
 def split(
     weights: Weights, parts: Parts
 ) -> tuple[Layout, str, dict[str, Tensor], dict[str, str], list[str]]:
-    """Find the layout of some weights and split them into parts.
+    """Detect the layout of some weights and translate them to canonical keys.
 
     Returns:
-        Layout; what they are (segmenter, encoder, ...); parts; what was dropped -> why; unknown
-        names.
+        Layout; what the weights hold (segmenter, encoder, backbone); tensors by canonical key;
+        dropped keys -> reason; unknown keys.
 
     Raises:
-        UserError: No layout fits, or the head is another network and was asked for.
+        UserError: No layout fits, or ``parts`` is ``"all"`` and the head is another network.
     """
     detected = detect(weights.tensors)
     if detected is None:
         raise UserError(
-            f"{weights.name} is no SegFormer of a layout that is known here: it holds "
-            f"{len(weights.tensors)} tensors, such as {listed(list(weights.tensors))}"
+            f"{weights.name} is no SegFormer of a known layout: it holds {len(weights.tensors)} "
+            f"tensors, such as {listed(list(weights.tensors))}; give SegFormer weights"
         )
     layout, prefix, wrapper = detected
     inside, outside = _unwrapped(weights.tensors, wrapper)
-    found, dropped, unknown = to_parts(layout, prefix, inside)
+    tensors, dropped, unknown = to_canonical(layout, prefix, inside)
 
     pattern = layout.other_head
-    other_head = [name for name in unknown if pattern and re.fullmatch(pattern, name)]
+    other_head = [key for key in unknown if pattern and re.fullmatch(pattern, key)]
     if other_head and parts == "all":
         raise UserError(
             f"{weights.name} has {layout.name}'s own head ({listed(other_head)}), a different "
@@ -118,15 +131,15 @@ def split(
             "order), so it cannot be loaded; its backbone can: parts='encoder'"
         )
     if parts == "encoder":
-        heads = [name for name in found if not name.startswith("encoder.")]
-        for name in heads:
-            del found[name]
-        dropped |= dict.fromkeys([*heads, *other_head], "only the encoder was asked for")
-    unknown = [name for name in unknown if name not in dropped]
-    return layout, layout.encoder_prefixes[prefix], found, dropped, outside + unknown
+        head = [key for key in tensors if not key.startswith("encoder.")]
+        for key in head:
+            del tensors[key]
+        dropped |= dict.fromkeys([*head, *other_head], "only the encoder was asked for")
+    unknown = [key for key in unknown if key not in dropped]
+    return layout, layout.encoder_prefixes[prefix], tensors, dropped, outside + unknown
 
 
-def _match_own_names(weights: Weights, model: Any, parts: Parts) -> Matched:
+def _match_own_keys(weights: Weights, model: Any, parts: Parts) -> Matched:
     own = dict(model.state_dict())
     wrapper = _wrapper(weights.tensors, own)
     if wrapper is None:
@@ -135,22 +148,22 @@ def _match_own_names(weights: Weights, model: Any, parts: Parts) -> Matched:
             f"holds {len(weights.tensors)} tensors, such as {listed(list(weights.tensors))}; give "
             "weights that were trained in this network"
         )
-    found, outside = _unwrapped(weights.tensors, wrapper)
+    tensors, outside = _unwrapped(weights.tensors, wrapper)
     dropped: dict[str, str] = {}
     if parts == "encoder":
-        names = _encoder_names(model, own)
-        rest = [name for name in found if name in own and name not in names]
+        encoder = _encoder_keys(model, own)
+        rest = [key for key in tensors if key in own and key not in encoder]
         dropped = dict.fromkeys(rest, "only the encoder was asked for")
-        found = {name: tensor for name, tensor in found.items() if name not in dropped}
-        own = {name: tensor for name, tensor in own.items() if name in names}
-    return Matched(None, "segmenter", found, own, dropped, outside)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
+        own = {key: tensor for key, tensor in own.items() if key in encoder}
+    return Matched(None, "segmenter", tensors, own, dropped, outside)
 
 
-def _encoder_names(model: Any, own: Iterable[str]) -> set[str]:
-    """Return the encoder's parameters, which ``layer_ids()`` names, and the buffers beside them.
+def _encoder_keys(model: Any, own: Iterable[str]) -> set[str]:
+    """Return the keys of the encoder: its parameters (``layer_ids()``) and their modules' buffers.
 
     Raises:
-        UserError: The network names none.
+        UserError: The network's ``layer_ids()`` is empty.
     """
     layers = model.layer_ids()
     if not layers:
@@ -158,21 +171,23 @@ def _encoder_names(model: Any, own: Iterable[str]) -> set[str]:
             f"a {type(model).__name__} has no encoder that could be loaded alone: its layer_ids() "
             "are empty; load the whole network (model.weights on the command line)"
         )
-    modules = {name.rpartition(".")[0] for name in layers}
+    modules = {key.rpartition(".")[0] for key in layers}
     parameters = dict(model.named_parameters())
     return {
-        name
-        for name in own
-        if name in layers or (name not in parameters and name.rpartition(".")[0] in modules)
+        key
+        for key in own
+        if key in layers or (key not in parameters and key.rpartition(".")[0] in modules)
     }
 
 
-def _wrapper(names: Iterable[str], own: Mapping[str, object]) -> str | None:
-    """Return what stands before most of the model's names (``"module."``, ``"network."``, usually
-    nothing); None if none of them is there."""
+def _wrapper(keys: Iterable[str], own: Mapping[str, object]) -> str | None:
+    """Return the prefix before most of the model's keys, None if none of the keys is there.
+
+    Usually ``""``; ``"module."`` or ``"network."`` in the state dict of a wrapped network.
+    """
     count: Counter[str] = Counter()
-    for name in names:
-        steps = name.split(".")
+    for key in keys:
+        steps = key.split(".")
         for number in range(len(steps)):
             if ".".join(steps[number:]) in own:
                 count["".join(f"{step}." for step in steps[:number])] += 1
@@ -180,10 +195,10 @@ def _wrapper(names: Iterable[str], own: Mapping[str, object]) -> str | None:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], wrapper: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors inside a wrapper by their names there, and the names outside of it."""
+    """Return the tensors under a prefix, which is cut off, and the keys that do not have it."""
     inside = {
-        name.removeprefix(wrapper): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(wrapper)
+        key.removeprefix(wrapper): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(wrapper)
     }
-    return inside, [name for name in tensors if not name.startswith(wrapper)]
+    return inside, [key for key in tensors if not key.startswith(wrapper)]

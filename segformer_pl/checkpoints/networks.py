@@ -1,9 +1,9 @@
-"""Build the network that some weights are for.
+"""Build the network that some weights belong to.
 
-A *network specification* is what an experiment file says of ``model.network``: a ``class_path`` and
-its ``init_args``. A checkpoint of a run and a native file state it. For the published SegFormers
-shapes tell all but the number of heads and the strides, which transformers' ``config.json`` states
-and which else are those of the published variants.
+A *network specification* is the value of ``model.network`` in an experiment file: a ``class_path``
+and its ``init_args``. The checkpoint of a run and a native file state it. For the other layouts it
+is derived from the shapes of the tensors. Shapes do not show the number of heads and the strides:
+they come from transformers' ``config.json``, or else are those of the published variants.
 """
 
 import importlib
@@ -24,14 +24,14 @@ from segformer_pl.checkpoints.loading import (
 )
 from segformer_pl.checkpoints.matching import split
 from segformer_pl.checkpoints.report import LoadReport
-from segformer_pl.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
 from segformer_pl.errors import UserError
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 
 CLASSIFIER = f"{SegFormer.classifier_path}.weight"
 
-# transformers leaves values out of config.json that equal these (SegformerConfig, 5.23).
+# Defaults of transformers' SegformerConfig (5.23), which its config.json leaves out.
 _CONFIG_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": (1, 2, 5, 8),
     "strides": (4, 2, 2, 2),
@@ -42,16 +42,16 @@ _CONFIG_DEFAULTS: dict[str, Any] = {
 }
 
 
-def load_network(source: Source | Weights) -> tuple[Any, LoadReport]:
-    """Build the network that a source holds the weights of, and set them.
+def load_network(source: WeightsSource | Weights) -> tuple[Any, LoadReport]:
+    """Build the network that a source belongs to, and load the weights into it.
 
     Returns:
-        A segmenter, or an encoder if the source holds no decode head, in the source's dtype; and
-        the report.
+        The network in the source's dtype, and the report. It is a segmenter, or an encoder if the
+        source holds no decode head.
 
     Raises:
-        UserError: The source cannot be read, does not say enough to build its network, or
-            describes another one than its tensors are of.
+        UserError: The source cannot be read, does not state enough to build its network, or
+            describes another network than that of its tensors.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     network: Any = build(network_spec(weights), weights.name)
@@ -59,11 +59,10 @@ def load_network(source: Source | Weights) -> tuple[Any, LoadReport]:
     network.to(dtypes[0] if dtypes else torch.float32)
     report = load_weights(network, weights)
     if adapted := {**report.reinitialized, **report.inflated}:
-        name, reason = next(iter(adapted.items()))
+        key, reason = next(iter(adapted.items()))
         raise UserError(
-            f"{weights.name} describes another network than the one that its tensors are of "
-            f"({name}: {reason}); correct its description, or build the network yourself and use "
-            "load_weights"
+            f"{weights.name} describes another network than that of its tensors ({key}: {reason}); "
+            "correct its description, or build the network yourself and use load_weights"
         )
     return network, report
 
@@ -73,12 +72,12 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
 
     Args:
         spec: Class path and arguments. An argument that is a specification itself is built first.
-        name: The file that states it, for messages.
+        name: Name of the source that states it, for messages.
 
     Raises:
-        UserError: The class path is not that of a network, or it cannot be built. A file of
-            weights must not choose what other code runs, so only classes of :class:`nn.Module` are
-            called, and functions whose return annotation is one.
+        UserError: The class path does not name a network, or the network cannot be built. To keep
+            a file of weights from running arbitrary code, only subclasses of :class:`nn.Module`
+            are called, and functions whose return annotation is such a class.
     """
     factory = _factory(str(spec.get("class_path")), name)
     arguments = {
@@ -87,7 +86,7 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
     }
     try:
         return factory(**arguments)
-    except Exception as error:  # of any kind, from whatever the arguments are given to
+    except Exception as error:  # any type: the constructor may be the user's
         raise UserError(
             f"{name} describes a network that cannot be built here ({brief(error)}); build it "
             "yourself and use load_weights"
@@ -95,18 +94,18 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
 
 
 def brief(error: Exception) -> str:
-    """The first line of an exception, for a sentence; with its type where that says more."""
+    """Return the first line of an exception's text, after its type unless it is a ValueError."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
     return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
 
 
 def _factory(class_path: str, name: str) -> Any:
-    """Import what a class path names, and refuse what is no network."""
+    """Import the class or function of a class path; refuse it if it builds no network."""
     module_name, _, attribute = class_path.rpartition(".")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # the module is not installed, has no such name, or fails
+    except Exception as error:  # the module is missing, lacks the attribute, or fails to import
         raise UserError(
             f"{name} was trained in a {class_path}, which cannot be imported here "
             f"({brief(error)}); make it importable, or build the network yourself and use "
@@ -114,7 +113,7 @@ def _factory(class_path: str, name: str) -> Any:
         ) from error
     if not _is_network(factory):
         raise UserError(
-            f"{name} was trained in a {class_path}, which is no class of torch.nn.Module and no "
+            f"{name} was trained in a {class_path}, which is no subclass of torch.nn.Module and no "
             "function that is annotated to return one, so it is not called; build the network "
             "yourself and use load_weights"
         )
@@ -131,11 +130,17 @@ def _is_network(factory: Any) -> bool:
 
 
 def function_arguments(spec: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """Return what a specified network computes by: its arguments, with defaults and what follows
-    from others (``paddings``) filled in; None if the network does not state its arguments.
+    """Return the arguments that determine what a network computes, with defaults filled in.
+
+    Arguments that are derived from others (``paddings``) are filled in too. None if the network
+    does not state its arguments.
+
+    Args:
+        spec: Specification of the network.
+        name: Name of the source that states it, for messages.
 
     Raises:
-        UserError: There cannot be such a network.
+        UserError: The network cannot be built.
     """
     with torch.device("meta"):
         network: Any = build(spec, name)
@@ -146,50 +151,57 @@ def function_arguments(spec: Mapping[str, Any], name: str) -> dict[str, Any] | N
 
 
 def network_spec(weights: Weights) -> dict[str, Any]:
-    """Return the specification of the network that the weights are for."""
+    """Return the specification of the network that the weights belong to.
+
+    Raises:
+        UserError: The source does not determine its network, or contradicts itself.
+    """
     if "network" in weights.task:
         return dict(weights.task["network"])
-    parts = split(weights, "all")[2]
+    tensors = split(weights, "all")[2]
     config = weights.config if weights.config.get("model_type") == "segformer" else {}
-    _check_config(weights.name, config, parts)
+    _check_config(weights.name, config, tensors)
     encoder = {
         "class_path": f"{MixTransformer.__module__}.{MixTransformer.__qualname__}",
-        "init_args": _arguments_from_shapes(weights, parts, config),
+        "init_args": _arguments_from_shapes(weights, tensors, config),
     }
-    if CLASSIFIER not in parts:
+    if CLASSIFIER not in tensors:
         return encoder
     return {
         "class_path": f"{SegFormer.__module__}.{SegFormer.__qualname__}",
         "init_args": {
             "encoder": encoder,
-            "num_classes": parts[CLASSIFIER].shape[0],
-            "decoder_dim": parts[CLASSIFIER].shape[1],
+            "num_classes": tensors[CLASSIFIER].shape[0],
+            "decoder_dim": tensors[CLASSIFIER].shape[1],
             "dropout": (_CONFIG_DEFAULTS | dict(config))["classifier_dropout_prob"],
         },
     }
 
 
-def _check_config(name: str, config: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
-    """Compare what a config.json says of the shapes with the tensors: if they differ it belongs to
-    other weights, and what only it tells (heads, strides) would be wrong too.
+def _check_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compare the sizes that a config.json states with the shapes of the tensors.
+
+    If they differ, the file belongs to other weights, so its heads and strides would be wrong too.
 
     Raises:
-        UserError: They differ.
+        UserError: A size differs.
     """
-    dims, depths = dims_and_depths(parts)
+    dims, depths = dims_and_depths(tensors)
     stages = [f"encoder.stages.{s}." for s in range(4)]
-    sr_names = [s + "blocks.0.attn.sr.weight" for s in stages]
-    classifier = parts.get(CLASSIFIER)
+    sr_keys = [s + "blocks.0.attn.sr.weight" for s in stages]
+    classifier = tensors.get(CLASSIFIER)
     known: dict[str, Any] = {
         "hidden_sizes": dims,
         "depths": depths,
-        "sr_ratios": tuple(parts[sr].shape[-1] if sr in parts else 1 for sr in sr_names),
+        "sr_ratios": tuple(tensors[sr].shape[-1] if sr in tensors else 1 for sr in sr_keys),
         "patch_sizes": tuple(
-            parts[key].shape[-1] for s in stages if (key := s + "patch_embed.proj.weight") in parts
+            tensors[key].shape[-1]
+            for s in stages
+            if (key := s + "patch_embed.proj.weight") in tensors
         ),
     }
-    if STEM in parts:
-        known["num_channels"] = parts[STEM].shape[1]
+    if STEM in tensors:
+        known["num_channels"] = tensors[STEM].shape[1]
     if classifier is not None:
         known |= {"decoder_hidden_size": classifier.shape[1], "num_labels": len(classifier)}
     for key, value in known.items():
@@ -201,38 +213,39 @@ def _check_config(name: str, config: Mapping[str, Any], parts: Mapping[str, Tens
                 ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (stated, value)
             )
             raise UserError(
-                "{} has a config.json that states {} as {}, its tensors as {}; put the two files "
-                "together that belong together".format(name, key, *texts)
+                "{} has a config.json that states {} as {}, its tensors as {}; use the config.json "
+                "that belongs to these weights".format(name, key, *texts)
             )
 
 
 def _arguments_from_shapes(
-    weights: Weights, parts: Mapping[str, Tensor], config: Mapping[str, Any]
+    weights: Weights, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return the arguments of the MiT that tensors with canonical keys belong to."""
     stated = _CONFIG_DEFAULTS | dict(config)
-    dims, depths = dims_and_depths(parts)
+    dims, depths = dims_and_depths(tensors)
     stages = [f"encoder.stages.{s}." for s in range(4)]
     try:
-        patch_sizes = tuple(parts[s + "patch_embed.proj.weight"].shape[-1] for s in stages)
-        hidden = [parts[s + "blocks.0.mlp.fc1.weight"].shape[0] for s in stages]
-        in_channels = parts[STEM].shape[1]
+        patch_sizes = tuple(tensors[s + "patch_embed.proj.weight"].shape[-1] for s in stages)
+        hidden = [tensors[s + "blocks.0.mlp.fc1.weight"].shape[0] for s in stages]
+        in_channels = tensors[STEM].shape[1]
     except KeyError as error:
         raise UserError(
             f"{weights.name} lacks {error}, so its network cannot be built; give complete weights"
         ) from error
-    reductions = [parts.get(s + "blocks.0.attn.sr.weight", torch.empty(1)) for s in stages]
+    reductions = [tensors.get(s + "blocks.0.attn.sr.weight", torch.empty(1)) for s in stages]
     mlp_ratios = {width // dim for width, dim in zip(hidden, dims)}
 
     problem = None
     if not config and ((dims, depths) not in variants() or patch_sizes != (7, 3, 3, 3)):
         problem = (
-            "an encoder that is none of MiT-B0 to B5, and tensors tell neither its heads nor its "
+            "an encoder that is none of MiT-B0 to B5, and tensors show neither its heads nor its "
             "strides"
         )
     elif len(mlp_ratios) > 1:
-        problem = f"Mix-FFNs of several widths ({sorted(mlp_ratios)} times C), one is possible here"
+        problem = f"Mix-FFNs of several widths ({sorted(mlp_ratios)} times C); one is supported"
     elif stated["hidden_act"] != "gelu":
-        problem = f"hidden_act {stated['hidden_act']!r} in its config.json, and SegFormer has GELU"
+        problem = f"hidden_act {stated['hidden_act']!r} in its config.json, and SegFormer uses GELU"
     elif not stated["reshape_last_stage"]:
         problem = "reshape_last_stage false in its config.json, which is not SegFormer"
     if problem is not None:

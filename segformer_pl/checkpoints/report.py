@@ -1,4 +1,4 @@
-"""What loading weights did to a network."""
+"""The report on a load of weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,25 +9,26 @@ Parts = Literal["all", "encoder"]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`~segformer_pl.checkpoints.load_weights` did; ``str()`` of it is for people.
+    """Result of :func:`~segformer_pl.checkpoints.load_weights`; ``str(report)`` is readable text.
 
     Attributes:
         source: Where the weights came from.
-        layout: The layout of their names, and whether they were a segmenter or an encoder.
-        parts: What was to be loaded.
-        num_tensors: How many tensors of the model were set.
-        constants: The model's ``weight_constants()``, which no tensor holds, as they are now.
-        constants_reason: Why these.
-        dropped: Names in the source that were left out on purpose -> why.
-        reinitialized: Names in the model that were initialised again -> why.
-        inflated: Names in the model that were adapted to other input channels -> by which rule.
-        missing: Names in the model that the source does not have; empty if strict.
-        unexpected: Names in the source that the model has no place for; empty if strict.
-        remarks: What the source states about itself and how it agrees with the run.
-        changed: Arguments of the network that differ from those of the training, which no tensor
-            shows, one sentence each: the network computes something else than it was trained to.
-        data: What the source states about the data that its classifier was trained on, for the
-            classes that the model has now, in the model's order; empty if the classifier is new.
+        layout: Layout of the source's keys, and whether it held a segmenter or an encoder.
+        parts: Parts of the model that were requested.
+        num_tensors: Number of tensors of the model that were set.
+        constants: The model's ``weight_constants()`` after loading, which no tensor holds.
+        constants_reason: Origin of these constants.
+        dropped: Keys of the source that were left out on purpose -> reason.
+        reinitialized: Keys of the model that were re-initialised -> reason.
+        inflated: Keys of the model that were adapted to another number of input channels -> rule.
+        missing: Keys of the model that the source lacks; empty if strict.
+        unexpected: Keys of the source that the model lacks; empty if strict.
+        remarks: What the source states about itself, and how it agrees with the run.
+        changed: Arguments of the network that differ from those of the training and that no tensor
+            shows, one sentence each. The network then computes another function than it was
+            trained for.
+        data: What the source states about the data that its classifier was trained on, in the order
+            of the model's classes; empty if the classifier was re-initialised.
     """
 
     source: str
@@ -54,12 +55,12 @@ class LoadReport:
         lines += self.remarks
         for title, reasons in (
             ("left out", self.dropped),
-            ("drawn anew", self.reinitialized),
+            ("re-initialised", self.reinitialized),
             ("adapted", self.inflated),
         ):
-            for why in dict.fromkeys(reasons.values()):
-                names = [name for name, reason in reasons.items() if reason == why]
-                lines.append(f"{title}: {listed(names)}: {why}")
+            for reason in dict.fromkeys(reasons.values()):
+                keys = [key for key, other in reasons.items() if other == reason]
+                lines.append(f"{title}: {listed(keys)}: {reason}")
         if self.missing:
             lines.append(f"NOT in the source, left as they were: {listed(self.missing)}")
         if self.unexpected:

@@ -1,4 +1,4 @@
-"""The checkpoint of a run, read once."""
+"""Read the checkpoint of a run."""
 
 import hashlib
 import os
@@ -17,12 +17,12 @@ from segformer_pl.errors import UserError
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """What the command line stored in a checkpoint: a trained network, its task and its data.
+    """The checkpoint of a run: a trained network and the settings of its task and data.
 
     Attributes:
-        name: The checkpoint and the option that it was given by, for messages.
-        content: What it holds, on the CPU, as it was written.
-        digest: SHA-256 of the file, its first 16 digits.
+        name: Option and path of the file, for messages.
+        content: Content of the file as it was written, on the CPU.
+        digest: First 16 hexadecimal digits of the file's SHA-256.
     """
 
     name: str
@@ -31,15 +31,15 @@ class RunCheckpoint:
 
     @classmethod
     def read(cls, ckpt: str | Path, option: str = "--ckpt") -> Self:
-        """Read a checkpoint, opening the file once.
+        """Read a checkpoint. The file is opened once, so that content and digest agree.
 
         Args:
-            ckpt: The file.
-            option: The option that it was given by, for messages.
+            ckpt: Path of the file.
+            option: Command-line option that gave the path, for messages.
 
         Raises:
-            UserError: There is no such file, it is damaged or no checkpoint, holds nan, or does not
-                describe its network and data.
+            UserError: The file does not exist, is damaged, is no checkpoint, holds nan or infinity,
+                or does not describe its network and data.
         """
         with _open(ckpt, option) as stream:
             content = _read(stream, ckpt)
@@ -55,30 +55,30 @@ class RunCheckpoint:
 
     @property
     def step(self) -> int:
-        """Training steps before it was written."""
+        """Number of training steps before the checkpoint was written."""
         return self.content.get("global_step", 0)
 
     def weights(self) -> Weights:
-        """Return the network's tensors, with what the checkpoint states about them.
+        """Return the network's tensors, with the facts that the checkpoint states about them.
 
         Raises:
-            UserError: A fact has another form than it has to have.
+            UserError: A fact has the wrong form.
         """
         weights = weights_from_content(self.name, self.content)
-        # A training loss can have buffers of its own.
+        # The task's state dict also holds the buffers of the training loss.
         tensors = {key: t for key, t in weights.tensors.items() if not key.startswith("loss.")}
         return replace(weights, tensors=tensors)
 
 
 def read_checkpoint(ckpt: str | Path, option: str) -> dict[str, Any]:
-    """Return what a checkpoint of a run holds, on the CPU, as it was written.
+    """Return the content of a run's checkpoint as it was written, on the CPU.
 
     Args:
-        ckpt: The file.
-        option: The option that it was given by, for messages.
+        ckpt: Path of the file.
+        option: Command-line option that gave the path, for messages.
 
     Raises:
-        UserError: There is no such file, it is damaged, or no checkpoint, or holds nan.
+        UserError: The file does not exist, is damaged, is no checkpoint, or holds nan or infinity.
     """
     with _open(ckpt, option) as stream:
         return _read(stream, ckpt)
@@ -87,13 +87,13 @@ def read_checkpoint(ckpt: str | Path, option: str) -> dict[str, Any]:
 @contextmanager
 def _open(ckpt: str | Path, option: str) -> Iterator[BufferedReader]:
     try:
-        os.stat(ckpt)  # not that of Path, for which '' is the current folder
+        os.stat(ckpt)  # Path.stat() would take '' for the current folder
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{option}: there is no file {str(ckpt)!r}; give a run's checkpoint"
         ) from error
     except (OSError, ValueError):
-        pass  # open_file says why
+        pass  # open_file raises a UserError with the reason
     try:
         with open_file(Path(ckpt)) as stream:
             yield stream

@@ -1,4 +1,4 @@
-"""The data that a run was trained on, from its checkpoint."""
+"""Open the data that a run was trained on, as its checkpoint describes it."""
 
 from typing import Any
 
@@ -15,12 +15,11 @@ def load_data(checkpoint: RunCheckpoint, **changes: Any) -> StreamingSegmentatio
     Args:
         checkpoint: The run's checkpoint.
         changes: Arguments of :class:`~segformer_pl.data.StreamingSegmentationData` to use instead
-            of the run's; None keeps the run's.
+            of the run's. None keeps the run's value.
 
     Raises:
-        UserError: The data cannot be opened, or its classes are others than those that the run was
-            trained on.
-        UserError: Its labels mean something else than they did then, or are not there.
+        UserError: The data cannot be opened, its classes differ from those that the run was trained
+            on, or the meaning of its labels has changed since.
     """
     content = checkpoint.content
     given = {key: value for key, value in changes.items() if value is not None}

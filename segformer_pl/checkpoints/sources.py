@@ -1,8 +1,8 @@
-"""Read tensors, and what is known about them, from wherever weights are kept.
+"""Read tensors, and the facts that are stored beside them, from any source.
 
-A file (``.pth``, ``.bin``, ``.safetensors``, a Lightning ``.ckpt``), a folder written by
-transformers' or segmentation_models_pytorch's ``save_pretrained``, a name on the Hugging Face hub,
-or a state dict in memory. Nothing here knows any tensor's name.
+A source is a file (``.pth``, ``.bin``, ``.safetensors``, a Lightning ``.ckpt``), a folder written
+by ``save_pretrained`` of transformers or segmentation_models_pytorch, a name on the Hugging Face
+hub, or a state dict in memory. This module does not depend on the keys of the tensors.
 """
 
 import json
@@ -25,7 +25,7 @@ from segformer_pl.checkpoints.facts import (
 from segformer_pl.checkpoints.files import check_regular, check_usable, damaged, load_file
 from segformer_pl.errors import UserError
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor]
+WeightsSource = str | os.PathLike[str] | Mapping[str, Tensor]
 
 TENSOR_FILES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -36,21 +36,20 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by their foreign names, and what came with them.
+    """A state dict in the source's own layout, and the facts that the source states about it.
 
     Attributes:
-        name: Where they came from, for messages.
-        tensors: The state dict, on the CPU.
-        config: ``config.json`` of a folder.
-        preprocessor: ``preprocessor_config.json`` of a folder.
-        task: Hyperparameters of the :class:`~segformer_pl.task.SegmentationTask` that they were
-            trained in: ``network`` (class path and arguments), ``class_names``, ``palette``,
-            ``image_mean`` and ``image_std`` (for images in 0 to 1); each only if the source states
-            it.
-        data: What a run's checkpoint says of the data that it was trained on: ``dataset``, the
-            name, and ``labels``, what its raw values meant.
-        constants: Constants that the weights depend on and that no tensor holds, by name; empty
-            if the source does not state them.
+        name: Name of the source, for messages.
+        tensors: The state dict. Read from a file or folder, it is on the CPU.
+        config: Content of a folder's ``config.json``.
+        preprocessor: Content of a folder's ``preprocessor_config.json``.
+        task: Hyperparameters of the :class:`~segformer_pl.task.SegmentationTask` that trained the
+            weights, as far as the source states them: ``network`` (class path and arguments),
+            ``class_names``, ``palette``, ``image_mean`` and ``image_std`` (for images in 0 to 1).
+        data: Training data of a run's checkpoint: ``dataset``, its name, and ``labels``, the
+            meaning of its raw values.
+        constants: Constants that the weights depend on and that no tensor holds, by name. Empty if
+            the source does not state them.
     """
 
     name: str
@@ -62,22 +61,26 @@ class Weights:
     constants: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_weights(source: Source) -> Weights:
-    """Read a source, whatever it is.
+def read_weights(source: WeightsSource) -> Weights:
+    """Read weights from a file, a folder, the hub or a state dict.
+
+    Args:
+        source: Path of a file or folder, hub name ``owner/name@commit``, or a state dict.
 
     Raises:
-        UserError: It is not there, cut short, holds code, or holds no tensors, or some that
-            cannot be weights.
+        UserError: The source does not exist, is cut short, holds code, holds no tensors, or holds
+            tensors that cannot be weights.
     """
     weights = _read(source)
     tensors = weights.tensors
-    if isinstance(source, Mapping):  # without values it can describe a network on the meta device
+    # A state dict on the meta device has shapes and no values. It fits a network on that device.
+    if isinstance(source, Mapping):
         tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
     check_usable(tensors, weights.name)
     return weights
 
 
-def _read(source: Source) -> Weights:
+def _read(source: WeightsSource) -> Weights:
     if isinstance(source, Mapping):
         return weights_from_content("the state dict", source)
     if not isinstance(source, str | os.PathLike):
@@ -91,7 +94,7 @@ def _read(source: Source) -> Weights:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError):
-        check_regular(path)  # says why not
+        check_regular(path)  # raises a UserError with the reason
     else:
         return _read_folder(path, str(source)) if is_folder else _read_file(path)
     if isinstance(source, str) and path.suffix not in SUFFIXES:
@@ -134,14 +137,14 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def weights_from_content(name: str, content: Any) -> Weights:
-    """Find the state dict in what a file holds, and what stands beside it.
+    """Extract the state dict, and the facts beside it, from the content of a file.
 
     Args:
-        name: The file, for messages.
-        content: What ``torch.load`` returned.
+        name: Name of the file, for messages.
+        content: Return value of ``torch.load``.
 
     Raises:
-        UserError: It holds no state dict, or states facts in another form.
+        UserError: The content holds no state dict, or a fact in the wrong form.
     """
     tensors: Any = content
     beside: Mapping[str, Any] = {}
@@ -161,13 +164,15 @@ def weights_from_content(name: str, content: Any) -> Weights:
     task |= _facts_of_mmcv(beside, name)
     data = beside.get("StreamingSegmentationData") or {}
     if not isinstance(data, Mapping):
-        raise UserError(f"{name} describes its data by a {type(data).__name__}, not by names")
+        raise UserError(
+            f"{name} describes its data by a {type(data).__name__}; it has to be a dict"
+        )
     constants = checked_constants(name, beside)
     return Weights(name, tensors, task=task, data=data, constants=constants)
 
 
 def _facts_of_mmcv(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What mmcv (``meta.CLASSES``) and mmengine (``meta.dataset_meta.classes``) say of classes."""
+    """Return the classes that mmcv (``meta.CLASSES``) or mmengine (``meta.dataset_meta``) state."""
     meta = content.get("meta")
     if not isinstance(meta, Mapping):
         return {}
@@ -207,9 +212,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"'{file}' is no JSON ({error}); fetch it again") from error
+        raise UserError(f"'{file}' is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"'{file}' holds a {type(content).__name__}, not settings by name")
+        raise UserError(
+            f"'{file}' holds a {type(content).__name__}; it has to hold a JSON object of settings"
+        )
     return content
 
 
@@ -222,26 +229,26 @@ def _read_hub(repo: str, revision: str | None) -> Weights:
     if is_pinned and (folder := _fetch(repo, revision, local_files_only=True)):
         return _read_folder(folder, name)
     try:
-        # Also a quick question whether there is network: downloads try again for half a minute.
+        # This request fails within 10 s without network; a download would retry for 30 s.
         commit = hub.HfApi().model_info(repo, revision=revision, timeout=10).sha
         if not is_pinned:
             raise UserError(
-                f"hub name {name!r} pins no commit, so it could mean other weights tomorrow; "
-                f"write '{repo}@{commit}', which is what it means today"
+                f"hub name {name!r} pins no commit, so its weights could change; write "
+                f"'{repo}@{commit}', the current commit"
             )
         folder = _fetch(repo, revision)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise UserError(
-            f"the hub has no {name!r}, or hides it from you ({type(error).__name__}); check the "
-            "name, or give a file or folder that is on this machine"
+            f"the hub has no {name!r}, or does not grant access to it ({type(error).__name__}); "
+            "check the name, or give a local file or folder"
         ) from error
     except UserError:
         raise
-    except Exception as error:  # of the network library, the hub and the cache
+    except Exception as error:  # raised by the HTTP library, the hub or the cache
         raise UserError(
             f"the hub cannot be reached for {name!r} ({type(error).__name__}); without network "
-            "give a file or folder that is on this machine, or fill the cache where there is "
-            f"network: hf download {repo} --revision COMMIT"
+            "give a local file or folder, or fill the cache on a machine with network: "
+            f"hf download {repo} --revision COMMIT"
         ) from error
     if folder is None:
         raise UserError(
@@ -252,7 +259,7 @@ def _read_hub(repo: str, revision: str | None) -> Weights:
 
 
 def _fetch(repo: str, revision: str | None, local_files_only: bool = False) -> Path | None:
-    """The folder in the cache, with one of the files of tensors; None if there is none."""
+    """Download a repository; return its folder in the cache, None if it has no file of tensors."""
     from huggingface_hub import errors, snapshot_download
 
     for file in TENSOR_FILES:

@@ -1,8 +1,8 @@
-"""Check what a run's checkpoint holds before any of it is used.
+"""Check the content of a run's checkpoint before any of it is used.
 
-Lightning takes a checkpoint's parts one after the other and trusts each: a part that is missing is
-a ``KeyError`` half-way, a wrong counter goes unnoticed. Nothing here needs Lightning: a checkpoint
-is plain data.
+Lightning restores the entries of a checkpoint one after the other without checking them: a missing
+entry ends in a ``KeyError`` half-way, and a wrong counter goes unnoticed. A checkpoint is plain
+data, so this module does not need Lightning.
 """
 
 import math
@@ -15,23 +15,29 @@ from torch import Tensor
 from segformer_pl.checkpoints.files import check_usable, describe_non_finite, non_finite, wrong_kind
 from segformer_pl.errors import UserError
 
-# Lightning's EMA and its like keep the weights that were trained beside their average.
+# Lightning's weight averaging stores the average as "state_dict" and the trained weights beside it.
 STATE_DICTS = ("state_dict", "current_model_state")
-NUMBERS = ("lr", "betas", "eps", "weight_decay")  # of each of its groups
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each of its parameter's shape
+GROUP_SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of every parameter group
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each with the shape of its parameter
 
 REMEDY = "give another checkpoint, or start a new run from its weights with --model.weights"
 
 
 def check_content(content: Any, name: str) -> dict[str, Any]:
-    """A checkpoint as Lightning writes it: named parts, each of its kind.
+    """Check that content is a Lightning checkpoint whose entries have the right types; return it.
+
+    Args:
+        content: Content of the file.
+        name: Name of the file, for messages.
 
     Raises:
-        UserError: It is something else.
+        UserError: The content is no checkpoint, an entry has the wrong type or value, or the
+            weights hold nan or infinity.
     """
     if not isinstance(content, dict):
         raise UserError(
-            f"{name} holds a {type(content).__name__} and is no checkpoint of a run; give one"
+            f"{name} holds a {type(content).__name__} and is no checkpoint of a run; give a run's "
+            "checkpoint"
         )
     if content and all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(
@@ -41,18 +47,18 @@ def check_content(content: Any, name: str) -> dict[str, Any]:
     missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in content]
     if missing:
         raise UserError(
-            f"{name} has no {missing[0]!r} and is no checkpoint of a run; give one, or load its "
-            "weights with --model.weights"
+            f"{name} has no {missing[0]!r} and is no checkpoint of a run; give a run's checkpoint, "
+            "or load its weights with --model.weights"
         )
     kinds: dict[str, tuple[type, str]] = {
         "pytorch-lightning_version": (str, "a version"),
-        "state_dict": (dict, "tensors by name"),
-        "current_model_state": (dict, "tensors by name"),
-        "hyper_parameters": (dict, "settings by name"),
-        "datamodule_hyper_parameters": (dict, "settings by name"),
+        "state_dict": (dict, "a dict of tensors"),
+        "current_model_state": (dict, "a dict of tensors"),
+        "hyper_parameters": (dict, "a dict of settings"),
+        "datamodule_hyper_parameters": (dict, "a dict of settings"),
         "StreamingSegmentationData": (dict, "the position in the data"),
         "loops": (dict, "the trainer's counters"),
-        "callbacks": (dict, "states by name"),
+        "callbacks": (dict, "a dict of states"),
         "optimizer_states": (list, "a list of states"),
         "lr_schedulers": (list, "a list of states"),
         "global_step": (int, "the number of steps"),
@@ -88,16 +94,23 @@ def _wrong(name: str, key: str, value: Any, what: str) -> str:
 def check_tensors(
     there: Mapping[str, Tensor], here: Mapping[str, Tensor], name: str, strict: bool = True
 ) -> None:
-    """The tensors of the model, each of its shape, and if strict no more and no less.
+    """Check that the tensors of a checkpoint fit a model.
+
+    Args:
+        there: State dict of the checkpoint.
+        here: State dict of the model.
+        name: Name of the checkpoint, for messages.
+        strict: Whether a missing or unexpected key is an error.
 
     Raises:
-        UserError: One is of another shape or kind, or if strict missing or left over.
+        UserError: A tensor has another shape, or is not floating-point where the model's is; or, if
+            strict, a key is missing or unexpected.
     """
     missing = [key for key in here if strict and key not in there]
     unexpected = [key for key in there if strict and key not in here]
     reshaped = [key for key in here if key in there and there[key].shape != here[key].shape]
     problems = [f"lacks {_some(missing)}"] if missing else []
-    problems += [f"has {_some(unexpected)}, which the model has not"] if unexpected else []
+    problems += [f"has {_some(unexpected)}, which the model lacks"] if unexpected else []
     if reshaped:
         theirs, ours = (tuple(tensors[reshaped[0]].shape) for tensors in (there, here))
         problems.append(f"has {_some(reshaped)} of another shape, {theirs} and not {ours}")
@@ -114,6 +127,7 @@ def check_tensors(
 
 
 def _some(keys: list[str]) -> str:
+    """Name the first key and count the others."""
     rest = f" and {len(keys) - 1} other tensors" if len(keys) > 1 else ""
     return f"{keys[0]}{rest}"
 
@@ -121,19 +135,19 @@ def _some(keys: list[str]) -> str:
 def check_training_state(
     checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], name: str
 ) -> None:
-    """What a training goes on from: optimiser, schedule and counters, in agreement.
+    """Check that optimiser, schedule and counters are there, fit this run and agree on the step.
 
     Args:
-        checkpoint: Its content, of which :func:`check_content` has seen the kinds.
-        groups: The optimiser's parameter groups here.
-        name: The checkpoint, for messages.
+        checkpoint: Content of the checkpoint, after :func:`check_content`.
+        groups: Parameter groups of this run's optimiser.
+        name: Name of the checkpoint, for messages.
 
     Raises:
-        UserError: A part is missing, does not fit, or counts other steps than the rest.
+        UserError: An entry is missing, does not fit, or counts another number of steps.
     """
     for key in ("optimizer_states", "lr_schedulers", "loops"):
         if key not in checkpoint:
-            raise UserError(f"{name} has no {key!r}, so training cannot go on from it; {REMEDY}")
+            raise UserError(f"{name} has no {key!r}, so training cannot resume from it; {REMEDY}")
     step = _check_counters(checkpoint, name)
     try:
         (optimizer,) = checkpoint["optimizer_states"]
@@ -155,14 +169,16 @@ def check_training_state(
         )
     if last_epoch != step:
         raise UserError(
-            f"{name} was written after {step} steps, but its schedule stands at {last_epoch}; "
+            f"{name} was written after {step} steps, but its schedule is at step {last_epoch}; "
             f"{REMEDY}"
         )
     for path, value in _leaves(rates, "the schedule's _last_lr"):
         if not _is_rate(value):
             raise UserError(_wrong(name, path, value, "a finite number of at least 0"))
     for number, group in enumerate(optimizer["param_groups"]):
-        for path, value in _leaves({key: group.get(key) for key in NUMBERS}, f"group {number}"):
+        for path, value in _leaves(
+            {key: group.get(key) for key in GROUP_SETTINGS}, f"group {number}"
+        ):
             if not _is_rate(value):
                 raise UserError(_wrong(name, path, value, "a finite number of at least 0"))
         betas = group["betas"]
@@ -181,7 +197,7 @@ def _is_rate(value: Any) -> bool:
 
 
 def _check_counters(checkpoint: Mapping[str, Any], name: str) -> int:
-    """The number of optimiser steps, which the trainer counts in its loops."""
+    """Check the trainer's counters; return the number of optimiser steps."""
     for path, value in _leaves(checkpoint["loops"], "loops"):
         if isinstance(value, int) and value < 0:
             raise UserError(_wrong(name, path, value, "at least 0"))
@@ -195,7 +211,7 @@ def _check_counters(checkpoint: Mapping[str, Any], name: str) -> int:
     stated = checkpoint.get("global_step")
     if not isinstance(step, int) or stated != step:
         raise UserError(
-            f"{name} says that it was written after {stated} steps, but its trainer counted "
+            f"{name} states that it was written after {stated} steps, but its trainer counted "
             f"{step}; {REMEDY}"
         )
     return step
@@ -208,15 +224,24 @@ def _check_moments(
     num_steps: int,
     name: str,
 ) -> None:
+    """Check AdamW's moments and step count for every parameter.
+
+    Args:
+        state: State of the optimiser by parameter id; may be empty, as before the first step.
+        theirs: Parameter ids of each group in the checkpoint.
+        groups: Parameter groups of this run's optimiser.
+        num_steps: Number of optimiser steps that the trainer counted.
+        name: Name of the checkpoint, for messages.
+    """
     flat: dict[str, Tensor] = {}
     for ids, group in zip(theirs, groups):
         for key, parameter in zip(ids, group["params"]):
             for moment in MOMENTS if state else ():
                 tensor = state.get(key, {}).get(moment)
                 if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
-                    found = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing"
+                    shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing"
                     raise UserError(
-                        f"{name} has {found} as the optimiser's {moment} of parameter {key}, whose "
+                        f"{name} has {shape} as the optimiser's {moment} of parameter {key}, whose "
                         f"shape is {tuple(parameter.shape)}; {REMEDY}"
                     )
                 flat[f"{moment} of parameter {key}"] = tensor
@@ -225,7 +250,8 @@ def _check_moments(
                 continue
             if not (isinstance(step, Tensor) and step.numel() == 1 and step.item() >= 0):
                 raise UserError(_wrong(name, f"the step of parameter {key}", step, "a number"))
-            # Less than all where a gradient scaler skipped some, or a second fit began anew.
+            # The optimiser may have counted fewer steps than the trainer: a gradient scaler skips
+            # some, and a second fit starts from 0.
             if not (step.item() <= num_steps and float(step).is_integer()):
                 raise UserError(
                     f"{name} was written after {num_steps} steps, but its optimiser counted "
@@ -239,14 +265,15 @@ def _check_moments(
 
 
 def tensors_of(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the weights and of the optimisers, by a name for messages."""
-    for part in (*STATE_DICTS, "optimizer_states"):
-        for path, value in _leaves(checkpoint.get(part, {}), ""):
+    """Yield every tensor of the weights and the optimisers, with its path for messages."""
+    for entry in (*STATE_DICTS, "optimizer_states"):
+        for path, value in _leaves(checkpoint.get(entry, {}), ""):
             if isinstance(value, Tensor):
-                yield path if part == "state_dict" else f"{part}.{path}", value
+                yield path if entry == "state_dict" else f"{entry}.{path}", value
 
 
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the path (keys and indices joined by dots) and value of every leaf of nested data."""
     if isinstance(tree, Mapping):
         items: Any = tree.items()
     elif isinstance(tree, list | tuple):

@@ -1,7 +1,7 @@
-"""From an image to one class per pixel.
+"""Predict the class of every pixel of an image.
 
-``protocol.py`` holds the settings, ``engine.py`` computes, ``predictor.py`` puts a network and what
-its predictions mean into one object.
+``protocol.py`` holds the settings of the test-time protocol, ``engine.py`` computes it, and
+``predictor.py`` joins a network with its classes, normalisation and protocol in one object.
 """
 
 from segformer_pl.inference.engine import (

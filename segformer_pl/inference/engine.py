@@ -1,32 +1,34 @@
 """Compute the test protocols of the paper (Sec. 4.1), in bands of output rows.
 
-An image is segmented in one or several *views* (scales, flipped or not), each view whole or in
-sliding *windows*. A network gives class maps at its own stride. Every step from there to the wanted
-size is linear and separable, along the rows and along the columns alike::
+An image is segmented in one or several *views* (scales, mirrored or not), each view whole or in
+sliding *windows*. The network returns class maps at its own stride; a pixel of a class map is
+called a cell here. Every step from the class maps to the output is linear, and separable into rows
+and columns. Along one axis the steps are matrices::
 
-    U  (window, cells)  upsample to the window; cutting off its padding leaves rows of U out
+    U  (window, cells)  upsample the class map to the window; padding is cut off by leaving out rows
     S  (view, window)   weight the window and place it in the view
-    R  (out, view)      resize the view to the wanted size; turning back a flip reverses its rows
+    R  (out, view)      resize the view to the output; a mirrored view reverses the rows of R
 
-So one small matrix ``R @ S @ U`` for the rows and one for the columns hold all that becomes of a
-window, and the output is the sum over windows of ``rows @ maps @ columns^T``. An example of one
-axis: windows ``a`` and ``b`` of 4 pixels, a step of 2 pixels, maps of 2 cells, and an output as
-large as the view::
+One small matrix ``R @ S @ U`` for the rows and one for the columns therefore describe everything
+that happens to a window, and the output is the sum over windows of ``rows @ maps @ columns^T``. An
+example along one axis: windows ``a`` and ``b`` of 4 pixels, a stride of 2 pixels, class maps of 2
+cells, and an output of the view's size::
 
               rows_a          rows_b
     out 0   1     0     |               |   out = rows_a @ a + rows_b @ b
         1   .75   .25   |               |
-        2   .125  .375  |  .5     0     |   a and b overlap here, and share the weight: every
-        3   0     .5    |  .375   .125  |   row of the output still sums to 1
+        2   .125  .375  |  .5     0     |   a and b overlap in pixels 2 and 3 and share the weight
+        3   0     .5    |  .375   .125  |   there: the weights of every output pixel sum to 1
         4               |  .25    .75   |
         5               |  0      1     |
 
-The output is read in bands of rows, from top to bottom. A row of windows is computed when the first
-band meets it and dropped behind its last one, and no map of all classes is kept at full size::
+The output is computed in bands of rows, from top to bottom. A row of windows runs through the
+network when the first band overlaps it, and is freed after the last one. No map of all classes is
+held at full size::
 
-    out      0 1 2 3 4 5
-    row 1    =======          computed for out 0, dropped after out 3
-    row 2        =======      computed for out 2
+    out           0 1 2 3 4 5
+    windows a     =======          computed for out 0, freed after out 3
+    windows b         =======      computed for out 2, freed after out 5
 """
 
 import math
@@ -49,7 +51,10 @@ WHOLE = Inference()
 
 
 class ClassMaps(Protocol):
-    """The part of the :class:`~segformer_pl.models.segmenter.Segmenter` contract that is used."""
+    """A network that returns class maps: the part of the contract that inference needs.
+
+    A :class:`~segformer_pl.models.segmenter.Segmenter` is one.
+    """
 
     num_classes: int
     output: Output
@@ -61,10 +66,10 @@ class PixelPredictions(NamedTuple):
     """Prediction, confidence and loss of every pixel.
 
     Attributes:
-        labels: (B, H, W) int64, the most likely class.
-        confidence: (B, H, W) its probability, float32 (or float64).
-        losses: (B, H, W) minus the logarithm of the target's probability, in nats; 0 where the
-            target is ignored.
+        labels: Most likely class, (B, H, W) int64.
+        confidence: Probability of that class, (B, H, W) float32 or float64.
+        losses: Negative log-probability of the target in nats, (B, H, W); 0 where the target is
+            ignored.
     """
 
     labels: Tensor
@@ -85,16 +90,16 @@ def predict_classes(
 
     Args:
         network: Segmenter in evaluation mode.
-        images: (B, C, H, W), as the network or ``preprocess`` takes them.
+        images: Input of ``preprocess``, or of the network if that is None, (B, C, H, W).
         size: Height and width of the result in pixels.
         protocol: Resizing, windows, scales and flips.
-        preprocess: Function that is applied to what the network is given: the image, or one window
-            after the other, so that a large image of 8 bits needs no second one of floating point.
-            Images that are resized to another size pass through it before that, whole.
+        preprocess: Function from images to input of the network, such as a normalisation. It is
+            applied to one window after the other, so that a large 8-bit image needs no
+            floating-point copy. If a view is resized, it is applied to the whole image before.
         dtype: Type of the result.
 
     Returns:
-        (B, height, width) class indices.
+        Class indices, (B, height, width).
     """
     labels = images.new_empty(len(images), *size, dtype=dtype)
     for rows, band, _ in _bands(network, images, size, protocol, preprocess):
@@ -110,20 +115,21 @@ def predict_probabilities(
     protocol: Inference = WHOLE,
     preprocess: Preprocess | None = None,
 ) -> Tensor:
-    """Predict the probabilities of all classes at full size, which takes that much memory.
+    """Predict the probabilities of all classes for every pixel.
 
-    The arguments are those of :func:`predict_classes`.
+    The result holds all classes at full size; :func:`probability_bands` needs less memory. The
+    arguments are those of :func:`predict_classes`.
 
     Returns:
-        (B, num_classes, height, width).
+        Probabilities, (B, num_classes, height, width).
     """
-    found: Tensor | None = None
+    probabilities: Tensor | None = None
     for rows, band in probability_bands(network, images, size, protocol, preprocess):
-        if found is None:
-            found = band.new_empty(len(band), *size, band.shape[3])
-        found[:, rows] = band
-    assert found is not None
-    return found.permute(0, 3, 1, 2)
+        if probabilities is None:
+            probabilities = band.new_empty(len(band), *size, band.shape[3])
+        probabilities[:, rows] = band
+    assert probabilities is not None
+    return probabilities.permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -139,7 +145,7 @@ def probability_bands(
     The arguments are those of :func:`predict_classes`.
 
     Yields:
-        The rows, and their probabilities (B, R, width, num_classes).
+        Slice of R output rows, and their probabilities, (B, R, width, num_classes).
     """
     for rows, band, kind in _bands(network, images, size, protocol, preprocess):
         yield rows, _probabilities(band, kind)
@@ -159,40 +165,43 @@ def predict_pixels(
     Args:
         network: See :func:`predict_classes`.
         images: See :func:`predict_classes`.
-        target: (B, H', W') int64 class indices. Their size need not be that of the images.
-        ignore_index: Class index of pixels whose loss is 0.
+        target: Class indices, (B, H', W') int64. H' and W' may differ from the images' size; the
+            predictions have the target's.
+        ignore_index: Class index of the pixels whose loss is 0.
         protocol: See :func:`predict_classes`.
         preprocess: See :func:`predict_classes`.
     """
     ignored = target == ignore_index
     targets = target.masked_fill(ignored, 0)
-    found: PixelPredictions | None = None
+    pixels: PixelPredictions | None = None
     size: Any = tuple(target.shape[1:])
     for rows, band, kind in _bands(network, images, size, protocol, preprocess):
-        if found is None:
+        if pixels is None:
             confidence, losses = (band.new_empty(target.shape) for _ in range(2))
-            found = PixelPredictions(torch.empty_like(target), confidence, losses)
+            pixels = PixelPredictions(torch.empty_like(target), confidence, losses)
         probabilities = _probabilities(band, kind)
-        most = probabilities.amax(3)
-        found.labels[:, rows] = _most_likely(band)
-        found.confidence[:, rows] = most
+        highest = probabilities.amax(3)
+        pixels.labels[:, rows] = _most_likely(band)
+        pixels.confidence[:, rows] = highest
         index = targets[:, rows, :, None]
-        if kind == "logits":  # exact also where the probability is 0 in floating point
+        if kind == "logits":
+            # log p_t = z_t - logsumexp(z), and logsumexp(z) = max z - log p_max. This is exact even
+            # where p_t underflows to 0.
             own = band.gather(3, index).squeeze(3)
-            found.losses[:, rows] = band.amax(3) - most.log() - own
+            pixels.losses[:, rows] = band.amax(3) - highest.log() - own
         else:
             own = probabilities.gather(3, index).squeeze(3)
-            found.losses[:, rows] = -own.clamp(min=torch.finfo(own.dtype).tiny).log()
-    assert found is not None
-    found.losses.masked_fill_(ignored, 0)
-    return found
+            pixels.losses[:, rows] = -own.clamp(min=torch.finfo(own.dtype).tiny).log()
+    assert pixels is not None
+    pixels.losses.masked_fill_(ignored, 0)
+    return pixels
 
 
 Kind = Literal["logits", "scores", "probabilities"]
 
 
 def _probabilities(band: Tensor, kind: Kind) -> Tensor:
-    """(..., num_classes) of a kind -> probabilities."""
+    """Convert a band (B, R, width, num_classes) of logits or scores to probabilities."""
     if kind == "logits":
         return band.softmax(3)
     if kind == "scores":
@@ -207,11 +216,14 @@ def _bands(
     protocol: Inference,
     preprocess: Preprocess | None,
 ) -> Iterator[tuple[slice, Tensor, Kind]]:
-    """Yield bands of rows (B, R, width, num_classes): the network's output, or if there are several
-    views the mean of their probabilities."""
+    """Yield slices of R output rows with their band (B, R, width, num_classes) and its kind.
+
+    A band is the network's output if there is one view, and the mean of the views' probabilities if
+    there are several.
+    """
     views = []
     for scale in protocol.scales:
-        # Both views of a scale share one image.
+        # The mirrored view of a scale shares the image of the other.
         scaled, windows = _scaled(network, images, scale, protocol, preprocess)
         views += [
             View(protocol, windows, scaled, flipped, size)
@@ -235,15 +247,15 @@ def _scaled(
     protocol: Inference,
     preprocess: Preprocess | None,
 ) -> tuple[Tensor, "_Windows"]:
-    """Return the images at the size of a view, and the network of what is cut out of them."""
-    stored: Any = tuple(images.shape[2:])
-    sizes = [view_size(stored, scale, protocol.base_size)]
+    """Return the images at the size of a view, and the network to apply to windows of them."""
+    original: Any = tuple(images.shape[2:])
+    sizes = [view_size(original, scale, protocol.base_size)]
     if protocol.resize_to is not None:
         height, width = (_multiple(side, protocol.resize_to) for side in sizes[0])
         sizes.append((height, width))
-    if preprocess is None or all(size == stored for size in sizes):
+    if preprocess is None or all(size == original for size in sizes):
         process = preprocess
-    else:  # resizing 8 bits would round
+    else:  # preprocess first, because resizing 8-bit images would round
         images, process = preprocess(images), None
     for size in sizes:
         images = _resize(images, size)
@@ -251,7 +263,13 @@ def _scaled(
 
 
 def view_size(size: Size, scale: float, base_size: Size | None) -> Size:
-    """Return the size of a view: an image fitted into the base size, as mmcv rounds it."""
+    """Return the size of a view: ``size`` scaled, or fitted into the base size, rounded as in mmcv.
+
+    Args:
+        size: Height and width of the image in pixels.
+        scale: Scale factor of the view.
+        base_size: Long and short side of the box at scale 1. None: the image's own size.
+    """
     if base_size is not None:
         long, short = (int(side * scale) for side in base_size)
         scale = min(long / max(size), short / min(size))
@@ -264,11 +282,11 @@ class _Axis(NamedTuple):
 
     Attributes:
         begin: First pixel of the window in the view.
-        end: Pixel past the last one.
-        out: Output pixels that the window has a part in; empty if there are none.
+        end: First pixel after the window.
+        out: Output pixels that the window contributes to; empty if there are none.
         place: Function that returns ``R @ S``, (length of ``out``, end - begin). It is called when
-            the window is computed: the matrices of all windows together would be larger than the
-            image.
+            the window is computed, because the matrices of all windows together would be larger
+            than the image.
     """
 
     begin: int
@@ -278,27 +296,36 @@ class _Axis(NamedTuple):
 
 
 class _Windows(NamedTuple):
-    """A network that is applied to windows as they are cut out."""
+    """A network behind preprocessing and padding, to be applied to single windows."""
 
     network: ClassMaps
     preprocess: Preprocess | None
     pad_to: int | None
 
     def __call__(self, window: Tensor) -> Tensor:
+        """Return class maps (B, num_classes, h, w) of a window (B, C, H, W), padding included."""
         if self.preprocess is not None:
             window = self.preprocess(window)
         missing = self.missing(window)
         return self.network(F.pad(window, (0, missing[1], 0, missing[0])))
 
     def missing(self, window: Tensor) -> list[int]:
-        """Return the rows and columns of padding."""
+        """Return the number of rows and columns that padding adds to a window."""
         return [
             _multiple(side, self.pad_to) - side if self.pad_to else 0 for side in window.shape[2:]
         ]
 
 
 class View:
-    """One view of the images; its windows are computed when a band first lies in them."""
+    """One view of the images. A row of windows is computed when a band first overlaps it.
+
+    Args:
+        protocol: Windows, strides and weights.
+        network: Network to apply to each window.
+        images: Images at the size of the view, (B, C, H, W), not mirrored.
+        flipped: Whether windows are mirrored for the network and their class maps mirrored back.
+        size: Height and width of the output in pixels.
+    """
 
     def __init__(
         self,
@@ -327,10 +354,14 @@ class View:
                 for axis in self.axes[1]
             ]
         self.size = size
+        # Index of a row of windows -> output columns, class maps and resizing of its windows.
         self.opened: dict[int, list[tuple[slice, Tensor, SeparableMap]]] = {}
 
     def class_maps(self, rows: slice) -> Tensor:
-        """Return output rows (B, R, width, num_classes). Bands must come from top to bottom."""
+        """Return a band of output rows, (B, R, width, num_classes).
+
+        Bands must be requested from top to bottom: rows of windows above ``rows`` are freed.
+        """
         total: Tensor | None = None
         for index, extent in enumerate(row.out for row in self.axes[0]):
             if extent.stop <= rows.start:
@@ -357,21 +388,21 @@ class View:
         return total
 
     def _open(self, index: int) -> None:
-        """Run the network on a row of windows."""
+        """Run the network on one row of windows and keep its class maps in :attr:`opened`."""
         row, width = self.axes[0][index], self.images.shape[3]
         opened = []
         for column in self.axes[1]:
             if column.out.stop == 0:
                 continue
             begin, end = column.begin, column.end
-            if self.flipped:  # counted from the right
+            if self.flipped:  # begin and end count from the right of the image
                 begin, end = width - end, width - begin
             window = self.images[:, :, row.begin : row.end, begin:end]
             if self.flipped:
                 window = window.flip(3)
             missing = self.network.missing(window)
-            given = self.network(window)
-            precise = given.float() if given.dtype.itemsize < 4 else given
+            output = self.network(window)
+            precise = output.float() if output.dtype.itemsize < 4 else output
             maps = precise.permute(0, 2, 3, 1).contiguous()
             rows, across = (
                 (axis.place().flip(0) if mirrored else axis.place())
@@ -389,7 +420,7 @@ class View:
 
 
 def _most_likely(band: Tensor) -> Tensor:
-    """``band.argmax(3)``; on the CPU by numpy, which takes a quarter of torch's time for it."""
+    """Return ``band.argmax(3)``. On the CPU numpy needs a quarter of torch's time."""
     return torch.from_numpy(band.numpy().argmax(3)) if band.is_cpu else band.argmax(3)
 
 
@@ -404,17 +435,29 @@ def _multiple(side: int, divisor: int) -> int:
 
 
 def window_axes(length: int, window: int, stride: int, out: int, weighting: str) -> list[_Axis]:
-    """Return the windows along one axis of the view, and where each goes in the output.
+    """Return the windows along one axis of a view, with their place in the output.
 
-    As in the reference: ``max(length - window + stride - 1, 0) // stride + 1`` windows, the last
-    moved back into the image.
+    As in the reference, there are ``max(length - window + stride - 1, 0) // stride + 1`` windows,
+    and the last one is moved back into the image. ``length=10, window=4, stride=4``::
+
+        pixels     0 1 2 3 4 5 6 7 8 9
+        window 0   =======
+        window 1           =======
+        window 2               =======      moved back by 2
+
+    Args:
+        length: Length of the view in pixels.
+        window: Length of the windows in pixels.
+        stride: Step of the windows in pixels.
+        out: Length of the output in pixels.
+        weighting: ``"uniform"`` or ``"hann"``, see :class:`Inference`.
     """
     window = min(window, length)
     number = max(length - window + stride - 1, 0) // stride + 1
     begins = [min(step * stride, length - window) for step in range(number)]
     weights = torch.ones(window, dtype=torch.float64)
     if weighting == "hann":
-        # Without its zeros at both ends, so that pixels at the image's border count too.
+        # Leave out the zeros at both ends, so that pixels at the image's border have a weight.
         weights = torch.hann_window(window + 2, periodic=False, dtype=torch.float64)[1:-1]
     total = torch.zeros(length, dtype=torch.float64)
     for begin in begins:
@@ -423,12 +466,13 @@ def window_axes(length: int, window: int, stride: int, out: int, weighting: str)
     axes = []
     for begin in begins:
         end = begin + window
-        # The matrix of the whole axis would grow with the square of the image's side.
+        # Keep only the output rows that the window contributes to: the matrix of the whole axis
+        # would grow with the square of the image's side.
         used = _within(first, begin, end) & (share != 1) | _within(second, begin, end) & (
             share != 0
         )
         rows = used.nonzero().ravel()
-        # A window between the pixels that a much smaller output samples has none.
+        # A much smaller output can skip all pixels of a window.
         extent = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 0)
         share_of_window = weights / total[begin:end]
         axes.append(
@@ -438,6 +482,7 @@ def window_axes(length: int, window: int, stride: int, out: int, weighting: str)
 
 
 def _place(length: int, out: int, extent: slice, begin: int, weights: Tensor) -> Tensor:
+    """Return ``R @ S`` of one window, the rows ``extent`` of the output only."""
     columns = slice(begin, begin + len(weights))
     return bilinear_matrix(length, out, extent, columns) * weights
 

@@ -1,4 +1,4 @@
-"""A trained network together with what its predictions mean."""
+"""Predict masks with a trained network, its classes, normalisation and test-time protocol."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from segformer_pl.checkpoints.networks import load_network
-from segformer_pl.checkpoints.sources import Source, Weights, read_weights
+from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.errors import UserError
 from segformer_pl.inference.engine import ClassMaps, predict_classes, probability_bands
@@ -39,14 +39,14 @@ class Predictor:
     Args:
         network: A segmenter (:class:`segformer_pl.models.segmenter.Segmenter`). It is put into
             evaluation mode.
-        class_names: Names by class index.
-        palette: Colours by class index, RGB 0-255. None: not known.
-        normalization: Mean and standard deviation of the network's images.
-        protocol: Resizing, windows, scales and flips.
+        class_names: Name of every class, in the order of the class indices.
+        palette: Colour of every class, RGB in 0 to 255. None: unknown.
+        normalization: Mean and standard deviation of the network's images. Default: ImageNet's.
+        protocol: Resizing, windows, scales and flips. Default: the whole image in one pass.
 
     Raises:
-        UserError: The network has another number of classes or of input channels than the names
-            and the normalisation.
+        UserError: The number of names differs from that of the network's classes, or the number of
+            values in the normalisation from that of its input channels.
     """
 
     def __init__(
@@ -76,32 +76,31 @@ class Predictor:
             )
 
     @classmethod
-    def load(cls, source: Source) -> Self:
-        """Load a network and all that its source states about it, on the CPU.
+    def load(cls, source: WeightsSource) -> Self:
+        """Load a network with the facts that its source states about it, on the CPU.
+
+        Defaults replace facts that the source does not state: ImageNet's normalisation, the names
+        ``"class 0"``, ``"class 1"``, ..., and the whole image in one pass.
 
         Args:
             source: A run's checkpoint, a native file (``.safetensors``), a folder written by
-                transformers, or a hub name ``owner/name@commit``. Other weights that
-                :func:`~segformer_pl.checkpoints.load_network` builds a network for do too. What a
-                source does not state takes a default: ImageNet's normalisation, ``"class 0"``,
-                ``"class 1"``, ..., and the whole image in one pass.
+                transformers, a hub name ``owner/name@commit``, or any other weights that
+                :func:`~segformer_pl.checkpoints.load_network` builds a network for.
 
         Raises:
-            UserError: The source cannot be read, does not say enough to build its network, or
-                contradicts itself.
-            UserError: It holds no segmenter, or states another number of classes or channels than
-                its network has.
+            UserError: The source cannot be read, does not state enough to build its network,
+                contradicts itself, or holds no segmenter.
         """
         return cls.from_weights(read_weights(source))
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:
-        """As :meth:`load`, of a source that was read already."""
+        """Build a predictor like :meth:`load` from weights that were read already."""
         network, _ = load_network(weights)
-        if not hasattr(network, "num_classes"):  # which makes a segmenter of an encoder
+        if not hasattr(network, "num_classes"):  # an encoder has no classes
             raise UserError(
-                f"{weights.name} holds an encoder and no decode head, which predicts nothing; give "
-                "a whole segmenter"
+                f"{weights.name} holds an encoder and no decode head, so it cannot predict; give a "
+                "whole segmenter"
             )
         facts = weights.task
         names = facts.get("class_names") or [f"class {n}" for n in range(network.num_classes)]
@@ -113,11 +112,11 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.network.parameters()).device
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the network, and return the predictor itself."""
+        """Move the network to a device; return the predictor itself."""
         self.network.to(device)
         return self
 
@@ -125,16 +124,15 @@ class Predictor:
         """Predict the class of every pixel.
 
         Args:
-            image: A file, decoded as data sets are (upright by its EXIF data, 8 bits of three
-                channels); an image of Pillow; or an array (H, W, 3) uint8, RGB.
+            image: Path of a file, a Pillow image, or an RGB array (H, W, 3) of uint8. Files are
+                decoded like those of data sets: rotated by their EXIF data, to 8-bit RGB.
 
         Returns:
-            (H, W) class indices: uint8, or uint16 from 257 classes on.
+            Class indices, (H, W): uint8, or uint16 if there are more than 256 classes.
 
         Raises:
-            UserError: The image is of another kind, the network takes other channels than RGB, or
-                its output holds nan or infinity.
-            UserError: The file cannot be read.
+            UserError: The file cannot be read, the image has another type, the network does not
+                take three channels, or its output holds nan or infinity.
         """
         network, images = self._prepare(image)
         with torch.inference_mode():
@@ -156,7 +154,7 @@ class Predictor:
             image: See :meth:`__call__`.
 
         Returns:
-            The mask of :meth:`__call__`, and the probabilities (num_classes, H, W).
+            The mask of :meth:`__call__`, and the probabilities, (num_classes, H, W) float16.
         """
         network, images = self._prepare(image)
         height, width = images.shape[2:]
@@ -174,49 +172,53 @@ class Predictor:
 
     @torch.inference_mode()
     def predict_batch(self, images: Tensor) -> Tensor:
-        """Predict the classes of a batch of equally large images.
+        """Predict the class of every pixel of a batch of images.
 
         Args:
-            images: (B, in_channels, H, W) in 0 to 1, on any device.
+            images: Images in 0 to 1, (B, in_channels, H, W), on any device.
 
         Returns:
-            (B, H, W) int64 class indices, on the network's device.
+            Class indices, (B, H, W) int64, on the network's device.
         """
         size = (images.shape[2], images.shape[3])
         on_device = images.to(self.device)
         return predict_classes(self.network, on_device, size, self.protocol, self.normalization)
 
-    def _prepare(self, image: ImageSource) -> tuple["_Watched", Tensor]:
+    def _prepare(self, image: ImageSource) -> tuple["_FiniteCheck", Tensor]:
         if self.network.in_channels != 3:
             raise UserError(
                 f"the network takes {self.network.in_channels} channels, and images have 3 (RGB); "
                 "give it tensors with predict_batch"
             )
         pixels = torch.from_numpy(_pixels(image)).to(self.device)
-        # Of 8 bits until the network is given them, window by window.
-        return _Watched(self.network), pixels.permute(2, 0, 1)[None]
+        # Images stay in 8 bits. _normalize_bytes converts one window after the other.
+        return _FiniteCheck(self.network), pixels.permute(2, 0, 1)[None]
 
     def _normalize_bytes(self, part: Tensor) -> Tensor:
         return self.normalization(part / 255)
 
 
 def normalization_of(weights: Weights) -> Normalization:
-    """Return the normalisation of images that a source states, ImageNet's if it states none."""
+    """Return the normalisation that a source states, ImageNet's if it states none."""
     mean, std = (
-        tuple(weights.task.get(key, usual))
-        for key, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+        tuple(weights.task.get(key, default))
+        for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
     )
     return Normalization(mean, std)
 
 
-class _Watched:
-    """A network whose outputs are checked when the results are waited for anyway."""
+class _FiniteCheck:
+    """A network that records for every output whether it is finite.
+
+    The records stay on the device until :meth:`check_finite`, so that windows do not wait for each
+    other on a GPU.
+    """
 
     def __init__(self, network: ClassMaps) -> None:
         self.network = network
         self.num_classes: int = network.num_classes
         self.output: Output = network.output
-        self.is_finite: list[Tensor] = []  # of every window
+        self.is_finite: list[Tensor] = []  # one scalar for each window
 
     def __call__(self, images: Tensor) -> Tensor:
         class_maps = self.network(images)
@@ -224,6 +226,7 @@ class _Watched:
         return class_maps
 
     def check_finite(self) -> None:
+        """Raise a UserError if an output held nan or infinity."""
         if not all(self.is_finite):
             raise UserError(
                 "the network's outputs hold nan or infinity, so there is no mask; give another "
@@ -238,8 +241,8 @@ def _pixels(image: ImageSource) -> npt.NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
             raise UserError(
-                f"an image of mode {image.mode} holds numbers without a known range; give one of 8 "
-                "bits per channel, or its file"
+                f"an image of mode {image.mode} holds numbers without a known range; give an image "
+                "of 8 bits per channel, or its file"
             )
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
@@ -248,8 +251,7 @@ def _pixels(image: ImageSource) -> npt.NDArray[np.uint8]:
     if isinstance(image, np.ndarray):
         kind = f"{image.dtype} array of shape {image.shape}"
     raise UserError(
-        f"an image cannot be a {kind}; give a file, an image of Pillow, or an array (H, W, 3) of "
-        "uint8"
+        f"an image cannot be a {kind}; give a file, a Pillow image, or an array (H, W, 3) of uint8"
     )
 
 
@@ -259,7 +261,7 @@ def _protocol(stated: Any, name: str) -> Inference:
         return Inference()
     if not isinstance(stated, Mapping) or stated.get("class_path") != INFERENCE:
         raise UserError(
-            f"{name} states its inference protocol as {str(stated)[:60]}; it has to be of "
+            f"{name} states its inference protocol as {str(stated)[:60]}; its class_path has to be "
             f"{INFERENCE}"
         )
     try:

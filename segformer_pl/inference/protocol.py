@@ -1,4 +1,4 @@
-"""The test-time protocol: what is asked for, not how it is computed."""
+"""Settings of the test-time protocol. ``engine.py`` computes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,29 +14,33 @@ from segformer_pl.errors import UserError
 class Inference:
     """Test-time protocol: resizing, sliding windows, scales and flips.
 
-    The default is the whole image, in one pass, at its original size. The paper's protocols
-    (Sec. 4.1): for ADE20K ``base_size=(2048, 512), resize_to=32``; for Cityscapes
-    ``window=(1024, 1024), stride=(768, 768)``; "multi-scale" is ``scales=(0.75, 0.875, 1, 1.125,
-    1.25), flip=True`` for ADE20K and ``(0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)`` for Cityscapes.
+    The default is the whole image, in one pass, at its original size. Protocols of the paper
+    (Sec. 4.1):
+
+    - ADE20K: ``base_size=(2048, 512), resize_to=32``;
+    - Cityscapes: ``window=(1024, 1024), stride=(768, 768)``;
+    - multi-scale on ADE20K: ``scales=(0.75, 0.875, 1, 1.125, 1.25), flip=True``;
+    - multi-scale on Cityscapes: ``scales=(0.5, 0.75, 1, 1.25, 1.5, 1.75, 2), flip=True``.
 
     Args:
-        base_size: Long and short side in pixels that an image is fitted into at scale 1, keeping
-            its aspect ratio. Default: its own size.
-        resize_to: Divisor that both sides are stretched up to a multiple of, by a second bilinear
-            resize (the reference's AlignedResize, with 32), so that no key or value is lost at the
-            border.
-        pad_to: Divisor that every view or window is padded up to a multiple of, at the bottom and
-            on the right, with the mean colour, for the same purpose. The padding is cut off again.
-        window: Height and width of sliding windows in pixels. A smaller image is one window.
+        base_size: Long and short side in pixels of the box that an image is fitted into at scale
+            1, keeping its aspect ratio. Default: the image's own size.
+        resize_to: Divisor of both sides. A second bilinear resize enlarges each side to the next
+            multiple (AlignedResize of the reference, with 32), so that the sequence reduction of
+            attention drops no tokens at the border.
+        pad_to: Divisor of both sides, for the same purpose. Every view or window is padded to the
+            next multiple with the mean colour, at the bottom and on the right. The padding is cut
+            off the prediction.
+        window: Height and width of the sliding windows in pixels. A smaller image is one window.
         stride: Step of the windows, down and to the right, in pixels. The last window is moved
             back into the image. Default: two thirds of the window.
-        window_weights: Weights of overlapping windows: equal (``"uniform"``, the paper's), or
-            falling to the window's borders like a raised cosine (``"hann"``).
-        scales: Factors of the views' sizes. Probabilities are averaged over the views.
-        flip: Whether to add the mirrored image to every scale.
+        window_weights: Weights of overlapping windows: equal (``"uniform"``, as in the paper), or
+            falling towards the window's border like a raised cosine (``"hann"``).
+        scales: Scale factors of the views. Probabilities are averaged over the views.
+        flip: Whether to add a mirrored view at every scale.
 
     Raises:
-        UserError: The settings contradict each other. The message says which.
+        UserError: Two settings contradict each other.
     """
 
     base_size: tuple[PositiveInt, PositiveInt] | None = None
@@ -51,13 +55,13 @@ class Inference:
     def __post_init__(self) -> None:
         if self.resize_to is not None and self.pad_to is not None:
             raise UserError(
-                f"inference: resize_to {self.resize_to} and pad_to {self.pad_to} are two ways to "
-                "the same end; give one of them"
+                f"inference: resize_to {self.resize_to} and pad_to {self.pad_to} are both set, and "
+                "they exclude each other; give one of them"
             )
         if self.window is None and (self.stride is not None or self.window_weights != "uniform"):
             raise UserError(
-                "inference: stride and window_weights are about sliding windows, but there is no "
-                "window; give its height and width too"
+                "inference: stride or window_weights is set, but window is not; give the window's "
+                "height and width too"
             )
         if not self.scales:
             raise UserError("inference: scales is empty; give at least one, such as [1.0]")
@@ -73,6 +77,6 @@ class Inference:
             )
 
 
-# By default jsonargparse takes the fields of a dataclass and no `class_path`, which experiment
-# files and checkpoints state for `model.inference`.
+# By default jsonargparse accepts the fields of a dataclass, but no `class_path`. Experiment files
+# and checkpoints state one for `model.inference`.
 set_parsing_settings(subclasses_enabled=[Inference])

@@ -1,4 +1,4 @@
-"""Networks: pure ``nn.Module``s that know nothing of training, data or files."""
+"""Networks: plain ``nn.Module``s, independent of training, data and files."""
 
 from segformer_pl.models.decode_head import AllMLPHead
 from segformer_pl.models.mit import (

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import convolution_macs, to_channels_first, to_tokens
+from segformer_pl.models.mit import to_channels_first, to_tokens
+from segformer_pl.models.paper_macs import convolution_macs
 
 
 class AllMLPHead(nn.Module):
@@ -20,25 +21,31 @@ class AllMLPHead(nn.Module):
     fuse convolution (blocks F_i) are all linear, and bilinear upsampling commutes with a 1x1
     convolution, so :meth:`fuse_features` computes ``sum_i up(F_i W_i x_i) + F_i b_i`` instead:
     the two small matrices are multiplied first and each stage is projected at its own
-    resolution. Parameters and results are the reference's, gradients reach both factors, and the
-    4C-channel concatenation at stride 4 is never built.
+    resolution. Parameters and results are those of the reference, both factors receive gradients,
+    and the concatenation of 4C channels at stride 4 is never built::
+
+        stage   stride   projection    upsampling
+        1        4       F_1 W_1       -      |
+        2        8       F_2 W_2       x 2    |  sum + sum_i F_i b_i,
+        3       16       F_3 W_3       x 4    |  BatchNorm, ReLU, dropout, classifier
+        4       32       F_4 W_4       x 8    |
 
     Shapes:
         input   list of (B, C_i, H_i, W_i), the encoder's feature pyramid
         output  logits (B, num_classes, H_1, W_1), at the resolution of the encoder's first stage
 
     Args:
-        in_channels: Channels C_i of every feature map the encoder gives.
+        in_channels: Channels C_i of every feature map of the encoder.
         num_classes: Number of classes.
         decoder_dim: Channels C of the head: 256 for B0 and B1, 768 for B2 to B5.
-        in_indices: Which of the encoder's stages feed the head, counted from 0. With a single
-            stage there is nothing to fuse and the fuse convolution is left out, which gives the
-            parameter count of the paper's "MiT-B2, S4 only" row (Table 1d).
+        in_indices: Stages of the encoder that the head uses, counted from 0. For a single stage the
+            fuse convolution is left out, which gives the parameter count of the paper's "MiT-B2, S4
+            only" row (Table 1d).
         dropout: Rate of the channel dropout before the classifier.
 
     Raises:
-        UserError: ``in_indices`` repeats a stage, names one the encoder does not have, or leaves
-            out the deepest one.
+        UserError: ``in_indices`` repeats a stage, contains one that the encoder does not have, or
+            leaves out the deepest one.
     """
 
     def __init__(
@@ -80,14 +87,15 @@ class AllMLPHead(nn.Module):
             nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Return logits (B, num_classes, H_1, W_1) of a feature pyramid of (B, C_i, H_i, W_i)."""
         return self.classify(self.fuse_features(features))
 
     def classify(self, fused: Tensor) -> Tensor:
-        """Fused map (B, C, H_1, W_1) -> logits (B, num_classes, H_1, W_1)."""
+        """Return logits (B, num_classes, H_1, W_1) of a fused map (B, C, H_1, W_1)."""
         return self.classifier(self.dropout(fused))
 
     def fuse_features(self, features: Sequence[Tensor]) -> Tensor:
-        """Feature pyramid -> fused map (B, C, H_1, W_1) after BatchNorm and ReLU."""
+        """Return the fused map (B, C, H_1, W_1) of a feature pyramid, after BatchNorm and ReLU."""
         size = features[0].shape[2:]
         weights, bias = self.folded_projections()
         projected = (
@@ -100,11 +108,13 @@ class AllMLPHead(nn.Module):
         return F.relu(self.bn(sum(upsampled, start=bias[:, None, None])))
 
     def paper_macs(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Return the multiply-adds of the head that the paper describes, which is not folded:
-        projections at each stage's resolution, a fuse convolution of 4C to C channels at stride 4.
+        """Return the multiply-adds of the head as the paper describes it, not folded.
+
+        It has a projection at each stage's resolution and a fuse convolution from 4C to C channels
+        at stride 4. See :mod:`~segformer_pl.models.paper_macs` for what is counted.
 
         Args:
-            sizes: (H_i, W_i) of every feature map.
+            sizes: Height and width (H_i, W_i) of every feature map.
         """
         num_fused = math.prod(sizes[0])
         projections = cast(list[nn.Linear], list(self.projections))
@@ -118,7 +128,7 @@ class AllMLPHead(nn.Module):
         return macs + convolution_macs(self.classifier, num_fused)
 
     def folded_projections(self) -> tuple[list[Tensor], Tensor]:
-        """The products F_i W_i, one (C, C_i) matrix per stage used, and the sum of F_i b_i (C,)."""
+        """Return the products F_i W_i, (C, C_i) for every used stage, and sum_i F_i b_i, (C,)."""
         projections = cast(list[nn.Linear], list(self.projections))
         if self.fuse is None:
             return [projections[0].weight], projections[0].bias

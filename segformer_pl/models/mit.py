@@ -1,16 +1,16 @@
 """Mix Transformer (MiT), the hierarchical encoder of SegFormer (Xie et al. 2021, Sec. 3.1).
 
-Read downward: patch embedding, attention, Mix-FFN, block, stage, encoder, variants B0 ... B5.
+In reading order: patch embedding, attention, Mix-FFN, block, stage, encoder, variants B0 to B5.
 
-Shape legend: B batch, H x W token grid, N = H * W tokens, C channels, r = ``sr_ratio`` (the
-paper's reduction ratio R is r squared). Tokens are kept as (B, H, W, C): height and width travel
-with them, and a ``permute`` to (B, C, H, W) is a channels-last view, so neither the convolutions
-nor the LayerNorms ever meet a copy.
+Symbols: B batch size, H x W token grid, N = H * W tokens, C channels, r = ``sr_ratio`` (the paper's
+reduction ratio R is r squared). Tokens have the shape (B, H, W, C), so that the size of the grid
+stays known. Their permutation to (B, C, H, W) is a channels-last view, so that neither convolutions
+nor LayerNorms copy them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import DropPath
@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
+from segformer_pl.models.mit_arguments import (
+    KvBorder,
+    PosEncoding,
+    check_kv_border,
+    check_pos_encoding,
+    check_stage_arguments,
+    default_paddings,
+    min_size,
+)
+from segformer_pl.models.paper_macs import encoder_macs, output_size
 from segformer_pl.models.segmenter import Encoder
-
-PosEncoding = Literal["mix_ffn", "learned", "none"]
-KvBorder = Literal["drop", "keep"]
 
 
 class NormEps(NamedTuple):
@@ -36,12 +43,12 @@ class NormEps(NamedTuple):
 
 
 def to_channels_first(tokens: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W), a view in channels-last memory format."""
+    """Return tokens (B, H, W, C) as (B, C, H, W), a view in channels-last memory format."""
     return tokens.permute(0, 3, 1, 2)
 
 
 def to_tokens(feature_map: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C), a view."""
+    """Return a feature map (B, C, H, W) as tokens (B, H, W, C), a view."""
     return feature_map.permute(0, 2, 3, 1)
 
 
@@ -65,22 +72,31 @@ class OverlapPatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
 
     def forward(self, feature_map: Tensor) -> Tensor:
+        """Return the tokens (B, H', W', C_out) of a feature map (B, C_in, H, W)."""
         return self.norm(to_tokens(self.proj(feature_map)))
 
 
 class EfficientSelfAttention(nn.Module):
     """Multi-head self-attention whose keys and values come from a reduced grid (Sec. 3.1, eq. 2).
 
-    The paper writes the reduction as reshape + Linear; its code, followed here, uses a convolution
-    with kernel and stride r and no padding, so the key/value grid is floor(H/r) x floor(W/r) and
-    a border of up to r - 1 token rows or columns is not seen when r does not divide the grid. With
-    ``kv_border="keep"`` it is seen: the windows that hang over the border reduce the tokens that
-    they have, scaled up by the share that is missing, and the grid is ceil(H/r) x ceil(W/r).
+    The paper describes the reduction as reshape and Linear. Its code, followed here, uses a
+    convolution with kernel and stride r and no padding. The key/value grid is then floor(H/r) x
+    floor(W/r), and if r does not divide the grid, up to r - 1 rows and columns of tokens at the
+    border give no keys and values. ``kv_border="keep"`` uses them: an incomplete square of tokens
+    is scaled up to a complete one, and the grid is ceil(H/r) x ceil(W/r). Seven tokens, r = 4::
+
+        tokens           0 1 2 3 4 5 6
+        "drop"           =======          1 key
+        "keep"           ======= =====    2 keys, the second from 3 tokens times 4/3
 
     Shapes: (B, H, W, C) -> (B, H, W, C).
 
-    Raises:
-        UserError: R is larger than the token grid, and the border is dropped.
+    Args:
+        dim: Channels C.
+        num_heads: Number of attention heads.
+        sr_ratio: Reduction r, the side of the square of tokens merged into one key and value.
+        norm_eps: Epsilon of the LayerNorm after the reduction.
+        kv_border: ``"drop"`` or ``"keep"``.
     """
 
     def __init__(
@@ -103,6 +119,11 @@ class EfficientSelfAttention(nn.Module):
             self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Attend from tokens (B, H, W, C) to the reduced grid; the result has the same shape.
+
+        Raises:
+            UserError: ``sr_ratio`` is larger than the token grid, and the border is dropped.
+        """
         batch, height, width, dim = tokens.shape
         reduced = self.reduce(tokens)
         query = self.q(tokens).view(batch, height * width, self.num_heads, -1).transpose(1, 2)
@@ -115,9 +136,12 @@ class EfficientSelfAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).reshape(batch, height, width, dim))
 
     def reduce(self, tokens: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H', W', C), the source of keys and values.
+        """Reduce tokens (B, H, W, C) to (B, H', W', C), from which keys and values are computed.
 
-        H' is H / r rounded down, or up if the border is kept.
+        H' is H / r, rounded down, or rounded up if the border is kept.
+
+        Raises:
+            UserError: ``sr_ratio`` is larger than the token grid, and the border is dropped.
         """
         if self.sr_ratio == 1:
             return tokens
@@ -128,15 +152,16 @@ class EfficientSelfAttention(nn.Module):
         if min(height, width) < self.sr_ratio:
             raise UserError(
                 f"sr_ratio {self.sr_ratio} is larger than the {height}x{width} token grid that "
-                "it should reduce; use larger images (or windows and scales, where there are), a "
-                "smaller sr_ratio in this stage or kv_border keep"
+                "it reduces; use larger images (or windows, or scales), a smaller sr_ratio in this "
+                "stage, or kv_border keep"
             )
         return self.norm(to_tokens(self.sr(to_channels_first(tokens))))
 
     def _reduce_to_the_border(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """The reduction where ``rows`` and ``columns`` of tokens are missing for whole windows."""
+        """Reduce a grid that lacks ``rows`` and ``columns`` of tokens to a multiple of r."""
         padded = F.pad(to_channels_first(tokens), (0, columns, 0, rows))
-        # Zeros add nothing; the bias is no sum over tokens, so the scale is not its own.
+        # Padded zeros do not change the sums over tokens. Scale those of incomplete squares up, but
+        # not the bias, which is not summed over tokens.
         sums = F.conv2d(padded, self.sr.weight, stride=self.sr_ratio)
         scale = sums.new_ones(sums.shape[2:])
         scale[-1] *= self.sr_ratio / (self.sr_ratio - rows)
@@ -148,8 +173,8 @@ class EfficientSelfAttention(nn.Module):
 class MixFFN(nn.Module):
     """Feed-forward network with a zero-padded 3x3 depthwise convolution (Sec. 3.1, eq. 3).
 
-    The zero padding is what tells the network where it is, in place of a positional encoding.
-    Without ``depthwise`` this is the plain transformer feed-forward network.
+    The zero padding provides positional information and replaces a positional encoding. Without
+    ``depthwise`` this is the plain transformer feed-forward network.
 
     Shapes: (B, H, W, C) -> (B, H, W, C).
     """
@@ -165,6 +190,7 @@ class MixFFN(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Transform tokens (B, H, W, C); the result has the same shape."""
         hidden = to_channels_first(self.fc1(tokens))
         return self.fc2(F.gelu(to_tokens(self.dwconv(hidden))))
 
@@ -194,15 +220,22 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Transform tokens (B, H, W, C); the result has the same shape."""
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
 class Stage(nn.Module):
-    """Patch embedding, blocks and a closing LayerNorm: one level of the pyramid.
+    """One level of the pyramid: patch embedding, blocks and a final LayerNorm.
 
-    Shapes: (B, C_in, H, W) -> (B, C, H', W'), H' as in :class:`OverlapPatchEmbed`. The normed map
-    feeds both the decode head and the next stage.
+    Shapes: (B, C_in, H, W) -> (B, C, H', W'), H' as in :class:`OverlapPatchEmbed`. The normalised
+    map is the input of both the decode head and the next stage.
+
+    Args:
+        patch_embed: Patch embedding.
+        blocks: Transformer blocks.
+        norm: Final LayerNorm.
+        pos_grid: Side of the learned position table in tokens. None: no table.
     """
 
     def __init__(
@@ -223,6 +256,7 @@ class Stage(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, dim, pos_grid, pos_grid))
 
     def forward(self, feature_map: Tensor) -> Tensor:
+        """Return the feature map (B, C, H', W') of an input (B, C_in, H, W)."""
         tokens = self.patch_embed(feature_map)
         if self.pos_embed is not None:
             tokens = tokens + to_tokens(
@@ -237,9 +271,9 @@ class MixTransformer(Encoder):
     """Mix Transformer (MiT): the hierarchical encoder of SegFormer.
 
     Four stages, each an overlapped patch embedding followed by transformer blocks and a
-    LayerNorm, produce a feature pyramid at strides 4, 8, 16 and 32. There is no positional
-    encoding by default: the zero-padded depthwise convolution inside Mix-FFN leaks position, so
-    the encoder accepts any resolution (Xie et al. 2021, Sec. 3.1).
+    LayerNorm, produce a feature pyramid at strides 4, 8, 16 and 32. By default there is no
+    positional encoding: the zero-padded depthwise convolution inside Mix-FFN provides positional
+    information, so the encoder accepts any resolution (Xie et al. 2021, Sec. 3.1).
 
     Shapes (C_i channels and s_i cumulative stride of stage i):
         input   (B, in_channels, H, W), any H and W of at least 29 pixels with the defaults (of
@@ -255,10 +289,11 @@ class MixTransformer(Encoder):
             the first two stages of B0 to B4.
         sr_ratios: Side of the square of tokens merged into one key/value. The paper's reduction
             ratio R is its square: (8, 4, 2, 1) here is the paper's (64, 16, 4, 1).
-        kv_border: What becomes of the last token rows and columns where a stage's grid is no
-            multiple of its sr_ratio, so where a side of the image is no multiple of 32:
-            ``"drop"``, they give no keys and values (the reference's code), or ``"keep"``. The
-            same at multiples, and the same parameters: trained weights can be used with either.
+        kv_border: Treatment of the last rows and columns of tokens if a stage's grid is no multiple
+            of its sr_ratio, which is the case if a side of the image is no multiple of 32. With
+            ``"drop"`` they give no keys and values, as in the reference code; with ``"keep"`` they
+            do. Both have the same parameters and agree at multiples of 32, so trained weights work
+            with either.
         patch_sizes: Kernel K of each patch embedding.
         strides: Stride S of each patch embedding.
         paddings: Padding P of each patch embedding. Default: K // 2 where patches overlap
@@ -267,21 +302,19 @@ class MixTransformer(Encoder):
         pos_encoding: ``"mix_ffn"`` (the paper's), ``"learned"`` (no depthwise convolution; one
             table per stage, resized bilinearly to the token grid: the paper's Table 1c
             comparison) or ``"none"`` (neither).
-        image_size: Side in pixels of the square images that the learned tables are laid out
-            for. Required by ``pos_encoding="learned"``, refused otherwise.
-        in_channels: Channels of the image.
-        drop_path_rate: Stochastic-depth rate of the last block; ramps linearly from 0 over all
-            blocks.
-        norm_eps: Epsilon of block and stage norms. 1e-6 is what the released weights were
-            trained with; transformers runs at 1e-5.
+        image_size: Side in pixels of the square images that determines the size of the learned
+            tables. Required by ``pos_encoding="learned"``, refused otherwise.
+        in_channels: Number of channels of the image.
+        drop_path_rate: Stochastic-depth rate of the last block. The rate grows linearly from 0 in
+            the first block.
+        norm_eps: Epsilon of block and stage norms. The released weights were trained with 1e-6;
+            transformers computes with 1e-5.
         conv_norm_eps: Epsilon of the norms after a convolution, in the patch embedding and in the
-            sequence reduction. 1e-5 in the released weights; mmsegmentation runs at 1e-6.
-
-    Attributes:
-        out_channels, out_strides: C_i and s_i, the encoder contract that a decode head reads.
+            sequence reduction. The released weights were trained with 1e-5; mmsegmentation computes
+            with 1e-6.
 
     Raises:
-        UserError: An impossible combination of arguments, with the value, the limit, the remedy.
+        UserError: An argument, or a combination of arguments, is impossible.
 
     Example:
         >>> [tuple(f.shape) for f in mit_b0()(torch.zeros(1, 3, 64, 96))]
@@ -310,7 +343,7 @@ class MixTransformer(Encoder):
         eps = NormEps(norm_eps, conv_norm_eps)
         if paddings is None:
             paddings = default_paddings(patch_sizes, strides)
-        _check_stage_arguments(
+        check_stage_arguments(
             embed_dims=embed_dims,
             depths=depths,
             num_heads=num_heads,
@@ -319,17 +352,14 @@ class MixTransformer(Encoder):
             strides=strides,
             paddings=paddings,
         )
-        _check_pos_encoding(pos_encoding, image_size)
-        if kv_border not in get_args(KvBorder):
-            raise UserError(
-                f"kv_border={kv_border!r}: choose one of {', '.join(get_args(KvBorder))}"
-            )
+        check_pos_encoding(pos_encoding, image_size)
+        check_kv_border(kv_border)
 
         self.in_channels = in_channels
         self.drop_path_rate = drop_path_rate
         self.out_channels = tuple(embed_dims)
         self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
-        self.min_size = _min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
+        self.min_size = min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
 
         last_block = max(sum(depths) - 1, 1)
         stages = []
@@ -373,14 +403,13 @@ class MixTransformer(Encoder):
             num_built += depths[s]
         self.stages = nn.ModuleList(stages)
         self.apply(_init_weights)
-        # Gradients of convolutions on channels-last maps come in this layout. With weights in
-        # another one, DistributedDataParallel would copy them in every step.
+        # Convolutions on channels-last maps produce channels-last gradients. If the weights had
+        # another memory format, DistributedDataParallel would copy the gradients in every step.
         self.to(memory_format=torch.channels_last)
 
     @property
     def norm_eps(self) -> NormEps:
-        """The epsilons of the LayerNorms. They belong to the weights that were trained with them,
-        so reading foreign weights sets them."""
+        """Epsilons of the LayerNorms. Loading weights sets those that they were trained with."""
         first = cast(Stage, self.stages[0])
         return NormEps(first.norm.eps, first.patch_embed.norm.eps)
 
@@ -396,6 +425,11 @@ class MixTransformer(Encoder):
                     module.attn.norm.eps = eps.conv_norm
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the feature pyramid of images (B, in_channels, H, W).
+
+        Returns:
+            Feature maps (B, C_i, H_i, W_i) of the four stages, from the finest to the coarsest.
+        """
         features = []
         feature_map = images.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
@@ -410,7 +444,8 @@ class MixTransformer(Encoder):
         pos_encoding, image_size = "mix_ffn", None
         if stages[0].pos_embed is not None:
             pos_encoding, stem = "learned", convolutions[0]
-            grid = stages[0].pos_embed.shape[-1]  # the smallest image that gives it
+            # Several image sizes give the same table; return the smallest.
+            grid = stages[0].pos_embed.shape[-1]
             padding = int(stem.padding[0])
             image_size = (grid - 1) * stem.stride[0] + stem.kernel_size[0] - 2 * padding
         elif isinstance(first[0].mlp.dwconv, nn.Identity):
@@ -437,18 +472,21 @@ class MixTransformer(Encoder):
         return {f"stage{s + 1}": f"stages.{s}" for s in range(len(self.stages))}
 
     def layer_ids(self) -> dict[str, int]:
-        """Count one layer per block. A stage's patch embedding and position table belong to its
-        first block, its closing norm to its last."""
+        """Return the layer of every parameter: one layer for each block, from the image on.
+
+        A stage's patch embedding and position table belong to its first block, its final norm to
+        its last.
+        """
         ids = {}
         first = 0
         for s, stage in enumerate(cast(list[Stage], list(self.stages))):
             last = first + len(stage.blocks) - 1
             for name, _ in stage.named_parameters():
-                part, *rest = name.split(".")
-                if part == "blocks":
+                child, *rest = name.split(".")
+                if child == "blocks":
                     layer = first + int(rest[0])
                 else:
-                    layer = last if part == "norm" else first
+                    layer = last if child == "norm" else first
                 ids[f"stages.{s}.{name}"] = layer
             first = last + 1
         return ids
@@ -466,30 +504,14 @@ class MixTransformer(Encoder):
         sizes = []
         size = (height, width)
         for stage in cast(list[Stage], list(self.stages)):
-            size = _output_size(stage.patch_embed.proj, size)
+            size = output_size(stage.patch_embed.proj, size)
             sizes.append(size)
         return sizes
 
     def paper_macs(self, height: int, width: int) -> int:
         """Return the encoder's share of :meth:`~segformer_pl.models.SegFormer.paper_macs`."""
-        macs = 0.0
         stages = cast(list[Stage], list(self.stages))
-        for stage, size in zip(stages, self.out_sizes(height, width)):
-            num_tokens = math.prod(size)
-            macs += convolution_macs(stage.patch_embed.proj, num_tokens)
-            for block in cast(list[Block], list(stage.blocks)):
-                attn, mlp = block.attn, block.mlp
-                num_keys = num_tokens / attn.sr_ratio**2
-                if attn.sr_ratio > 1:
-                    macs += convolution_macs(attn.sr, math.prod(_output_size(attn.sr, size)))
-                macs += attn.q.weight.numel() * num_tokens
-                macs += attn.kv.weight.numel() * num_keys
-                macs += 2 * num_tokens * num_keys * attn.proj.out_features
-                macs += attn.proj.weight.numel() * num_tokens
-                macs += (mlp.fc1.weight.numel() + mlp.fc2.weight.numel()) * num_tokens
-                if isinstance(mlp.dwconv, nn.Conv2d):
-                    macs += convolution_macs(mlp.dwconv, num_tokens)
-        return round(macs)
+        return encoder_macs(stages, self.out_sizes(height, width))
 
     def weight_constants(self) -> dict[str, float]:
         return {"norm_eps": self.norm_eps.norm, "conv_norm_eps": self.norm_eps.conv_norm}
@@ -501,38 +523,8 @@ class MixTransformer(Encoder):
         self.norm_eps = NormEps(eps["norm_eps"], eps["conv_norm_eps"])
 
 
-def _min_size(
-    patch_sizes: Sequence[int],
-    strides: Sequence[int],
-    paddings: Sequence[int],
-    sr_ratios: Sequence[int],
-    kv_border: KvBorder,
-) -> int:
-    """Walk from the last stage to the image: the side that leaves each stage enough tokens."""
-    side = 1
-    for kernel, stride, padding, sr_ratio in reversed(
-        list(zip(patch_sizes, strides, paddings, sr_ratios))
-    ):
-        tokens = max(side, sr_ratio if kv_border == "drop" else 1)
-        side = max((tokens - 1) * stride + kernel - 2 * padding, 1)
-    return side
-
-
-def convolution_macs(convolution: nn.Conv2d, num_outputs: int) -> int:
-    """Multiply-adds of a convolution at ``num_outputs`` positions, bias additions included."""
-    bias = 0 if convolution.bias is None else convolution.out_channels
-    return (convolution.weight.numel() + bias) * num_outputs
-
-
-def _output_size(convolution: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
-    kernel, stride = convolution.kernel_size[0], convolution.stride[0]
-    padding = int(convolution.padding[0])
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
-    return height, width
-
-
 def _init_weights(module: nn.Module) -> None:
-    """Initialisation of the reference code: Linear N(0, .02), Conv2d He over the fan-out."""
+    """Initialise as the reference code: Linear N(0, 0.02), Conv2d He over the fan-out."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -546,59 +538,8 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.pos_embed, std=0.02)
 
 
-def _check_stage_arguments(**per_stage: Sequence[int]) -> None:
-    for name, values in per_stage.items():
-        lowest = 0 if name == "paddings" else 1
-        if len(values) != 4 or any(v < lowest for v in values):
-            raise UserError(
-                f"{name}={tuple(values)}: give one integer of at least {lowest} for each of the "
-                "four stages"
-            )
-    for s in range(4):
-        dim, heads = per_stage["embed_dims"][s], per_stage["num_heads"][s]
-        kernel, stride = per_stage["patch_sizes"][s], per_stage["strides"][s]
-        padding = per_stage["paddings"][s]
-        if dim % heads:
-            raise UserError(
-                f"stage {s + 1}: embed_dim {dim} is not a multiple of its {heads} heads; "
-                "change embed_dims or num_heads"
-            )
-        if kernel < stride:
-            raise UserError(
-                f"stage {s + 1}: patch_size {kernel} is smaller than stride {stride}, so pixels "
-                f"between patches would never be seen; use a patch_size of at least {stride}"
-            )
-        if padding > kernel // 2:
-            raise UserError(
-                f"stage {s + 1}: padding {padding} is more than half of patch_size {kernel}, so "
-                f"border patches would hold mostly padding; use at most {kernel // 2}"
-            )
-
-
-def _check_pos_encoding(pos_encoding: PosEncoding, image_size: int | None) -> None:
-    if pos_encoding not in get_args(PosEncoding):
-        raise UserError(
-            f"pos_encoding={pos_encoding!r}: choose one of {', '.join(get_args(PosEncoding))}"
-        )
-    if pos_encoding == "learned" and image_size is None:
-        raise UserError(
-            "pos_encoding='learned' needs image_size, the side in pixels of the training crops "
-            "that its tables are laid out for"
-        )
-    if pos_encoding != "learned" and image_size is not None:
-        raise UserError(
-            f"image_size={image_size} has no meaning with pos_encoding={pos_encoding!r}: only "
-            "learned tables have a size; leave it out"
-        )
-
-
-# Variants (Table 6; depths of B2 and B3 as in the released weights). Every other argument of
-# MixTransformer is open to an ablation.
-
-
-def default_paddings(patch_sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Paddings of patch embeddings: half the patch where patches overlap, else none."""
-    return tuple(k // 2 if k > s else 0 for k, s in zip(patch_sizes, strides))
+# Variants (Table 6; depths of B2 and B3 as in the released weights). Ablations may set every other
+# argument of MixTransformer.
 
 
 def mit_b0(**kwargs: Any) -> MixTransformer:

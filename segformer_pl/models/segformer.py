@@ -12,17 +12,17 @@ from segformer_pl.models.segmenter import Encoder, Segmenter
 
 
 class SegFormer(Segmenter):
-    """A semantic segmentation network: encoder, then All-MLP head.
+    """SegFormer: a hierarchical encoder and the All-MLP decode head.
 
     Shapes: (B, in_channels, H, W) -> logits (B, num_classes, ceil(H/4), ceil(W/4)). Upsampling to
     pixels belongs to the loss and to inference, not to the network.
 
     Args:
-        encoder: Gives the feature pyramid, a list of (B, C_i, H_i, W_i), finest first.
+        encoder: Encoder, whose output is a feature pyramid (B, C_i, H_i, W_i), finest map first.
         num_classes: Number of classes.
         decoder_dim: Channels C of the head.
-        in_indices: Stages that feed the head, counted from 0 (Table 1d varies them).
-        dropout: Channel dropout before the classifier.
+        in_indices: Stages that the head uses, counted from 0 (varied in Table 1d).
+        dropout: Rate of the channel dropout before the classifier.
     """
 
     classifier_path = "head.classifier"
@@ -43,15 +43,16 @@ class SegFormer(Segmenter):
         self.head = AllMLPHead(encoder.out_channels, num_classes, decoder_dim, in_indices, dropout)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, num_classes, H_1, W_1) of images (B, in_channels, H, W)."""
         return self.head(self.encoder(images))
 
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """The named intermediates, in order, that analysis looks at.
+        """Return the intermediate maps for analysis, from the image to the classifier.
 
         Returns:
-            ``stage1`` ... ``stage4``: the normed map of each stage, (B, C_i, H_i, W_i);
-            ``head``: the fused map after BatchNorm and ReLU, (B, decoder_dim, H_1, W_1), the last
-            one before the classifier.
+            ``stage1`` ... ``stage4``: the normalised map of each stage, (B, C_i, H_i, W_i);
+            ``head``: the fused map after BatchNorm and ReLU, (B, decoder_dim, H_1, W_1), which is
+            the input of the classifier.
         """
         features = self.encoder(images)
         named = {f"stage{i}": feature for i, feature in enumerate(features, start=1)}
@@ -71,11 +72,11 @@ class SegFormer(Segmenter):
         return stages | {"head": "head"}
 
     def layer_ids(self) -> dict[str, int]:
-        """Return the encoder's layers; everything else is the head.
+        """Return the layers of the encoder's parameters. All other parameters are the head.
 
         Raises:
-            UserError: The encoder leaves out some of its parameters, which would then train at
-                the head's learning rate.
+            UserError: The encoder's ``layer_ids()`` leaves out some of its parameters, which would
+                then train at the head's learning rate.
         """
         layers = {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
         names = {name for name, _ in self.named_parameters() if name.startswith("encoder.")}
@@ -87,7 +88,7 @@ class SegFormer(Segmenter):
         return layers
 
     def no_weight_decay(self) -> set[str]:
-        """Return the encoder's parameters alone: the reference decays the head's BatchNorm."""
+        """Return those of the encoder only, as the reference decays the head's BatchNorm."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def weight_constants(self) -> dict[str, float]:
@@ -97,14 +98,15 @@ class SegFormer(Segmenter):
         self.encoder.set_weight_constants(constants)
 
     def paper_macs(self, height: int, width: int) -> int | None:
-        """Return the "FLOPs" of the paper's Tables 1 and 2, if the encoder has such a number.
+        """Return the "FLOPs" of the paper's Tables 1 and 2, None if the encoder does not have any.
 
-        They are multiply-adds by the recipe of the reference code's ``tools/get_flops.py`` with
-        mmcv's counter: convolutions with their bias additions, Linear layers without, the elements
-        that go through ReLU, and 2 N (N / R) C in every attention for N tokens, R = sr_ratio
-        squared. Not counted: norms, GELU, softmax, interpolation. With 150 classes this gives every
-        value of Table 1a: 512x512 for ADE20K (640x640 for B5) and COCO-Stuff, 1024x2048 for
-        Cityscapes.
+        They are multiply-adds; see :mod:`~segformer_pl.models.paper_macs` for what is counted. With
+        150 classes they are the values of Table 1a: at 512x512 for ADE20K (640x640 for B5) and
+        COCO-Stuff, at 1024x2048 for Cityscapes.
+
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
         """
         of_encoder = self.encoder.paper_macs(height, width)
         if of_encoder is None:
@@ -119,7 +121,7 @@ def segformer_b0(
     dropout: float = 0.1,
     **kwargs: Any,
 ) -> SegFormer:
-    """SegFormer-B0, 3.8 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    """SegFormer-B0, 3.8 M parameters at 150 classes. ``kwargs`` are arguments of the encoder."""
     return SegFormer(mit_b0(**kwargs), num_classes, decoder_dim, in_indices, dropout)
 
 
@@ -130,7 +132,7 @@ def segformer_b1(
     dropout: float = 0.1,
     **kwargs: Any,
 ) -> SegFormer:
-    """SegFormer-B1, 13.7 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    """SegFormer-B1, 13.7 M parameters at 150 classes. ``kwargs`` are arguments of the encoder."""
     return SegFormer(mit_b1(**kwargs), num_classes, decoder_dim, in_indices, dropout)
 
 
@@ -141,7 +143,7 @@ def segformer_b2(
     dropout: float = 0.1,
     **kwargs: Any,
 ) -> SegFormer:
-    """SegFormer-B2, 27.5 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    """SegFormer-B2, 27.5 M parameters at 150 classes. ``kwargs`` are arguments of the encoder."""
     return SegFormer(mit_b2(**kwargs), num_classes, decoder_dim, in_indices, dropout)
 
 
@@ -152,7 +154,7 @@ def segformer_b3(
     dropout: float = 0.1,
     **kwargs: Any,
 ) -> SegFormer:
-    """SegFormer-B3, 47.3 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    """SegFormer-B3, 47.3 M parameters at 150 classes. ``kwargs`` are arguments of the encoder."""
     return SegFormer(mit_b3(**kwargs), num_classes, decoder_dim, in_indices, dropout)
 
 
@@ -163,7 +165,7 @@ def segformer_b4(
     dropout: float = 0.1,
     **kwargs: Any,
 ) -> SegFormer:
-    """SegFormer-B4, 64.1 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    """SegFormer-B4, 64.1 M parameters at 150 classes. ``kwargs`` are arguments of the encoder."""
     return SegFormer(mit_b4(**kwargs), num_classes, decoder_dim, in_indices, dropout)
 
 
@@ -174,5 +176,5 @@ def segformer_b5(
     dropout: float = 0.1,
     **kwargs: Any,
 ) -> SegFormer:
-    """SegFormer-B5, 84.7 M parameters at 150 classes; ``kwargs`` go to the encoder."""
+    """SegFormer-B5, 84.7 M parameters at 150 classes. ``kwargs`` are arguments of the encoder."""
     return SegFormer(mit_b5(**kwargs), num_classes, decoder_dim, in_indices, dropout)

@@ -5,9 +5,9 @@ A network of this package is an :class:`Encoder` or a :class:`Segmenter`::
     images (B, C, H, W) --Encoder----> [(B, C_1, H_1, W_1), ..., (B, C_n, H_n, W_n)]
     images (B, C, H, W) --Segmenter--> (B, num_classes, h, w)
 
-The rest of the package reads the attributes and methods below and nothing else: it does not ask
-which architecture it has, and does not guess from parameter names. A new network inherits from
-one of the two, sets the attributes and writes the methods without a default::
+The rest of the package uses the attributes and methods below only. It neither tests for an
+architecture nor derives anything from parameter names. A new network inherits from one of the two
+classes, sets the attributes and implements the abstract methods::
 
     class Tiny(Segmenter):
         def __init__(self, num_classes: int, width: int = 8) -> None:
@@ -28,9 +28,9 @@ one of the two, sets the attributes and writes the methods without a default::
                 "width": self.classifier.in_channels,
             }
 
-These are base classes and not protocols because jsonargparse compares the methods of a protocol
-annotation by annotation, and ``nn.Module.__call__`` has none: no network could be named on the
-command line.
+They are base classes and not protocols, because jsonargparse compares the annotations of a
+protocol's methods, and ``nn.Module.__call__`` has none. A network that satisfies a protocol could
+not be given on the command line.
 """
 
 import math
@@ -49,10 +49,10 @@ Criterion = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Network(nn.Module, ABC):
-    """What an encoder and a segmenter have in common.
+    """Base class of encoders and segmenters.
 
     Attributes:
-        in_channels: Channels of the images.
+        in_channels: Number of channels of the images.
         min_size: Smallest height and width of an image in pixels.
     """
 
@@ -61,45 +61,45 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def init_args(self) -> dict[str, Any]:
-        """Return the constructor arguments that build a network like this one, as plain data.
+        """Return the constructor arguments that rebuild this network, as plain data.
 
-        An argument that is itself a network is given as its ``spec()``. A checkpoint stores them,
-        so that it can be opened without the script that trained it.
+        An argument that is itself a network is replaced by its ``spec()``. Checkpoints store these
+        arguments, so that they open without the script that trained the network.
         """
 
     def spec(self) -> dict[str, Any]:
-        """Return ``{"class_path": ..., "init_args": ...}``, the form of an experiment file."""
+        """Return ``{"class_path": ..., "init_args": ...}``, as in an experiment file."""
         cls = type(self)
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": self.init_args()}
 
     def parts(self) -> dict[str, str]:
-        """Return the parts that a cost table lists: name -> path of the submodule, in order.
+        """Return the parts of the network for cost tables: name -> path of the submodule, in order.
 
-        No path lies inside another, and together they hold every parameter.
+        No path may lie inside another, and together they must hold every parameter.
         """
         return {name: name for name, _ in self.named_children()}
 
     def layer_ids(self) -> dict[str, int]:
-        """Return the depth of parameters for layer-wise learning rates: name -> 0, 1, 2, ...
+        """Return the layer of parameters for layer-wise learning rates: name -> 0, 1, 2, ...
 
-        Depth 0 is next to the image. In a segmenter the parameters that are missing here are "the
-        head", which trains at a multiple of the encoder's learning rate; by default all of them.
+        Layer 0 is next to the image. In a segmenter, parameters without an entry are the head,
+        which trains at a multiple of the encoder's learning rate. By default all of them are.
         """
         return {}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that AdamW must not decay."""
+        """Return the names of the parameters without weight decay."""
         return set()
 
     def weight_constants(self) -> dict[str, float]:
         """Return constants that trained weights depend on and that no tensor holds.
 
-        The epsilons of LayerNorms are such constants. They travel with the weights.
+        The epsilons of LayerNorms are such constants. They are stored and loaded with the weights.
         """
         return {}
 
     def set_weight_constants(self, constants: Mapping[str, float]) -> None:
-        """Set what :meth:`weight_constants` returned.
+        """Set constants that :meth:`weight_constants` returned, by default none.
 
         Raises:
             UserError: The network has no constant of that name.
@@ -111,21 +111,25 @@ class Network(nn.Module, ABC):
             )
 
     def paper_macs(self, height: int, width: int) -> int | None:
-        """Return the multiply-adds that the network's paper counts for one image, if it has any.
+        """Return the multiply-adds of one image as the paper counts them, None if unknown.
 
         Papers and their tools differ in what they count.
+
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
         """
         return None
 
 
 class Encoder(Network):
-    """A backbone that gives a feature pyramid, the finest map first.
+    """Base class of backbones, whose output is a feature pyramid, finest map first.
 
-    It has no head: :meth:`layer_ids` has an entry for every parameter.
+    An encoder has no head, so :meth:`layer_ids` has an entry for every parameter.
 
     Attributes:
         out_channels: Channels C_i of every map.
-        out_strides: Side, in pixels of the image, of one unit of every map.
+        out_strides: Stride of every map in pixels of the image.
     """
 
     out_channels: tuple[int, ...]
@@ -133,30 +137,30 @@ class Encoder(Network):
 
     @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, in_channels, H, W) -> one (B, C_i, H_i, W_i) for each stage."""
+        """Return the feature maps (B, C_i, H_i, W_i) of images (B, in_channels, H, W)."""
 
     def layer_ids(self) -> dict[str, int]:
-        """Return the depth of every parameter, by default 0: a single layer."""
+        """Return the layer of every parameter. By default there is a single layer, 0."""
         return {name: 0 for name, _ in self.named_parameters()}
 
     def out_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return the sizes (H_i, W_i) of the maps of one image."""
+        """Return the size (H_i, W_i) of every map of an image of this height and width."""
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.out_strides]
 
 
 class Segmenter(Network):
-    """A semantic segmentation network.
+    """Base class of semantic segmentation networks.
 
     Attributes:
         num_classes: Number of classes.
-        output: ``"logits"``, of which a softmax over the classes makes probabilities, or
-            ``"scores"``, non-negative values that are compared as they are (MaskFormer's sum over
-            queries).
+        output: Kind of the class maps. ``"logits"`` become probabilities by a softmax over the
+            classes, ``"scores"`` (non-negative, such as MaskFormer's sum over queries) by division
+            by their sum.
         classifier_path: Path of the submodule whose parameters have the classes as their first
-            dimension. Weights of other classes are reordered there, or initialised again. None:
-            there is no such module.
-        takes_criterion: Whether :meth:`training_loss` uses its ``criterion``. The task refuses a
-            configured loss where it does not.
+            dimension. For weights of other classes its rows are reordered or re-initialised. None:
+            there is no such submodule.
+        takes_criterion: Whether :meth:`training_loss` uses its ``criterion``. If not, the task
+            refuses a configured loss.
     """
 
     num_classes: int
@@ -166,28 +170,29 @@ class Segmenter(Network):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> class maps (B, num_classes, h, w) at the network's own stride.
+        """Return class maps (B, num_classes, h, w) of images (B, in_channels, H, W).
 
-        Upsampling to pixels belongs to the loss and to inference, not to the network.
+        They have the network's own stride. The loss and inference upsample them to pixels.
         """
 
     @abstractmethod
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, in_channels, H, W) -> named intermediate maps (B, C_i, H_i, W_i), in order.
+        """Return named intermediate maps (B, C_i, H_i, W_i) of images (B, in_channels, H, W).
 
-        Receptive fields are measured on them. The last one is the input of the classifier.
+        They are ordered from the image to the classifier, and the last one is the classifier's
+        input. Effective receptive fields are measured on their units.
         """
 
     def training_loss(
         self, images: Tensor, target: Tensor, criterion: Criterion, ignore_index: int
     ) -> Tensor:
-        """Return the scalar that training minimises.
+        """Return the training loss, a scalar.
 
         Args:
-            images: (B, in_channels, H, W), normalised.
-            target: (B, H, W) int64 class indices.
-            criterion: The configured loss per pixel. A network with auxiliary heads applies it to
-                each of them.
-            ignore_index: Class index of pixels that do not train.
+            images: Normalised images, (B, in_channels, H, W).
+            target: Class indices, (B, H, W) int64.
+            criterion: The configured loss. A network with auxiliary heads applies it to the output
+                of each head.
+            ignore_index: Class index of the pixels that do not contribute to the loss.
         """
         return criterion(self(images), target, ignore_index)

@@ -1,4 +1,4 @@
-"""Whose tensors are named how: complete key lists, shapes included, without any data."""
+"""Complete lists of keys and shapes of every layout, on the meta device."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from segformer_pl import models
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.layouts import (
-    LAYOUTS,
+    KNOWN_LAYOUTS,
     MMSEG,
     NATIVE,
     NVLABS,
@@ -15,8 +15,8 @@ from segformer_pl.checkpoints.layouts import (
     TRANSFORMERS_DISK,
     TRANSFORMERS_MEMORY,
     detect,
-    from_parts,
-    to_parts,
+    from_canonical,
+    to_canonical,
 )
 from segformer_pl.errors import UserError
 from segformer_pl.models.mit import EfficientSelfAttention
@@ -48,7 +48,7 @@ def with_bias(name, *shape):
 
 
 def nvlabs_backbone(variant):
-    """The names and shapes of a mit_b*.pth file, without its classification head."""
+    """Keys and shapes of a mit_b*.pth file, without its classification head."""
     shapes = {}
     for i, (dim, depth, sr) in enumerate(
         zip(DIMS[variant], DEPTHS[variant], (8, 4, 2, 1)), start=1
@@ -86,7 +86,7 @@ def nvlabs_head(variant, num_classes):
 
 
 def mmseg_backbone(variant):
-    """The names and shapes of mmsegmentation's converted backbones."""
+    """Keys and shapes of mmsegmentation's converted backbones."""
     shapes = {}
     for s, (dim, depth, sr) in enumerate(zip(DIMS[variant], DEPTHS[variant], (8, 4, 2, 1))):
         before, kernel = (DIMS[variant][s - 1], 3) if s else (3, 7)
@@ -121,7 +121,7 @@ def segmenter(variant, num_classes=19):
 
 
 @pytest.mark.parametrize("variant", DIMS)
-def test_nvlabs_backbone_with_and_without_classification_head(variant):
+def test_nvlabs_backbone_loads_with_and_without_classification_head(variant):
     state = meta(nvlabs_backbone(variant))
     assert sum(tensor.numel() for tensor in state.values()) == ENCODER_PARAMETERS[variant]
     network = segmenter(variant)
@@ -130,7 +130,7 @@ def test_nvlabs_backbone_with_and_without_classification_head(variant):
     report = load_weights(network, state | meta(head), parts="encoder")
     assert report.dropped.keys() == head.keys()
     assert report.layout == "NVlabs backbone"
-    # an encoder by itself takes the same file
+    # An encoder alone takes the same file.
     assert load_weights(network.encoder, state | meta(head)).num_tensors == report.num_tensors
 
 
@@ -140,7 +140,7 @@ def test_number_of_tensors_of_b0():
 
 
 @pytest.mark.parametrize("variant", DIMS)
-def test_nvlabs_segmenter(variant):
+def test_nvlabs_segmenter_loads(variant):
     state = meta(nvlabs_backbone(variant), "backbone.") | meta(nvlabs_head(variant, 19))
     network = segmenter(variant)
     report = load_weights(network, {"state_dict": state, "meta": {"CLASSES": ("road",)}})
@@ -150,7 +150,7 @@ def test_nvlabs_segmenter(variant):
 
 
 @pytest.mark.parametrize("variant", DIMS)
-def test_mmseg_backbone_converts_and_its_head_is_refused(variant):
+def test_mmseg_backbone_loads_and_its_head_is_refused(variant):
     network = segmenter(variant)
     bare = load_weights(network, meta(mmseg_backbone(variant)), parts="encoder")
     assert bare.layout == "mmsegmentation backbone"
@@ -166,36 +166,36 @@ def test_mmseg_backbone_converts_and_its_head_is_refused(variant):
     assert report.dropped.keys() == head.keys()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_there_and_back_is_the_same_tensors(layout, randomize):
+@pytest.mark.parametrize("layout", KNOWN_LAYOUTS, ids=lambda layout: layout.name)
+def test_a_round_trip_through_a_layout_keeps_every_tensor(layout, randomize):
     network = randomize(models.segformer_b0(5))
-    everything = to_parts(NATIVE, "encoder.", network.state_dict())[0]
-    encoder = {name: part for name, part in everything.items() if name.startswith("encoder.")}
+    everything = to_canonical(NATIVE, "encoder.", network.state_dict())[0]
+    encoder = {key: t for key, t in everything.items() if key.startswith("encoder.")}
     for prefix, kind in layout.encoder_prefixes.items():
-        parts = everything if kind == "segmenter" and layout is not MMSEG else encoder
-        foreign, homeless = from_parts(layout, prefix, parts)
-        assert homeless == []
+        tensors = everything if kind == "segmenter" and layout is not MMSEG else encoder
+        foreign, inexpressible = from_canonical(layout, prefix, tensors)
+        assert inexpressible == []
         assert detect(foreign) == (layout, prefix, "")
-        again, dropped, unknown = to_parts(layout, prefix, foreign)
+        again, dropped, unknown = to_canonical(layout, prefix, foreign)
         assert (dropped, unknown) == ({}, [])
-        assert again.keys() == parts.keys()
-        for name, part in parts.items():
-            assert torch.equal(again[name], part), name
+        assert again.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(again[key], tensor), key
 
 
 @pytest.mark.slow
-def test_names_are_those_of_the_libraries(randomize):
+def test_keys_are_those_of_the_libraries(randomize):
     from segmentation_models_pytorch import Segformer
     from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
     config = SegformerConfig()
     whole = (SegformerForSemanticSegmentation(config), Segformer("mit_b0", encoder_weights=None))
     for theirs, layout in zip(whole, (TRANSFORMERS_MEMORY, SMP)):
-        found, prefix, _ = detect(theirs.state_dict())
-        assert (found, prefix) == (layout, next(iter(layout.encoder_prefixes)))
-        parts, dropped, unknown = to_parts(layout, prefix, theirs.state_dict())
+        detected, prefix, _ = detect(theirs.state_dict())
+        assert (detected, prefix) == (layout, next(iter(layout.encoder_prefixes)))
+        tensors, dropped, unknown = to_canonical(layout, prefix, theirs.state_dict())
         assert (dropped, unknown) == ({}, [])
-        assert from_parts(layout, prefix, parts)[0].keys() == theirs.state_dict().keys()
+        assert from_canonical(layout, prefix, tensors)[0].keys() == theirs.state_dict().keys()
     encoder = SegformerModel(config).state_dict()
     assert detect(encoder) == (TRANSFORMERS_MEMORY, "", "")
 
@@ -222,15 +222,15 @@ def test_detection(name, expected):
     assert detect({"something.else": 0, name: 0}) == expected
 
 
-def test_attention_of_mmseg_is_torchs_own_multi_head_attention(randomize):
-    """Its joint projection holds queries, keys and values, in this order."""
+def test_attention_of_mmseg_is_torchs_multi_head_attention(randomize):
+    """The joint projection holds queries, keys and values, in this order."""
     dim, heads = 8, 2
     theirs = randomize(nn.MultiheadAttention(dim, heads, batch_first=True))
     ours = EfficientSelfAttention(dim, heads, sr_ratio=1, norm_eps=1e-5).double()
     block = "layers.0.1.0.attn."
     state = {f"{block}attn.{name}": tensor for name, tensor in theirs.state_dict().items()}
-    parts, _, unknown = to_parts(MMSEG, "", state)
-    native, _ = from_parts(NATIVE, "", parts)
+    tensors, _, unknown = to_canonical(MMSEG, "", state)
+    native, _ = from_canonical(NATIVE, "", tensors)
     assert unknown == []
     prefix = "stages.0.blocks.0.attn."
     ours.load_state_dict({name.removeprefix(prefix): t for name, t in native.items()})

@@ -1,4 +1,4 @@
-"""Where weights are read from: folders, a hub that answers, a hub that does not."""
+"""Weights are read from folders, a state dict, and a hub with and without network."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def error_of(source):
     return str(error.value)
 
 
-def test_folders(tmp_path):
+def test_a_folder_is_read_with_its_config(tmp_path):
     state = {"a": torch.ones(2)}
     (tmp_path / "config.json").write_text('{"id2label": {"1": "b", "0": "a"}}')
     assert "holds neither model.safetensors nor pytorch_model.bin" in error_of(tmp_path)
@@ -35,15 +35,15 @@ def test_folders(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     assert torch.equal(read_weights(str(tmp_path)).tensors["a"], torch.zeros(2))
     (tmp_path / "config.json").write_text("{")
-    assert "config.json' is no JSON" in error_of(tmp_path)
+    assert "config.json' is not valid JSON" in error_of(tmp_path)
 
 
-def test_what_is_not_there():
+def test_a_missing_source_is_refused():
     for source in ("nowhere.pth", "weights/nowhere.safetensors", "/nowhere/at/all", "b0"):
         assert f"there is no file or folder '{source}'" in error_of(source)
 
 
-# A process of its own, because huggingface_hub reads its settings when it is imported.
+# Runs in its own process, because huggingface_hub reads its environment when it is imported.
 PROGRAM = """
 import sys
 from segformer_pl.models import mit_b0
@@ -59,7 +59,7 @@ for name in sys.argv[1:]:
 
 
 def load_from_hub(tmp_path, endpoint, *names):
-    """What each name came to, one line each."""
+    """Load each name; return the first line of each report or refusal."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
@@ -83,13 +83,13 @@ def load_from_hub(tmp_path, endpoint, *names):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with one repository: its files, at one commit."""
+    """URL of a hub with one repository at one commit."""
     state = {name: tensor.contiguous() for name, tensor in mit_b0().state_dict().items()}
     save_file(state, tmp_path / "weights")
     files = {"config.json": b"{}", "model.safetensors": (tmp_path / "weights").read_bytes()}
 
     class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):  # the names are those of http.server
+        def do_HEAD(self):  # http.server calls methods by these names
             self.answer(with_body=False)
 
         def do_GET(self):
@@ -141,13 +141,13 @@ def test_hub_names_are_pinned(hub, tmp_path):
         assert line.startswith(f"refused: hub name '{name}' pins no commit")
         assert f"write '{pinned}'" in line
     assert f"refused: the hub has no '{missing}'" in lines[3]
-    # Without network, what was fetched once comes from the cache.
+    # Without network, a pinned commit comes from the cache.
     lines = load_from_hub(tmp_path, "http://127.0.0.1:9", pinned, missing)
     assert f"set from '{pinned}'" in lines[0]
     assert f"refused: the hub cannot be reached for '{missing}'" in lines[1]
-    assert "give a file or folder that is on this machine" in lines[1]
+    assert "give a local file or folder" in lines[1]
 
 
-def test_state_dict_in_memory():
+def test_a_state_dict_in_memory_is_a_source():
     encoder = mit_b0()
     assert load_weights(mit_b0(), encoder.state_dict()).source == "the state dict"

@@ -1,4 +1,4 @@
-"""Every protocol against a plain transcription of the reference's steps, at full size."""
+"""Every protocol, compared with a plain full-size implementation of the reference's steps."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ IGNORED = 255
 
 
 class Network(nn.Module):
-    """Three classes at stride 4; sees a little beyond its cell, so that borders matter."""
+    """Three classes at stride 4. The receptive field exceeds a cell, so that borders matter."""
 
     num_classes = 3
     output = "logits"
@@ -43,7 +43,7 @@ def _band(request, monkeypatch):
     monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", request.param)
 
 
-def pictures(height=40, width=56, batch=2):
+def random_images(height=40, width=56, batch=2):
     return torch.randn(batch, 3, height, width, dtype=torch.float64)
 
 
@@ -85,10 +85,10 @@ def hann(rows, columns):
     return torch.outer(*sides)
 
 
-def equal(inference, network, images, size, expected):
-    """Labels, probabilities and losses all follow from the expected probabilities."""
-    found = predict_probabilities(network, images, size, inference)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+def check(inference, network, images, size, expected):
+    """Compare labels, probabilities and losses with those of the expected probabilities."""
+    probabilities = predict_probabilities(network, images, size, inference)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-12)
     assert torch.equal(predict_classes(network, images, size, inference), expected.argmax(1))
     labels = torch.randint(3, (len(images), *size))
     labels[:, :3] = IGNORED
@@ -103,21 +103,21 @@ def equal(inference, network, images, size, expected):
 
 @pytest.mark.usefixtures("_band")
 @pytest.mark.parametrize("size", [(40, 56), (33, 71), (80, 50)])
-def test_the_whole_picture_at_the_size_of_its_label(network, size):
-    images = pictures()
+def test_whole_images_are_predicted_at_any_output_size(network, size):
+    images = random_images()
     expected = resize(whole(network, images), size).softmax(1)
-    equal(Inference(), network, images, size, expected)
+    check(Inference(), network, images, size, expected)
 
 
 @pytest.mark.usefixtures("_band")
-def test_fitted_into_the_base_size_and_resized_to_multiples(network):
-    """The reference's AlignedResize: keep-ratio resize, then a second resize, not padding."""
-    images = pictures(40, 56)
+def test_images_are_fitted_into_the_base_size_and_resized_to_multiples(network):
+    """AlignedResize of the reference: a keep-ratio resize, then a second resize, no padding."""
+    images = random_images(40, 56)
     # 100 / 56 = 1.786 and 50 / 40 = 1.25: the short side decides. 50 x 70, then 64 x 96.
     aligned = resize(resize(images, (50, 70)), (64, 96))
     expected = resize(whole(network, aligned), (40, 56)).softmax(1)
     network.sizes.clear()
-    equal(Inference(base_size=(100, 50), resize_to=32), network, images, (40, 56), expected)
+    check(Inference(base_size=(100, 50), resize_to=32), network, images, (40, 56), expected)
     assert set(network.sizes) == {(64, 96)}
 
 
@@ -131,7 +131,7 @@ def test_fitted_into_the_base_size_and_resized_to_multiples(network):
         ((1024, 2048), 0.5, (512, 1024)),
     ],
 )
-def test_sizes_are_rounded_as_in_mmcv(size, scale, expected):
+def test_view_sizes_are_rounded_as_in_mmcv(size, scale, expected):
     base = (2048, 1024) if size == (1024, 2048) else (2048, 512)
     assert engine.view_size(size, scale, base) == expected
 
@@ -139,29 +139,29 @@ def test_sizes_are_rounded_as_in_mmcv(size, scale, expected):
 @pytest.mark.usefixtures("_band")
 @pytest.mark.parametrize("size", [(40, 56), (31, 90)])
 @pytest.mark.parametrize(("name", "weights"), [("uniform", uniform), ("hann", hann)])
-def test_sliding_windows(network, name, weights, size):
-    images = pictures()
+def test_overlapping_windows_are_averaged(network, name, weights, size):
+    images = random_images()
     logits = sliding(network, images, (24, 32), (16, 20), weights)
     inference = Inference(window=(24, 32), stride=(16, 20), window_weights=name)
-    equal(inference, network, images, size, resize(logits, size).softmax(1))
+    check(inference, network, images, size, resize(logits, size).softmax(1))
 
 
-def test_windows_of_cityscapes(network):
-    """1024 x 2048 in windows of 1024 with a step of 768: three, the last one moved back."""
+def test_the_cityscapes_protocol_has_three_windows(network):
+    """Windows of 1024 at stride 768 in 1024 x 2048: three, the last one moved back."""
     small = Inference(window=(32, 32), stride=(24, 24))
-    predict_classes(network, pictures(32, 64, 1), (32, 64), small)
+    predict_classes(network, random_images(32, 64, 1), (32, 64), small)
     assert network.sizes == [(32, 32)] * 3
 
 
-def test_a_picture_smaller_than_the_window_is_looked_at_whole(network):
-    images = pictures(20, 28)
+def test_an_image_smaller_than_the_window_is_one_window(network):
+    images = random_images(20, 28)
     expected = whole(network, images).softmax(1)
-    equal(Inference(window=(64, 64)), network, images, (20, 28), expected)
+    check(Inference(window=(64, 64)), network, images, (20, 28), expected)
 
 
 @pytest.mark.usefixtures("_band")
 def test_scales_and_flip_average_probabilities(network):
-    images = pictures()
+    images = random_images()
     total = 0
     for height, width in ((20, 28), (40, 56), (50, 70)):
         view = resize(images, (height, width))
@@ -169,12 +169,12 @@ def test_scales_and_flip_average_probabilities(network):
             logits = resize(whole(network, view.flip(3) if flipped else view), (40, 56))
             total = total + (logits.flip(3) if flipped else logits).softmax(1)
     inference = Inference(scales=(0.5, 1.0, 1.25), flip=True)
-    equal(inference, network, images, (40, 56), total / 6)
+    check(inference, network, images, (40, 56), total / 6)
 
 
 @pytest.mark.usefixtures("_band")
-def test_everything_at_once(network):
-    images = pictures()
+def test_windows_scales_and_flips_combine(network):
+    images = random_images()
     total = 0
     for scale in (0.75, 1.5):
         view = resize(images, (int(40 * scale + 0.5), int(56 * scale + 0.5)))
@@ -185,119 +185,121 @@ def test_everything_at_once(network):
     inference = Inference(
         window=(24, 32), stride=(20, 20), window_weights="hann", scales=(0.75, 1.5), flip=True
     )
-    equal(inference, network, images, (37, 60), total / 4)
+    check(inference, network, images, (37, 60), total / 4)
 
 
-def test_padding_is_cut_off_again(network):
-    images = pictures(37, 50)
+def test_padding_is_cut_off(network):
+    images = random_images(37, 50)
     padded = F.pad(images, (0, 14, 0, 27))
     expected = whole(network, padded)[:, :, :37, :50].softmax(1)
     network.sizes.clear()
-    equal(Inference(pad_to=32), network, images, (37, 50), expected)
+    check(Inference(pad_to=32), network, images, (37, 50), expected)
     assert set(network.sizes) == {(64, 64)}
 
 
-def test_of_the_windows_only_a_few_are_held(network, monkeypatch):
-    """The memory does not grow with the height of the picture."""
+def test_few_windows_are_held_at_a_time(network, monkeypatch):
+    """Memory does not grow with the height of the image."""
     monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", 8 * 32 * 3)
     held = []
     class_maps = engine.View.class_maps
 
-    def watched(view, rows):
+    def recorded(view, rows):
         result = class_maps(view, rows)
         held.append(len(view.opened))
         return result
 
-    monkeypatch.setattr(engine.View, "class_maps", watched)
+    monkeypatch.setattr(engine.View, "class_maps", recorded)
     narrow = Inference(window=(16, 32), stride=(12, 32))
-    predict_classes(network, pictures(400, 32, 1), (400, 32), narrow)
+    predict_classes(network, random_images(400, 32, 1), (400, 32), narrow)
     assert len(network.sizes) == 33  # each window once
     assert max(held) <= 3
 
 
 @pytest.mark.slow
-def test_the_network_is_given_a_large_image_window_by_window(network):
-    """The image stays in 8 bits, and what places the windows does not grow with its square."""
+def test_large_images_are_preprocessed_window_by_window(network):
+    """The image stays in 8 bits, and the placing matrices do not grow with its area."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (1, 3, 96, 2000), generator=generator, dtype=torch.uint8)
-    seen = []
+    preprocessed = []
 
     def preprocess(part):
-        seen.append(tuple(part.shape[2:]))
+        preprocessed.append(tuple(part.shape[2:]))
         return part / 255 - 0.5
 
     settings = Inference(window=(32, 40), stride=(24, 32), flip=True)
-    given = network.float(), images, (96, 2000), settings, preprocess
-    found = predict_classes(*given, torch.uint8)
-    assert found.dtype == torch.uint8
-    assert set(seen) == {(32, 40)}
+    arguments = network.float(), images, (96, 2000), settings, preprocess
+    labels = predict_classes(*arguments, torch.uint8)
+    assert labels.dtype == torch.uint8
+    assert set(preprocessed) == {(32, 40)}
     assert torch.equal(
-        found, predict_classes(network, preprocess(images), (96, 2000), settings).byte()
+        labels, predict_classes(network, preprocess(images), (96, 2000), settings).byte()
     )
     axes = engine.window_axes(8000, 512, 512, 8000, "uniform")
     assert {axis.place().shape for axis in axes} == {(512, 512)}
 
 
 def test_bands_hold_no_full_size_map_of_all_classes(network, monkeypatch):
-    seen = []
+    elements = []
     original = upsampling.SeparableMap.band
 
-    def watched(self, maps, rows):
+    def recorded(self, maps, rows):
         band = original(self, maps, rows)
-        seen.append(band.numel())
+        elements.append(band.numel())
         return band
 
-    monkeypatch.setattr(upsampling.SeparableMap, "band", watched)
+    monkeypatch.setattr(upsampling.SeparableMap, "band", recorded)
     monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", 5000)
-    predict_classes(network, pictures(128, 128, 1), (128, 128), Inference(scales=(1.0, 0.5)))
-    assert max(seen) <= 5000 < 128 * 128 * 3
+    predict_classes(network, random_images(128, 128, 1), (128, 128), Inference(scales=(1.0, 0.5)))
+    assert max(elements) <= 5000 < 128 * 128 * 3
 
 
 def test_logits_are_upsampled_before_the_decision():
-    # Between two confident cells lies a third class that wins in neither. Upsampling decisions
-    # would never find it.
+    # Class 2 has the highest logit between two cells and in neither of them, so upsampling the
+    # cells' labels would never give it.
     logits = torch.tensor([[[[3.0, 0.0]], [[0.0, 3.0]], [[2.4, 2.4]]]])
     assert logits.argmax(dim=1).tolist() == [[[0, 1]]]
-    labels = predict_classes(Given(logits), torch.zeros(1, 3, 4, 8), (1, 4))
+    labels = predict_classes(Constant(logits), torch.zeros(1, 3, 4, 8), (1, 4))
     assert labels.tolist() == [[[0, 2, 2, 1]]]
 
 
-def test_a_loss_beyond_the_range_of_probabilities_is_exact():
+def test_the_loss_is_exact_where_the_probability_underflows():
     logits = torch.tensor([[[[0.0]], [[200.0]]]])
     pixels = predict_pixels(
-        Given(logits), torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 1).long(), IGNORED
+        Constant(logits), torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 1).long(), IGNORED
     )
     assert pixels.losses.item() == 200.0
 
 
-def test_half_precision_logits_are_read_in_single(network):
+def test_half_precision_logits_are_converted_to_float32(network):
     network.float()
     network.register_forward_hook(lambda *call: call[2].bfloat16())
-    half = predict_probabilities(network, pictures().float(), (40, 56))
+    half = predict_probabilities(network, random_images().float(), (40, 56))
     assert half.dtype == torch.float32
 
 
-def test_every_window_runs_in_the_precision_asked_for(network):
-    """Windows are computed while bands are read; none of them leaves the trainer's autocast."""
-    seen = []
-    network.float().conv.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+def test_every_window_runs_under_autocast(network):
+    """Windows are computed while bands are read, and all of them inside the trainer's autocast."""
+    dtypes = []
+    network.float().conv.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         inference = Inference(window=(16, 16), stride=(16, 16), scales=(1.0, 2.0))
-        found = predict_probabilities(network, pictures(48, 32).float(), (48, 32), inference)
-    assert set(seen) == {torch.bfloat16}
-    assert found.dtype == torch.float32
+        probabilities = predict_probabilities(
+            network, random_images(48, 32).float(), (48, 32), inference
+        )
+    assert set(dtypes) == {torch.bfloat16}
+    assert probabilities.dtype == torch.float32
 
 
-def test_windows_that_no_output_pixel_lies_in_are_left_out(network):
-    images = pictures(128, 128, 1)
+def test_windows_without_an_output_pixel_are_left_out(network):
+    images = random_images(128, 128, 1)
     windows = Inference(window=(16, 16), stride=(16, 16))
     labels = predict_classes(network, images, (2, 2), windows)
     expected = resize(sliding(network, images, (16, 16), (16, 16), uniform), (2, 2)).argmax(1)
     assert torch.equal(labels, expected)
 
 
-class Given:
-    """A network that returns the same class maps whatever it is given."""
+class Constant:
+    """A network that returns the same class maps for every input."""
 
     def __init__(self, class_maps, output="logits"):
         self.class_maps, self.output, self.num_classes = class_maps, output, class_maps.shape[1]
@@ -309,21 +311,22 @@ class Given:
 def test_scores_are_normalised_by_their_sum_and_not_by_a_softmax():
     scores = torch.tensor([[[[3.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.0]]]])
     images, target = torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 1]]])
-    network = Given(scores, "scores")
-    found = predict_probabilities(network, images, (1, 2))
-    assert found[0, :, 0, 0].tolist() == [0.75, 0.25, 0.0]
-    assert found[0, :, 0, 1].tolist() == [0.0, 0.0, 0.0]  # and not nan, where no class has a score
+    network = Constant(scores, "scores")
+    probabilities = predict_probabilities(network, images, (1, 2))
+    assert probabilities[0, :, 0, 0].tolist() == [0.75, 0.25, 0.0]
+    # Where no class has a score, probabilities are 0 and not nan.
+    assert probabilities[0, :, 0, 1].tolist() == [0.0, 0.0, 0.0]
     pixels = predict_pixels(network, images, target, IGNORED)
     assert pixels.labels.tolist() == [[[0, 0]]]
     assert pixels.confidence.tolist() == [[[0.75, 0.0]]]
     assert pixels.losses[0, 0, 0].item() == pytest.approx(-torch.tensor(0.75).log().item())
     assert pixels.losses.isfinite().all()
-    # Views are averaged as probabilities: here both views are the same.
+    # The mean over views is that of their probabilities; both views are the same here.
     both = predict_probabilities(network, images, (1, 2), Inference(scales=(1.0, 1.0)))
-    assert torch.equal(both, found)
+    assert torch.equal(both, probabilities)
 
 
-def test_the_network_runs_once_for_every_window_and_never_to_learn_its_classes(network):
+def test_the_network_runs_once_for_every_window(network):
     protocol = Inference(window=(24, 32), stride=(16, 24), scales=(1.0, 0.5), flip=True)
-    predict_classes(network, pictures(40, 56), (40, 56), protocol)
+    predict_classes(network, random_images(40, 56), (40, 56), protocol)
     assert len(network.sizes) == 2 * (2 * 2) + 2 * 1  # windows of scale 1, whole images of 0.5

@@ -1,4 +1,4 @@
-"""The ten-line way from a file of weights to a mask."""
+"""A predictor is loaded from a source of weights and predicts masks of images."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ PALETTE = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 def network(randomize):
     encoder = MixTransformer((4, 4, 8, 8), (1, 1, 1, 1), (1, 1, 2, 2), sr_ratios=(4, 2, 2, 1))
     network = randomize(SegFormer(encoder, 3, decoder_dim=8)).float().eval()
-    with torch.no_grad():  # no class is preferred, so that an image has several
+    with torch.no_grad():  # centre the logits, so that an image has several classes
         network.head.classifier.bias -= network(torch.randn(1, 3, 64, 64)).mean((0, 2, 3))
     return network
 
@@ -40,17 +40,17 @@ def expected(network, pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return logits[0]
 
 
-def test_every_kind_of_image(network, pixels, tmp_path):
+def test_every_type_of_image_gives_the_same_mask(network, pixels, tmp_path):
     predictor = Predictor(network.train(), NAMES, PALETTE)
     mask = predictor(pixels)
-    logits = expected(network, pixels)  # in evaluation mode by now
+    logits = expected(network, pixels)  # the predictor has set evaluation mode
     assert (mask.shape, mask.dtype) == ((40, 56), np.uint8)
-    assert (mask != logits.argmax(0).numpy()).mean() < 0.005  # rounding where classes are equal
+    assert (mask != logits.argmax(0).numpy()).mean() < 0.005  # rounding where two classes are equal
     assert len(np.unique(mask)) > 1
     image = Image.fromarray(pixels)
     image.save(tmp_path / "a.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter to the right for viewing
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     Image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "turned.png", exif=exif)
     for same in (
         tmp_path / "a.png",
@@ -76,18 +76,18 @@ def test_every_kind_of_image(network, pixels, tmp_path):
     [
         (np.zeros((4, 4, 3), np.float32), r"cannot be a float32 array of shape \(4, 4, 3\)"),
         (np.zeros((4, 4), np.uint8), r"cannot be a uint8 array of shape \(4, 4\)"),
-        (torch.zeros(1, 3, 4, 4), "cannot be a Tensor; give a file, an image of Pillow, or an"),
+        (torch.zeros(1, 3, 4, 4), "cannot be a Tensor; give a file, a Pillow image, or an arr"),
         (Image.new("F", (4, 4)), "an image of mode F holds numbers without a known range"),
         ("nowhere.png", "nowhere.png: it cannot be read"),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_image_is_refused(network, image, sentence):
-    with pytest.raises((UserError, UserError), match=sentence):
+def test_other_objects_are_refused(network, image, sentence):
+    with pytest.raises(UserError, match=sentence):
         Predictor(network, NAMES)(image)
 
 
-def test_the_protocol_is_used(network, pixels):
+def test_the_protocol_is_applied(network, pixels):
     protocol = Inference(window=(32, 32), flip=True)
     predictor = Predictor(network, NAMES, protocol=protocol)
     sizes = []
@@ -96,7 +96,7 @@ def test_the_protocol_is_used(network, pixels):
     assert set(sizes) == {(32, 32)}
 
 
-def test_outputs_that_are_no_numbers_make_no_mask(network, pixels):
+def test_non_finite_outputs_are_refused(network, pixels):
     network.head.classifier.weight.data.fill_(torch.inf)
     for predict in (Predictor(network, NAMES), Predictor(network, NAMES).probabilities):
         with pytest.raises(UserError, match="outputs hold nan or infinity, so there is no mask"):
@@ -125,7 +125,7 @@ PROTOCOL = {
 @pytest.mark.parametrize(
     ("layout", "name"), [("native", "w.safetensors"), ("huggingface", "w"), ("run", "w.ckpt")]
 )
-def test_all_that_a_source_states_is_loaded(network, pixels, tmp_path, layout, name):
+def test_facts_of_a_source_are_loaded(network, pixels, tmp_path, layout, name):
     network.set_weight_constants({"norm_eps": 1e-5, "conv_norm_eps": 1e-5})
     if layout == "run":
         state = {f"network.{key}": value for key, value in network.state_dict().items()}
@@ -148,7 +148,7 @@ def test_all_that_a_source_states_is_loaded(network, pixels, tmp_path, layout, n
     assert np.array_equal(predictor(pixels), here(pixels))
 
 
-def test_what_a_source_does_not_state_takes_a_default(tmp_path):
+def test_defaults_replace_facts_that_a_source_does_not_state(tmp_path):
     network = SegFormer(mit_b0(), 2, decoder_dim=8)
     torch.save(network.state_dict(), tmp_path / "w.pth")
     predictor = Predictor.load(tmp_path / "w.pth")
@@ -164,13 +164,13 @@ def test_what_a_source_does_not_state_takes_a_default(tmp_path):
     ("changes", "sentence"),
     [
         ({"class_names": ["sky"]}, "'.*w.ckpt': the network has 3 classes, but there are 1"),
-        ({"class_names": [1, 2, 3]}, "it has to be a list of texts"),
+        ({"class_names": [1, 2, 3]}, "it has to be a list of strings"),
         ({"inference": {"class_path": "os.system"}}, "inference protocol as .*os.system"),
         ({"inference": {**PROTOCOL, "init_args": {"angle": 3}}}, "protocol that cannot be used"),
         ({"inference": {**PROTOCOL, "init_args": {"scales": []}}}, "scales is empty"),
     ],
 )
-def test_a_source_that_contradicts_itself(network, tmp_path, changes, sentence):
+def test_a_source_that_contradicts_itself_is_refused(network, tmp_path, changes, sentence):
     stated = FACTS | {"network": network.spec()} | changes
     content = {"state_dict": network.state_dict(), "hyper_parameters": stated}
     torch.save(content, tmp_path / "w.ckpt")
@@ -179,9 +179,9 @@ def test_a_source_that_contradicts_itself(network, tmp_path, changes, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_an_encoder_predicts_nothing(tmp_path):
+def test_an_encoder_is_refused(tmp_path):
     torch.save(mit_b0().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match="holds an encoder and no decode head, which predicts noth"):
+    with pytest.raises(UserError, match="holds an encoder and no decode head, so it cannot"):
         Predictor.load(tmp_path / "w.pth")
     with pytest.raises(UserError, match="there is no file or folder"):
         Predictor.load(tmp_path / "nowhere.pth")

@@ -1,4 +1,4 @@
-"""The settings of the test-time protocol."""
+"""Settings of the test-time protocol."""
 
 from dataclasses import FrozenInstanceError, fields
 
@@ -11,31 +11,34 @@ from segformer_pl.inference import Inference
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"resize_to": 32, "pad_to": 32}, "two ways to the same end"),
-        ({"stride": (8, 8)}, "there is no window"),
-        ({"window_weights": "hann"}, "there is no window"),
+        (
+            {"resize_to": 32, "pad_to": 32},
+            "resize_to 32 and pad_to 32 are both set, and they exclude",
+        ),
+        ({"stride": (8, 8)}, "window is not; give the window"),
+        ({"window_weights": "hann"}, "window is not; give the window"),
         ({"window": (8, 8), "stride": (9, 8)}, "leaves gaps between windows"),
         ({"scales": ()}, "scales is empty"),
     ],
 )
-def test_contradictions_are_refused(arguments, sentence):
+def test_contradictory_settings_are_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         Inference(**arguments)
 
 
-def test_a_stride_follows_from_the_window():
+def test_the_default_stride_is_two_thirds_of_the_window():
     assert Inference(window=(30, 2)).stride == (20, 1)
     assert Inference(window=(30, 2), stride=(5, 2)).stride == (5, 2)
 
 
-def test_a_protocol_does_not_change():
+def test_a_protocol_is_immutable():
     with pytest.raises(FrozenInstanceError):
         Inference().flip = True
     assert Inference(flip=True) == Inference(flip=True) != Inference()
 
 
 class Holder:
-    """As the task takes it."""
+    """A class with a protocol as argument, like the task."""
 
     def __init__(self, inference: Inference | None = None):
         self.inference = inference
@@ -56,7 +59,7 @@ class Holder:
         ],
     ],
 )
-def test_it_is_given_by_its_arguments_and_by_a_class_path(arguments):
+def test_it_is_parsed_from_its_arguments_and_from_a_class_path(arguments):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Holder, "model")
     config = parser.parse_args(arguments)

@@ -1,3 +1,5 @@
+"""The folded decode head, compared with the unfolded formula of the reference."""
+
 import re
 
 import pytest
@@ -80,7 +82,7 @@ def test_number_of_parameters(channels, decoder_dim, at_150, at_19):
         assert num_parameters(AllMLPHead(channels, 19, decoder_dim)) == at_19
 
 
-def test_last_stage_only_is_the_papers_row():
+def test_the_last_stage_alone_has_the_parameters_of_the_paper():
     with torch.device("meta"):
         head = AllMLPHead(mit_b2().out_channels, 150, 768, in_indices=(3,))
         total = num_parameters(segformer_b2(150, in_indices=(3,)))
@@ -103,15 +105,19 @@ def test_folded_head_is_the_plain_formula(randomize, in_indices, training):
     gradients = torch.autograd.grad((logits * weight).sum(), list(inputs.values()))
 
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
-    for name, got, wanted in zip(inputs, gradients, expected_gradients):
+    for name, gradient, expected_gradient in zip(inputs, gradients, expected_gradients):
         torch.testing.assert_close(
-            got, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+            gradient,
+            expected_gradient,
+            rtol=1e-9,
+            atol=1e-11,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
     torch.testing.assert_close((head.bn.running_mean, head.bn.running_var), statistics)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_comparison_notices(randomize, fault):
+def test_the_comparison_detects(randomize, fault):
     head = randomize(AllMLPHead(CHANNELS, 4, 6)).eval()
     features = pyramid()
     faulty, _ = plain_head(head, features, fault)
@@ -120,7 +126,7 @@ def test_comparison_notices(randomize, fault):
 
 def test_dropout_takes_whole_channels_before_the_classifier(randomize):
     features = pyramid()
-    # With everything dropped, nothing but the classifier's bias is left.
+    # With all channels dropped, only the classifier's bias remains.
     head = randomize(AllMLPHead(CHANNELS, 4, 6, dropout=1.0))
     expected = head.classifier.bias.view(1, 4, 1, 1).expand(2, 4, *SIZES[0])
     torch.testing.assert_close(head(features), expected)
@@ -150,7 +156,7 @@ def test_order_of_in_indices_does_not_matter(randomize):
 
 
 @pytest.mark.parametrize(
-    ("in_indices", "parts"),
+    ("in_indices", "texts"),
     [
         ((0, 1, 2), ("in_indices=(0, 1, 2)", "deepest stage, 3", "add 3")),
         ((), ("in_indices=()", "deepest stage, 3", "add 3")),
@@ -160,6 +166,6 @@ def test_order_of_in_indices_does_not_matter(randomize):
     ],
     ids=str,
 )
-def test_impossible_in_indices_are_refused(in_indices, parts):
-    with pytest.raises(ValueError, match=".*".join(map(re.escape, parts))):
+def test_impossible_in_indices_are_refused(in_indices, texts):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, texts))):
         AllMLPHead(CHANNELS, 4, 6, in_indices)

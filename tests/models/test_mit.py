@@ -1,3 +1,5 @@
+"""The Mix Transformer, compared with the formulas of the paper and the reference code."""
+
 import math
 import re
 
@@ -15,7 +17,7 @@ from segformer_pl.models.mit import (
     Stage,
 )
 
-# Parameters of each stage. Counted on the reference code and, to the unit, on transformers.
+# Parameters of each stage, the same in the reference code and in transformers.
 STAGE_PARAMETERS = {
     mit_b0: (164_096, 255_296, 930_080, 1_969_920),
     mit_b1: (639_488, 1_006_208, 3_682_880, 7_822_848),
@@ -83,7 +85,7 @@ def test_drop_path_ramps_over_all_blocks(variant, step):
 
 
 @EVERY_VARIANT
-def test_epsilon_of_every_norm(variant):
+def test_epsilons_of_every_norm(variant):
     with torch.device("meta"):
         default, changed = variant(), variant(norm_eps=0.5)
     epsilons = {n: m.eps for n, m in default.named_modules() if isinstance(m, nn.LayerNorm)}
@@ -125,7 +127,7 @@ def test_initialisation():
         ((29, 29), [(8, 8), (4, 4), (2, 2), (1, 1)]),
     ],
 )
-def test_pyramid(image, expected):
+def test_shapes_of_the_pyramid(image, expected):
     encoder = mit_b0()
     with torch.no_grad():
         features = encoder(torch.randn(2, 3, *image))
@@ -135,12 +137,12 @@ def test_pyramid(image, expected):
     assert encoder.out_strides == (4, 8, 16, 32)
 
 
-def test_one_pixel_below_the_smallest_image():
+def test_an_image_below_the_smallest_size_is_refused():
     with pytest.raises(ValueError, match=r"sr_ratio 8 is larger than the 7x10 token grid.*smaller"):
         mit_b0()(torch.zeros(1, 3, 28, 40))
 
 
-def test_patches_without_overlap_are_cut_on_the_grid():
+def test_patches_without_overlap_tile_the_image():
     cut = {"patch_sizes": (4, 2, 2, 2), "strides": (4, 2, 2, 2)}
     images = torch.zeros(1, 3, 512, 512, device="meta")
     with torch.device("meta"):
@@ -184,7 +186,7 @@ def plain_attention(attn, tokens, fault=None):
     heads = []
     for h in range(attn.num_heads):
         part = slice(h * head_dim, (h + 1) * head_dim)
-        if fault == "channels dealt out to the heads":
+        if fault == "channels interleaved over the heads":
             part = slice(h, None, attn.num_heads)
         scores = query[..., part] @ key[..., part].transpose(1, 2)
         scores = scores / math.sqrt(dim if fault == "scale of all heads" else head_dim)
@@ -197,7 +199,7 @@ def plain_attention(attn, tokens, fault=None):
 
 ATTENTION_FAULTS = (
     "keys and values swapped",
-    "channels dealt out to the heads",
+    "channels interleaved over the heads",
     "scale of all heads",
     "softmax over queries",
 )
@@ -211,12 +213,12 @@ def test_attention_is_the_plain_formula(randomize, sr_ratio):
     torch.testing.assert_close(result, plain_attention(attn, tokens), rtol=1e-10, atol=1e-12)
     for fault in ATTENTION_FAULTS + ("no norm after reduction",) * (sr_ratio > 1):
         faulty = plain_attention(attn, tokens, fault)
-        assert not torch.allclose(result, faulty, rtol=1e-4), f"not noticed: {fault}"
+        assert not torch.allclose(result, faulty, rtol=1e-4), f"not detected: {fault}"
 
 
 @pytest.mark.parametrize("grid", [(8, 12), (7, 9), (5, 4), (3, 2)])
-def test_kept_border_is_the_reduction_of_the_tokens_there_are(randomize, grid):
-    """Window by window: the sum over its tokens, scaled to a whole window, then bias and norm."""
+def test_a_kept_border_scales_incomplete_squares_up(randomize, grid):
+    """Square by square: the sum over its tokens, scaled to a complete one, then bias and norm."""
     attn = randomize(EfficientSelfAttention(6, 2, 4, norm_eps=1e-5, kv_border="keep"))
     tokens = torch.randn(2, *grid, 6, dtype=torch.float64)
     weight = attn.sr.weight.permute(2, 3, 1, 0)  # (r, r, C_in, C_out)
@@ -224,14 +226,14 @@ def test_kept_border_is_the_reduction_of_the_tokens_there_are(randomize, grid):
     expected = torch.empty(2, rows, columns, 6, dtype=torch.float64)
     for i in range(rows):
         for j in range(columns):
-            window = tokens[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
-            height, width = window.shape[1:3]
-            total = torch.einsum("bhwc,hwcd->bd", window, weight[:height, :width])
+            square = tokens[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+            height, width = square.shape[1:3]
+            total = torch.einsum("bhwc,hwcd->bd", square, weight[:height, :width])
             expected[:, i, j] = total * 16 / (height * width) + attn.sr.bias
     torch.testing.assert_close(attn.reduce(tokens), attn.norm(expected))
 
 
-def test_kept_border_changes_nothing_at_multiples_of_32(randomize):
+def test_a_kept_border_changes_nothing_at_multiples_of_32(randomize):
     dropped, kept = randomize(tiny()), tiny(kv_border="keep").double()
     kept.load_state_dict(dropped.state_dict())
     for size, equal in (((64, 96), True), ((64, 80), False)):
@@ -240,17 +242,17 @@ def test_kept_border_changes_nothing_at_multiples_of_32(randomize):
         assert all(same) == equal
 
 
-def test_kept_border_is_seen_and_dropped_border_is_not(randomize):
-    """Trap of the reference code: rows beyond the last whole window reach no key or value."""
-    for kv_border, seen in (("drop", False), ("keep", True)):
+def test_border_tokens_affect_the_others_only_if_kept(randomize):
+    """In the reference code, rows beyond the last complete square give no key or value."""
+    for kv_border, has_effect in (("drop", False), ("keep", True)):
         attn = randomize(EfficientSelfAttention(8, 2, 4, norm_eps=1e-5, kv_border=kv_border))
         tokens = torch.randn(1, 7, 8, 8, dtype=torch.float64)
-        moved = tokens.clone()
-        moved[:, 4:] += 1
-        assert torch.equal(attn(tokens)[:, :4], attn(moved)[:, :4]) == (not seen)
+        changed = tokens.clone()
+        changed[:, 4:] += 1
+        assert torch.equal(attn(tokens)[:, :4], attn(changed)[:, :4]) == (not has_effect)
 
 
-def test_with_its_border_kept_a_grid_may_be_smaller_than_the_reduction():
+def test_with_a_kept_border_the_grid_may_be_smaller_than_the_reduction():
     assert mit_b0(kv_border="keep")(torch.zeros(1, 3, 20, 28))[3].shape == (1, 256, 1, 1)
 
 
@@ -259,21 +261,21 @@ def test_unknown_kv_border_is_refused():
         tiny(kv_border="pad")
 
 
-def test_attention_does_not_see_the_border_that_the_reduction_drops(randomize):
+def test_a_dropped_border_has_no_effect_on_other_tokens(randomize):
     attn = randomize(EfficientSelfAttention(8, 2, sr_ratio=2, norm_eps=1e-5))
     tokens = torch.randn(1, 5, 7, 8, dtype=torch.float64)
     inside = (slice(None), slice(0, 4), slice(0, 6))  # 4 = floor(5/2) * 2, 6 = floor(7/2) * 2
     before = attn(tokens)
 
-    border_moved = tokens + torch.randn_like(tokens)
-    border_moved[inside] = tokens[inside]
-    after = attn(border_moved)
+    border_changed = tokens + torch.randn_like(tokens)
+    border_changed[inside] = tokens[inside]
+    after = attn(border_changed)
     torch.testing.assert_close(after[inside], before[inside], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(after[:, 4], before[:, 4])
 
-    last_inside_moved = tokens.clone()
-    last_inside_moved[:, 3, 5] += 1
-    assert not torch.allclose(attn(last_inside_moved)[:, 0, 0], before[:, 0, 0])
+    last_inside_changed = tokens.clone()
+    last_inside_changed[:, 3, 5] += 1
+    assert not torch.allclose(attn(last_inside_changed)[:, 0, 0], before[:, 0, 0])
 
 
 def plain_block(block, tokens, fault=None):
@@ -326,7 +328,7 @@ def test_block_is_the_plain_formula(randomize):
     torch.testing.assert_close(result, plain_block(block, tokens), rtol=1e-10, atol=1e-12)
     for fault in BLOCK_FAULTS:
         faulty = plain_block(block, tokens, fault)
-        assert not torch.allclose(result, faulty, rtol=1e-5, atol=1e-6), f"not noticed: {fault}"
+        assert not torch.allclose(result, faulty, rtol=1e-5, atol=1e-6), f"not detected: {fault}"
 
 
 def test_drop_path_drops_both_branches_while_training(randomize):
@@ -364,9 +366,11 @@ def test_parameters_of_each_positional_encoding():
     ("pos_encoding", "image_size", "commutes"),
     [("none", None, True), ("mix_ffn", None, False), ("learned", 4, False)],
 )
-def test_who_knows_where_a_token_is(randomize, pos_encoding, image_size, commutes):
-    # With patches of one pixel and no reduction nothing but the positional signal has a place:
-    # shuffling the pixels shuffles the features, and changes none of them.
+def test_only_a_positional_signal_depends_on_the_order_of_tokens(
+    randomize, pos_encoding, image_size, commutes
+):
+    # With patches of one pixel and no reduction, only the positional signal depends on position.
+    # Without it, shuffling the pixels shuffles the features and changes none of them.
     encoder = randomize(
         tiny(
             patch_sizes=(1, 1, 1, 1),
@@ -395,8 +399,8 @@ def test_learned_tables_are_resized_to_the_token_grid(randomize):
 
     check(stage.pos_embed.permute(0, 2, 3, 1), 3, 3)
 
-    # A table that only depends on the row: 0, 4, 8 at the cell centres. Twice the rows fall
-    # between them by quarters, and any number of columns leaves it as it is.
+    # A table that depends on the row only, with 0, 4, 8 at the centres of its rows. With twice the
+    # rows, centres lie a quarter of a row beside these; the number of columns has no effect.
     scale = torch.arange(6.0, dtype=torch.float64)
     rows = torch.tensor([0.0, 4.0, 8.0], dtype=torch.float64)
     stage.pos_embed.data = (rows[:, None] * scale[:, None, None]).repeat(1, 1, 1, 3)
@@ -410,11 +414,11 @@ def test_learned_encoder_takes_another_image_size():
     assert all(stage.pos_embed.any() for stage in encoder.stages)
 
 
-# Refusals: the value, the limit, the remedy
+# Refusals name the value, the limit and the remedy
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    ("arguments", "texts"),
     [
         (
             {"patch_sizes": (7, 1, 3, 3)},
@@ -444,8 +448,8 @@ def test_learned_encoder_takes_another_image_size():
         ),
     ],
 )
-def test_impossible_arguments_are_refused(arguments, parts):
-    with pytest.raises(ValueError, match=".*".join(map(re.escape, parts))):
+def test_impossible_arguments_are_refused(arguments, texts):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, texts))):
         tiny(**arguments)
 
 

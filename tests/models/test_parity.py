@@ -1,5 +1,7 @@
-"""The same numbers as transformers and segmentation_models_pytorch, in float64, with every
-parameter and buffer random; and every planted fault is noticed."""
+"""Logits and gradients equal those of transformers and segmentation_models_pytorch.
+
+In float64, with every parameter and buffer random. Every planted fault is detected.
+"""
 
 from functools import partial
 
@@ -9,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from segformer_pl.checkpoints import load_weights
-from segformer_pl.checkpoints.layouts import detect, to_parts
-from segformer_pl.checkpoints.matching import parts_of
+from segformer_pl.checkpoints.layouts import detect, to_canonical
+from segformer_pl.checkpoints.matching import canonical_tensors
 from segformer_pl.models import decode_head, mit, segformer
 from segformer_pl.models.mit import NormEps
 
@@ -27,7 +29,8 @@ VARIANTS = {
 }
 SLOW = {"b1", "b2", "b3", "b4", "b5"}
 ALL = [pytest.param(v, marks=pytest.mark.slow if v in SLOW else ()) for v in VARIANTS]
-# Rounding differs by about 1e-15 of the logits; the smallest planted fault, an epsilon, by 1e-7.
+# Rounding changes the logits by about 1e-15 of their size; the smallest planted fault, an epsilon,
+# by 1e-7.
 TOLERANCE = 1e-11
 
 
@@ -61,12 +64,12 @@ def smp_model(variant):
 
 
 def smp_logits(model, images):
-    """Without the upsampling that smp builds into the network."""
+    """Logits before the upsampling that smp builds into the network."""
     return model.segmentation_head[0](model.decoder(model.encoder(images)))
 
 
 def difference(result, expected):
-    """Largest, over the largest expected."""
+    """Largest absolute difference, relative to the largest expected value."""
     return ((result - expected).abs().max() / expected.abs().max()).item()
 
 
@@ -127,22 +130,22 @@ def test_training_mode_gives_the_same_gradients_and_running_statistics(variant, 
 
     layout, prefix, _ = detect(theirs.state_dict())
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    their_gradients = to_parts(layout, prefix, gradients)[0]
-    our_gradients = parts_of(_WithState(network))
+    their_gradients = to_canonical(layout, prefix, gradients)[0]
+    our_gradients = canonical_tensors(_Gradients(network))
     assert our_gradients.keys() == their_gradients.keys()
     largest = max(gradient.abs().max() for gradient in their_gradients.values())
     for name, gradient in their_gradients.items():
-        # A bias of the keys has no gradient but rounding: softmax does not see it.
+        # The gradient of a bias of the keys is rounding alone, because softmax ignores it.
         close = torch.allclose(our_gradients[name], gradient, rtol=1e-9, atol=1e-12 * largest)
         assert close, name
 
-    their_state = to_parts(layout, prefix, theirs.state_dict())[0]
+    their_state = to_canonical(layout, prefix, theirs.state_dict())[0]
     for name in ("head.bn.running_mean", "head.bn.running_var", "head.bn.num_batches_tracked"):
         torch.testing.assert_close(network.state_dict()[name], their_state[name])
 
 
-class _WithState:
-    """Gradients in the place of the state dict."""
+class _Gradients:
+    """A network whose state dict holds gradients."""
 
     def __init__(self, network):
         self.gradients = {name: p.grad for name, p in network.named_parameters()}
@@ -162,7 +165,7 @@ def swap_keys_and_values(parameter):
 
 
 def interleave_heads_of_keys_and_values(network, monkeypatch):
-    """As (heads, 2, C / heads) rows; the same in the first stage, which has one head."""
+    """Order rows as (heads, 2, C / heads). Stage 1 has one head and stays the same."""
     for stage in network.encoder.stages:
         for block in stage.blocks:
             rows = block.attn.kv.weight.data
@@ -244,7 +247,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def reference(randomize):
-    """A state dict of transformers, a batch and its logits."""
+    """State dict of a transformers model, a batch and its logits."""
     torch.manual_seed(0)
     theirs = randomize(transformers_model("b0")).eval()
     batch = images(65, 97)
@@ -254,7 +257,7 @@ def reference(randomize):
 
 @pytest.mark.parametrize("fault", FAULTS)
 @torch.no_grad()
-def test_every_planted_fault_is_noticed(fault, reference, monkeypatch):
+def test_every_planted_fault_is_detected(fault, reference, monkeypatch):
     state, batch, expected = reference
     network = ours("b0").eval()
     load_weights(network, state)

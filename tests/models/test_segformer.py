@@ -1,3 +1,5 @@
+"""Sizes, gradients and command-line arguments of SegFormer."""
+
 import jsonargparse
 import pytest
 import torch
@@ -25,7 +27,7 @@ from segformer_pl.models import (
         (segformer_b5, 84_708_694, 84_607_955),
     ],
 )
-def test_variant(variant, at_150, at_19):
+def test_variants_have_the_parameters_of_the_paper(variant, at_150, at_19):
     with torch.device("meta"):
         assert sum(p.numel() for p in variant(150).parameters()) == at_150
         assert sum(p.numel() for p in variant(19).parameters()) == at_19
@@ -39,13 +41,13 @@ def test_variant(variant, at_150, at_19):
     assert mlp.fc1.out_features == 2 * mlp.fc1.in_features
 
 
-def test_logits_of_the_paper_size():
+def test_logits_have_stride_4():
     network = segformer_b0(150).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 512, 512)).shape == (1, 150, 128, 128)
 
 
-def test_feature_maps_are_what_the_logits_are_made_of(randomize):
+def test_logits_are_computed_from_the_feature_maps(randomize):
     network = randomize(segformer_b0(5, decoder_dim=16)).eval()
     images = torch.randn(2, 3, 65, 97, dtype=torch.float64)
     with torch.no_grad():
@@ -86,20 +88,20 @@ def test_every_parameter_gets_a_gradient_in_training(arguments):
     "arguments", [{}, {"pos_encoding": "learned", "image_size": 64}], ids=["mix_ffn", "learned"]
 )
 def test_every_parameter_changes_the_result(randomize, arguments):
-    # BatchNorm's own mean would cancel what is added before it, so it runs on fixed statistics.
+    # With batch statistics, BatchNorm would cancel a bias before it, so use the running ones.
     network = randomize(segformer_b0(5, decoder_dim=16, **arguments)).eval()
     logits = network(torch.randn(2, 3, 64, 96, dtype=torch.float64))
     F.cross_entropy(logits, torch.randint(5, (2, 16, 24))).backward()
     for name, parameter in network.named_parameters():
         gradient = parameter.grad
         if name.endswith("attn.kv.bias"):
-            # The same number added to all keys adds the same to all scores of a query, which
-            # softmax does not see. What is left is rounding.
+            # A bias of the keys adds the same number to all attention logits of a query, which
+            # softmax ignores. Only rounding remains.
             keys, gradient = gradient.chunk(2)
             assert keys.abs().max() < 1e-12 * gradient.abs().max(), name
-        # A channel of the head may be dead behind ReLU; in the encoder nothing may be.
-        moved = gradient != 0
-        assert moved.any() if name.startswith("head.") else moved.all(), name
+        # ReLU may zero channels of the head; in the encoder every entry has an effect.
+        has_effect = gradient != 0
+        assert has_effect.any() if name.startswith("head.") else has_effect.all(), name
 
 
 def test_state_dict_round_trip(randomize):
@@ -112,7 +114,7 @@ def test_state_dict_round_trip(randomize):
         torch.testing.assert_close(target(images), source(images), rtol=0, atol=0)
 
 
-# The variants as an experiment file names them
+# Variants in an experiment file
 
 
 @pytest.fixture
@@ -153,8 +155,8 @@ def test_experiment_with_a_wrong_argument_is_refused(parser, arguments):
         parser.parse_object(experiment(**arguments))
 
 
-def test_gradients_have_the_layout_of_their_parameters():
-    """Otherwise DistributedDataParallel copies them into its buckets in every step, and warns."""
+def test_gradients_have_the_strides_of_their_parameters():
+    """With other strides DistributedDataParallel copies them in every step, and warns."""
     network = segformer_b0(num_classes=5).train()
     network(torch.rand(2, 3, 64, 64)).sum().backward()
     differing = [n for n, p in network.named_parameters() if p.grad.stride() != p.stride()]

@@ -1,4 +1,4 @@
-"""What the contract promises of the package's own networks."""
+"""The package's own networks keep the contract."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ VARIATIONS = [
 
 
 def build(spec):
-    """A network from its specification, as a checkpoint stores it."""
+    """Build a network from its specification, as a checkpoint stores it."""
     arguments = {
         key: build(value) if isinstance(value, dict) else value
         for key, value in spec["init_args"].items()
@@ -30,14 +30,14 @@ def build(spec):
 
 
 @pytest.mark.parametrize("arguments", VARIATIONS, ids=str)
-def test_a_specification_builds_a_network_like_it(arguments):
+def test_a_specification_rebuilds_the_network(arguments):
     encoder = MixTransformer(**TINY | arguments)
     network = SegFormer(encoder, 3, decoder_dim=4, in_indices=(1, 3), dropout=0.4).eval()
     again = build(network.spec())
     assert again.init_args() == network.init_args()
     stated = network.init_args()["encoder"]["init_args"]
     for key, value in (TINY | arguments).items():
-        # Of the sizes that give the same position tables the smallest is stated.
+        # Several image sizes give the same position tables; the smallest is returned.
         assert stated[key] == (61 if key == "image_size" else value), key
     again.load_state_dict(network.state_dict())
     images = torch.randn(2, encoder.in_channels, 64, 96)
@@ -46,7 +46,7 @@ def test_a_specification_builds_a_network_like_it(arguments):
 
 
 @pytest.mark.parametrize("arguments", VARIATIONS, ids=str)
-def test_sizes(arguments):
+def test_out_sizes_are_those_of_the_features(arguments):
     encoder = MixTransformer(**TINY | arguments).eval()
     for height, width in ((64, 64), (70, 101), (97, 64)):
         with torch.no_grad():
@@ -56,7 +56,7 @@ def test_sizes(arguments):
 
 
 @pytest.mark.parametrize("arguments", VARIATIONS, ids=str)
-def test_the_smallest_image(arguments):
+def test_min_size_is_the_smallest_image(arguments):
     network = SegFormer(MixTransformer(**TINY | arguments), 2, decoder_dim=4).eval()
     side = network.min_size
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_the_smallest_image(arguments):
                 network(torch.zeros(1, network.in_channels, side - 1, side))
 
 
-def test_the_smallest_image_of_the_paper():
+def test_min_size_with_the_arguments_of_the_paper():
     with torch.device("meta"):
         assert models.segformer_b0(2).min_size == 29
 
@@ -81,7 +81,7 @@ def test_parts_hold_every_parameter_once():
     assert [id(p) for p in inside] == [id(p) for p in network.parameters()]
 
 
-def test_constants_of_weights():
+def test_weight_constants_are_set():
     network = SegFormer(MixTransformer(**TINY), 2, decoder_dim=4)
     assert network.weight_constants() == {"norm_eps": 1e-6, "conv_norm_eps": 1e-5}
     network.set_weight_constants({"conv_norm_eps": 0.5})
@@ -93,7 +93,7 @@ def test_constants_of_weights():
 
 
 class Plain(Encoder):
-    """An encoder that says only what it has to."""
+    """An encoder that implements only the abstract methods."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class Plain(Encoder):
         return {}
 
 
-def test_segformer_takes_an_encoder_that_is_no_transformer():
+def test_segformer_takes_a_convolutional_encoder():
     network = SegFormer(Plain(), 5, decoder_dim=4, in_indices=(0, 1))
     assert network(torch.zeros(2, 3, 20, 32)).shape == (2, 5, 5, 8)
     assert network.encoder.out_sizes(20, 32) == [(5, 8), (3, 4)]
@@ -132,7 +132,7 @@ def test_segformer_takes_an_encoder_that_is_no_transformer():
     }
 
 
-def test_a_network_that_lacks_a_method_is_not_built():
+def test_a_network_that_lacks_an_abstract_method_is_refused():
     class Half(Segmenter):
         def forward(self, images):
             return images

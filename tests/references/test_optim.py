@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from segformer_pl.checkpoints.layouts import detect, to_parts
+from segformer_pl.checkpoints.layouts import detect, to_canonical
 from segformer_pl.models import segformer_b0
 from segformer_pl.optim import parameter_groups, poly_factor
 
@@ -121,7 +121,7 @@ def by_part(settings, parameters):
     in the places of the weights."""
     layout, prefix, _ = detect(parameters)
     return [
-        to_parts(
+        to_canonical(
             layout,
             prefix,
             {

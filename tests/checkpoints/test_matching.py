@@ -1,4 +1,4 @@
-"""Weights of a network of the user's, of which nothing is known but the contract."""
+"""Weights of a user's network, which has its own keys and keeps the contract."""
 
 import json
 
@@ -17,7 +17,7 @@ NAMES = ["sky", "road", "car"]
 
 
 class Tiny(Segmenter):
-    """A stem with a BatchNorm, which is the encoder, and a classifier; a constant of its own."""
+    """A stem with a BatchNorm, which is the encoder, and a classifier; one weight constant."""
 
     classifier_path = "predict.1"
 
@@ -47,8 +47,8 @@ class Tiny(Segmenter):
         self.slope = constants.get("slope", self.slope)
 
 
-class Headless(Tiny):
-    """States neither an encoder nor a classifier."""
+class Undeclared(Tiny):
+    """A network that declares neither an encoder nor a classifier."""
 
     classifier_path = None
 
@@ -77,20 +77,20 @@ def refuse(network, source, **arguments):
 
 
 @pytest.mark.parametrize("wrapper", ["", "network.", "module.", "model.", "network.module."])
-def test_its_own_state_dict_is_loaded_whatever_wraps_it(source, wrapper):
+def test_its_own_state_dict_is_loaded_after_any_prefix(source, wrapper):
     network = Tiny(3)
     state = {f"{wrapper}{name}": tensor for name, tensor in source.state_dict().items()}
     report = load_weights(network, state)
     for name, tensor in source.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor), name
     assert report.num_tensors == len(state)
-    assert report.layout == "names of the model"
-    assert "slope 0.1: the model's own, the source does not say" in str(report)
+    assert report.layout == "keys of the model"
+    assert "slope 0.1: the model's own, the source does not state any" in str(report)
     stray = state | {"step": torch.zeros(())}
     assert "holds 1 tensors that the model has no place for (step)" in refuse(Tiny(3), stray)
 
 
-def test_what_does_not_fit_is_refused(source):
+def test_weights_that_do_not_fit_are_refused(source):
     state = source.state_dict()
     gap = {name: tensor for name, tensor in state.items() if name != "stem.1.running_var"}
     assert "lacks 1 tensors of the model (stem.1.running_var)" in refuse(Tiny(3), gap)
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused(source):
     assert "backbone" in refuse(Tiny(3), {"backbone.patch_embed1.proj.weight": torch.zeros(2)})
 
 
-def test_classes_are_reordered_and_initialised_again(source):
+def test_classes_are_reordered_and_reinitialised(source):
     content = {"state_dict": source.state_dict(), "hyper_parameters": {"class_names": NAMES}}
     network = Tiny(3).eval()
     message = refuse(network, content, class_names=["car", "sky", "road"])
@@ -116,17 +116,17 @@ def test_classes_are_reordered_and_initialised_again(source):
     assert set(report.reinitialized) == {"predict.1.weight", "predict.1.bias"}
 
 
-def test_a_classifier_that_is_not_stated_is_not_reordered(source):
+def test_an_undeclared_classifier_is_not_reordered(source):
     content = {"state_dict": source.state_dict(), "hyper_parameters": {"class_names": NAMES}}
-    message = refuse(Headless(3), content, class_names=["car", "sky", "road"])
+    message = refuse(Undeclared(3), content, class_names=["car", "sky", "road"])
     assert "its classifier cannot be reordered" in message
-    report = load_weights(Headless(3), content, class_names=NAMES)
+    report = load_weights(Undeclared(3), content, class_names=NAMES)
     assert "classes: those of the data set, in the same order" in str(report)
-    load_weights(Headless(3), content, class_names=list("abc"), match_classes="by_index")
-    assert "has predict.1.weight as 3x4x1x1, the model as 5x4x1x1" in refuse(Headless(5), content)
+    load_weights(Undeclared(3), content, class_names=list("abc"), match_classes="by_index")
+    assert "has predict.1.weight as 3x4x1x1, the model as 5x4x1x1" in refuse(Undeclared(5), content)
 
 
-def test_the_encoder_alone_with_its_running_statistics(source):
+def test_the_encoder_alone_is_loaded_with_its_running_statistics(source):
     network = Tiny(7)
     before = network.predict[1].weight.clone()
     report = load_weights(network, source.state_dict(), parts="encoder")
@@ -134,8 +134,8 @@ def test_the_encoder_alone_with_its_running_statistics(source):
         assert torch.equal(network.stem.state_dict()[name], tensor), name
     assert torch.equal(network.predict[1].weight, before)
     assert set(report.dropped) == {"predict.1.weight", "predict.1.bias"}
-    message = refuse(Headless(3), source.state_dict(), parts="encoder")
-    assert "a Headless has no encoder that could be loaded alone" in message
+    message = refuse(Undeclared(3), source.state_dict(), parts="encoder")
+    assert "a Undeclared has no encoder that could be loaded alone" in message
 
 
 def test_arguments_and_constants_of_the_training_are_compared(source):
@@ -145,7 +145,7 @@ def test_arguments_and_constants_of_the_training_are_compared(source):
     report = load_weights(network, content)
     assert report.changed == ("width is 4 here and 8 in the source",)
     assert network.slope == 0.5
-    assert "slope 0.5: the arguments of the run that the source is of" in str(report)
+    assert "slope 0.5: the arguments of the run that the source comes from" in str(report)
     content["weight_constants"] = {"slope": 0.75}
     assert load_weights(network, content).constants == {"slope": 0.75}
     content["weight_constants"] = {"curve": 0.75}
@@ -154,11 +154,11 @@ def test_arguments_and_constants_of_the_training_are_compared(source):
     )
     for wrong in ([1.0], {"slope": "steep"}, {"slope": float("inf")}):
         content["weight_constants"] = wrong
-        assert "it has to be numbers by name" in refuse(Tiny(3), content)
+        assert "it has to be a dict of numbers" in refuse(Tiny(3), content)
 
 
 @torch.no_grad()
-def test_the_native_layout_describes_any_network(source, tmp_path):
+def test_the_native_layout_stores_any_network(source, tmp_path):
     file = tmp_path / "w.safetensors"
     assert export_weights(source, file, "native", {"class_names": NAMES}) == []
     with safe_open(file, framework="pt") as content:
@@ -176,7 +176,7 @@ def test_the_native_layout_describes_any_network(source, tmp_path):
             export_weights(source, tmp_path / name, layout)
 
 
-def test_a_description_that_is_no_plain_data_is_refused(source, tmp_path, monkeypatch):
+def test_a_description_that_is_not_plain_data_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr(Tiny, "init_args", lambda self: {"act": nn.ReLU()})
     with pytest.raises(UserError, match="is not described by plain data"):
         export_weights(source, tmp_path / "w.safetensors", "native")
@@ -192,8 +192,8 @@ def test_a_description_of_another_number_of_classes_is_refused(source, tmp_path)
 
 
 @torch.no_grad()
-def test_a_native_file_of_before_this_layout_still_loads(request):
-    """Its metadata state `norm_eps`, and networks by the names of `segformer_pl.models`."""
+def test_a_native_file_of_an_earlier_version_loads(request):
+    """Its metadata hold `norm_eps` in place of weight constants."""
     folder = request.config.rootpath / "tests" / "fixtures"
     network, report = load_network(folder / "native_norm_eps.safetensors")
     assert report.constants == {"norm_eps": 0.25, "conv_norm_eps": 0.125}
