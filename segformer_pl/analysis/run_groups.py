@@ -110,8 +110,9 @@ def group_runs(runs: Sequence[ComparedRun], block_size: int = 1) -> tuple[Group,
     for run in runs:
         if run.configuration is None:
             raise UserError(
-                f"what '{run.path}' was trained with is not known, and runs are grouped by it: there "
-                "is no config.yaml of a training; give run folders of `fit`, or of a `validate` whose --ckpt_path still exists"
+                f"what '{run.path}' was trained with is not known, and runs are grouped by it: "
+                "there is no config.yaml of a training; give run folders of `fit`, or of a "
+                "`validate` whose --ckpt_path still exists"
             )
         known.append(run.configuration)
     members: list[list[int]] = []  # indices of the runs, by group
