@@ -1,1 +1,1 @@
-"""Looking at trained networks and finished runs."""
+"""Analysis of trained networks and of finished runs."""

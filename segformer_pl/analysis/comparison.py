@@ -1,10 +1,17 @@
-"""How far mIoU depends on the choice of pictures, and whether two runs differ by more than that.
+"""Confidence interval of mIoU over images, and significance of the difference between two runs.
 
-mIoU is a mean of ratios of sums over the whole set, not a mean over pictures. So pictures are
-resampled, and mIoU is computed anew from the sums of their counts: the bootstrap for intervals
-(Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13: percentiles), swaps of
-the two runs within pictures for the test (chapter 15: permutation). Everything is a fraction, and
-repeatable: the same input gives the same numbers.
+mIoU is a mean of ratios of sums over the whole set, not a mean over images. So images are
+resampled, and mIoU is computed from the sums of the counts of the resampled images. For one class
+and four images with intersection I and union U::
+
+    image                0      1      2      3      IoU of the set
+    I / U of run A      8/10   2/10   0/5    6/10    16/35
+    bootstrap           images 0, 0, 2, 3 drawn      22/35: one draw of many, for the interval
+    permutation         image 1 swapped: A gets the counts of B for it, and B those of A
+
+Intervals are percentiles of the bootstrap (Efron and Tibshirani, *An Introduction to the
+Bootstrap*, 1993, chapter 13), p-values those of the permutation test (chapter 15). All metrics are
+fractions. The resampling is seeded, so the same input gives the same numbers.
 """
 
 from collections.abc import Iterator
@@ -20,9 +27,9 @@ from segformer_pl.errors import UserError
 from segformer_pl.metrics import INTERSECTION, TARGET, class_union, mean_present, ratio
 
 NUM_RESAMPLES = 10_000
-ALPHA = 0.05  # level of the tests; intervals hold the rest, 95 %
-CHUNK_NUMBERS = 2**21  # of the largest array in memory: 16 MB
-# Different sums can give the same difference, but for rounding.
+ALPHA = 0.05  # significance level of the tests; the confidence level of intervals is 1 - ALPHA
+CHUNK_NUMBERS = 2**21  # elements of the largest array in memory: 16 MB
+# Equal differences that come from different sums differ by rounding.
 TIE = 1e-12
 
 Floats = npt.NDArray[np.float64]
@@ -30,7 +37,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score or a difference of scores of the whole set, with its 95 % interval; fractions."""
+    """A metric of the whole set, or a difference of two, with its 95 % interval; fractions."""
 
     value: float
     low: float
@@ -39,18 +46,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ClassDifference:
-    """One class in two runs.
+    """IoU of one class in two runs.
 
     Attributes:
-        name: Of the class.
-        num_pictures: How many pictures have labelled pixels of it.
-        iou_a, iou_b: Of the whole set; nan where the class is absent.
-        difference: B - A; nan where one is.
-        p_value: Of the permutation test, corrected by Holm's method for the number of classes.
+        name: Name of the class.
+        num_images: Number of images with labelled pixels of the class.
+        iou_a: IoU of run A over the whole set; nan where the class is absent.
+        iou_b: IoU of run B, likewise.
+        difference: B - A; nan where one of them is nan.
+        p_value: p-value of the permutation test, Holm-corrected for the number of classes.
     """
 
     name: str
-    num_pictures: int
+    num_images: int
     iou_a: float
     iou_b: float
     difference: Estimate
@@ -58,25 +66,28 @@ class ClassDifference:
 
     @property
     def is_significant(self) -> bool:
-        """Whether A and B differ, at 5 % for all classes together."""
+        """Whether A and B differ significantly, at a family-wise error rate of 5 %."""
         return self.p_value < ALPHA
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on the same pictures. See :func:`compare_evaluations`.
+    """Comparison of two runs on the same images, see :func:`compare_evaluations`.
 
     Attributes:
-        num_pictures, block_size, num_blocks: What was resampled.
-        num_resamples: Of the bootstrap, and of the permutation test.
-        miou_a, miou_b: mIoU of each run.
-        difference: B - A, by the paired bootstrap.
-        p_value: Of the paired permutation test, two-sided.
-        is_identical: Whether every count of every picture is the same.
-        classes: By difference, the largest first; those without one last.
+        num_images: Number of images.
+        block_size: Number of contiguous images that are resampled together.
+        num_blocks: Number of such blocks.
+        num_resamples: Number of bootstrap draws, and of permutations.
+        miou_a: mIoU of run A.
+        miou_b: mIoU of run B.
+        difference: B - A, with the interval of the paired bootstrap.
+        p_value: p-value of the paired permutation test, two-sided.
+        is_identical: Whether every count of every image is the same.
+        classes: Classes by difference, the largest first, those without a difference last.
     """
 
-    num_pictures: int
+    num_images: int
     block_size: int
     num_blocks: int
     num_resamples: int
@@ -89,12 +100,15 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The outcome in one sentence: which of the two networks scores higher on images like
-        these, if test and interval both say so. It is silent about how they were trained."""
+        """The outcome in one sentence.
+
+        One network scores higher than the other if both the test and the interval say so. The
+        sentence holds for these two trained networks, not for the ways in which they were trained.
+        """
         numbers = (
-            f"{points(self.difference.value)} points of mIoU, 95 % interval "
-            f"{points(self.difference.low)} to {points(self.difference.high)}, "
-            f"p = {self.p_value:.2g}"
+            f"{points(self.difference.value)} points of mIoU, 95 % CI over images "
+            f"{points(self.difference.low)} to {points(self.difference.high)} (paired bootstrap), "
+            f"p = {self.p_value:.2g} (permutation test)"
         )
         excludes_zero = self.difference.low > 0 or self.difference.high < 0
         if self.is_identical:
@@ -104,14 +118,14 @@ class Comparison:
             return f"{higher} scores higher than {lower} on images like these: B - A = {numbers}"
         if self.p_value < ALPHA or excludes_zero:
             return f"borderline, test and interval disagree: B - A = {numbers}"
-        return f"no difference can be told from the choice of images: B - A = {numbers}"
+        return f"no significant difference on images like these: B - A = {numbers}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain data, nan as None."""
-        known = asdict(self) | {"confidence": 1 - ALPHA, "verdict": self.verdict}
-        for entry, difference in zip(known["classes"], self.classes):
+        """Return all fields as plain data for JSON; nan becomes None."""
+        data = asdict(self) | {"confidence": 1 - ALPHA, "verdict": self.verdict}
+        for entry, difference in zip(data["classes"], self.classes):
             entry["is_significant"] = difference.is_significant
-        return without_nan(known)
+        return without_nan(data)
 
 
 def miou_interval(
@@ -120,16 +134,17 @@ def miou_interval(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % interval of mIoU over the choice of pictures, by the percentile bootstrap.
+    """Return the 95 % confidence interval of mIoU over images, by the percentile bootstrap.
 
     Args:
-        evaluation: Of one run.
-        block_size: Contiguous blocks of so many pictures, in stored order, are drawn together.
-        num_resamples: How many sets are drawn.
-        seed: Of the draws.
+        evaluation: Evaluation of one run.
+        block_size: Number of contiguous images, in stored order, that are drawn together.
+        num_resamples: Number of bootstrap draws.
+        seed: Seed of the draws.
 
     Returns:
-        Low and high, fractions; nan if there are fewer than two blocks, or nothing is labelled.
+        Lower and upper bound, fractions; nan with fewer than two blocks, or without a labelled
+        pixel.
 
     Raises:
         UserError: ``block_size`` is less than 1.
@@ -148,24 +163,26 @@ def compare_evaluations(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
-    """Whether two runs differ by more than the choice of pictures explains.
+    """Compare two runs on the same images.
 
-    The intervals come from the paired bootstrap, where both runs are scored on the same drawn
-    pictures. The p-values come from swapping A and B within pictures at random: how often is the
-    difference at least as large as the one observed? p = (k + 1) / (num_resamples + 1), which is
-    never 0 (Phipson and Smyth 2010).
+    The intervals come from the paired bootstrap: both runs are evaluated on the same drawn images.
+    The p-values come from the paired permutation test: each image swaps its counts of A
+    and B with probability 1/2, and k is the number of permutations whose difference is at least as
+    large as the observed one. Then p = (k + 1) / (num_resamples + 1), which is never 0 (Phipson
+    and Smyth 2010).
 
     Args:
-        a, b: Of the same pictures, in any order, with the same labels and classes.
-        block_size: Contiguous blocks of so many pictures, in the order stored in ``a``, are drawn
-            and swapped together. Pictures of one video resemble each other; taken for independent
-            they make intervals too narrow and p-values too small.
-        num_resamples: How many draws, and how many swaps.
-        seed: Of draws and swaps.
+        a: Evaluation of run A.
+        b: Evaluation of run B on the same images, in any order, with the same labels and classes.
+        block_size: Number of contiguous images, in the order stored in ``a``, that are drawn and
+            swapped together. Frames of one video are similar; treating them as independent makes
+            intervals too narrow and p-values too small.
+        num_resamples: Number of bootstrap draws, and of permutations.
+        seed: Seed of both.
 
     Raises:
-        UserError: Classes, pictures or labels differ, nothing is labelled, or there are fewer
-            than two blocks; one sentence says which.
+        UserError: Classes, images or labels differ, nothing is labelled, ``block_size`` is less
+            than 1, or there are fewer than two blocks.
     """
     b = matched(a, b)
     num_classes = len(a.class_names)
@@ -173,14 +190,14 @@ def compare_evaluations(
     blocks_a, blocks_b = _blocks(overlaps_a, block_size), _blocks(overlaps_b, block_size)
     if len(blocks_a) < 2:
         raise UserError(
-            f"{len(a.ids)} pictures in blocks of {block_size} make {len(blocks_a)} block, and two "
-            "are the least to draw from; give a smaller --block_size or more pictures"
+            f"{len(a.ids)} images in blocks of {block_size} make {len(blocks_a)} block, and "
+            "resampling needs at least two; give a smaller --block_size or more images"
         )
     drawn = _bootstrap(np.concatenate([blocks_a, blocks_b], axis=1), num_resamples, seed)
     drawn_a, drawn_b = drawn[:, :num_classes], drawn[:, num_classes:]
     miou_p, class_p = _permutation_test(blocks_a, blocks_b, num_resamples, seed)
     return Comparison(
-        num_pictures=len(a.ids),
+        num_images=len(a.ids),
         block_size=block_size,
         num_blocks=len(blocks_a),
         num_resamples=num_resamples,
@@ -194,57 +211,57 @@ def compare_evaluations(
 
 
 def holm(p_values: Floats) -> Floats:
-    """P-values corrected for their number by Holm's step-down method (1979); nan stays nan."""
+    """Correct p-values for their number by Holm's step-down method (1979); nan stays nan."""
     corrected = np.full_like(p_values, np.nan)
     order = [index for index in np.argsort(p_values) if not np.isnan(p_values[index])]
-    least = 0.0
+    highest = 0.0  # corrected p-values never decrease along the order
     for rank, index in enumerate(order):
-        least = max(least, min(1.0, (len(order) - rank) * p_values[index]))
-        corrected[index] = least
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
+        corrected[index] = highest
     return corrected
 
 
 def points(difference: float) -> str:
-    """A difference of fractions in percentage points, with its sign; never a negative zero."""
+    """Format a difference of fractions in percentage points with its sign, zero as +0.00."""
     return f"{round(100 * difference, 2) + 0.0:+.2f}"
 
 
 def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -> Evaluation:
-    """``b`` in the order of ``a``, once nothing speaks against a comparison.
+    """Return ``b`` with its images in the order of ``a``, after checking that both are comparable.
 
     Args:
-        a, b: Two evaluations.
-        names: What messages call them.
+        a: First evaluation.
+        b: Second evaluation.
+        names: Names of both in messages.
 
     Raises:
-        UserError: Classes, their order, images or labels differ, or nothing is labelled; one
-            sentence says which.
+        UserError: Classes, their order, images or labels differ, or nothing is labelled.
     """
     if a.class_names != b.class_names:
         only = [sorted(set(x.class_names) - set(y.class_names)) for x, y in ((a, b), (b, a))]
-        how = "in another order"
+        detail = "in another order"
         if any(only):
-            how = f"only {names[0]} has {_brief(only[0])}, only {names[1]} {_brief(only[1])}"
+            detail = f"only {names[0]} has {_brief(only[0])}, only {names[1]} {_brief(only[1])}"
         raise UserError(
             f"{names[0]} has {len(a.class_names)} classes and {names[1]} {len(b.class_names)}, "
-            f"{how}; give runs on the same data set"
+            f"{detail}; give runs on the same data set"
         )
     for name, evaluation in zip(names, (a, b)):
         if len(set(evaluation.ids)) < len(evaluation.ids):
-            twice = next(i for i in evaluation.ids if evaluation.ids.count(i) > 1)
+            repeated = next(i for i in evaluation.ids if evaluation.ids.count(i) > 1)
             raise UserError(
-                f"{name} holds image '{twice}' more than once, and images are matched by their "
-                "ids; give every image an id of its own and validate again"
+                f"{name} holds image '{repeated}' more than once, and images are matched by their "
+                "ids; give every image a unique id and validate again"
             )
     row_of = {image: row for row, image in enumerate(b.ids)}
     missing = [image for image in a.ids if image not in row_of]
     common = len(a.ids) - len(missing)
     if missing or common < len(b.ids):
         in_a = set(a.ids)
-        more = [image for image in b.ids if image not in in_a]
+        extra = [image for image in b.ids if image not in in_a]
         absent = [
             f"{len(images)} of {holder} are missing in {other}, such as '{images[0]}'"
-            for holder, other, images in ((*names, missing), (*names[::-1], more))
+            for holder, other, images in ((*names, missing), (*names[::-1], extra))
             if images
         ]
         raise UserError(
@@ -268,60 +285,68 @@ def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -
 
 
 def _overlaps(evaluation: Evaluation) -> Floats:
-    """(N, C, 2) intersection and union; doubles hold these whole numbers exactly."""
+    """Return intersections and unions (N, C, 2); float64 holds these integers exactly."""
     counts = evaluation.counts.astype(np.float64)
     return np.stack([counts[..., INTERSECTION], class_union(counts)], axis=-1)
 
 
 def _blocks(overlaps: Floats, block_size: int) -> Floats:
-    """(M, C, 2) sums over contiguous blocks; the last may be shorter."""
+    """Return sums (M, C, 2) over contiguous blocks, of which the last may be shorter."""
     if block_size < 1:
         raise UserError(f"--block_size is {block_size}; give an integer of at least 1")
     return np.add.reduceat(overlaps, np.arange(0, len(overlaps), block_size), axis=0)
 
 
 def _bootstrap(blocks: Floats, num_resamples: int, seed: int) -> Floats:
-    """(R, C) IoU in sets of as many blocks, drawn with replacement; nan where a class is absent."""
+    """Return the IoU (R, C) of sets of M blocks drawn with replacement; nan for absent classes.
+
+    A set is stored as the number of times that each block was drawn. Blocks 0, 0, 2, 3 of four
+    are the weights 2 0 1 1, and one matrix product gives the sums of many sets.
+    """
     num_blocks = len(blocks)
     generator = np.random.default_rng(seed)
     drawn = []
     for size in _chunks(blocks, num_resamples, "bootstrap"):
         chosen = generator.integers(num_blocks, size=(size, num_blocks))
-        chosen += num_blocks * np.arange(size)[:, None]
-        times = np.bincount(chosen.ravel(), minlength=size * num_blocks)
-        drawn.append(_weighted_iou(times.reshape(size, num_blocks), blocks))
+        chosen += num_blocks * np.arange(size)[:, None]  # so that one bincount serves all sets
+        weights = np.bincount(chosen.ravel(), minlength=size * num_blocks)
+        drawn.append(_weighted_iou(weights.reshape(size, num_blocks), blocks))
     return np.concatenate(drawn)
 
 
 def _permutation_test(
     blocks_a: Floats, blocks_b: Floats, num_resamples: int, seed: int
 ) -> tuple[float, Floats]:
-    """Two-sided p-values of mIoU, and (C,) of IoU, nan where a class is absent in a run."""
+    """Return two-sided p-values of mIoU and of each IoU (C,); nan for classes absent in a run.
+
+    Swapping a block moves ``B - A`` of its counts from B to A.
+    """
     total_a, total_b = blocks_a.sum(axis=0), blocks_b.sum(axis=0)
     excess = blocks_b - blocks_a
     observed = _differences(total_a, total_b)
     generator = np.random.default_rng(seed)
-    as_large = np.zeros_like(observed, dtype=np.int64)
+    num_as_large = np.zeros_like(observed, dtype=np.int64)
     for size in _chunks(excess, num_resamples, "permutation test"):
         is_swapped = generator.integers(2, size=(size, len(excess)))
         moved = _weighted_sums(is_swapped, excess)
         differences = _differences(total_a + moved, total_b - moved)
-        # A difference that is nan in a swap cannot be called smaller.
-        as_large += (~(np.abs(differences) < np.abs(observed) - TIE)).sum(axis=0)
-    p_values = (as_large + 1) / (num_resamples + 1)
+        # Count nan (the class is absent in one run after the swap) as at least as large: the test
+        # stays conservative.
+        num_as_large += (~(np.abs(differences) < np.abs(observed) - TIE)).sum(axis=0)
+    p_values = (num_as_large + 1) / (num_resamples + 1)
     p_values[np.isnan(observed)] = np.nan
     return float(p_values[0]), p_values[1:]
 
 
 def _differences(total_a: Floats, total_b: Floats) -> Floats:
-    """(..., 1 + C) of (..., C, 2) sums: B - A in mIoU, then in the IoU of each class."""
+    """Sums (..., C, 2) of A and B -> differences B - A (..., 1 + C): of mIoU, then of each IoU."""
     iou_a, iou_b = _iou(total_a), _iou(total_b)
     miou = mean_present(iou_b) - mean_present(iou_a)
     return np.concatenate([miou[..., None], iou_b - iou_a], axis=-1)
 
 
 def _chunks(blocks: Floats, num_resamples: int, title: str) -> Iterator[int]:
-    """Numbers of resamples that are affordable at once; shows progress where it takes long."""
+    """Yield numbers of resamples that fit into memory at once; show a progress bar after 2 s."""
     size = max(1, CHUNK_NUMBERS // max(len(blocks), blocks[0].size))
     with tqdm(total=num_resamples, desc=title, delay=2, leave=False, disable=None) as progress:
         for start in range(0, num_resamples, size):
@@ -330,7 +355,7 @@ def _chunks(blocks: Floats, num_resamples: int, title: str) -> Iterator[int]:
 
 
 def _weighted_sums(weights: npt.NDArray[np.int64], blocks: Floats) -> Floats:
-    """Weights (R, M), blocks (M, C, 2) -> (R, C, 2)."""
+    """Weights (R, M), blocks (M, C, 2) -> weighted sums (R, C, 2)."""
     sums = weights.astype(np.float64) @ blocks.reshape(len(blocks), -1)
     return sums.reshape(len(weights), *blocks.shape[1:])
 
@@ -344,7 +369,7 @@ def _iou(overlaps: Floats) -> Floats:
 
 
 def _interval(drawn: Floats) -> Floats:
-    """(2, ...) of (R, ...): low and high, over the resamples that have a value."""
+    """Resamples (R, ...) -> lower and upper bound (2, ...), over the resamples that are not nan."""
     return np.nanquantile(drawn, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
 
 
@@ -357,11 +382,11 @@ def _class_differences(
     a: Evaluation, b: Evaluation, drawn: Floats, p_values: Floats
 ) -> tuple[ClassDifference, ...]:
     iou_a, iou_b = a.iou, b.iou
-    num_pictures = (a.counts[..., TARGET] > 0).sum(axis=0)
+    num_images = (a.counts[..., TARGET] > 0).sum(axis=0)
     differences = [
         ClassDifference(
             name=name,
-            num_pictures=int(num_pictures[c]),
+            num_images=int(num_images[c]),
             iou_a=float(iou_a[c]),
             iou_b=float(iou_b[c]),
             difference=_estimate(iou_b[c] - iou_a[c], drawn[:, c]),
@@ -373,7 +398,7 @@ def _class_differences(
 
 
 def without_nan(value: Any) -> Any:
-    """JSON knows no nan."""
+    """Replace nan by None in nested dictionaries and lists, because JSON has no nan."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -381,6 +406,6 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def _brief(names: list[str], most: int = 5) -> str:
-    listed = ", ".join(map(repr, names[:most])) or "none more"
-    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
+def _brief(names: list[str], max_names: int = 5) -> str:
+    listed = ", ".join(map(repr, names[:max_names])) or "none more"
+    return listed + (f" and {len(names) - max_names} more" if len(names) > max_names else "")

@@ -1,11 +1,11 @@
-"""What a network costs: parameters, multiply-adds, activation memory, latency.
+"""Cost of a network: parameters, multiply-adds, activation memory, latency.
 
-Counts come from one forward pass on fake tensors (shapes without data), so they need neither time
-nor memory at any size of image. Latency is measured on real ones.
+Counts come from forward passes on fake tensors (shapes without data), so they take little time and
+memory at any image size. Latency is measured on real tensors.
 
-One MAC is one multiplication and one addition. What papers call "FLOPs" are MACs as their tools
-count them, see :meth:`segformer_pl.models.SegFormer.paper_macs`; the MACs that SegFormer executes
-are fewer, because its decode head is folded (:mod:`segformer_pl.models.decode_head`).
+One MAC is one multiplication and one addition. "FLOPs" in papers are MACs as counted by their
+tools, see :meth:`segformer_pl.models.SegFormer.paper_macs`. SegFormer executes fewer MACs than
+that, because its decode head is folded (:mod:`segformer_pl.models.decode_head`).
 """
 
 import math
@@ -30,18 +30,17 @@ from segformer_pl.models.segmenter import Segmenter
 
 @dataclass(frozen=True)
 class PartCost:
-    """One part of a network, such as a stage of the encoder or the head.
+    """Cost of one part of a network, such as a stage of the encoder or the head.
 
     Attributes:
-        name: Its name in the network's ``parts()``.
-        num_parameters: Its parameters.
-        output_shape: Of the last tensor it returns, batch included; None if a forward pass in
-            evaluation mode does not use it.
-        macs: MACs executed in it.
-        attention_macs: Of these, in attention: the products of queries with keys and of weights
-            with values, without the projections around them.
-        query_length: Tokens that ask, the most of any attention inside; None without attention.
-        key_length: Keys and values that each of these meets, likewise.
+        name: Name of the part in the network's ``parts()``.
+        num_parameters: Number of parameters.
+        output_shape: Shape of the last tensor that the part returns, batch included; None if a
+            forward pass in evaluation mode does not use the part.
+        macs: MACs executed in the part.
+        attention_macs: MACs of the matrix products QK^T and AV among them, without projections.
+        query_length: Number of queries of the largest attention inside; None without attention.
+        key_length: Number of keys of the largest attention inside; None without attention.
     """
 
     name: str
@@ -55,12 +54,16 @@ class PartCost:
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one forward pass, batch of one.
+    """Wall time of one forward pass at batch size 1.
 
     Attributes:
-        median_ms, iqr_ms: Over the runs, after the warm-up.
-        num_runs, num_warmup: How often it ran.
-        device, dtype, num_threads: Where and how; threads of the CPU.
+        median_ms: Median over the forward passes in milliseconds.
+        iqr_ms: Interquartile range over the forward passes in milliseconds.
+        num_runs: Number of timed forward passes.
+        num_warmup: Number of forward passes before them.
+        device: Name of the device.
+        dtype: Data type of weights and image.
+        num_threads: Number of CPU threads.
     """
 
     median_ms: float
@@ -74,18 +77,19 @@ class Latency:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What :func:`complexity` counted, for one image.
+    """Cost of a network for one image, see :func:`complexity`.
 
     Attributes:
         image_shape: (C, H, W).
-        num_classes: Channels of the logits.
-        num_parameters: All; ``encoder_parameters`` (those of the network's ``layer_ids()``) and
-            ``head_parameters`` (all others) make it up.
+        num_classes: Number of channels of the logits.
+        num_parameters: Number of all parameters.
+        encoder_parameters: Number of the parameters in the network's ``layer_ids()``.
+        head_parameters: Number of all other parameters.
         macs: MACs executed in a forward pass.
-        paper_macs: What the "FLOPs" column of the network's paper counts; None if there is none.
-        activation_bytes: Memory of the tensors that a forward pass in training mode keeps for the
-            backward pass, in the parameters' dtype, parameters not counted.
-        parts: The costs part by part, in order.
+        paper_macs: "FLOPs" as counted by the network's paper; None if there is no paper.
+        activation_bytes: Memory of the tensors that a forward pass in training mode saves for the
+            backward pass, in the dtype of the parameters, without the parameters themselves.
+        parts: Costs of the parts, in order.
     """
 
     image_shape: tuple[int, int, int]
@@ -100,10 +104,10 @@ class Complexity:
 
 
 def complexity(network: Segmenter, height: int, width: int) -> Complexity:
-    """Count what one image costs in a segmenter, which is left as it is.
+    """Count the cost of one image in a segmenter.
 
     Args:
-        network: The segmenter.
+        network: Segmenter; its state and mode do not change.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 
@@ -118,17 +122,17 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
         }
         dtype = next(network.parameters()).dtype
         images = torch.zeros(1, network.in_channels, height, width, dtype=dtype)
-        # Matrix-vector products are the one kind that torch's counter leaves out.
+        # torch's counter leaves out matrix-vector products.
         flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv_flops})
         lengths = _AttentionLengths()
         shapes: dict[str, tuple[int, ...]] = {}
-        measured = _evaluating(network), _observed(parts, lengths, shapes), lengths, flops
+        contexts = _evaluating(network), _observed(parts, lengths, shapes), lengths, flops
         with ExitStack() as stack, torch.no_grad():
-            for context in measured:
+            for context in contexts:
                 stack.enter_context(context)
             logits = functional_call(network, state, (images,))
-        kept = _KeptForBackward(state.values())
-        with _evaluating(network, False), kept:
+        saved = _SavedForBackward(state.values())
+        with _evaluating(network, False), saved:
             functional_call(network, state, (images,))
     counts = flops.get_flop_counts()
     root = type(network).__name__
@@ -156,7 +160,7 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
         head_parameters=_num_parameters(network) - encoder_parameters,
         macs=flops.get_total_flops() // 2,
         paper_macs=network.paper_macs(height, width),
-        activation_bytes=kept.num_bytes,
+        activation_bytes=saved.num_bytes,
         parts=costs,
     )
 
@@ -169,15 +173,15 @@ def measure_latency(
     dtype: torch.dtype = torch.float32,
     min_seconds: float = 3.0,
 ) -> Latency:
-    """Time forward passes of one image in evaluation mode, without gradients, eagerly.
+    """Time forward passes of one image in evaluation mode, without gradients, in eager mode.
 
     Args:
-        network: The segmenter. It is moved to ``device`` and ``dtype``.
+        network: Segmenter; it is moved to ``device`` and ``dtype``.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         device: ``cpu`` or ``cuda``.
         dtype: Data type of weights and image.
-        min_seconds: Least time of the measurement in seconds; there is at least one pass.
+        min_seconds: Minimum duration of the measurement in seconds.
     """
     network = network.to(device, dtype).eval()
     images = torch.randn(1, network.in_channels, height, width, device=device, dtype=dtype)
@@ -203,7 +207,7 @@ def measure_latency(
 
 
 def as_dict(cost: Complexity, latency: Latency) -> dict[str, Any]:
-    """Everything as plain data, with the counts also in the units of the paper's tables."""
+    """Return all fields as plain data, with counts also in the units of the paper's tables."""
     in_units = {
         "parameters_m": round(cost.num_parameters / 1e6, 1),
         "gmacs": round(cost.macs / 1e9, 1),
@@ -214,7 +218,7 @@ def as_dict(cost: Complexity, latency: Latency) -> dict[str, Any]:
 
 
 def table(name: str, cost: Complexity, latency: Latency) -> str:
-    """Everything for people, in lines of at most 100 characters."""
+    """Return a table as text, in lines of at most 100 characters."""
     _, height, width = cost.image_shape
     lines = [
         f"{name}, one image of {height}x{width} pixels, {cost.num_classes} classes",
@@ -225,13 +229,13 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
     ]
     if cost.paper_macs is not None:
         lines.append(
-            f"paper's FLOPs {cost.paper_macs / 1e9:10.2f} G   multiply-adds as the paper counts "
-            "them"
+            f"paper's FLOPs {cost.paper_macs / 1e9:10.2f} G   multiply-adds by the paper's "
+            "counting rules"
         )
     lines += [
         f"activations   {cost.activation_bytes / 1e6:10.1f} MB  kept for the backward pass",
         f"latency       {latency.median_ms:10.1f} ms  median of {latency.num_runs} (IQR "
-        f"{latency.iqr_ms:.1f}) after {latency.num_warmup} for warm-up,",
+        f"{latency.iqr_ms:.1f}) after {latency.num_warmup} warm-up passes,",
         f"{'':28}{latency.device}, {latency.dtype}, {latency.num_threads} threads, eager",
         "",
         f"{'part':<10}{'output':>18}{'parameters':>12}{'GMACs':>9}{'share':>8}"
@@ -247,8 +251,8 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
         )
     lines += [
         "",
-        "attention: share of a part's multiply-adds in QK^T and AV; queries and keys: tokens of",
-        "its largest attention. Norms, softmax, GELU and interpolation are not multiply-adds.",
+        "attention: share of QK^T and AV in the part's multiply-adds; queries, keys: number of",
+        "tokens in its largest attention. Norms, softmax, GELU and interpolation are not counted.",
     ]
     return "\n".join(lines)
 
@@ -266,7 +270,7 @@ def _num_parameters(module: nn.Module) -> int:
 
 
 class _AttentionLengths(TorchFunctionMode):
-    """Notes every scaled dot-product attention, under the part of the network that it is in."""
+    """Record MACs and lengths of every scaled dot-product attention, by part of the network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,16 +288,16 @@ class _AttentionLengths(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _KeptForBackward(torch.autograd.graph.saved_tensors_hooks):
-    """Adds up the memory of the tensors that autograd keeps, each storage once."""
+class _SavedForBackward(torch.autograd.graph.saved_tensors_hooks):
+    """Sum the memory of the tensors that autograd saves, counting each storage once."""
 
     def __init__(self, state: Any) -> None:
         self.not_counted = {tensor.untyped_storage()._cdata for tensor in state}
         self.storages: dict[int, Tensor] = {}
-        super().__init__(self.note, lambda tensor: tensor)
+        super().__init__(self.record, lambda tensor: tensor)
 
-    def note(self, tensor: Tensor) -> Tensor:
-        self.storages[tensor.untyped_storage()._cdata] = tensor  # held, so that no id is reused
+    def record(self, tensor: Tensor) -> Tensor:
+        self.storages[tensor.untyped_storage()._cdata] = tensor  # keep it, so that no id is reused
         return tensor
 
     @property
@@ -334,7 +338,7 @@ def _observed(
 
 @contextmanager
 def _evaluating(network: nn.Module, evaluating: bool = True) -> Iterator[None]:
-    """The mode of every module, set and put back."""
+    """Set evaluation (or training) mode, and restore the mode of every module afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.train(not evaluating)
     try:

@@ -1,4 +1,4 @@
-"""The settings that a run was trained with, and in which of them runs differ: plain data."""
+"""The settings of a training as plain data, and the settings in which runs differ."""
 
 import json
 from collections import Counter
@@ -10,10 +10,11 @@ SEED = "seed_everything"
 DATA = "training data"
 DATA_PATH = "data.path"
 CALLBACKS = "trainer.callbacks."
-# Of where a part of a run is stored and what it starts from, not of how it trains.
+# A resumption differs from the part before in these, and they do not change how it trains: where
+# files are stored, and the checkpoint that it starts from.
 NOT_OF_A_PART = ("ckpt_path", "trainer.logger.", "trainer.default_root_dir")
-# Where a run is kept and how it is executed, which does not change what is trained: the order of
-# the samples does not depend on the number of loader processes.
+# Where a run is stored and how it is executed. Neither changes what is trained; in particular, the
+# order of the samples does not depend on the number of data-loader workers.
 NOT_COMPARED = (
     f"{SEED}.",
     "weights_only.",
@@ -23,10 +24,10 @@ NOT_COMPARED = (
     "trainer.enable_progress_bar.",
     "trainer.logger.",
     "data.num_workers.",
-    "data.path.",  # data may be moved: what they are tells
+    "data.path.",  # data can be moved; their fingerprint identifies them
 )
 FOLDER = "dirpath"
-# Others of Lightning's record, show or end a training, and change no step of it.
+# All other callbacks of Lightning log, display or end a training, and change none of its steps.
 LIGHTNING = ("lightning.pytorch.callbacks.", "pytorch_lightning.callbacks.")
 TRAINING_CALLBACKS = {
     "BackboneFinetuning",
@@ -38,18 +39,19 @@ TRAINING_CALLBACKS = {
     "StochasticWeightAveraging",
     "WeightAveraging",
 }
-OWN = "segformer_pl.callbacks."  # which train nothing
-EVALUATES = "verbose"  # an argument of Lightning's validate and test that fit does not have
+OWN = "segformer_pl.callbacks."  # none of these changes training
+EVALUATES = "verbose"  # argument of Lightning's validate and test, which fit does not have
+MISSING = "not stated"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run was trained on, wherever it was stored.
+    """The training images of a run, independent of where they are stored.
 
     Attributes:
         dataset: Name of the data set.
         num_rows: Number of training images.
-        fingerprint: Of their contents.
+        fingerprint: Hash of their contents.
     """
 
     dataset: str
@@ -62,14 +64,14 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The settings that decide what a run trains.
+    """The settings that determine what a run trains.
 
     Attributes:
-        settings: Value by dotted key, without the seed and the paths. One that a resumption
-            changed says so: ``"0.003, 0.006 from step 400 on"``.
-        seed: Of the run; None if it was not seeded.
-        data: The images that it was trained on; None if that is not known.
-        data_path: Where they were stored.
+        settings: Value by dotted key, without seed and paths. The value of a setting that a
+            resumption changed states both: ``"0.003, 0.006 from step 400 on"``.
+        seed: Seed of the run; None if it was not seeded.
+        data: Training images; None if they are not known.
+        data_path: Where the training images were stored.
     """
 
     settings: dict[str, Any]
@@ -78,18 +80,18 @@ class Configuration:
     data_path: Any = None
 
     def has_data_of(self, other: "Configuration") -> bool:
-        """Whether both were trained on the same data, as far as that is known."""
+        """Whether both were trained on the same data, judged by their paths if data are unknown."""
         if self.data is None or other.data is None:
             return self.data_path == other.data_path
         return self.data == other.data
 
     def is_that_of(self, other: "Configuration") -> bool:
-        """Whether both train the same, save for the seed."""
+        """Whether both are the same configuration, apart from the seed."""
         return self.settings == other.settings and self.has_data_of(other)
 
 
 def is_evaluation(config: Mapping[str, Any]) -> bool:
-    """Whether this is the configuration of a ``validate`` or ``test``."""
+    """Return whether this is the configuration of a ``validate`` or ``test``."""
     return EVALUATES in config
 
 
@@ -98,15 +100,16 @@ def training_configuration(
     data: TrainingData | None,
     evaluated_with: Mapping[str, Any] | None = None,
 ) -> Configuration | None:
-    """One configuration of all parts of a training.
+    """Merge the configurations of all parts of a training into one.
 
     Args:
-        parts: Configuration of the start, and of each resumption, by the step that it holds from.
-        data: The images that the run was trained on, if they are known.
-        evaluated_with: Settings of the model with which another run evaluated the network.
+        parts: Configurations of the start and of each resumption, by the step from which each
+            applies.
+        data: Training images, if they are known.
+        evaluated_with: Settings of the model that another run used to evaluate the network.
 
     Returns:
-        None if this is no training.
+        The configuration, or None if this is not a training.
     """
     if any(is_evaluation(part) for part in parts.values()):
         return None
@@ -115,7 +118,8 @@ def training_configuration(
     for start, part in parts.items():
         merged[start] = dict(part)
         if start:
-            merged[start]["ckpt_path"] = first.get("ckpt_path")  # the run's own
+            # A resumption starts from the run's own checkpoint, which is no change of settings.
+            merged[start]["ckpt_path"] = first.get("ckpt_path")
         if evaluated_with is not None:
             merged[start]["model"] = {**(part.get("model") or {}), **evaluated_with}
     seed = first.get(SEED)
@@ -128,7 +132,7 @@ def training_configuration(
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ between two configurations, each with both values."""
+    """Return the settings that differ between two configurations, each with both values."""
     before, after = dict(leaves(old)), dict(leaves(new))
     return without_parts(
         {
@@ -140,11 +144,15 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a configuration by dotted key.
+    """Yield the settings of a configuration with their dotted keys.
 
-    Callbacks go by the names of their classes rather than by their places in the list, which
-    another callback changes: ``trainer.callbacks.ModelCheckpoint`` is the path of the class, and
-    its arguments follow below that key. A second one of a class is ``ModelCheckpoint.2``.
+    Callbacks are keyed by class name instead of by list index, because an additional callback
+    shifts the indices. A second callback of a class gets the suffix ``.2``::
+
+        trainer:                               trainer.callbacks.ModelCheckpoint = a.ModelCheckpoint
+          callbacks:                           trainer.callbacks.ModelCheckpoint.save_top_k = 1
+          - class_path: a.ModelCheckpoint
+            init_args: {save_top_k: 1}
     """
     if prefix == CALLBACKS:
         yield from _callbacks(tree)
@@ -152,8 +160,8 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
             yield from leaves(value, f"{prefix}{key}.")
     elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
-        for number, value in enumerate(tree):
-            yield from leaves(value, f"{prefix}{number}.")
+        for index, value in enumerate(tree):
+            yield from leaves(value, f"{prefix}{index}.")
     else:
         yield prefix.rstrip("."), tree
 
@@ -173,50 +181,51 @@ def _callbacks(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def without_parts(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the arguments of a callback that is listed itself."""
+    """Remove the arguments of callbacks that are in the list themselves (added or removed)."""
     listed = tuple(f"{key}." for key in settings if key.startswith(CALLBACKS))
     return {key: value for key, value in settings.items() if not key.startswith(listed)}
 
 
 def differences(configurations: Sequence[Configuration]) -> dict[str, list[Any]]:
-    """The settings in which not all agree: key -> value of each, ``"not stated"`` for none.
+    """Return the settings in which configurations differ: key -> value in each of them.
 
-    ``data.path`` is among them only where it is not known whether the training data are the same.
+    A value is ``"not stated"`` where a configuration lacks the key. ``data.path`` is listed only if
+    it is not known whether the training data are the same.
     """
     keys = dict.fromkeys(key for one in configurations for key in one.settings)
-    values = {key: [one.settings.get(key, "not stated") for one in configurations] for key in keys}
+    values = {key: [one.settings.get(key, MISSING) for one in configurations] for key in keys}
     different = {key: v for key, v in values.items() if any(value != v[0] for value in v)}
     if not is_data_known(configurations):
         different[DATA_PATH] = [one.data_path for one in configurations]
     elif any(not one.has_data_of(configurations[0]) for one in configurations):
-        different[DATA] = [str(one.data or "not stated") for one in configurations]
+        different[DATA] = [str(one.data or MISSING) for one in configurations]
     return without_parts(different)
 
 
 def is_data_known(configurations: Sequence[Configuration]) -> bool:
-    """Whether it can be told which of them were trained on the same data."""
+    """Return whether it is known which of them were trained on the same data."""
     paths = [one.data_path for one in configurations]
     return all(one.data for one in configurations) or all(path == paths[0] for path in paths)
 
 
 def _merged(parts: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """One value of each setting: that of the start, and what resumptions made of it."""
+    """Return one value per setting: that of the start, followed by the changes of resumptions."""
     settings = {step: dict(_settings(config)) for step, config in parts.items()}
     first = settings[0]
     merged = {}
     for key in dict.fromkeys(key for part in settings.values() for key in part):
-        value, told = first.get(key, "not stated"), []
+        value, texts = first.get(key, MISSING), []
         for step, part in settings.items():
-            now = part.get(key, "not stated")
-            if now != value:
-                told.append(f"{plain(now)} from step {step:,} on")
-                value = now
-        merged[key] = ", ".join([plain(first.get(key, "not stated")), *told]) if told else value
+            new = part.get(key, MISSING)
+            if new != value:
+                texts.append(f"{plain(new)} from step {step:,} on")
+                value = new
+        merged[key] = ", ".join([plain(first.get(key, MISSING)), *texts]) if texts else value
     return merged
 
 
 def plain(value: Any) -> str:
-    """A setting as YAML has it."""
+    """Format the value of a setting as YAML does."""
     is_json = value is None or isinstance(value, bool | list | dict)
     return json.dumps(value, default=str) if is_json else str(value)
 
@@ -224,14 +233,14 @@ def plain(value: Any) -> str:
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in leaves(config):
         if key.startswith(CALLBACKS):
-            if _counts(config, key):
+            if _changes_training(config, key):
                 yield key, value
         elif not f"{key}.".startswith(NOT_COMPARED) and FOLDER not in key.split("."):
             yield key, value
 
 
-def _counts(config: dict[str, Any], key: str) -> bool:
-    """Whether a setting of callbacks tells how the run trains."""
+def _changes_training(config: dict[str, Any], key: str) -> bool:
+    """Return whether a setting of a callback can change what the run trains."""
     _, _, name, *argument = key.split(".")
     given = (config.get("trainer") or {}).get("callbacks")
     paths = [
@@ -242,5 +251,5 @@ def _counts(config: dict[str, Any], key: str) -> bool:
     path = next(path for path in paths if path.rpartition(".")[2] == name)
     if path.startswith(LIGHTNING):
         return name in TRAINING_CALLBACKS
-    # Of a class that is not known here, that it is there.
+    # Which arguments of an unknown class matter is not known, so compare only its presence.
     return not path.startswith(OWN) and all(part.isdecimal() for part in argument)

@@ -1,4 +1,4 @@
-"""The evaluation of a validation or test set, with the counts of every image, as one file."""
+"""The evaluation of a validation or test split: pixel counts of every image, in one file."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,8 +14,8 @@ from segformer_pl.atomic import atomic_write
 from segformer_pl.errors import UserError
 
 EVALUATION_FOLDER = "evaluation"
-# What numpy raises for bytes that are cut short or changed, for other formats (a text file is
-# taken for a pickle, an .npy file gives an array without names), and for other contents.
+# Exceptions of numpy for truncated or changed bytes, for other formats (it takes a text file for a
+# pickle, and an .npy file gives an array without keys), and for other contents.
 DAMAGES = (
     OSError,
     EOFError,
@@ -31,23 +31,24 @@ DAMAGES = (
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Counts of pixels over N images and C classes. Pixels with the ignored label never count.
+    """Pixel counts over N images and C classes, without the pixels of the ignored label.
 
-    :mod:`segformer_pl.metrics` defines the metrics, all fractions: a class that is neither
-    labelled nor predicted anywhere has none (nan) and is left out of the means.
+    The metrics are those of :mod:`segformer_pl.metrics`, all fractions. A class that is neither
+    labelled nor predicted anywhere is nan and left out of the means.
 
     Attributes:
         split: ``val`` or ``test``.
-        step: Training steps that the network has had.
+        step: Number of training steps of the evaluated network.
         class_names: C names by train id.
-        ids: Names of the N images, in stored order.
-        counts: (N, C, 3) pixels of each image and class: intersection, target, prediction.
-        loss: (N,) mean cross-entropy over an image's labelled pixels, nats; nan without any.
-        confusion: (C, C) pixels of the whole set, rows target, columns prediction.
-        calibration: (bins, 3) by confidence: pixels, sum of confidence, pixels that are right.
+        ids: Ids of the N images, in stored order.
+        counts: (N, C, 3), pixels of each image and class: intersection, target, prediction.
+        loss: (N,), mean cross-entropy over the labelled pixels of each image in nats; nan without
+            any.
+        confusion: (C, C), pixels of the whole set; rows are targets, columns predictions.
+        calibration: (bins, 3), by confidence: pixels, sum of confidences, correct pixels.
 
     Raises:
-        UserError: The shapes do not fit together.
+        UserError: The shapes do not match.
     """
 
     split: str
@@ -77,7 +78,7 @@ class Evaluation:
 
     @property
     def iou(self) -> npt.NDArray[np.float64]:
-        """(C,) intersection over union of the whole set, nan where a class is absent."""
+        """(C,), intersection over union of the whole set; nan where a class is absent."""
         return metrics.class_iou(self.counts.sum(axis=0))
 
     @property
@@ -87,29 +88,29 @@ class Evaluation:
 
     @property
     def macc(self) -> float:
-        """Mean over the labelled classes of the share of their pixels that is right."""
+        """Mean over the labelled classes of the share of their pixels that is correct."""
         return float(metrics.mean_present(metrics.class_accuracy(self.counts.sum(axis=0))))
 
     @property
     def aacc(self) -> float:
-        """Share of all labelled pixels that is right."""
+        """Share of all labelled pixels that is correct."""
         return float(metrics.pixel_accuracy(self.counts.sum(axis=0)))
 
     @property
     def fwiou(self) -> float:
-        """Mean of :attr:`iou` weighted with the labelled pixels of each class."""
+        """Mean of :attr:`iou`, weighted with the labelled pixels of each class."""
         return float(metrics.frequency_weighted_iou(self.counts.sum(axis=0)))
 
     @property
     def image_miou(self) -> npt.NDArray[np.float64]:
-        """(N,) mIoU of each image by itself, over the classes labelled or predicted in it.
+        """(N,), mIoU of each image by itself, over the classes labelled or predicted in it.
 
-        Ranks the images. Its mean is not :attr:`miou`.
+        It serves to rank the images. Its mean is not :attr:`miou`.
         """
         return metrics.mean_present(metrics.class_iou(self.counts))
 
     def save(self, file: Path) -> None:
-        """Write a compressed npz file; the folder is made, and the file appears whole or not.
+        """Write a compressed npz file atomically, and create its folder.
 
         Raises:
             WriteError: The file cannot be written.
@@ -118,17 +119,16 @@ class Evaluation:
             field.name: np.asarray(getattr(self, field.name)) for field in fields(self)
         }
         for name in ("class_names", "ids"):
-            arrays[name] = arrays[name].astype(np.str_)  # an empty list would be of floats
+            arrays[name] = arrays[name].astype(np.str_)  # numpy gives an empty list the type float
         with atomic_write(file) as stream:
             np.savez_compressed(stream, **arrays)
 
 
 def load_evaluation(file: Path) -> Evaluation:
-    """Read the evaluation in one npz file; :class:`~.run.Run` finds those of a run folder.
+    """Read an evaluation from its npz file; :class:`~.run.Run` lists those of a run folder.
 
     Raises:
-        UserError: There is no such file, or it is damaged or something else; one sentence says
-            which.
+        UserError: There is no such file, or it is damaged or not an evaluation.
     """
     if not file.is_file():
         raise UserError(
@@ -150,5 +150,5 @@ def load_evaluation(file: Path) -> Evaluation:
         )
     except DAMAGES as error:
         raise UserError(
-            f"'{file}' is no evaluation of a run, or is damaged; validate again, or give another"
+            f"'{file}' is no evaluation of a run, or is damaged; give another, or validate again"
         ) from error

@@ -1,4 +1,4 @@
-"""What a network says about a picture, for the eye: class maps in colour, overlays, panels."""
+"""Images of predictions: overlays with a legend, and panels of image, label and prediction."""
 
 import struct
 import zlib
@@ -25,71 +25,82 @@ from segformer_pl.analysis.style import (
     printable,
 )
 
-LISTED_CLASSES = 31  # in the legend of a panel
-MAX_NAME_LENGTH = 40  # letters of a class name in a legend
-MAX_TITLE_LENGTH = 40  # letters of a title above a panel
-OPACITY = 0.5  # of the class colours over the picture
-MIN_LONG_SIDE = 512  # pixels; smaller pictures are enlarged, so that outlines and text fit
-TEXT_SIZE = 1 / 44  # height of the legend's text over the longer side
-OUTLINE_WIDTH = 1 / 1600  # likewise
-BAND_PIXELS = 1 << 20  # of an overlay that are drawn at a time
-DARK = 90  # of 255; ground below that has white outlines
+LISTED_CLASSES = 31  # entries in the legend of a panel
+MAX_NAME_LENGTH = 40  # characters of a class name in a legend
+MAX_TITLE_LENGTH = 40  # characters of a title above a panel
+OPACITY = 0.5  # of the class colours over the image
+MIN_LONG_SIDE = 512  # pixels; smaller images are enlarged, so that outlines and text fit
+TEXT_SIZE = 1 / 44  # height of the legend's text relative to the longer side
+OUTLINE_WIDTH = 1 / 1600  # relative to the longer side
+BAND_PIXELS = 1 << 20  # pixels of an overlay that are drawn at once
+DARK = 90  # brightness, 0 to 255, below which outlines are white
 
 Pixels = npt.NDArray[np.uint8]
 TrainIds = npt.NDArray[np.integer[Any]]
 
 
 def draw_overlay(
-    picture: Pixels,
+    image: Pixels,
     train_ids: TrainIds,
     class_names: Sequence[str],
     palette: Palette,
 ) -> Image.Image:
-    """The picture under half-transparent class colours, regions outlined, with a legend below.
+    """Draw an image under half-transparent class colours, with outlines and a legend below.
 
-    The legend names the classes that occur, the largest first, with their share of the pixels.
-    Text and outlines grow with the picture. One of less than :data:`MIN_LONG_SIDE` pixels is
-    enlarged by a whole factor, pixels staying squares.
+    The legend lists the classes that occur, the largest first, with their share of the pixels. Text
+    and outlines scale with the image. An image whose longer side is below :data:`MIN_LONG_SIDE` is
+    enlarged by an integer factor, without interpolation.
 
     Args:
-        picture: (H, W, 3) RGB.
+        image: (H, W, 3) RGB.
         train_ids: (H, W), each below the number of classes.
-        class_names: By train id.
+        class_names: Class names by train id.
         palette: RGB 0-255 by train id.
     """
-    return Image.fromarray(np.concatenate([*_Overlay(picture, train_ids, class_names, palette)]))
+    return Image.fromarray(np.concatenate([*_Overlay(image, train_ids, class_names, palette)]))
 
 
 def write_overlay(
     stream: BinaryIO,
-    picture: Pixels,
+    image: Pixels,
     train_ids: TrainIds,
     class_names: Sequence[str],
     palette: Palette,
 ) -> None:
-    """Write what :func:`draw_overlay` draws as a PNG, without ever holding it whole.
+    """Write the result of :func:`draw_overlay` as a PNG, in bands of rows to bound the memory.
 
     Args:
-        stream: Open for writing in binary mode.
-        picture, train_ids, class_names, palette: See :func:`draw_overlay`.
+        stream: File open for writing in binary mode.
+        image: (H, W, 3) RGB.
+        train_ids: (H, W), each below the number of classes.
+        class_names: Class names by train id.
+        palette: RGB 0-255 by train id.
     """
-    overlay = _Overlay(picture, train_ids, class_names, palette)
+    overlay = _Overlay(image, train_ids, class_names, palette)
     write_png(stream, overlay, overlay.height, overlay.width)
 
 
 class _Overlay:
-    """An overlay in bands of rows, from top to bottom, the legend last: (R, width, 3) each."""
+    """An overlay as bands of rows (R, width, 3) from top to bottom, the legend last.
+
+    The outlines in a band depend on pixels beyond it, so a band is drawn with a margin of rows
+    above and below, and the margin is cut off::
+
+        rows     0 . . . . . . . 8 . . . . . . . 16 . . . . .
+        band 0   [===============|~~~]                            = kept
+        band 1               [~~~|===============|~~~]            ~ margin
+    """
 
     def __init__(
-        self, picture: Pixels, train_ids: TrainIds, class_names: Sequence[str], palette: Palette
+        self, image: Pixels, train_ids: TrainIds, class_names: Sequence[str], palette: Palette
     ) -> None:
         enlarge = -(-MIN_LONG_SIDE // max(train_ids.shape))
         entries = _legend_entries(train_ids, class_names, palette)
         if enlarge > 1:
-            picture = picture.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+            image = image.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
             train_ids = train_ids.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
         long_side = max(train_ids.shape)
-        self.picture, self.train_ids, self.palette = picture, train_ids, palette
+        self.image, self.train_ids, self.palette = image, train_ids, palette
         self.outline_width = max(1, round(OUTLINE_WIDTH * long_side))
         self.legend = _draw_legend(entries, train_ids.shape[1], round(TEXT_SIZE * long_side))
         self.width = self.legend.width
@@ -97,8 +108,8 @@ class _Overlay:
 
     def __iter__(self) -> Iterator[Pixels]:
         height, width = self.train_ids.shape
-        # The farthest pixel that one of the outlines depends on.
-        margin = _around(self.outline_width) // 2 + self.outline_width + 1
+        # Distance of the farthest pixel that an outline depends on.
+        margin = _neighbourhood(self.outline_width) // 2 + self.outline_width + 1
         num_rows = max(BAND_PIXELS // width, 2 * margin)
         for top in range(0, height, num_rows):
             rows = slice(top, min(top + num_rows, height))
@@ -106,7 +117,7 @@ class _Overlay:
             ids = self.train_ids[wide]
             blended = np.asarray(
                 cv2.addWeighted(
-                    self.picture[wide], 1 - OPACITY, colorize(ids, self.palette), OPACITY, 0
+                    self.image[wide], 1 - OPACITY, colorize(ids, self.palette), OPACITY, 0
                 ),
                 np.uint8,
             )
@@ -118,12 +129,13 @@ class _Overlay:
 
 
 def write_png(stream: BinaryIO, bands: Iterable[Pixels], height: int, width: int) -> None:
-    """Write RGB of 8 bits as a PNG (ISO 15948), band by band.
+    """Write an 8-bit RGB image as a PNG (ISO 15948), band by band.
 
     Args:
-        stream: Open for writing in binary mode.
-        bands: (R, width, 3) each, ``height`` rows in all.
-        height, width: Of the image in pixels.
+        stream: File open for writing in binary mode.
+        bands: Bands (R, width, 3) from top to bottom, ``height`` rows in total.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
     """
 
     def write_chunk(kind: bytes, content: bytes) -> None:
@@ -132,12 +144,12 @@ def write_png(stream: BinaryIO, bands: Iterable[Pixels], height: int, width: int
         stream.write(struct.pack(">I", checksum))
 
     stream.write(b"\x89PNG\r\n\x1a\n")
-    # 8 bits a channel, RGB, and the only method there is of compression, filter and interlace.
+    # 8 bits per channel, RGB, standard compression and filter methods, not interlaced.
     write_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    # Photographs get hardly smaller for three times the work.
+    # Level 1: higher levels take three times as long and hardly make photographs smaller.
     compressor = zlib.compressobj(1)
     for band in bands:
-        # Each row begins with its filter: 1, every pixel minus the one on its left.
+        # Each row starts with its filter type: 1, every pixel minus the pixel to its left.
         rows = np.ones((len(band), 1 + 3 * width), np.uint8)
         flat = band.reshape(len(band), -1)
         rows[:, 1:4] = flat[:, :3]
@@ -156,7 +168,7 @@ class _Entry(NamedTuple):
 def _legend_entries(
     train_ids: TrainIds, class_names: Sequence[str], palette: Palette
 ) -> list[_Entry]:
-    num_rows = max(BAND_PIXELS // train_ids.shape[1], 1)  # bincount works on 64 bits
+    num_rows = max(BAND_PIXELS // train_ids.shape[1], 1)  # bincount copies to 64 bits
     counts = np.sum(
         [
             np.bincount(train_ids[top : top + num_rows].ravel(), minlength=len(class_names))
@@ -174,30 +186,31 @@ def _legend_entries(
 
 
 def _outline(blended: Pixels, train_ids: TrainIds, width: int) -> None:
-    """Draw the borders between classes, ``width`` pixels wide: black, on dark ground white."""
+    """Draw the borders between classes, ``width`` pixels wide: black, or white on dark ground."""
     edges = np.zeros(train_ids.shape, np.uint8)
     edges[:, :-1] |= train_ids[:, :-1] != train_ids[:, 1:]
     edges[:-1] |= train_ids[:-1] != train_ids[1:]
     borders = cv2.dilate(edges, np.ones((width, width), np.uint8)) > 0
-    # Of a neighbourhood: pixel by pixel, texture would tear the lines to pieces.
-    around = _around(width)
-    brightness = cv2.blur(cv2.cvtColor(blended, cv2.COLOR_RGB2GRAY), (around, around))
+    # Decide by the mean brightness of a neighbourhood: single pixels would make a line on textured
+    # ground flicker between black and white.
+    side = _neighbourhood(width)
+    brightness = cv2.blur(cv2.cvtColor(blended, cv2.COLOR_RGB2GRAY), (side, side))
     blended[borders] = np.where(brightness[borders] < DARK, 255, 0)[:, None]
 
 
-def _around(width: int) -> int:
-    """Side of the square, in pixels, whose brightness decides on the colour of an outline."""
+def _neighbourhood(width: int) -> int:
+    """Return the side in pixels of the square whose brightness decides the colour of an outline."""
     return 16 * width + 1
 
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # It comes with matplotlib, and knows Greek and Cyrillic class names too.
+    # The font comes with matplotlib and includes Greek and Cyrillic letters.
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _draw_legend(entries: Sequence[_Entry], width: int, text_size: int) -> Image.Image:
-    """As many columns as fit; wider than ``width`` if not even one does."""
+    """Draw a legend of as many columns as fit; wider than ``width`` if not even one fits."""
     font = _font(text_size)
     swatch = text_size
     gap = round(0.6 * text_size)
@@ -208,8 +221,8 @@ def _draw_legend(entries: Sequence[_Entry], width: int, text_size: int) -> Image
     size = (max(width, column_width + 2 * gap), num_rows * row_height + gap)
     legend = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(legend)
-    for number, entry in enumerate(entries):
-        row, column = divmod(number, num_columns)
+    for index, entry in enumerate(entries):
+        row, column = divmod(index, num_columns)
         left = gap + column * (column_width + 2 * gap)
         middle = gap // 2 + row * row_height + row_height // 2
         box = (left, middle - swatch // 2, left + swatch, middle + swatch // 2)
@@ -219,15 +232,15 @@ def _draw_legend(entries: Sequence[_Entry], width: int, text_size: int) -> Image
 
 
 def plot_predictions(
-    shown: Sequence[tuple[str, Tensor, Tensor, Tensor]],
+    samples: Sequence[tuple[str, Tensor, Tensor, Tensor]],
     class_names: Sequence[str],
     palette: Palette,
 ) -> Figure:
-    """Rows of image, label, prediction, two pictures a row, and a legend.
+    """Plot image, label and prediction of several samples, two samples per row, with a legend.
 
     Args:
-        shown: ``(id, image (3, H, W) in 0 to 1, label (H, W), prediction (H, W))`` each.
-        class_names: By train id.
+        samples: Tuples of id, image (3, H, W) in 0 to 1, label (H, W) and prediction (H, W).
+        class_names: Class names by train id.
         palette: RGB 0-255 by train id.
     """
     handles = [
@@ -236,12 +249,12 @@ def plot_predictions(
             edgecolor="0.5",
             label=printable(name, MAX_NAME_LENGTH),
         )
-        for name, color in _panel_legend(shown, class_names, palette)
+        for name, color in _panel_legend(samples, class_names, palette)
     ]
-    num_columns = 2 if len(shown) > 1 else 1
+    num_columns = 2 if len(samples) > 1 else 1
     legend_columns = min(len(handles), 4 * num_columns)
-    num_rows = -(-len(shown) // num_columns)
-    height, width = shown[0][2].shape
+    num_rows = -(-len(samples) // num_columns)
+    height, width = samples[0][2].shape
     panel_width = 2.0
     figure = Figure(
         figsize=(
@@ -255,17 +268,17 @@ def plot_predictions(
     axes = figure.subplots(num_rows, 3 * num_columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for number, (name, image, label, prediction) in enumerate(shown):
-        row, column = divmod(number, num_columns)
-        # Not by title: an image can be called "label".
-        pictures: list[tuple[str, npt.NDArray[Any]]] = [
+    for index, (name, image, label, prediction) in enumerate(samples):
+        row, column = divmod(index, num_columns)
+        # Not a dictionary by title, because the id of an image can be "label".
+        panels: list[tuple[str, npt.NDArray[Any]]] = [
             (printable(name, MAX_TITLE_LENGTH), image.permute(1, 2, 0).clamp(0, 1).numpy()),
             ("label", colorize(label.numpy(), palette)),
             ("prediction", colorize(prediction.numpy(), palette)),
         ]
-        for offset, (title, picture) in enumerate(pictures):
+        for offset, (title, panel) in enumerate(panels):
             axis = axes[row, 3 * column + offset]
-            axis.imshow(picture, interpolation="nearest")
+            axis.imshow(panel, interpolation="nearest")
             axis.set_title(title, fontsize=7, pad=2, parse_math=False)
     legend = figure.legend(
         handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=8
@@ -276,16 +289,16 @@ def plot_predictions(
 
 
 def _panel_legend(
-    shown: Sequence[tuple[str, Tensor, Tensor, Tensor]],
+    samples: Sequence[tuple[str, Tensor, Tensor, Tensor]],
     class_names: Sequence[str],
     palette: Palette,
 ) -> list[tuple[str, Sequence[int]]]:
-    """All classes; of many, those with the most pixels in what is shown."""
+    """Return legend entries of all classes, or of those with the most pixels if there are many."""
     unlabelled: tuple[str, Sequence[int]] = ("unlabelled", UNLABELLED_COLOR)
     entries: list[tuple[str, Sequence[int]]] = list(zip(class_names, palette, strict=True))
     if len(entries) <= LISTED_CLASSES:
         return [*entries, unlabelled]
-    ids = np.concatenate([maps.numpy().ravel() for _, _, *pair in shown for maps in pair])
+    ids = np.concatenate([maps.numpy().ravel() for _, _, *pair in samples for maps in pair])
     counts = np.bincount(ids[(ids >= 0) & (ids < len(entries))], minlength=len(entries))
     present = np.flatnonzero(counts)
     listed = sorted(present[np.argsort(-counts[present], kind="stable")][:LISTED_CLASSES])

@@ -1,9 +1,9 @@
-"""The paper's recipe as data, and how far a run departs from it.
+"""The paper's training recipe as data, and the departures of a run from it.
 
-The tables below say how Xie et al. trained and scored SegFormer-B0 ... B5, each value with the
-place that states it: the paper, or where it is silent the configurations of the reference
-(NVlabs/SegFormer at 65fa8cf). ``experiments/recipes`` says the same to the command line; a test
-holds the two together.
+The tables below list how Xie et al. trained and evaluated SegFormer-B0 ... B5. Every value cites
+its source: the paper, or where the paper does not state it, the configurations of the reference
+(NVlabs/SegFormer at 65fa8cf). ``experiments/recipes`` holds the same recipes as configurations for
+the command line; a test checks that the two agree.
 """
 
 import math
@@ -30,13 +30,13 @@ PROTOCOL = "model.inference.init_args."
 
 @dataclass(frozen=True)
 class Departure:
-    """One setting of a run that is not the paper's, or that its configuration does not tell.
+    """One setting of a run that differs from the paper's, or that is not stated.
 
     Attributes:
-        setting: Where the configuration has it, such as ``model.lr``.
-        paper: The paper's value in words.
-        here: The run's.
-        source: What states the paper's value.
+        setting: Dotted key in the configuration, such as ``model.lr``.
+        paper: The paper's value, as text.
+        here: The value in the run, as text.
+        source: Source of the paper's value.
     """
 
     setting: str
@@ -46,7 +46,14 @@ class Departure:
 
 
 class Setting(NamedTuple):
-    """The paper's value of one setting; ``same`` are other ways to write it."""
+    """The paper's value of one setting.
+
+    Attributes:
+        key: Dotted key in the configuration.
+        paper: The paper's value.
+        source: Source of the value.
+        same: Other values that mean the same.
+    """
 
     key: str
     paper: Any
@@ -88,7 +95,7 @@ NETWORK = (
     Setting("kv_border", "drop", ENCODER),
     Setting("patch_sizes", [7, 3, 3, 3], ENCODER),
     Setting("strides", [4, 2, 2, 2], ENCODER),
-    # None is K // 2 wherever patches overlap; where they do not, patch_sizes departs.
+    # None means K // 2 for overlapping patches; for others, patch_sizes is already a departure.
     Setting("paddings", [3, 1, 1, 1], ENCODER, same=(None,)),
     Setting("pos_encoding", "mix_ffn", "paper Sec. 3.1"),
     Setting("image_size", None, ENCODER),
@@ -104,9 +111,20 @@ DECODER_DIM = {"b0": 256, "b1": 256, "b2": 768, "b3": 768, "b4": 768, "b5": 768}
 
 @dataclass(frozen=True)
 class DatasetRecipe:
-    """What depends on the data set; sizes in pixels, of ``base`` and ``pictures`` long and short.
+    """The settings of the recipe that depend on the data set.
 
-    ``pictures`` is the size that all of them have, None where they differ.
+    Attributes:
+        title: Name of the data set in texts.
+        source: Source of the values.
+        max_steps: Number of training steps.
+        samples_per_step: Number of samples per step, over all devices.
+        crop: Side of the square training crop in pixels.
+        base: Longer and shorter side in pixels to which images are resized.
+        validation_interval: Number of training steps between validations; None if not known.
+        resize_to: Number whose multiples the sides of test images are stretched to.
+        window: Side of the sliding window in pixels.
+        stride: Stride of the sliding window in pixels.
+        image_size: Longer and shorter side of all images in pixels; None if they differ.
     """
 
     title: str
@@ -115,18 +133,20 @@ class DatasetRecipe:
     samples_per_step: int
     crop: int
     base: tuple[int, int]
-    validation_interval: int | None  # None: not known
+    validation_interval: int | None
     resize_to: int | None = None
     window: int | None = None
     stride: int | None = None
-    pictures: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None
 
     def settings(self) -> Iterator[Setting]:
+        """Yield the paper's values of the settings that a configuration states directly."""
         steps = PAPER + " (its ablations: 40000)"
         yield Setting("trainer.max_steps", self.max_steps, steps)
         yield Setting("data.crop_size", [self.crop] * 2, self.source)
         yield Setting("data.base_size", [*self.base], self.source)
-        own = (None,) if self.base == self.pictures else ()
+        # None leaves images at their own size.
+        own = (None,) if self.base == self.image_size else ()
         yield Setting(PROTOCOL + "base_size", [*self.base], self.source, same=own)
         yield Setting(PROTOCOL + "resize_to", self.resize_to, self.source)
         for key, side in {"window": self.window, "stride": self.stride}.items():
@@ -154,7 +174,7 @@ CITYSCAPES = DatasetRecipe(
     samples_per_step=8,
     crop=1024,
     base=(2048, 1024),
-    pictures=(2048, 1024),
+    image_size=(2048, 1024),
     window=1024,
     stride=768,
     validation_interval=4_000,
@@ -171,7 +191,7 @@ COCO_STUFF = DatasetRecipe(
     source=CLOSEST,
 )
 
-# Of the multi-scale scores, with every picture mirrored too; others as the reference's default.
+# Multi-scale evaluation, always with horizontal flips. OTHER_SCALES is the reference's default.
 SCALES = {
     "ADE20K": [0.75, 0.875, 1, 1.125, 1.25],
     "Cityscapes": [0.5, 0.75, 1, 1.25, 1.5, 1.75, 2],
@@ -190,7 +210,7 @@ CHANGE_TRAINING = (
     "WeightAveraging",
 )
 
-# What the task takes where a configuration says null.
+# Defaults of the task where a configuration has null.
 DEFAULTS = {
     "loss": {
         "class_path": "segformer_pl.losses.CrossEntropy",
@@ -208,21 +228,21 @@ DEFAULTS = {
 }
 
 REMARKS = (
-    "The reference trains unseeded; here seed_everything decides every random number.",
-    "The random numbers are drawn in another order, by another generator: the same distributions, "
-    "not the same samples.",
-    "The crop is drawn before the picture is scaled, and only the crop is resampled; a JPEG that "
-    "is scaled to half or less is decoded small, with less aliasing.",
-    "Which checkpoint the paper reports, the last or the best, is not stated.",
+    "The reference trains unseeded; here seed_everything determines every random number.",
+    "Random numbers come from another generator and in another order: the distributions are the "
+    "same, the samples are not.",
+    "The crop window is sampled before the image is scaled, and only the crop is resampled. JPEGs "
+    "scaled to half or less are decoded at reduced size, with less aliasing.",
+    "The paper does not state whether it reports the last or the best checkpoint.",
 )
 COCO_REMARK = (
-    "The paper counts 172 classes of COCO-Stuff, the reference lists 182 and mmsegmentation 171: "
-    "which of them 46.7 % belongs to is UNVERIFIED."
+    "The paper counts 172 classes of COCO-Stuff, the reference lists 182 and mmsegmentation 171. "
+    "UNVERIFIED: which of these the reported 46.7 % mIoU refers to."
 )
 
 
 def scope(config: Config) -> str:
-    """What :func:`departures` compares this run with, in one sentence."""
+    """Return one sentence on what :func:`departures` compares this run with."""
     variant, recipe = _variant(config), _dataset(config)
     if variant is None:
         network = _text(_get(config, "model.network.class_path"))
@@ -231,44 +251,44 @@ def scope(config: Config) -> str:
     if recipe is None:
         return (
             f"The paper does not have the data set {_text(_get(config, 'data.dataset'))}: compared "
-            f"with its recipe for {name} is what does not depend on the data set (not: steps, "
-            "samples per step, crop, base size, validation interval, test size and windows)."
+            f"with its recipe for {name} in the settings that do not depend on the data set (not: "
+            "steps, samples per step, crop, base size, validation interval, test size and windows)."
         )
     return f"Compared with the paper's recipe for {name} on {recipe.title}."
 
 
 def remarks(config: Config) -> list[str]:
-    """Differences from the paper that no setting changes, and what is not known of its recipe."""
+    """Return differences from the paper that are not settings, and unknowns of its recipe."""
     if _variant(config) is None:
         return []
     return [*REMARKS, *([COCO_REMARK] if _dataset(config) is COCO_STUFF else [])]
 
 
 def departures(config: Config) -> list[Departure]:
-    """Every setting in which a run is not the paper's recipe for its network and data set.
+    """Return every setting that differs from the paper's recipe for this network and data set.
 
-    Settings that the configuration does not tell are listed too, in words: those that it leaves
-    out, and ``trainer.devices`` where the machine decides. Of the callbacks, those of Lightning
-    that change training are known, not the user's own. See :func:`scope` for what is compared, and
-    :func:`remarks` for what no setting changes.
+    Settings with unknown values are listed as well: those that the configuration leaves out, and
+    the number of devices if it is ``auto``. Of the callbacks, only those of Lightning that change
+    training are recognised, not the user's own. See :func:`scope` for what is compared, and
+    :func:`remarks` for differences that are not settings.
 
     Args:
-        config: The resolved configuration of a run as plain data: what ``config.yaml`` of its
-            folder holds.
+        config: Resolved configuration of a run as plain data, the content of its ``config.yaml``.
 
     Returns:
-        In the order of the configuration; none if the paper has no recipe for the network.
+        Departures in the order model, data, trainer; empty if the paper has no recipe for the
+        network.
     """
     variant, recipe = _variant(config), _dataset(config)
     if variant is None:
         return []
     given = config["model"]
-    taken = {key: value for key, value in DEFAULTS.items() if given.get(key, NOT_STATED) is None}
-    config = {**config, "model": {**given, **taken}}
-    found = [*_plain(config, _settings(config, variant, recipe)), *_weights(config)]
-    found += [*_callbacks(config), *_batch(config, recipe)]
+    defaults = {key: value for key, value in DEFAULTS.items() if given.get(key, NOT_STATED) is None}
+    config = {**config, "model": {**given, **defaults}}
+    result = [*_plain(config, _settings(config, variant, recipe)), *_weights(config)]
+    result += [*_callbacks(config), *_batch(config, recipe)]
     sections = ["model", "data", "trainer"]
-    return sorted(found, key=lambda departure: sections.index(departure.setting.split(".")[0]))
+    return sorted(result, key=lambda departure: sections.index(departure.setting.split(".")[0]))
 
 
 def _variant(config: Config) -> str | None:
@@ -287,7 +307,7 @@ def _dataset(config: Config) -> DatasetRecipe | None:
 
 
 class _NotStated:
-    """Instead of a value, where the configuration has none."""
+    """Type of the placeholder for values that a configuration lacks."""
 
 
 NOT_STATED = _NotStated()
@@ -310,34 +330,34 @@ def _settings(config: Config, variant: str, recipe: DatasetRecipe | None) -> Ite
     if recipe is not None:
         yield from recipe.settings()
         if recipe.validation_interval is not None:
-            # Lightning counts batches, the paper steps.
+            # Lightning counts batches, the paper counts steps.
             accumulated = _get(config, "trainer.accumulate_grad_batches")
             batches = recipe.validation_interval * (accumulated if _is_count(accumulated) else 1)
             yield Setting("trainer.val_check_interval", batches, recipe.source)
     scales = SCALES.get(recipe.title, OTHER_SCALES) if recipe else OTHER_SCALES
     here = [_get(config, PROTOCOL + name) for name in ("scales", "flip")]
     if not _equal(here, [scales, True]):
-        source = f"{PIPELINE}; for multi-scale scores {_text(scales)} with flip"
+        source = f"{PIPELINE}; for multi-scale evaluation {_text(scales)} with flip"
         yield Setting(PROTOCOL + "scales", [1], source)
         yield Setting(PROTOCOL + "flip", False, source)
 
 
 def _plain(config: Config, settings: Iterable[Setting]) -> Iterator[Departure]:
-    foreign: list[str] = []
+    skipped: list[str] = []
     for key, paper, source, same in settings:
-        if key.startswith(tuple(foreign)):
+        if key.startswith(tuple(skipped)):
             continue
         here = _get(config, key)
         if not any(_equal(here, value) for value in (paper, *same)):
             yield Departure(key, _text(paper), _text(here), source)
-            if key.endswith("class_path"):  # its arguments mean other things
-                foreign.append(key.replace("class_path", "init_args"))
+            if key.endswith("class_path"):  # arguments of another class do not compare
+                skipped.append(key.replace("class_path", "init_args"))
 
 
 def _weights(config: Config) -> Iterator[Departure]:
     whole, encoder = (_get(config, f"model.{key}") for key in ("weights", "encoder_weights"))
     if isinstance(whole, str):
-        yield Departure("model.weights", "none: the head starts at random", whole, CONFIG)
+        yield Departure("model.weights", "none: the head is randomly initialised", whole, CONFIG)
     elif not isinstance(encoder, str):
         paper = "pretrained on ImageNet-1K, mit_b*.pth"
         yield Departure("model.encoder_weights", paper, _text(encoder), CONFIG)
@@ -352,7 +372,7 @@ def _callbacks(config: Config) -> Iterator[Departure]:
 
 
 def _batch(config: Config, recipe: DatasetRecipe | None) -> Iterator[Departure]:
-    """Samples per step, and whether BatchNorm sees all of them."""
+    """Compare the samples per step, and whether BatchNorm normalises over all of them."""
     factors = {
         "batch_size": _get(config, "data.batch_size"),
         "devices": _devices(config),
@@ -360,33 +380,33 @@ def _batch(config: Config, recipe: DatasetRecipe | None) -> Iterator[Departure]:
         "accumulate_grad_batches": _get(config, "trainer.accumulate_grad_batches"),
     }
     if recipe is not None:
-        known = all(map(_is_count, factors.values()))
-        total = math.prod(factors.values()) if known else "not known"
+        is_known = all(map(_is_count, factors.values()))
+        total = math.prod(factors.values()) if is_known else "not known"
         if total != recipe.samples_per_step:
             product = " x ".join(f"{name} {_text(value)}" for name, value in factors.items())
             paper = f"{recipe.samples_per_step} samples per step"
             yield Departure("data.batch_size", paper, f"{product} = {total}", PAPER)
     accumulated = factors["accumulate_grad_batches"]
     if accumulated != 1:
-        paper = "1: BatchNorm sees all samples of a step"
-        here = f"{_text(accumulated)}: it sees those of one batch"
+        paper = "1: BatchNorm statistics over all samples of a step"
+        here = f"{_text(accumulated)}: BatchNorm statistics over one batch"
         yield Departure("trainer.accumulate_grad_batches", paper, here, CONFIG)
     synchronized = _get(config, "trainer.sync_batchnorm")
     if synchronized is not True and (factors["devices"], factors["num_nodes"]) != (1, 1):
         devices = _text(factors["devices"])
-        here = f"{_text(synchronized)}, devices {devices}: BatchNorm sees the samples of one"
+        here = f"{_text(synchronized)}, devices {devices}: BatchNorm statistics per device"
         yield Departure("trainer.sync_batchnorm", "true", here, HEAD)
 
 
 def _devices(config: Config) -> Any:
-    """Their number on one node, or the words that leave it to the machine."""
+    """Return the number of devices per node, or the value as stated, such as ``auto``."""
     given = _get(config, "trainer.devices")
     if isinstance(given, list):
         return len(given)
     if isinstance(given, str):
         if re.fullmatch(r"\d+", given):
             return int(given)
-        if re.fullmatch(r"\d+(,\d+)*,?", given):  # their indices
+        if re.fullmatch(r"\d+(,\d+)*,?", given):  # device indices
             return len(re.findall(r"\d+", given))
         if given == "auto" and _get(config, "trainer.accelerator") == "cpu":
             return 1
@@ -400,12 +420,12 @@ def _is_count(value: Any) -> bool:
 def _equal(here: Any, paper: Any) -> bool:
     if isinstance(here, list | tuple) and isinstance(paper, list):
         return len(here) == len(paper) and all(map(_equal, here, paper))
-    # In Python true is 1, but not in a configuration.
+    # True == 1 in Python, but they are different values in a configuration.
     return isinstance(here, bool) == isinstance(paper, bool) and bool(here == paper)
 
 
 def _text(value: Any) -> str:
-    """As the configuration has it."""
+    """Format a value as in a configuration."""
     if value is NOT_STATED:
         return "not stated"
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""Scores on corrupted pictures: the file they are kept in, the table and the figure made from it.
+"""Robustness to image corruptions: results file, table and figure.
 
-The layout is that of the paper's Table 5 (16 corruptions in four groups) and Fig. 7 (mIoU by
+Table and figure follow the paper's Table 5 (16 corruptions in four groups) and Fig. 7 (mIoU by
 severity).
 """
 
@@ -21,13 +21,14 @@ from segformer_pl.errors import UserError
 
 CLEAN = "clean"
 NOTES = (
-    "Mean over severities 1 to 3 for noise and 1 to 5 otherwise, as in the paper (Sec. 4.4, App. "
-    "D). That each cell of its Table 5 is this mean is UNVERIFIED, and so is which software made "
-    "its pictures: Cityscapes-C was never released. Others average all five severities of noise.",
-    "Frost is drawn by a generator, in place of the photographs of the original package: do not "
-    "compare this column, and the means that it is part of, with published figures.",
-    "Strengths are in pixels: the same severity is milder on larger pictures. Published figures "
-    "are for Cityscapes, 2048x1024.",
+    "Values are means over severities 1 to 3 for noise and 1 to 5 otherwise, as described in the "
+    "paper (Sec. 4.4, App. D). UNVERIFIED: that the cells of its Table 5 are these means, and "
+    "which software generated its images, because Cityscapes-C was never released. Other papers "
+    "average all five severities of noise.",
+    "Frost textures are generated, where the original package pastes photographs: do not compare "
+    "this column, and the means that include it, with published values.",
+    "Corruption strengths are in pixels: the same severity is milder in larger images. Published "
+    "values are for Cityscapes, 2048x1024.",
 )
 GROUP_COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 LINES = ((BLUE, "o", "-"), (VERMILLION, "s", "--"), (GREEN, "^", "-."), (INK, "D", ":"))
@@ -35,17 +36,17 @@ LINES = ((BLUE, "o", "-"), (VERMILLION, "s", "--"), (GREEN, "^", "-."), (INK, "D
 
 @dataclass(frozen=True)
 class Score:
-    """One row of the file: what a network reached in one setting, and what was scored.
+    """mIoU under one corruption at one severity: a row of the results file.
 
     Attributes:
         group: ``blur``, ``noise``, ``digital`` or ``weather``; ``clean`` without a corruption.
-        corruption: Its name, or ``clean``.
+        corruption: Name of the corruption, or ``clean``.
         severity: 1 to 5; 0 without a corruption.
-        miou: A fraction; nan where no pixel is labelled.
-        num_images: Number of pictures.
+        miou: mIoU as a fraction; nan without a labelled pixel.
+        num_images: Number of images.
         dataset: Name of the data set.
-        fingerprint: Of its shards.
-        checkpoint: SHA-256 of the checkpoint, its first 16 digits.
+        fingerprint: Fingerprint of the shards.
+        checkpoint: First 16 digits of the SHA-256 of the checkpoint.
     """
 
     group: str
@@ -59,10 +60,10 @@ class Score:
 
 
 def read_scores(file: Path) -> list[Score]:
-    """The finished settings; none if there is no file yet.
+    """Read the results file; an empty list if there is none yet.
 
     Raises:
-        UserError: The file is not one that :func:`write_scores` wrote.
+        UserError: The file was not written by :func:`write_scores`.
     """
     if not file.is_file():
         return []
@@ -75,13 +76,13 @@ def read_scores(file: Path) -> list[Score]:
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{file}, line {reader.line_num}: this is no row of scores ({error}); remove the "
-                "file, or give another folder"
+                f"{file}, line {reader.line_num}: not a row of robustness results ({error}); "
+                "remove the file, or give another folder"
             ) from None
 
 
 def write_scores(file: Path, scores: list[Score]) -> None:
-    """Write them all; an interruption leaves either the old file or the new one.
+    """Write the results file atomically.
 
     Raises:
         WriteError: The file cannot be written.
@@ -95,12 +96,12 @@ def write_scores(file: Path, scores: list[Score]) -> None:
 
 @dataclass(frozen=True)
 class Robustness:
-    """mIoU of one checkpoint, fractions.
+    """mIoU of one checkpoint with and without corruptions, as fractions.
 
     Attributes:
-        clean: On the pictures as they are.
-        severities: By group, corruption and severity.
-        origin: Any score of them, for what was scored.
+        clean: mIoU on the original images.
+        severities: mIoU by group, corruption and severity.
+        origin: A row of the results file, for data set, number of images and checkpoint.
     """
 
     clean: float
@@ -109,7 +110,7 @@ class Robustness:
 
     @property
     def corruptions(self) -> dict[str, dict[str, float]]:
-        """By group and corruption: mean over the severities that were scored."""
+        """mIoU by group and corruption: means over the evaluated severities."""
         return {
             group: {name: float(np.mean([*by.values()])) for name, by in names.items()}
             for group, names in self.severities.items()
@@ -117,26 +118,26 @@ class Robustness:
 
     @property
     def groups(self) -> dict[str, float]:
-        """By group: mean over its corruptions."""
+        """mIoU by group: means over its corruptions."""
         return {
             group: float(np.mean([*names.values()])) for group, names in self.corruptions.items()
         }
 
     @property
     def mean(self) -> float:
-        """Over all corruptions, each of which counts once."""
+        """Mean over all corruptions, each with equal weight."""
         return float(np.mean([value for by in self.corruptions.values() for value in by.values()]))
 
 
 def summarize(scores: list[Score]) -> Robustness:
-    """Groups and corruptions in the order of the scores.
+    """Summarise the rows of a results file; groups and corruptions keep their order.
 
     Raises:
-        UserError: The clean score is missing, or every other one.
+        UserError: The clean result is missing, or there is no other.
     """
     clean = [score for score in scores if score.corruption == CLEAN]
     if not clean or len(clean) == len(scores):
-        raise UserError("a table of robustness needs a clean score and others to compare it with")
+        raise UserError("a robustness table needs the clean mIoU and at least one corruption")
     severities: dict[str, dict[str, dict[int, float]]] = {}
     for score in scores:
         if score.corruption != CLEAN:
@@ -146,10 +147,10 @@ def summarize(scores: list[Score]) -> Robustness:
 
 
 def as_dict(robustness: Robustness) -> dict[str, Any]:
-    """For JSON: what was scored, and every mIoU and mean as a fraction."""
+    """Return plain data for JSON: what was evaluated, and every mIoU and mean as a fraction."""
     origin = asdict(robustness.origin)
-    kept = ("dataset", "fingerprint", "num_images", "checkpoint")
-    return {key: origin[key] for key in kept} | {
+    keys = ("dataset", "fingerprint", "num_images", "checkpoint")
+    return {key: origin[key] for key in keys} | {
         "clean": robustness.clean,
         "mean": robustness.mean,
         "groups": robustness.groups,
@@ -159,7 +160,7 @@ def as_dict(robustness: Robustness) -> dict[str, Any]:
 
 
 def markdown(robustness: Robustness) -> str:
-    """The page: Table 5, means of groups, mIoU by severity, and what to know about them."""
+    """Return a Markdown page: the paper's Table 5, group means, mIoU by severity, and notes."""
     origin, clean = robustness.origin, robustness.clean
     table = robustness.corruptions
     names = [name for by in table.values() for name in by]
@@ -167,8 +168,8 @@ def markdown(robustness: Robustness) -> str:
     lines = [
         "# Robustness",
         "",
-        f"mIoU in percent of checkpoint {origin.checkpoint} (SHA-256) on {origin.num_images} "
-        f"validation pictures of {origin.dataset}.",
+        f"mIoU (%) of checkpoint {origin.checkpoint} (SHA-256) on {origin.num_images} validation "
+        f"images of {origin.dataset}.",
         "",
         *_table(
             ["clean", *(_title(name) for name in names)],
@@ -209,7 +210,7 @@ def markdown(robustness: Robustness) -> str:
 
 
 def plot(robustness: Robustness) -> Figure:
-    """Above a bar for each corruption against the clean score, below mIoU by severity."""
+    """Plot mIoU by corruption as bars (top) and mIoU by severity as curves (bottom)."""
     figure = Figure(figsize=(11, 7.4), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False).flat
     _draw_bars(above.subplots(), robustness)
@@ -252,16 +253,16 @@ def _draw_bars(axes: Axes, robustness: Robustness) -> None:
     _style(axes)
     position, ticks, labels = 0.0, [], []
     for (group, by_name), color in zip(robustness.corruptions.items(), GROUP_COLORS):
-        places = [position + number for number in range(len(by_name))]
+        positions = [position + index for index in range(len(by_name))]
         heights = [100 * value for value in by_name.values()]
         mean = _percent(robustness.groups[group])
-        bars = axes.bar(places, heights, 0.78, color=color, label=f"{group}, mean {mean} %")
-        # On white, so that the line of the clean score does not strike a number out.
+        bars = axes.bar(positions, heights, 0.78, color=color, label=f"{group}, mean {mean} %")
+        # A white background keeps the clean mIoU's line from crossing out the numbers.
         for label in axes.bar_label(bars, fmt="%.1f", fontsize=8, color=INK, padding=2):
             label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-        ticks += places
+        ticks += positions
         labels += [_title(name) for name in by_name]
-        position = places[-1] + 1.8
+        position = positions[-1] + 1.8
     clean = 100 * robustness.clean
     axes.axhline(clean, color=INK, linestyle="--", linewidth=1.2, label=f"clean {clean:.1f} %")
     axes.grid(False, axis="x")
@@ -275,11 +276,11 @@ def _draw_bars(axes: Axes, robustness: Robustness) -> None:
         fontsize=9,
         frameon=False,
         labelcolor=INK,
-        title=f"{robustness.origin.num_images} validation pictures of {robustness.origin.dataset}",
+        title=f"{robustness.origin.num_images} validation images of {robustness.origin.dataset}",
         title_fontsize=9,
         alignment="left",
     )
-    drawn.get_title().set_parse_math(False)  # the name of the data set is no mathematics
+    drawn.get_title().set_parse_math(False)  # the name of the data set may contain $
 
 
 def _style(axes: Axes) -> None:

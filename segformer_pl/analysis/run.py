@@ -1,19 +1,19 @@
-"""A run as an object: everything that a training, a validation or a test left in its folder.
+"""A run as an object: everything that a training, validation or test wrote into its folder.
 
 After resumptions at steps 400 and 900 the folder of a training holds:
 
-    config.yaml                                 of the start
-    config_resumed_at_step_0000400.yaml         of each resumption
+    config.yaml                             configuration of the start
+    config_resumed_at_step_0000400.yaml     configuration of each resumption
     config_resumed_at_step_0000900.yaml
-    hparams.yaml                                class names and palette
-    training_data.json                          data set, number and fingerprint of its rows
-    findings.json                               what was said of the settings at the start
-    metrics.csv                                 the rows of all parts, one after the other
-    evaluation/ predictions/ worst/ erf/        the files of all parts, named by their steps
-    checkpoints/                                last.ckpt and what other callbacks keep
-    superseded_after_step_0000900/              what the part before had left of later steps
+    hparams.yaml                            class names and palette
+    training_data.json                      data set, number of rows and fingerprint
+    findings.json                           warnings about the settings at the start
+    metrics.csv                             the rows of all parts, one after the other
+    evaluation/ predictions/ worst/ erf/    the files of all parts, named by their steps
+    checkpoints/                            last.ckpt, and the files of other callbacks
+    superseded_after_step_0000900/          files of steps after 900 from before the resumption
 
-Nothing else in the package reads these files: :class:`Run` does, and hands out what they say.
+:class:`Run` is the only reader of these files in the package.
 """
 
 import csv
@@ -50,19 +50,21 @@ HYPERPARAMETERS_FILE = "hparams.yaml"  # Lightning's
 METRICS_FILE = "metrics.csv"  # Lightning's
 FINDINGS_FILE = "findings.json"
 TRAINING_DATA_FILE = "training_data.json"
-TRAINING_DATA = ("dataset", "num_rows", "fingerprint")  # of the data's state in checkpoints
+TRAINING_DATA = ("dataset", "num_rows", "fingerprint")  # keys of the data state in checkpoints
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
 FIGURE_FOLDERS = ("predictions", "worst", "erf")
-# Each folder has files of one kind.
+# Names of files with a step. Each folder has files of one kind.
 NUMBERED = re.compile(r"(?:step|(?:val|test)_step|config_resumed_at_step)_(\d+)\.(?:png|npz|yaml)")
 
 
 @dataclass(frozen=True)
 class Series:
-    """One column of metrics.csv.
+    """One column of ``metrics.csv``.
 
-    step: (N,) number of training steps done, ascending. value: (N,) may hold nan.
+    Attributes:
+        step: (N,), number of training steps done, in ascending order.
+        value: (N,), values; some may be nan.
     """
 
     step: npt.NDArray[np.int64]
@@ -74,7 +76,7 @@ class Series:
 
 
 class Row(NamedTuple):
-    """A row of metrics.csv: its line in the file, training steps done, and its cells as text."""
+    """A row of ``metrics.csv``: line number, number of training steps done, and cells as text."""
 
     line: int
     num_steps: int
@@ -82,7 +84,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The header and the complete rows of metrics.csv."""
+    """Header and complete rows of ``metrics.csv``."""
 
     header: list[str]
     rows: list[Row]
@@ -90,11 +92,11 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Resumption:
-    """A resumption, and the settings that it changed.
+    """A resumption and the settings that it changed.
 
     Attributes:
-        step: Training steps done before it.
-        changes: By setting: its value before, and from here on.
+        step: Number of training steps done before it.
+        changes: Changed settings by dotted key, with the value before and the value after.
     """
 
     step: int
@@ -102,14 +104,15 @@ class Resumption:
 
 
 class EvaluationFile(NamedTuple):
-    """An evaluation of a run, labelled by what is stored in it and not by its name.
+    """The file of an evaluation, with the step and the split that are stored in it.
 
-    A validation of a checkpoint of step 1600 is one of step 1600, whatever Lightning counted.
+    They can differ from the name of the file: Lightning counts a separate validation as step 0,
+    also that of a checkpoint of step 1600.
 
     Attributes:
-        step: Training steps of the network that was evaluated.
+        step: Number of training steps of the evaluated network.
         split: ``val`` or ``test``.
-        file: Where it is stored.
+        file: Path of the file.
     """
 
     step: int
@@ -117,19 +120,19 @@ class EvaluationFile(NamedTuple):
     file: Path
 
     def load(self) -> Evaluation:
-        """Read the whole file.
+        """Read the evaluation.
 
         Raises:
-            UserError: It is damaged; one sentence names the file.
+            UserError: The file is damaged.
         """
         return load_evaluation(self.file)
 
 
 class Run:
-    """What a training, or a validation or test of its own, left in its folder.
+    """The files that a training, or a separate validation or test, wrote into its folder.
 
-    Each file is read when it is first asked for, and once. What was never written is empty, and
-    does not raise. Nothing that is handed out may be changed.
+    Every file is read once, on first access. A file that does not exist reads as empty and raises
+    no error, except for ``metrics.csv``. Treat all values as read-only, because they are cached.
 
     Args:
         folder: Run folder, such as ``runs/demo/version_0``.
@@ -145,7 +148,7 @@ class Run:
 
     @classmethod
     def of(cls, file: str | Path) -> "Run | None":
-        """The run that left this checkpoint or evaluation; None if it lies in no run folder."""
+        """Return the run of a checkpoint or evaluation; None if the file is in no run folder."""
         folder = Path(file).absolute().parent
         run = cls(folder.parent)
         is_in_run = folder.name in (CHECKPOINT_FOLDER, EVALUATION_FOLDER)
@@ -153,7 +156,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Such as ``demo/version_0``."""
+        """Name of the run, such as ``demo/version_0``."""
         path = self.folder.resolve()
         return f"{path.parent.name}/{path.name}"
 
@@ -161,31 +164,32 @@ class Run:
 
     @property
     def config_file(self) -> Path:
-        """The configuration that the run started with, every value of it."""
+        """Path of the complete configuration with which the run started."""
         return self.folder / CONFIG_FILE
 
     @cached_property
     def config_text(self) -> str:
-        """The content of :attr:`config_file`; empty if there is none."""
+        """Content of :attr:`config_file`; empty if there is none."""
         file = self.config_file
         return file.read_text("utf-8", errors="replace") if file.is_file() else ""
 
     @cached_property
     def configs(self) -> dict[int, dict[str, Any]]:
-        """The configurations of the run, by the step that each holds from, the first from step 0.
+        """Configurations of the run by the step from which each applies, the first from step 0.
 
         The first one is empty if there is no ``config.yaml``.
 
         Raises:
             UserError: One of the files cannot be read.
         """
-        # A run can be resumed before its first step; what came before then trained nothing.
+        # If the run was resumed at step 0, that configuration replaces the first one, which has
+        # trained no step.
         files = {0: self.config_file} | dict(numbered_files(self.folder))
         return {step: _read_yaml(file) for step, file in files.items()}
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of the latest part: that of the network that is there in the end.
+        """Configuration of the last part of the run, which is that of the final network.
 
         Raises:
             UserError: One of the files cannot be read.
@@ -194,7 +198,7 @@ class Run:
 
     @cached_property
     def resumptions(self) -> list[Resumption]:
-        """In the order of their steps, each compared with the part before.
+        """Resumptions in the order of their steps, each compared with the part before it.
 
         Raises:
             UserError: One of the configurations cannot be read.
@@ -204,9 +208,9 @@ class Run:
 
     @cached_property
     def hyperparameters(self) -> dict[str, Any]:
-        """``class_names``, ``palette`` and other arguments of the task, as far as they are plain.
+        """Arguments of the task, among them ``class_names`` and ``palette``.
 
-        Empty if the file cannot be read: Lightning writes any object of Python into it.
+        Empty if the file is not plain YAML: Lightning writes arbitrary Python objects into it.
         """
         try:
             return _read_yaml(self.folder / HYPERPARAMETERS_FILE)
@@ -215,32 +219,34 @@ class Run:
 
     @cached_property
     def training_data(self) -> TrainingData | None:
-        """What the run trains on; None if that is not known."""
+        """Training images of the run; None if they are not known."""
         content = _read_json(self.folder / TRAINING_DATA_FILE)
         if not isinstance(content, dict) or any(key not in content for key in TRAINING_DATA):
             return None
         data = {key: content[key] for key in TRAINING_DATA}
-        # The layout before the dash holds names of files; contents are hashed after it, if at all.
+        # A fingerprint is "layout-contents". The layout depends on file names, which may change, so
+        # use the contents only. Fingerprints of old runs have one part.
         return TrainingData(**data | {"fingerprint": str(data["fingerprint"]).rpartition("-")[2]})
 
     @cached_property
     def findings(self) -> list[str]:
-        """What was said of the run's settings when it started, in sentences."""
+        """Warnings about the settings of the run, one sentence each, from its start."""
         content = _read_json(self.folder / FINDINGS_FILE)
         return [str(sentence) for sentence in content] if isinstance(content, list) else []
 
     def configuration(self, step: int) -> Configuration | None:
-        """What the network that an evaluation of this run scored was trained with.
+        """Return the configuration with which the network of an evaluation was trained.
 
-        The folder of a ``fit`` tells it. That of a ``validate`` or ``test`` tells how the network
-        was scored, and by ``--ckpt_path`` in which run it was trained.
+        The folder of a ``fit`` holds it. The folder of a ``validate`` or ``test`` holds the
+        evaluation protocol, and its ``--ckpt_path`` leads to the run that trained the network.
 
         Args:
-            step: Training steps before the evaluation; settings that changed later do not count.
+            step: Number of training steps before the evaluation; settings that changed later do not
+                count.
 
         Returns:
-            None where that is not known: there is no ``config.yaml``, or the run that was trained
-            is not where the checkpoint was.
+            The configuration, or None if there is no ``config.yaml``, or no run folder around the
+            checkpoint.
 
         Raises:
             UserError: A configuration cannot be read.
@@ -260,15 +266,15 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """What the first logger, a CSVLogger of Lightning, wrote."""
+        """Path of ``metrics.csv``, written by Lightning's CSVLogger as the first logger."""
         return self.folder / METRICS_FILE
 
     @cached_property
     def metrics(self) -> dict[str, Series]:
-        """The columns of ``metrics.csv`` that hold at least one value, by name.
+        """Columns of ``metrics.csv`` that hold at least one value, by name.
 
-        Lightning counts from 0 the step in which a value is logged; here it is the number of steps
-        done, which is also what checkpoints and figures are named after.
+        Lightning logs the index of the step, from 0. Here it is the number of steps done, as in the
+        names of checkpoints and figures.
 
         Raises:
             FileNotFoundError: There is no such folder, or it holds no ``metrics.csv``.
@@ -281,10 +287,10 @@ class Run:
             )
         if not self.metrics_file.is_file():
             raise FileNotFoundError(
-                f"no {METRICS_FILE} in {self.folder}, and the report is made from it: give the "
+                f"no {METRICS_FILE} in {self.folder}, from which the report is made: give the "
                 "folder of one run, logged with Lightning's CSVLogger as the first logger"
             )
-        # Of two rows of one step the later is right: the step was trained again.
+        # Of two rows of one step the later one counts: a resumption trained the step again.
         values: dict[str, dict[int, float]] = {}
         table = read_table(self.metrics_file)
         for row in table.rows:
@@ -302,7 +308,7 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Training steps that the metrics come from, 0 if there was no training.
+        """Number of training steps that the metrics cover; 0 without training.
 
         Raises:
             FileNotFoundError: There is no such folder, or it holds no ``metrics.csv``.
@@ -312,32 +318,31 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[EvaluationFile]:
-        """By the steps stored in them; at equal steps ``val`` comes after ``test``."""
+        """Evaluations in the order of the steps stored in them, ``test`` before ``val``."""
         files = (self.folder / EVALUATION_FOLDER).glob("*.npz")
-        found = [
-            _stored_label(file, match)
+        evaluations = [
+            _evaluation_file(file, match)
             for file in files
             if (match := re.fullmatch(r"(val|test)_step_(\d+)\.npz", file.name))
         ]
-        return sorted(found, key=lambda one: (one.step, one.split == "val", one.file))
+        return sorted(evaluations, key=lambda one: (one.step, one.split == "val", one.file))
 
     def last_evaluation(self) -> Evaluation:
-        """Read the evaluation of the most training steps.
+        """Read the evaluation after the largest number of training steps.
 
         Raises:
-            UserError: The folder holds no evaluation, or the last one is damaged; one sentence
-                says which.
+            UserError: The folder holds no evaluation, or the last one is damaged.
         """
         if not self.evaluations:
             raise UserError(
                 f"'{self.folder}' holds no {EVALUATION_FOLDER}/val_step_*.npz, which every "
-                "validation leaves in the folder of its run; give the folder of one run, such as "
+                "validation writes into its run folder; give the folder of one run, such as "
                 "runs/demo/version_0, or that of `python -m segformer_pl validate`"
             )
         return self.evaluations[-1].load()
 
     def figures(self, kind: str) -> dict[int, Path]:
-        """The PNG files of ``predictions``, ``worst`` or ``erf``, by training step, ascending."""
+        """Return the PNG files in ``predictions``, ``worst`` or ``erf`` by training step."""
         return dict(numbered_files(self.folder / kind))
 
     # Checkpoints
@@ -348,31 +353,31 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path:
-        """Where the checkpoint lies that training goes on from; it need not exist."""
+        """Path of the checkpoint from which training resumes; it need not exist."""
         return self.checkpoint_folder / LAST_CHECKPOINT
 
     @property
     def checkpoints(self) -> list[Path]:
-        """By name."""
+        """Files of all checkpoints, sorted by name."""
         return sorted(self.checkpoint_folder.glob("*.ckpt"))
 
 
 def resumed_config_name(step: int) -> str:
-    """Name of the configuration file of a resumption, in the folder of the run."""
+    """Return the name of the configuration file of a resumption."""
     return f"config_resumed_at_step_{step:07d}.yaml"
 
 
 def numbered_files(folder: Path) -> list[tuple[int, Path]]:
-    """The files of a run that are named by a training step, with that step, ascending."""
+    """Return the files in a folder that are named by a training step: (step, file), ascending."""
     matches = {file: NUMBERED.fullmatch(file.name) for file in folder.glob("*")}
     return sorted((int(match[1]), file) for file, match in matches.items() if match)
 
 
 def read_table(file: Path) -> Table:
-    """The complete rows of ``metrics.csv``; rows without a step are left out.
+    """Read the complete rows of ``metrics.csv``; rows without a step are left out.
 
-    A line that was cut short when the machine went down is left out too: its last cell can be
-    missing digits.
+    A last line without a line break was truncated by a crash. It is left out, because its last cell
+    can lack digits.
 
     Raises:
         UserError: A step is not a number.
@@ -394,14 +399,14 @@ def read_table(file: Path) -> Table:
 
 
 def num_steps_trained(columns: dict[str, Series]) -> int:
-    """How many training steps the values come from, 0 if there was no training."""
-    trained = [
+    """Return the number of training steps that columns cover; 0 without training."""
+    steps = [
         int(series.step[-1])
         for name, series in columns.items()
-        # A validation of its own leaves one row, which has the step of its checkpoint.
+        # A separate validation writes a single row, with the step of its checkpoint.
         if name.startswith(("train/", "lr-")) or (name == "val/miou" and len(series.step) > 1)
     ]
-    return max(trained, default=0)
+    return max(steps, default=0)
 
 
 def _not_numbers(file: Path, row: Row) -> UserError:
@@ -409,7 +414,7 @@ def _not_numbers(file: Path, row: Row) -> UserError:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    """Plain data; empty if there is no such file."""
+    """Read a YAML file as plain data; empty if there is no such file."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -423,17 +428,17 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> Any:
-    """None if there is no such file, or none of JSON: these notes are worth no failure."""
+    """Read a JSON file; None if it is missing or damaged, because these files are optional."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _stored_label(file: Path, name: re.Match[str]) -> EvaluationFile:
-    """Read the split and the step of an evaluation, and none of its arrays."""
+def _evaluation_file(file: Path, name: re.Match[str]) -> EvaluationFile:
+    """Read only the step and the split of an evaluation."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             return EvaluationFile(int(archive["step"]), str(archive["split"]), file)
-    except DAMAGES:  # `load` says so; until then it is where its name puts it
+    except DAMAGES:  # `load` raises an error; for sorting, use the step in the name
         return EvaluationFile(int(name[2]), name[1], file)

@@ -247,7 +247,7 @@ def _scores(comparison: Comparison) -> Iterator[str]:
     blocks = ""
     if comparison.block_size > 1:
         blocks = f" in {comparison.num_blocks} blocks of {comparison.block_size}"
-    yield f"{'':<4}{'mIoU':>8}   95 % interval, {comparison.num_pictures:,} images{blocks}"
+    yield f"{'':<4}{'mIoU':>8}   95 % interval, {comparison.num_images:,} images{blocks}"
     for letter, miou in (("A", comparison.miou_a), ("B", comparison.miou_b)):
         yield (
             f"{letter:<4}{100 * miou.value:>6.2f} %   {100 * miou.low:.2f} to "
@@ -267,7 +267,7 @@ def _classes(classes: tuple[ClassDifference, ...]) -> Iterator[str]:
         yield (
             f"{c.name:<{width}}{100 * c.iou_a:>8.2f}{100 * c.iou_b:>8.2f}"
             f"{points(c.difference.value):>9}   {interval:<17}{c.p_value:>9.2g}"
-            f"{' *' if c.is_significant else '  '}{c.num_pictures:>10}"
+            f"{' *' if c.is_significant else '  '}{c.num_images:>10}"
         )
     yield (
         "IoU in %, differences in points. p is corrected for the number of classes (Holm), * marks"
@@ -286,7 +286,7 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
                 f"{c.name} is labelled nowhere and predicted by {one} alone, so that it counts as "
                 f"0 in the mIoU of {one} and not at all in that of {other}."
             )
-    rare = [c.name for c in comparison.classes if 0 < c.num_pictures < FEW_PICTURES]
+    rare = [c.name for c in comparison.classes if 0 < c.num_images < FEW_PICTURES]
     if rare:
         yield (
             f"{len(rare)} of {len(comparison.classes)} classes have labels in fewer than "

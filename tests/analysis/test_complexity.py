@@ -16,7 +16,7 @@ from segformer_pl.models import MixTransformer, SegFormer
 from segformer_pl.models.mit import EfficientSelfAttention
 from segformer_pl.models.segmenter import Segmenter
 
-# Table 1a: GFLOPs on ADE20K, Cityscapes, COCO-Stuff
+# Table 1a of the paper: GFLOPs on ADE20K, Cityscapes, COCO-Stuff.
 TABLE_1A = {
     "b0": (8.4, 125.5, 8.4),
     "b1": (15.9, 243.7, 15.9),
@@ -35,7 +35,7 @@ def small(**arguments):
 
 
 @pytest.mark.parametrize("variant", TABLE_1A)
-def test_the_papers_flops(variant):
+def test_flops_of_the_paper(variant):
     with torch.device("meta"):
         network = getattr(models, f"segformer_{variant}")(num_classes=150)
     side = 640 if variant == "b5" else 512
@@ -46,18 +46,18 @@ def test_the_papers_flops(variant):
 
 @pytest.mark.parametrize(
     ("variant", "size", "integer"),
-    # What NVlabs' tools/get_flops.py prints with mmcv 1's counter, to the unit; of the others the
-    # digits of Table 1a are known, above.
+    # Printed by NVlabs' tools/get_flops.py with the counter of mmcv 1. For the other variants, only
+    # the rounded values of Table 1a are known.
     [("b0", (512, 512), 8_403_746_816)],
 )
-def test_the_integers_of_the_reference_code(variant, size, integer):
+def test_exact_count_of_the_reference_code(variant, size, integer):
     with torch.device("meta"):
         network = getattr(models, f"segformer_{variant}")(num_classes=150)
     assert network.paper_macs(*size) == integer
 
 
 def macs_by_hand(network, images):
-    """Every multiply-add of a forward pass, from the shapes of what the layers really see."""
+    """Count the multiply-adds of a forward pass from the input shapes of its layers."""
     total = 0
 
     def count(module, inputs, output):
@@ -76,7 +76,7 @@ def macs_by_hand(network, images):
             module.register_forward_hook(count)
     features = network.encoder(images)
     width = network.head.classifier.in_channels
-    for feature in features:  # folded: small matrices first, then each stage at its resolution
+    for feature in features:  # folded head: fold the weights, then project each stage
         total += width * width * feature.shape[1] + width * width
         total += width * feature[0].numel()
     return total + network.head.classifier.weight.numel() * features[0][0, 0].numel()
@@ -84,7 +84,7 @@ def macs_by_hand(network, images):
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 101)])
 @pytest.mark.slow
-def test_executed_macs_are_those_of_the_layers(size):
+def test_executed_macs_equal_the_sum_over_layers(size):
     network = small().eval()
     cost = complexity(network, *size)
     assert cost.macs == macs_by_hand(network, torch.zeros(1, 3, *size))
@@ -104,7 +104,7 @@ def test_parts():
     ]
     assert [part.query_length for part in cost.parts] == [384, 96, 24, 6, None]
     assert [part.key_length for part in cost.parts] == [24, 6, 6, 6, None]
-    # 2 N N_kv C in each block; the second stage has two
+    # 2 N N_kv C in each block; the second stage has two blocks.
     expected = [2 * 384 * 24 * 4, 2 * (2 * 96 * 6 * 8), 2 * 24 * 6 * 8, 2 * 6 * 6 * 16, 0]
     assert [part.attention_macs for part in cost.parts] == expected
     assert sum(part.num_parameters for part in cost.parts) == cost.num_parameters
@@ -112,7 +112,7 @@ def test_parts():
 
 
 @pytest.mark.slow
-def test_activation_memory_is_what_autograd_really_keeps():
+def test_activation_memory_equals_what_autograd_saves():
     network = small().train()
     stored = {}
 
@@ -144,8 +144,8 @@ def test_counting_leaves_the_network_as_it_was(randomize):
 
 
 class Convolutions(Segmenter):
-    """A segmenter that is no SegFormer: no stages, an attention of its own, two input channels, a
-    part that only training uses."""
+    """A segmenter without stages, with attention, two input channels, and a part used in training
+    only."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ def test_any_segmenter():
     assert "paper" not in table("it", cost, latency)
 
 
-def test_parts_may_lie_anywhere_in_the_network():
+def test_parts_can_be_nested_modules():
     network = small()
     network.parts = lambda: {"first block": "encoder.stages.0.blocks.0", "rest": "head"}
     first, rest = complexity(network, 64, 64).parts
@@ -192,7 +192,7 @@ def test_parts_may_lie_anywhere_in_the_network():
     assert rest.output_shape == (1, 3, 16, 16)
 
 
-def test_table_and_dictionary_say_what_was_measured():
+def test_table_and_dictionary_state_what_was_measured():
     network = small()
     cost = complexity(network, 64, 64)
     latency = measure_latency(network, 64, 64, min_seconds=0.01)
@@ -201,9 +201,9 @@ def test_table_and_dictionary_say_what_was_measured():
     assert (latency.dtype, latency.num_threads) == ("float32", 1)
     text = table("small", cost, latency)
     assert max(map(len, text.splitlines())) <= 100
-    for said in ("64x64 pixels", "3 classes", "float32", "1 threads", "stage4", "head"):
-        assert said in text
-    known = json.loads(json.dumps(as_dict(cost, latency)))
-    assert known["paper_gflops"] == round(cost.paper_macs / 1e9, 1)
-    assert known["latency"]["num_warmup"] == 3
-    assert known["parts"][0]["key_length"] == 4
+    for part in ("64x64 pixels", "3 classes", "float32", "1 threads", "stage4", "head"):
+        assert part in text
+    data = json.loads(json.dumps(as_dict(cost, latency)))
+    assert data["paper_gflops"] == round(cost.paper_macs / 1e9, 1)
+    assert data["latency"]["num_warmup"] == 3
+    assert data["parts"][0]["key_length"] == 4

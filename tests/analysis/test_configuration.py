@@ -1,4 +1,4 @@
-"""Settings by dotted key, and in which of them configurations differ."""
+"""Settings by dotted key, and the settings in which configurations differ."""
 
 from segformer_pl.analysis.configuration import (
     TrainingData,
@@ -13,7 +13,7 @@ def callback(name, **arguments):
     return {"class_path": f"mine.{name}", "init_args": arguments}
 
 
-def test_callbacks_go_by_their_classes():
+def test_callbacks_are_keyed_by_class_name():
     config = {"trainer": {"callbacks": [callback("Keep", k=1), callback("Keep", k=2), "no class"]}}
     assert dict(leaves(config)) == {
         "trainer.callbacks.Keep": "mine.Keep",
@@ -23,7 +23,7 @@ def test_callbacks_go_by_their_classes():
     }
 
 
-def test_places_are_no_changes_and_a_new_callback_is_one():
+def test_changes_list_a_new_callback_and_no_paths():
     old = {"ckpt_path": None, "trainer": {"default_root_dir": "a", "logger": {"name": "a"}}}
     new = {
         "ckpt_path": "last.ckpt",
@@ -40,7 +40,7 @@ def test_places_are_no_changes_and_a_new_callback_is_one():
     }
 
 
-def test_the_protocol_of_another_run_takes_the_place_of_the_trainings():
+def test_evaluation_protocol_of_another_run_replaces_that_of_the_training():
     part = {"seed_everything": 3, "model": {"lr": 0.1, "inference": None}, "data": {"path": "x"}}
     data = TrainingData("shapes", 16, "contents")
     own = training_configuration({0: part}, data)

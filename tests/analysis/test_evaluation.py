@@ -10,8 +10,8 @@ from segformer_pl.metrics import SegmentationMetrics
 
 NAN = float("nan")
 
-# Two images, four classes: intersection, target, prediction. Class 0 is in both, class 1 in the
-# first, class 2 is only predicted, class 3 is nowhere.
+# Intersection, target, prediction of two images and four classes. Class 0 is in both images, class
+# 1 in the first, class 2 is only predicted, class 3 is absent.
 COUNTS = [
     [[2, 3, 2], [1, 2, 2], [0, 0, 1], [0, 0, 0]],
     [[5, 5, 5], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
@@ -25,7 +25,7 @@ def evaluation(counts=COUNTS, **changes):
         "split": "val",
         "step": 1600,
         "class_names": [f"class {c}" for c in range(counts.shape[1])],
-        "ids": [f"picture {n}" for n in range(len(counts))],
+        "ids": [f"image {n}" for n in range(len(counts))],
         "counts": counts,
         "loss": np.linspace(0.1, 0.9, len(counts)),
         "confusion": np.zeros((counts.shape[1],) * 2, np.int64),
@@ -45,7 +45,7 @@ def test_metrics_by_hand():
     assert result.image_miou.mean() > result.miou + 0.2  # another quantity
 
 
-def test_metrics_are_those_of_the_task():
+def test_metrics_equal_those_of_the_task():
     num_classes, ignored = 5, 255
     target = torch.randint(4, (6, 9, 7))
     target[2:][target[2:] == 3] = 0
@@ -62,7 +62,7 @@ def test_metrics_are_those_of_the_task():
 
 
 @pytest.mark.parametrize("counts", [np.zeros((2, 3, 3), np.int64), np.zeros((0, 3, 3), np.int64)])
-def test_nothing_labelled_has_no_score(counts):
+def test_metrics_are_nan_without_labelled_pixels(counts):
     result = evaluation(counts)
     assert np.isnan([result.miou, result.macc, result.aacc, result.fwiou]).all()
     assert np.isnan(result.iou).all()
@@ -79,7 +79,7 @@ def test_nothing_labelled_has_no_score(counts):
         {"calibration": np.zeros(3)},
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(changes):
+def test_shapes_that_do_not_match_are_refused(changes):
     with pytest.raises(ValueError, match=r"has shape .* ask for"):
         evaluation(**changes)
 
@@ -99,9 +99,9 @@ def test_round_trip(tmp_path, ids):
     assert list(file.parent.iterdir()) == [file]
     loaded = load_evaluation(file)
     for field in dataclasses.fields(Evaluation):
-        was, is_ = getattr(saved, field.name), getattr(loaded, field.name)
-        assert type(is_) is type(was), field.name
-        np.testing.assert_array_equal(is_, was, err_msg=field.name)
+        expected, actual = getattr(saved, field.name), getattr(loaded, field.name)
+        assert type(actual) is type(expected), field.name
+        np.testing.assert_array_equal(actual, expected, err_msg=field.name)
     assert loaded.counts.dtype == loaded.confusion.dtype == np.int64
     assert loaded.loss.dtype == loaded.calibration.dtype == np.float64
 
@@ -110,25 +110,25 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "evaluation" / "val_step_0000010.npz"
     evaluation(step=10).save(file)
 
-    def breaks_off(stream, **arrays):
+    def interrupt(stream, **arrays):
         stream.write(b"PK")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(np, "savez_compressed", breaks_off)
+    monkeypatch.setattr(np, "savez_compressed", interrupt)
     with pytest.raises(KeyboardInterrupt):
         evaluation(step=11).save(file)
     assert load_evaluation(file).step == 10
 
 
-def sentence(path):
+def error_message(path):
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         load_evaluation(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_missing(tmp_path):
-    assert "there is no run folder or file" in sentence(tmp_path / "nowhere")
+def test_missing_file(tmp_path):
+    assert "there is no run folder or file" in error_message(tmp_path / "nowhere")
 
 
 def without(name, **changes):
@@ -151,7 +151,7 @@ def without(name, **changes):
 def test_foreign_npz(tmp_path, arrays):
     file = tmp_path / "foreign.npz"
     np.savez(file, **arrays)
-    assert "is no evaluation of a run, or is damaged" in sentence(file)
+    assert "is no evaluation of a run, or is damaged" in error_message(file)
 
 
 def test_damaged_file(tmp_path):
@@ -164,4 +164,4 @@ def test_damaged_file(tmp_path):
     np.save(array, np.zeros(3))
     for damaged in (b"", b"step,miou\n1,0.5\n", content[:-200], bytes(flipped), array.read_bytes()):
         file.write_bytes(damaged)
-        assert "is no evaluation of a run, or is damaged" in sentence(file)
+        assert "is no evaluation of a run, or is damaged" in error_message(file)

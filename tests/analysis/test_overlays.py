@@ -1,4 +1,4 @@
-"""Pictures of predictions show the right colours, borders and names, at every size."""
+"""Overlays and panels show the right colours, borders and names at every image size."""
 
 from io import BytesIO
 
@@ -20,7 +20,7 @@ PALETTE = [[10, 20, 30], [200, 100, 0], [0, 200, 255]]
 
 @pytest.fixture
 def written(monkeypatch):
-    """The texts of legends as they are drawn."""
+    """Texts of legends, recorded while they are drawn."""
     texts = []
     draw = ImageDraw.ImageDraw.text
 
@@ -39,12 +39,12 @@ def halves(height, width):
     return train_ids
 
 
-def test_the_picture_stays_visible_below_half_of_the_colour():
-    picture = np.random.default_rng(0).integers(0, 256, (600, 640, 3), dtype=np.uint8)
-    overlay = np.asarray(draw_overlay(picture, halves(600, 640), NAMES, PALETTE))
+def test_image_and_class_colours_are_blended_half_and_half():
+    image = np.random.default_rng(0).integers(0, 256, (600, 640, 3), dtype=np.uint8)
+    overlay = np.asarray(draw_overlay(image, halves(600, 640), NAMES, PALETTE))
     assert overlay.shape[1] == 640
     assert 610 < len(overlay) < 700  # one line of legend
-    expected = (picture + np.array(PALETTE, float)[halves(600, 640)]) / 2
+    expected = (image + np.array(PALETTE, float)[halves(600, 640)]) / 2
     off = np.abs(overlay[:600] - expected).max(axis=2) > 0.5
     assert off[:, 319].all()
     assert off.sum() == 600  # the border, one pixel wide
@@ -52,29 +52,29 @@ def test_the_picture_stays_visible_below_half_of_the_colour():
 
 
 @pytest.mark.parametrize(("ground", "line"), [(255, 0), (0, 255)])
-def test_borders_stand_out_from_their_ground(ground, line):
-    picture = np.full((64, 3200, 3), ground, np.uint8)
-    overlay = np.asarray(draw_overlay(picture, halves(64, 3200), NAMES, PALETTE))
+def test_borders_contrast_with_the_ground(ground, line):
+    image = np.full((64, 3200, 3), ground, np.uint8)
+    overlay = np.asarray(draw_overlay(image, halves(64, 3200), NAMES, PALETTE))
     drawn = (overlay[:64] == line).all(axis=2)
     assert drawn.sum() == 64 * 2  # 3200 pixels: 2 wide
     assert drawn[:, 1598:1602].sum() == drawn.sum()
 
 
 @pytest.mark.parametrize("size", [(700, 900), (2100, 530)])
-def test_bands_and_the_file_hold_what_the_whole_overlay_does(size, monkeypatch):
+def test_bands_and_file_equal_the_whole_overlay(size, monkeypatch):
     generator = np.random.default_rng(0)
-    picture = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
     blocks = generator.integers(0, len(NAMES), (-(-size[0] // 50), -(-size[1] // 50)))
     ids = blocks.repeat(50, 0).repeat(50, 1)[: size[0], : size[1]].astype(np.uint8)
     monkeypatch.setattr("segformer_pl.analysis.overlays.BAND_PIXELS", 1 << 30)
-    whole = np.asarray(draw_overlay(picture, ids, NAMES, PALETTE))
+    whole = np.asarray(draw_overlay(image, ids, NAMES, PALETTE))
     monkeypatch.setattr("segformer_pl.analysis.overlays.BAND_PIXELS", 50 * size[1])
-    assert np.array_equal(np.asarray(draw_overlay(picture, ids, NAMES, PALETTE)), whole)
+    assert np.array_equal(np.asarray(draw_overlay(image, ids, NAMES, PALETTE)), whole)
     file = BytesIO()
-    write_overlay(file, picture, ids, NAMES, PALETTE)
-    with Image.open(file) as image:  # Pillow checks the sums
-        assert (image.format, image.mode) == ("PNG", "RGB")
-        assert np.array_equal(np.asarray(image), whole)
+    write_overlay(file, image, ids, NAMES, PALETTE)
+    with Image.open(file) as decoded:  # Pillow verifies the checksums
+        assert (decoded.format, decoded.mode) == ("PNG", "RGB")
+        assert np.array_equal(np.asarray(decoded), whole)
     encoded = np.frombuffer(file.getvalue(), np.uint8)
     assert np.array_equal(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB), whole)
 
@@ -86,16 +86,16 @@ def test_a_single_class_has_no_border(written):
     assert written == ["object  100.0 %"]
 
 
-def test_small_pictures_are_enlarged_by_a_whole_factor():
-    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    overlay = np.asarray(draw_overlay(picture, np.zeros((40, 60), np.uint8), NAMES, PALETTE))
+def test_small_images_are_enlarged_by_an_integer_factor():
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    overlay = np.asarray(draw_overlay(image, np.zeros((40, 60), np.uint8), NAMES, PALETTE))
     assert overlay.shape[1] == 60 * 9
     blocks = overlay[: 40 * 9].reshape(40, 9, 60, 9, 3)
     assert (blocks == blocks[:, :1, :, :1]).all()
-    assert np.abs(blocks[:, 0, :, 0] - (picture + np.array(PALETTE[0], float)) / 2).max() <= 0.5
+    assert np.abs(blocks[:, 0, :, 0] - (image + np.array(PALETTE[0], float)) / 2).max() <= 0.5
 
 
-def test_the_legend_names_what_is_there_the_largest_first(written):
+def test_legend_lists_the_classes_present_largest_first(written):
     train_ids = np.full((100, 100), 2, np.uint8)
     train_ids[:30] = 0
     train_ids[99, 99:] = 1
@@ -106,13 +106,13 @@ def test_the_legend_names_what_is_there_the_largest_first(written):
         assert (legend == color).all(axis=1).sum() > 50
 
 
-def test_shares_are_those_of_the_picture_not_of_its_enlargement(written):
+def test_shares_are_of_the_image_and_not_of_its_enlargement(written):
     draw_overlay(np.zeros((3, 1, 3), np.uint8), np.array([[0], [1], [1]]), NAMES, PALETTE)
     assert written == ["object  66.7 %", "background  33.3 %"]
 
 
 @pytest.mark.parametrize("size", [(1500, 60), (60, 1500), (1, 1), (768, 1024)])
-def test_the_legend_fits_every_shape_and_grows_with_it(size):
+def test_legend_fits_every_shape_and_scales_with_it(size):
     train_ids = np.random.default_rng(0).integers(0, 3, size).astype(np.uint8)
     overlay = np.asarray(draw_overlay(np.zeros((*size, 3), np.uint8), train_ids, NAMES, PALETTE))
     factor = -(-512 // max(size))
@@ -125,15 +125,15 @@ def test_the_legend_fits_every_shape_and_grows_with_it(size):
     assert (legend[-2:] == 255).all()
 
 
-def test_panel_shows_every_picture_with_a_legend_of_all_classes():
+def test_panel_shows_every_sample_with_a_legend_of_all_classes():
     generator = torch.Generator().manual_seed(0)
     samples = [
         {
             "image": torch.rand(3, 32, 48, generator=generator),
             "label": torch.randint(0, 2, (32, 48), generator=generator),
-            "id": f"picture-{number}",
+            "id": f"image-{index}",
         }
-        for number in range(3)
+        for index in range(3)
     ]
     shown = [
         (s["id"], s["image"], torch.where(s["label"] == 0, 255, 1), s["label"]) for s in samples
@@ -149,7 +149,7 @@ def test_panel_shows_every_picture_with_a_legend_of_all_classes():
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_legend_of_many_classes_names_the_largest_that_are_shown():
+def test_legend_of_many_classes_lists_the_largest_shown():
     names = [f"class {n}" for n in range(171)]
     palette = [[n, n, 0] for n in range(171)]
     label = torch.arange(60).repeat_interleave(8).view(20, 24)  # 60 classes of 8 pixels

@@ -1,4 +1,4 @@
-"""The paper's recipe: the files that state it have no departure, every planted one is reported."""
+"""The recipe files have no departure from the paper, and every planted departure is reported."""
 
 import copy
 import inspect
@@ -29,27 +29,27 @@ from segformer_pl.task import SegmentationTask
 
 RECIPES = Path(__file__).parents[2] / "experiments" / "recipes"
 DELTAS = sorted(RECIPES.glob("segformer_b*.yaml"))
-GIVEN = {"model.encoder_weights": "mit_b0.pth"}  # by the command, not by the files
+GIVEN = {"model.encoder_weights": "mit_b0.pth"}  # given on the command line, not in the files
 
 
 def recipe(delta):
-    """The resolved configuration of a delta with its base and the encoder's weights."""
+    """Resolve the configuration of a delta with its base and the weights of the encoder."""
     (base,) = [file for file in RECIPES.glob("*.yaml") if f"_{file.stem}_" in delta]
     return put(resolve([str(base), str(RECIPES / f"{delta}.yaml")]), GIVEN)
 
 
 def put(config, changes):
-    """A changed copy; a value of ``...`` takes the key out."""
+    """Return a changed copy; the value ``...`` removes a key."""
     config = copy.deepcopy(config)
     for key, value in changes.items():
         *path, name = key.split(".")
-        place = config
-        for step in path:
-            place = place[step]
+        parent = config
+        for part in path:
+            parent = parent[part]
         if value is ...:
-            del place[name]
+            del parent[name]
         else:
-            place[name] = value
+            parent[name] = value
     return config
 
 
@@ -58,14 +58,14 @@ def ade20k():
     return recipe("segformer_b0_ade20k_512_160k")
 
 
-# What makes the recipe for B0 on ADE20K that for Cityscapes.
+# Changes that turn the recipe for B0 on ADE20K into the one for Cityscapes.
 CITYSCAPES_CHANGES = {
     "data.dataset": "cityscapes",
     "data.crop_size": [1024, 1024],
     "data.base_size": [2048, 1024],
     "data.batch_size": 1,
     "trainer.val_check_interval": 4000,
-    f"{PROTOCOL}base_size": None,  # the pictures' own
+    f"{PROTOCOL}base_size": None,  # original size
     f"{PROTOCOL}resize_to": None,
     f"{PROTOCOL}window": [1024, 1024],
     f"{PROTOCOL}stride": [768, 768],
@@ -74,18 +74,18 @@ CITYSCAPES_CHANGES = {
 
 @pytest.fixture
 def report(ade20k):
-    """Function changes -> {setting: departure} of the changed B0 recipe on ADE20K."""
+    """Return a function: changes of the B0 recipe on ADE20K -> departures by setting."""
 
     def call(**changes):
         changes = {key.replace("__", "."): value for key, value in changes.items()}
-        found = departures(put(ade20k, changes))
-        assert len({one.setting for one in found}) == len(found)
-        return {one.setting: one for one in found}
+        listed = departures(put(ade20k, changes))
+        assert len({one.setting for one in listed}) == len(listed)
+        return {one.setting: one for one in listed}
 
     return call
 
 
-def test_there_is_a_recipe_for_every_network_and_data_set():
+def test_every_network_and_data_set_has_a_recipe():
     stems = {delta.stem for delta in DELTAS}
     for number in range(6):
         crop = 640 if number == 5 else 512
@@ -97,13 +97,13 @@ def test_there_is_a_recipe_for_every_network_and_data_set():
     assert len(stems) == 18
 
 
-def test_the_files_for_b0_on_ade20k_have_no_departure(ade20k):
+def test_b0_on_ade20k_has_no_departure(ade20k):
     assert departures(ade20k) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delta", [delta.stem for delta in DELTAS])
-def test_a_recipe_has_no_departure(delta):
+def test_recipe_files_have_no_departure(delta):
     config = recipe(delta)
     assert departures(config) == []
     name, dataset = delta.split("_")[1].upper(), config["data"]["dataset"]
@@ -111,8 +111,8 @@ def test_a_recipe_has_no_departure(delta):
     assert scope(config) == f"Compared with the paper's recipe for SegFormer-{name} on {title}."
 
 
-def test_figures_of_the_paper_and_the_reference():
-    """Once more by hand: Sec. 4.1 and the reference's data set configurations."""
+def test_values_of_the_paper_and_the_reference():
+    """Values copied by hand from Sec. 4.1 and the data set configurations of the reference."""
     rows = [
         (one.max_steps, one.samples_per_step, one.crop, one.base, one.validation_interval)
         for one in (ADE20K, CITYSCAPES, COCO_STUFF)
@@ -136,9 +136,9 @@ COMPARED = {
 def test_every_planted_change_is_reported(report, key):
     setting = COMPARED[key]
     for wrong in ("something else", 12345, ...):
-        found = report(**{key.replace(".", "__"): wrong})
-        assert set(found) == {key}, wrong
-        one = found[key]
+        reported = report(**{key.replace(".", "__"): wrong})
+        assert set(reported) == {key}, wrong
+        one = reported[key]
         assert one.source == setting.source
         assert one.here == ("not stated" if wrong is ... else str(wrong))
         assert one.paper != one.here
@@ -181,7 +181,7 @@ def test_computed_settings(ade20k, changes, setting, here):
     assert re.search(here, one.here)
 
 
-def test_samples_per_step_count_over_devices_nodes_and_accumulated_batches(report):
+def test_samples_per_step_over_devices_nodes_and_accumulated_batches(report):
     assert report(trainer__num_nodes=2, trainer__devices=4) == {}
     assert report(trainer__devices=[0, 1, 4, 5], data__batch_size=4) == {}
     assert report(trainer__devices="0,1,4,5", data__batch_size=4) == {}
@@ -190,7 +190,7 @@ def test_samples_per_step_count_over_devices_nodes_and_accumulated_batches(repor
     assert report(**one_gpu) == {}
     # On the CPU, "auto" is one process.
     assert report(**one_gpu | {"trainer__devices": "auto", "trainer__accelerator": "cpu"}) == {}
-    # The loss is that of 16 samples, but BatchNorm's statistics are not.
+    # The loss averages over 16 samples, but BatchNorm statistics are over 4.
     accumulated = {
         "trainer__accumulate_grad_batches": 4,
         "data__batch_size": 4,
@@ -198,8 +198,7 @@ def test_samples_per_step_count_over_devices_nodes_and_accumulated_batches(repor
         "trainer__sync_batchnorm": False,
         "trainer__val_check_interval": 64000,  # batches
     }
-    found = report(**accumulated)
-    assert set(found) == {"trainer.accumulate_grad_batches"}
+    assert set(report(**accumulated)) == {"trainer.accumulate_grad_batches"}
     assert set(report(**accumulated | {"trainer__val_check_interval": 16000})) == {
         "trainer.accumulate_grad_batches",
         "trainer.val_check_interval",
@@ -217,7 +216,7 @@ def test_callbacks_that_change_training(report, ade20k):
     assert report(trainer__callbacks=None) == {}
 
 
-def test_another_class_is_one_departure(report):
+def test_another_class_counts_as_one_departure(report):
     loss = {"class_path": "mine.FocalLoss", "init_args": {"average": "labelled", "gamma": 2}}
     assert set(report(model__loss=loss)) == {"model.loss.class_path"}
     assert set(report(model__inference={"class_path": "mine.Inference"})) == {
@@ -225,7 +224,7 @@ def test_another_class_is_one_departure(report):
     }
 
 
-def test_null_is_the_tasks_default(report):
+def test_null_means_the_default_of_the_task(report):
     assert report(model__loss=None) == {}
     assert set(report(model__inference=None)) == {f"{PROTOCOL}base_size", f"{PROTOCOL}resize_to"}
     assert set(report(model__loss=...)) == {"model.loss.class_path"}
@@ -237,7 +236,7 @@ def test_null_is_the_tasks_default(report):
         assert DEFAULTS[key]["init_args"] == defaults
 
 
-def test_multi_scale_scores_are_the_papers_too(report, ade20k):
+def test_multi_scale_evaluation_of_the_paper_is_no_departure(report, ade20k):
     cityscapes = put(ade20k, CITYSCAPES_CHANGES)
     assert departures(cityscapes) == []
     changes = {f"{PROTOCOL}scales": [0.75, 0.875, 1.0, 1.125, 1.25], f"{PROTOCOL}flip": True}
@@ -262,7 +261,7 @@ def test_b5_on_ade20k_has_larger_crops(ade20k):
     assert departures(put(ade20k, CITYSCAPES_CHANGES | changes)) == []
 
 
-def test_another_data_set_is_compared_in_what_does_not_depend_on_it(report, ade20k):
+def test_other_data_sets_are_compared_in_settings_independent_of_the_data(report, ade20k):
     changes = {
         "data__dataset": "camvid",
         "data__crop_size": [352, 480],
@@ -278,36 +277,36 @@ def test_another_data_set_is_compared_in_what_does_not_depend_on_it(report, ade2
     assert sentence.startswith("The paper does not have the data set camvid: compared with")
 
 
-def test_a_network_of_another_kind_has_no_recipe(ade20k):
+def test_other_networks_have_no_recipe(ade20k):
     for path in ("segformer_pl.models.SegFormer", "mine.segformer_b0", None):
         config = put(ade20k, {"model.network.class_path": path})
         assert departures(config) == []
         assert remarks(config) == []
         assert scope(config).endswith(": the paper has no recipe for it, nothing is compared.")
-    path = "segformer_pl.models.segformer.segformer_b0"  # where it is defined
+    path = "segformer_pl.models.segformer.segformer_b0"  # the module that defines it
     assert scope(put(ade20k, {"model.network.class_path": path})) == scope(ade20k)
 
 
-def test_the_class_count_of_coco_stuff_is_remarked(ade20k):
+def test_remark_on_the_class_count_of_coco_stuff(ade20k):
     for name in ("coco_stuff171", "coco_stuff182"):
         assert "UNVERIFIED" in remarks(put(ade20k, {"data.dataset": name}))[-1]
     assert not any("UNVERIFIED" in remark for remark in remarks(ade20k))
 
 
-def test_nothing_is_known_of_an_empty_configuration():
+def test_empty_configuration():
     assert departures({}) == []
     assert scope({}).startswith("The network is not stated: ")
 
 
-# Arguments that no departure can come from.
+# Arguments that are not compared.
 FREE = {
     "model": {
-        *("network", "loss", "inference"),  # compared one by one
+        *("network", "loss", "inference"),  # their arguments are compared
         *("class_names", "palette", "ignore_index"),  # follow from the data set
-        "match_classes",  # how weights are read
+        "match_classes",  # how weights are loaded
     },
     "data": {
-        *("dataset", "path", "seed"),  # which data, which random numbers
+        *("dataset", "path", "seed"),  # data and random numbers
         *("batch_size", "num_workers", "eval_batch_size", "on_bad_sample"),
     },
     "model.network.init_args": {"num_classes", "kwargs", "decoder_dim", "embed_dims", "depths"},

@@ -1,4 +1,4 @@
-"""Table 5 from a file of scores: means by hand, layout, figure."""
+"""The paper's Table 5 from a results file: means by hand, layout, figure."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def score(group, corruption, severity, miou):
 
 
 def published():
-    """Severities about each published mean: none of them is that mean, except the middle."""
+    """Severities spread about each published mean, so that only their mean equals it."""
     scores = [score(CLEAN, CLEAN, 0, 0.824)]
     for group, names in NAMES.items():
         count = 3 if group == "noise" else 5
@@ -49,21 +49,21 @@ def published():
     return scores
 
 
-def test_means_are_those_of_the_published_row():
+def test_means_equal_the_published_row():
     robustness = summarize(published())
     for group, names in NAMES.items():
         assert list(robustness.corruptions[group]) == list(names)
         assert [*robustness.corruptions[group].values()] == pytest.approx(
             [percent / 100 for percent in PUBLISHED[group]]
         )
-    # the facts' means of the row
+    # Means of the published row.
     rounded = {group: round(100 * mean, 1) for group, mean in robustness.groups.items()}
     assert rounded == {"blur": 67.9, "noise": 61.6, "digital": 74.4, "weather": 59.4}
     assert round(100 * robustness.mean, 1) == 65.8
 
 
-def test_noise_counts_as_much_as_the_others():
-    # A mean over all 72 settings at once would give 12 of them to noise and 60 to the rest.
+def test_corruptions_have_equal_weight():
+    # In a mean over all 72 settings, noise would have 12 and the other groups 60.
     scores = [
         score(group, name, severity, 0.2 if group == "noise" else 0.6)
         for group, names in NAMES.items()
@@ -73,7 +73,7 @@ def test_noise_counts_as_much_as_the_others():
     assert summarize([score(CLEAN, CLEAN, 0, 1.0), *scores]).mean == pytest.approx(0.5)
 
 
-def test_page():
+def test_markdown_page():
     lines = markdown(summarize(published())).splitlines()
     tables = [line for line in lines if line.startswith("|")]
     header, row = (
@@ -92,7 +92,7 @@ def test_page():
     assert {line.count("|") for line in tables[:3]} == {18}
 
 
-def test_numbers():
+def test_as_dict():
     numbers = as_dict(summarize(published()))
     assert numbers["clean"] == 0.824
     assert numbers["num_images"] == 500
@@ -101,7 +101,7 @@ def test_numbers():
     assert "severity" not in numbers
 
 
-def test_file_and_back(tmp_path):
+def test_round_trip(tmp_path):
     file = tmp_path / "robustness.csv"
     assert read_scores(file) == []
     scores = [*published(), score("blur", "motion_blur", 5, float(np.float32(0.1)) / 3)]
@@ -119,18 +119,20 @@ def test_file_and_back(tmp_path):
         lambda text: "some other file\n1\n",
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path, damage):
+def test_damaged_file_is_refused(tmp_path, damage):
     file = tmp_path / "robustness.csv"
     write_scores(file, published())
     file.write_text(damage(file.read_text()))
-    with pytest.raises(ValueError, match=r"line \d+: this is no row of scores .*; remove the file"):
+    with pytest.raises(
+        ValueError, match=r"line \d+: not a row of robustness results .*; remove the file"
+    ):
         read_scores(file)
 
 
-def test_a_table_needs_both_sides():
+def test_table_needs_clean_and_corrupted_results():
     scores = published()
     for part in (scores[1:], scores[:1], []):
-        with pytest.raises(ValueError, match="needs a clean score and others"):
+        with pytest.raises(ValueError, match="needs the clean mIoU and at least one corruption"):
             summarize(part)
 
 
@@ -152,7 +154,7 @@ def test_figure_shows_every_number(tmp_path):
     figure.savefig(tmp_path / "figure.png")
 
 
-def test_without_a_labelled_pixel_there_is_a_figure_all_the_same(tmp_path):
+def test_table_and_figure_without_a_labelled_pixel(tmp_path):
     scores = [dataclasses.replace(s, miou=float("nan")) for s in published()]
     robustness = summarize(scores)
     plot(robustness).savefig(tmp_path / "figure.png")

@@ -1,4 +1,4 @@
-"""A run read back from its folder: what is there, what is not, and what cannot be read."""
+"""Reading a run back from its folder: existing, missing and damaged files."""
 
 import ast
 import json
@@ -35,7 +35,7 @@ def evaluate(folder, name, split="val", step=10):
     ).save(folder / "evaluation" / f"{name}.npz")
 
 
-def test_a_folder_without_files_is_a_run_without_results(tmp_path):
+def test_empty_folder_is_a_run_without_results(tmp_path):
     run = Run(tmp_path / "demo" / "version_0")
     assert run.name == "demo/version_0"
     assert (run.config, run.config_text, run.resumptions, run.hyperparameters) == ({}, "", [], {})
@@ -47,7 +47,7 @@ def test_a_folder_without_files_is_a_run_without_results(tmp_path):
 # Metrics
 
 
-def test_repeated_steps_and_a_row_cut_short(tmp_path):
+def test_repeated_steps_and_a_truncated_row(tmp_path):
     rows = ["epoch,step,train/loss", *(f"0,{step},{2 / (step + 1)}" for step in range(5))]
     write(tmp_path, "metrics.csv", "\n".join([*rows, "0,2,7.0"]) + "\n0,5")
     loss = Run(tmp_path).metrics["train/loss"]
@@ -56,7 +56,7 @@ def test_repeated_steps_and_a_row_cut_short(tmp_path):
     assert Run(tmp_path).num_steps == 5
 
 
-def test_a_validation_of_a_checkpoint_is_no_training(tmp_path):
+def test_separate_validation_counts_no_training_steps(tmp_path):
     write(tmp_path, "metrics.csv", "step,val/miou\n1599,0.5\n")
     assert Run(tmp_path).metrics["val/miou"].step.tolist() == [1600]
     assert Run(tmp_path).num_steps == 0
@@ -65,7 +65,7 @@ def test_a_validation_of_a_checkpoint_is_no_training(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["0,2,oops", "0,two,1.0"])
-def test_cell_that_is_no_number(tmp_path, line):
+def test_cell_that_is_not_a_number(tmp_path, line):
     write(tmp_path, "metrics.csv", f"epoch,step,train/loss\n0,0,1.5\n0,1,1.0\n{line}\n")
     with pytest.raises(UserError, match=r"metrics\.csv, line 4: expected numbers"):
         _ = Run(tmp_path).metrics
@@ -78,7 +78,7 @@ def test_missing_folder_and_missing_metrics(tmp_path):
         _ = Run(tmp_path).metrics
 
 
-def test_a_file_is_read_once(tmp_path):
+def test_files_are_read_once(tmp_path):
     file = write(tmp_path, "metrics.csv", "step,train/loss\n0,1.5\n")
     run = Run(tmp_path)
     assert run.metrics["train/loss"].last == 1.5
@@ -91,7 +91,7 @@ def test_a_file_is_read_once(tmp_path):
 
 def test_evaluations_are_sorted_by_the_steps_stored_in_them(tmp_path):
     evaluate(tmp_path, "val_step_0000999", step=999)
-    evaluate(tmp_path, "val_step_0000000", step=1600)  # of a checkpoint, by its former name
+    evaluate(tmp_path, "val_step_0000000", step=1600)  # of a checkpoint, with its former name
     evaluate(tmp_path, "test_step_0001600", "test", step=1600)
     evaluate(tmp_path, "val_step_10000000", step=3)
     (tmp_path / "evaluation" / "val_step_99999999.npz.part").touch()
@@ -103,7 +103,7 @@ def test_evaluations_are_sorted_by_the_steps_stored_in_them(tmp_path):
     assert Run(tmp_path).evaluations[1].load().step == 999
 
 
-def test_a_damaged_evaluation_has_the_place_of_its_name_and_is_told_when_it_is_read(tmp_path):
+def test_damaged_evaluation_is_sorted_by_its_name_and_raises_when_loaded(tmp_path):
     evaluate(tmp_path, "val_step_0000010")
     write(tmp_path, "evaluation/val_step_0000020.npz", "PK cut short")
     run = Run(tmp_path)
@@ -112,7 +112,7 @@ def test_a_damaged_evaluation_has_the_place_of_its_name_and_is_told_when_it_is_r
         run.last_evaluation()
 
 
-def test_no_evaluation_in_one_sentence(tmp_path):
+def test_missing_evaluation_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"holds no evaluation/val_step_\*\.npz") as error:
         Run(tmp_path).last_evaluation()
     assert str(tmp_path) in str(error.value)
@@ -122,7 +122,7 @@ def test_no_evaluation_in_one_sentence(tmp_path):
 # Settings
 
 
-def test_the_latest_configuration_counts_and_resumptions_are_told(tmp_path):
+def test_latest_configuration_counts_and_resumptions_list_their_changes(tmp_path):
     config = {"model": {"lr": 0.1}, "trainer": {"max_steps": 10}}
     write(tmp_path, "config.yaml", config)
     write(tmp_path, "config_resumed_at_step_0000010.yaml", config | {"trainer": {"max_steps": 20}})
@@ -145,16 +145,16 @@ def test_the_latest_configuration_counts_and_resumptions_are_told(tmp_path):
     [("a: [", "cannot be read as YAML"), ("words\n", "does not hold the settings of a run")],
 )
 @pytest.mark.parametrize("name", ["config.yaml", "config_resumed_at_step_0000005.yaml"])
-def test_a_configuration_that_cannot_be_read_is_named(tmp_path, name, content, message):
+def test_damaged_configuration_is_named(tmp_path, name, content, message):
     write(tmp_path, name, content)
-    for ask in (lambda run: run.config, lambda run: run.resumptions, lambda run: run.configs):
+    for read in (lambda run: run.config, lambda run: run.resumptions, lambda run: run.configs):
         with pytest.raises(UserError, match=message) as error:
-            ask(Run(tmp_path))
+            read(Run(tmp_path))
         assert str(tmp_path / name) in str(error.value)
         assert "\n" not in str(error.value)
 
 
-def test_notes_that_cannot_be_read_are_not_known(tmp_path):
+def test_damaged_optional_files_read_as_empty(tmp_path):
     for name in ("findings.json", "training_data.json", "hparams.yaml"):
         write(tmp_path, name, "network: !!python/object:torch.nn.Linear {}\n")
     run = Run(tmp_path)
@@ -163,9 +163,9 @@ def test_notes_that_cannot_be_read_are_not_known(tmp_path):
     assert Run(tmp_path).training_data is None
 
 
-def test_training_data_are_told_apart_by_their_contents(tmp_path):
-    known = {"dataset": "shapes", "num_rows": 16, "fingerprint": "names-contents"}
-    write(tmp_path, "training_data.json", json.dumps(known))
+def test_training_data_are_identified_by_their_contents(tmp_path):
+    data = {"dataset": "shapes", "num_rows": 16, "fingerprint": "names-contents"}
+    write(tmp_path, "training_data.json", json.dumps(data))
     assert str(Run(tmp_path).training_data) == "16 images of shapes, fingerprint contents"
 
 
@@ -183,27 +183,27 @@ def test_figures_and_checkpoints(tmp_path):
     assert run.last_checkpoint in run.checkpoints
 
 
-def test_the_run_of_a_file(tmp_path, monkeypatch):
+def test_run_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "demo" / "version_0"
     files = [Path("demo/version_0/checkpoints/last.ckpt"), folder / "evaluation" / "x.npz"]
-    assert [Run.of(file) for file in files] == [None, None]  # no folder of a run
+    assert [Run.of(file) for file in files] == [None, None]  # not yet a run folder
     write(folder, "config.yaml", {})
     assert [Run.of(file).folder for file in files] == [folder, folder]
     assert Run.of(folder / "other" / "last.ckpt") is None
 
 
-# The only reader
+# Run is the only reader of run folders
 
 PACKAGE = Path(segformer_pl.__file__).parent
-ROOMS = ("analysis", "callbacks", "cli", "commands", "doctor")
+SUBPACKAGES = ("analysis", "callbacks", "cli", "commands", "doctor")
 NAMES = {value for name, value in vars(run_module).items() if name.endswith(("_FILE", "_FOLDER"))}
-# What writes a run says where; it imports the names from the reader.
+# These modules write run folders and import the file names from the reader.
 WRITERS = {"callbacks/history.py", "callbacks/evaluation.py"}
 
 
 def readings(path, source):
-    """Places in a file that read a run folder by themselves."""
+    """Yield the places in a source file that read a run folder without :class:`Run`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             parts = set(node.value.split("/"))
@@ -216,16 +216,16 @@ def readings(path, source):
 
 
 def test_nothing_else_reads_a_run_folder():
-    files = [file for room in ROOMS for file in sorted((PACKAGE / room).rglob("*.py"))]
+    files = [file for name in SUBPACKAGES for file in sorted((PACKAGE / name).rglob("*.py"))]
     files = [*files, PACKAGE / "task.py"]
-    found = []
+    violations = []
     for file in files:
         path = str(file.relative_to(PACKAGE))
-        # The name of the folder that evaluations are written to is that of their file format.
+        # The folder name of evaluations is defined with their file format.
         if path not in ("analysis/run.py", "analysis/evaluation.py"):
-            found += readings(path, file.read_text())
+            violations += readings(path, file.read_text())
     assert len(files) > 30
-    assert found == []
+    assert violations == []
 
 
 @pytest.mark.parametrize(
@@ -239,10 +239,10 @@ def test_nothing_else_reads_a_run_folder():
         ("commands/x.py", "from segformer_pl.analysis.evaluation import EVALUATION_FOLDER"),
     ],
 )
-def test_a_planted_reading_is_found(path, source):
+def test_planted_reading_is_detected(path, source):
     assert len(list(readings(path, source))) == 1
 
 
-def test_a_name_in_a_sentence_is_no_reading():
+def test_file_name_in_a_sentence_is_no_reading():
     sentence = "raise ValueError('there is no config.yaml of a training')"
     assert list(readings("commands/x.py", sentence)) == []

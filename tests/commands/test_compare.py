@@ -111,7 +111,7 @@ def test_json_holds_fractions(run, runs):
     assert 0 < known["difference"]["low"] < known["difference"]["value"] < 1
     assert known["verdict"].startswith("B scores higher than A")
     assert known["classes"][0]["name"] == "traffic light"
-    assert known["num_blocks"] == known["num_pictures"] == 40
+    assert known["num_blocks"] == known["num_images"] == 40
 
 
 def test_files_and_blocks(run, runs):

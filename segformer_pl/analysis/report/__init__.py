@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file, made from nothing but what the run left in its folder."""
+"""The report of a run: one self-contained HTML file, made from the files in its run folder."""
 
 from segformer_pl.analysis.report.page import write_report
 from segformer_pl.analysis.report.results import summary

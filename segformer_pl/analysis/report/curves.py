@@ -1,4 +1,4 @@
-"""The curves of a run as inline SVG: loss with learning rate, and mIoU."""
+"""Training curves as inline SVG: loss and learning rate, mIoU, receptive fields."""
 
 import re
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ ERF_RADIUS = re.compile(r"val/erf/(.+)/radius50")
 def draw_charts(
     columns: dict[str, Series], loss_name: str, resumed_at: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """``title`` and inline ``svg`` of every chart that the logged columns allow.
+    """Return ``title`` and inline ``svg`` of every chart for which columns were logged.
 
     Args:
-        columns: From ``metrics.csv``.
-        loss_name: Of the training loss; that of validation is cross-entropy whatever it is.
-        resumed_at: Steps at which the run was resumed; each is marked by a dotted line.
+        columns: Columns of ``metrics.csv`` by name.
+        loss_name: Class name of the training loss. The validation loss is always cross-entropy.
+        resumed_at: Steps at which the run was resumed, marked by dotted lines.
     """
     figures = {}
     if "train/loss" in columns or "val/loss" in columns:
@@ -65,7 +65,7 @@ def _mark_resumptions(figure: Figure, resumed_at: Sequence[int]) -> None:
 
 
 def _marker(series: Series) -> dict[str, Any]:
-    """A line of one point is invisible without a marker."""
+    """Return a marker for a curve of one point, which would be invisible without."""
     return {"marker": "o", "markersize": 5} if np.isfinite(series.value).sum() == 1 else {}
 
 
@@ -76,7 +76,7 @@ def _style_over_steps(axes: Axes) -> None:
 
 
 def loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
-    """Training and validation loss; the learning rate below on the same steps, where logged."""
+    """Plot training and validation loss, with the learning rate below if it was logged."""
     rates = _learning_rates(columns)
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
     if rates:
@@ -108,7 +108,7 @@ def loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
             smooth.value,
             color=BLUE,
             linewidth=1.8,
-            label="train, median",
+            label="train, running median",
             **_marker(smooth),
         )
         drawn += [train.value]
@@ -125,7 +125,8 @@ def loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
         drawn += [validation.value]
     values = np.concatenate(drawn)
     values = values[np.isfinite(values)]
-    # Cross-entropy from scratch falls by orders of magnitude, in fine-tuning it barely moves.
+    # From scratch, cross-entropy falls by orders of magnitude and needs a log scale; in fine-tuning
+    # it hardly changes.
     if len(values) and 0 < values.min() < 0.1 * values.max():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -139,7 +140,7 @@ def loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
 
 
 def _running_median(series: Series) -> Series:
-    """Median over about a thirtieth of the curve, at no more points than can be told apart."""
+    """Return the median over a window of about 1/30 of the curve, at 300 points at most."""
     num_values = len(series.value)
     half_window = max(2, num_values // 60)
     centers = np.unique(
@@ -153,7 +154,7 @@ def _running_median(series: Series) -> Series:
 
 
 def _learning_rates(columns: dict[str, Series]) -> list[tuple[str, Series]]:
-    """Curve and label of each; parameter groups that share a curve share a label."""
+    """Return label and curve of each learning rate; groups with the same curve share a label."""
     shared: dict[bytes, tuple[list[str], Series]] = {}
     for name, series in columns.items():
         if name.startswith("lr-") and not name.endswith(("-momentum", "-weight_decay")):
@@ -166,8 +167,8 @@ def _learning_rates(columns: dict[str, Series]) -> list[tuple[str, Series]]:
 def _draw_learning_rates(axes: Axes, rates: Sequence[tuple[str, Series]]) -> None:
     _style_over_steps(axes)
     styles = [(PURPLE, "-"), (GREEN, "--"), (ORANGE, "-."), (INK, ":")]
-    for number, (label, series) in enumerate(rates):
-        color, line = styles[number % len(styles)]
+    for index, (label, series) in enumerate(rates):
+        color, line = styles[index % len(styles)]
         marker = _marker(series)
         axes.plot(series.step, series.value, color=color, linestyle=line, label=label, **marker)
     axes.set_ylim(bottom=0)
@@ -179,7 +180,7 @@ def _draw_learning_rates(axes: Axes, rates: Sequence[tuple[str, Series]]) -> Non
 
 
 def _miou_figure(columns: dict[str, Series]) -> Figure:
-    """mIoU in percent over training, its best point, and the ceilings of the data set."""
+    """Plot validation mIoU over training, its best value, and the ceilings of the data set."""
     miou = columns["val/miou"]
     percent = 100 * miou.value
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
@@ -207,7 +208,7 @@ def _miou_figure(columns: dict[str, Series]) -> Figure:
         axes.axhline(ceiling, color=INK, linestyle="--", linewidth=1.2, zorder=1)
         axes.annotate(
             f"{printable(name.removeprefix('val/'), 40).replace('_', ' ')} {ceiling:.1f} %",
-            # At the left, where the curve is still far below.
+            # On the left, where the curve is usually far below.
             xy=(0.015, ceiling),
             xycoords=("axes fraction", "data"),
             xytext=(0, 4),
@@ -226,16 +227,16 @@ def _miou_figure(columns: dict[str, Series]) -> Figure:
 
 
 def _erf_figure(columns: dict[str, Series]) -> Figure:
-    """Radius that holds half of each layer's receptive field, over training."""
+    """Plot the radius that holds half of each layer's receptive field, over training."""
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
     axes = figure.subplots()
     _style_over_steps(axes)
     styles = list(zip((BLUE, ORANGE, GREEN, VERMILLION, PURPLE, INK), "os^Dvx"))
-    found = [(match[1], columns[match[0]]) for name in columns if (match := ERF_RADIUS.match(name))]
-    # CSVLogger sorts by name, which puts the head before the stages that it stands on.
-    found.sort(key=lambda item: (not item[0].startswith("stage"), item[0]))
-    for number, (layer, series) in enumerate(found):
-        color, marker = styles[number % len(styles)]
+    radii = [(match[1], columns[match[0]]) for name in columns if (match := ERF_RADIUS.match(name))]
+    # CSVLogger sorts columns by name, which puts the head before the stages.
+    radii.sort(key=lambda item: (not item[0].startswith("stage"), item[0]))
+    for index, (layer, series) in enumerate(radii):
+        color, marker = styles[index % len(styles)]
         axes.plot(
             series.step,
             series.value,
@@ -247,6 +248,6 @@ def _erf_figure(columns: dict[str, Series]) -> Figure:
     axes.set_xlim(0, 1.04 * num_steps_trained(columns))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("training step")
-    axes.set_ylabel("radius with half of the field (pixels)")
+    axes.set_ylabel("radius holding half of the ERF (pixels)")
     legend_above(axes)
     return figure

@@ -1,4 +1,4 @@
-"""What an evaluation says about mistakes and confidence, as inline SVG."""
+"""Confusion matrix and reliability diagram of an evaluation, as inline SVG."""
 
 import numpy as np
 import numpy.typing as npt
@@ -23,22 +23,21 @@ from segformer_pl.analysis.style import (
     style_axes,
 )
 
-MAX_NARROW_CLASSES = 12  # so many fit into half of a page
-MAX_PRINTED_CLASSES = 20  # so many leave room for values in the cells
-MAX_MATRIX_CLASSES = 36  # so many names can be read along the axes
-MAX_NAME_LENGTH = 20
-NARROW_SIZE, WIDE_SIZE = (5.6, 4.6), (11.0, 8.2)  # inches, of half a page and of a whole one
-BRIGHT = 0.55  # relative luminance above which ink is easier to read than white
+MAX_NARROW_CLASSES = 12  # classes of a matrix that fits into half the width of the page
+MAX_PRINTED_CLASSES = 20  # classes of a matrix whose cells have room for numbers
+MAX_MATRIX_CLASSES = 36  # classes whose names are readable along the axes
+MAX_NAME_LENGTH = 20  # characters
+NARROW_SIZE, WIDE_SIZE = (5.6, 4.6), (11.0, 8.2)  # inches: half and full width of the page
+BRIGHT = 0.55  # relative luminance of a cell above which dark numbers are easier to read
 
 Floats = npt.NDArray[np.float64]
 
 
 def draw_confusion(evaluation: Evaluation) -> Markup:
-    """The confusion matrix in percent of each label's pixels; grey rows have none.
+    """Draw the confusion matrix in percent of the pixels of each label; rows without any are grey.
 
-    Colours follow the square root, so that rare confusions show beside a diagonal near 100 %.
-    Up to :data:`MAX_PRINTED_CLASSES` classes the values are printed too; more than
-    :data:`MAX_MATRIX_CLASSES` could not be read.
+    Colours follow the square root of the values, so that rare confusions are visible beside a
+    diagonal near 100 %. Up to :data:`MAX_PRINTED_CLASSES` classes, the cells contain their values.
     """
     percent = 100 * confusion_shares(evaluation.confusion)
     names = [printable(name, MAX_NAME_LENGTH) for name in evaluation.class_names]
@@ -65,7 +64,7 @@ def draw_confusion(evaluation: Evaluation) -> Markup:
 
 
 def confusion_shares(confusion: npt.NDArray[np.int64]) -> Floats:
-    """(C, C) pixels -> (C, C) fractions of each label's pixels; nan where there are none."""
+    """Pixel counts (C, C) -> fractions (C, C) of the pixels of each label; nan without any."""
     with np.errstate(invalid="ignore"):
         return np.divide(confusion, confusion.sum(axis=1, keepdims=True), dtype=np.float64)
 
@@ -81,11 +80,11 @@ def _print_values(axes: Axes, percent: Floats, colors: Floats) -> None:
 
 
 def draw_calibration(evaluation: Evaluation) -> Markup:
-    """The reliability diagram (Guo et al. 2017), and below it how many pixels each bin holds."""
+    """Draw the reliability diagram (Guo et al. 2017), with the share of pixels per bin below."""
     bins = evaluation.calibration
-    pixels, confidence, right = bins[bins[:, 0] > 0].T
+    pixels, confidence, correct = bins[bins[:, 0] > 0].T
     edges = np.linspace(0, 100, len(bins) + 1)
-    mean_confidence, accuracy = 100 * confidence / pixels, 100 * right / pixels
+    mean_confidence, accuracy = 100 * confidence / pixels, 100 * correct / pixels
 
     figure = Figure(figsize=CHART_SIZE, layout="constrained")
     axes, share_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
@@ -99,9 +98,7 @@ def draw_calibration(evaluation: Evaluation) -> Markup:
         linewidth=2.2,
         label="gap",
     )
-    axes.plot(
-        mean_confidence, accuracy, "o", color=BLUE, markersize=5, label="pixels by confidence"
-    )
+    axes.plot(mean_confidence, accuracy, "o", color=BLUE, markersize=5, label="pixels of one bin")
     corners = {"underconfident": (0.03, 0.9, "left"), "overconfident": (0.97, 0.06, "right")}
     for text, (x, y, side) in corners.items():
         axes.text(x, y, text, transform=axes.transAxes, ha=side, color="#666666", fontsize=9)
@@ -119,7 +116,7 @@ def draw_calibration(evaluation: Evaluation) -> Markup:
         edgecolor="white",
         linewidth=0.6,
     )
-    # Nearly all pixels are in the last bin, and the others are what the diagram shows.
+    # Log scale, because nearly all pixels are in the last bin.
     share_axes.set_yscale("log")
     share_axes.yaxis.set_major_formatter(FuncFormatter(lambda percent, _: f"{percent:g}"))
     share_axes.yaxis.set_minor_formatter(NullFormatter())

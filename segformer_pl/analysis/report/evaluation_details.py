@@ -1,4 +1,4 @@
-"""What the report shows of one evaluation: interval, classes, mistakes, confidence."""
+"""Details of one evaluation for the report: interval, classes, confusions, calibration."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ NUM_WORST = 10
 
 @dataclass(frozen=True)
 class ClassShare:
-    """Accuracy of one class, nan if nothing is labelled so; its share of all labelled pixels."""
+    """Accuracy of one class, nan without labelled pixels, and its share of all labelled pixels."""
 
     accuracy: float
     share: float
@@ -30,7 +30,7 @@ class ClassShare:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Pixels of one label that were taken for another class; ``share`` of that label's pixels."""
+    """Pixels of one label predicted as another class; ``share`` is of the pixels of that label."""
 
     label: str
     prediction: str
@@ -39,8 +39,8 @@ class Confusion:
 
 
 @dataclass(frozen=True)
-class BadPicture:
-    """Loss in nats; mIoU over the classes labelled or predicted in the picture."""
+class WorstImage:
+    """Loss of one image in nats, and mIoU over the classes labelled or predicted in it."""
 
     id: str
     loss: float
@@ -49,7 +49,7 @@ class BadPicture:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The chart, and over all labelled pixels: expected calibration error, means; fractions."""
+    """Reliability diagram; calibration error, mean confidence and accuracy as fractions."""
 
     chart: Markup
     ece: float
@@ -64,24 +64,31 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Details:
-    """What the evaluation of a pass tells beyond its scores.
+    """Everything that the report shows of an evaluation, apart from the metrics themselves.
 
-    ``interval`` is the 95 % interval of mIoU, nan where there is none. ``confusion_matrix`` is
-    None for too many classes, and without labelled pixels, as is ``calibration``.
+    Attributes:
+        interval: 95 % interval of mIoU over images; nan where there is none.
+        num_images: Number of images.
+        classes: Accuracy and share of pixels by class name.
+        confusion_matrix: Chart; None with too many classes or without labelled pixels.
+        is_matrix_wide: Whether the chart needs the full width of the page.
+        confusions: Most common confusions.
+        calibration: Calibration; None without labelled pixels.
+        worst: Images with the highest loss.
     """
 
     interval: tuple[float, float]
-    num_pictures: int
+    num_images: int
     classes: dict[str, ClassShare]
     confusion_matrix: Markup | None
     is_matrix_wide: bool
     confusions: list[Confusion]
     calibration: Calibration | None
-    worst: list[BadPicture]
+    worst: list[WorstImage]
 
 
 def describe(evaluation: Evaluation) -> Details:
-    """Everything that the report shows of one evaluation."""
+    """Collect the details of an evaluation."""
     total = evaluation.counts.sum(axis=0)
     accuracy, target = class_accuracy(total), total[:, TARGET]
     share = target / max(target.sum(), 1)
@@ -89,7 +96,7 @@ def describe(evaluation: Evaluation) -> Details:
     has_matrix = num_classes <= MAX_MATRIX_CLASSES and evaluation.confusion.any()
     return Details(
         interval=miou_interval(evaluation),
-        num_pictures=len(evaluation.ids),
+        num_images=len(evaluation.ids),
         classes={
             name: ClassShare(float(accuracy[c]), float(share[c]))
             for c, name in enumerate(evaluation.class_names)
@@ -98,26 +105,26 @@ def describe(evaluation: Evaluation) -> Details:
         is_matrix_wide=num_classes > MAX_NARROW_CLASSES,
         confusions=_most_common_confusions(evaluation),
         calibration=_calibration(evaluation),
-        worst=_worst_pictures(evaluation),
+        worst=_worst_images(evaluation),
     )
 
 
 def _most_common_confusions(evaluation: Evaluation) -> list[Confusion]:
-    """Those of the most pixels, the largest first."""
+    """Return the confusions with the most pixels, the largest first."""
     shares = confusion_shares(evaluation.confusion)
     wrong = evaluation.confusion.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:NUM_CONFUSIONS]
     names = evaluation.class_names
     return [
-        Confusion(names[label], names[found], int(wrong[label, found]), shares[label, found])
-        for label, found in zip(*np.unravel_index(order, wrong.shape))
-        if wrong[label, found]
+        Confusion(names[label], names[pred], int(wrong[label, pred]), shares[label, pred])
+        for label, pred in zip(*np.unravel_index(order, wrong.shape))
+        if wrong[label, pred]
     ]
 
 
 def _calibration(evaluation: Evaluation) -> Calibration | None:
-    pixels, confidence, right = evaluation.calibration.T
+    pixels, confidence, correct = evaluation.calibration.T
     total = pixels.sum()
     if not total:
         return None
@@ -125,16 +132,16 @@ def _calibration(evaluation: Evaluation) -> Calibration | None:
         chart=draw_calibration(evaluation),
         ece=float(expected_calibration_error(evaluation.calibration)),
         confidence=float(confidence.sum() / total),
-        accuracy=float(right.sum() / total),
+        accuracy=float(correct.sum() / total),
     )
 
 
-def _worst_pictures(evaluation: Evaluation) -> list[BadPicture]:
-    """Those of the highest loss; pictures without a labelled pixel have none."""
+def _worst_images(evaluation: Evaluation) -> list[WorstImage]:
+    """Return the images with the highest loss, without those that have no labelled pixel."""
     loss, miou = evaluation.loss, evaluation.image_miou
     order = np.argsort(-loss, kind="stable")[:NUM_WORST]  # nan last
     return [
-        BadPicture(evaluation.ids[number], float(loss[number]), float(miou[number]))
-        for number in order
-        if not np.isnan(loss[number])
+        WorstImage(evaluation.ids[index], float(loss[index]), float(miou[index]))
+        for index in order
+        if not np.isnan(loss[index])
     ]

@@ -1,4 +1,4 @@
-"""The page of a run: the results, curves, figures and settings of a run in its HTML template."""
+"""The HTML page of a report: results, curves, figures and settings of a run."""
 
 import base64
 import json
@@ -25,14 +25,14 @@ DASH = "\u2013"
 
 
 def write_report(run: Run) -> Path:
-    """Write ``report.html`` into a run folder; works for finished, running and broken-off runs.
+    """Write ``report.html`` into the folder of a finished, running or interrupted run.
 
-    Needs ``metrics.csv`` (from Lightning's CSVLogger). The configurations, the evaluation of the
-    last pass over each split, the figures and the other files of a run are shown where they exist;
-    one that is damaged is left out, and the report says so.
+    Requires ``metrics.csv`` (Lightning's CSVLogger). Configurations, the last evaluation of each
+    split, figures and all other files are optional. Damaged ones are left out, and the report lists
+    them.
 
     Returns:
-        The path of the report.
+        Path of the report.
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no ``metrics.csv``.
@@ -70,7 +70,7 @@ def write_report(run: Run) -> Path:
                 else []
             ),
             figures=[figure for figure in figures if figure],
-            worst=_figures(run, "worst", "Pictures with the highest loss"),
+            worst=_figures(run, "worst", "Images with the highest loss"),
             scope=scope(config) if config else "",
             departures=departures(config) if config else [],
             remarks=remarks(config) if config else [],
@@ -79,7 +79,7 @@ def write_report(run: Run) -> Path:
         )
     )
     report = run.folder / REPORT_FILE
-    # Text of others can hold what UTF-8 cannot: half of a surrogate pair.
+    # Class names and ids may contain unpaired surrogates, which UTF-8 cannot encode.
     atomic_write_text(report, html.encode(errors="replace").decode())
     return report
 
@@ -100,19 +100,19 @@ def _environment() -> jinja2.Environment:
 
 
 def _details(results: Sequence[Results]) -> tuple[dict[str, Details], list[str]]:
-    """By split; and why the rest cannot be read, in one sentence each."""
+    """Return details by split, and one sentence for each evaluation that cannot be read."""
     details, unreadable = {}, []
-    for one in results:
-        if one.evaluation is not None:
+    for result in results:
+        if result.evaluation is not None:
             try:
-                details[one.split] = describe(one.evaluation.load())
-            except ValueError as error:  # the rest of the report is worth having
+                details[result.split] = describe(result.evaluation.load())
+            except ValueError as error:  # leave it out and write the rest of the report
                 unreadable.append(str(error))
     return details, unreadable
 
 
 def _settings(run: Run) -> tuple[dict[str, Any], list[Resumption], list[str]]:
-    """Configuration and resumptions; and why they cannot be read, in one sentence."""
+    """Return configuration and resumptions, and one sentence if they cannot be read."""
     try:
         return run.config, run.resumptions, []
     except UserError as error:
@@ -120,7 +120,7 @@ def _settings(run: Run) -> tuple[dict[str, Any], list[Resumption], list[str]]:
 
 
 def _recent_train_loss(loss: Series | None) -> float:
-    """Median of the last ten logged values."""
+    """Return the median of the last ten logged values."""
     return math.nan if loss is None else float(np.median(loss.value[-10:]))
 
 
@@ -135,7 +135,7 @@ def _percent(value: float) -> str:
 
 
 def _share(value: float) -> str:
-    """With two digits after the point, for what is often small."""
+    """Format a fraction as a percentage with two decimals, for values that can be small."""
     if math.isnan(value):
         return DASH
     return "<\u00a00.01\u00a0%" if 0 < value < 5e-5 else f"{100 * value:.2f}\u00a0%"
@@ -152,7 +152,7 @@ def _max_steps(config: dict[str, Any]) -> int | None:
 
 
 def _loss_name(config: dict[str, Any]) -> str:
-    """Of the training loss; the paper's where the configuration names none."""
+    """Return the class name of the training loss, cross-entropy by default."""
 
     def name(loss: Any) -> str:
         path = loss.get("class_path") if isinstance(loss, dict) else None
@@ -167,7 +167,7 @@ def _loss_name(config: dict[str, Any]) -> str:
 
 
 def _facts(config: dict[str, Any]) -> dict[str, str]:
-    """What was run on what, as far as the configuration says it."""
+    """Return data set, network, seed and checkpoint, as far as the configuration states them."""
     network = ((config.get("model") or {}).get("network") or {}).get("class_path")
     facts = {
         "data set": (config.get("data") or {}).get("dataset"),
@@ -179,7 +179,7 @@ def _facts(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _figures(run: Run, kind: str, title: str) -> dict[str, Any] | None:
-    """The last figure of a kind and, if it is another one, the first."""
+    """Return the last figure of a kind and, if there are several, the first one."""
     files = run.figures(kind)
     if not files:
         return None

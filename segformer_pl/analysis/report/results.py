@@ -1,4 +1,4 @@
-"""The metrics that a report is headed by: those of the last pass over each split."""
+"""The metrics at the top of a report: those of the last evaluation of each split."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,14 @@ from segformer_pl.analysis.style import css_color
 
 @dataclass(frozen=True)
 class ClassIoU:
-    """IoU of one class, a fraction, nan if the class is absent; ``color`` is CSS or None."""
+    """IoU of one class.
+
+    Attributes:
+        name: Name of the class.
+        iou: IoU as a fraction; nan if the class is absent.
+        color: CSS colour of the class, or None.
+        mark: ``lowest``, ``highest`` or empty.
+    """
 
     name: str
     iou: float
@@ -26,7 +33,13 @@ class ClassIoU:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A reference value that the data set publishes, and how the last mIoU compares with it."""
+    """A reference value stated by the data set, and the last mIoU to compare with it.
+
+    Attributes:
+        name: Name of the reference value.
+        value: Reference value, a fraction.
+        miou: Last mIoU, a fraction.
+    """
 
     name: str
     value: float
@@ -38,22 +51,30 @@ class Ceiling:
 
     @property
     def points(self) -> float:
-        """mIoU minus ceiling in percentage points."""
+        """mIoU minus reference value, in percentage points."""
         return 100 * (self.miou - self.value)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Metrics of the last pass over a split; fractions, nan where nothing was logged.
+    """Metrics of the last evaluation of a split, as fractions; nan where nothing was logged.
 
     Attributes:
         split: ``val`` or ``test``.
-        evaluation: What the pass left image by image; None if nothing.
-        step: Training steps of the network, as the evaluation says, or else as a validation in
-            training was logged; None if neither tells.
-        best_miou, best_step: Of all validations in training; the step is None without one.
+        evaluation: File of the evaluation; None if there is none.
+        step: Number of training steps of the network, from the evaluation or, for a validation
+            during training, from the log; None if neither states it.
+        loss: Mean cross-entropy over the labelled pixels in nats.
+        miou: Mean IoU over the classes present.
+        macc: Mean accuracy over the labelled classes.
+        aacc: Pixel accuracy.
+        fwiou: Frequency-weighted IoU.
+        boundary_iou: Mean boundary IoU.
+        ece: Expected calibration error.
+        best_miou: Highest mIoU of all validations.
+        best_step: Step of that validation; None unless validations ran during training.
         ceilings: Reference values of the data set.
-        classes: By train id.
+        classes: IoU of the classes in the order of their train ids.
     """
 
     split: str
@@ -73,7 +94,7 @@ class Results:
 
 
 def last_results(run: Run) -> list[Results]:
-    """Return the results of the last validation and of the last test, of those that there are.
+    """Return the results of the last validation and of the last test, if there are any.
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no ``metrics.csv``.
@@ -83,7 +104,7 @@ def last_results(run: Run) -> list[Results]:
 
 
 def summary(run: Run) -> str:
-    """The run in one line, ``mIoU 83.1 % (locality ceiling 77.8 %)``; empty without metrics.
+    """Return one line, ``mIoU 83.1 % (locality ceiling 77.8 %)``; empty without metrics.
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no ``metrics.csv``.
@@ -104,7 +125,7 @@ def summary(run: Run) -> str:
 
 
 def class_colors(run: Run) -> dict[str, str]:
-    """CSS colours by class name."""
+    """Return CSS colours by class name."""
     names = run.hyperparameters.get("class_names") or []
     palette = run.hyperparameters.get("palette") or []
     return {name: css_color(color) for name, color in zip(names, palette, strict=False)}
@@ -144,23 +165,25 @@ def _results(run: Run, split: str) -> Results:
 
 
 def _last_evaluation(run: Run, split: str, logged_step: int | None) -> EvaluationFile | None:
-    """The last evaluation of a split.
+    """Return the file of the last evaluation of a split.
 
     Args:
-        logged_step: Of a validation in training, whose evaluation is one of the same step. None for
-            a validation or test of its own, which leaves one evaluation.
+        run: The run.
+        split: ``val`` or ``test``.
+        logged_step: Step of the last validation during training, which the evaluation must have.
+            None for a separate validation or test.
     """
-    stored = [one for one in run.evaluations if one.split == split]
+    files = [file for file in run.evaluations if file.split == split]
     if logged_step is not None:
-        stored = [one for one in stored if one.step == logged_step]
-    return stored[-1] if stored else None
+        files = [file for file in files if file.step == logged_step]
+    return files[-1] if files else None
 
 
 def _classes(run: Run, last: dict[str, float]) -> list[ClassIoU]:
     ious = {
         name.removeprefix("iou/"): value for name, value in last.items() if name.startswith("iou/")
     }
-    # CSVLogger sorts its columns by name; the order of the train ids is in the hyperparameters.
+    # CSVLogger sorts columns by name, so take the order of the train ids from the hyperparameters.
     names: Sequence[str] = run.hyperparameters.get("class_names") or []
     order = {name: index for index, name in enumerate(names)}
     present = [value for value in ious.values() if not math.isnan(value)]

@@ -1,4 +1,4 @@
-"""A run folder to fill, and the page that is made of it as its reader sees it."""
+"""Fixtures of the report's tests: a run folder to fill, and the parsed page of its report."""
 
 import csv
 import math
@@ -15,7 +15,7 @@ from segformer_pl.analysis.run import Run
 
 
 class Page(HTMLParser):
-    """The text a reader sees, the rows of the tables, and every tag with its attributes."""
+    """Visible text, rows of the tables, and all tags with their attributes."""
 
     def __init__(self, report):
         super().__init__()
@@ -56,19 +56,20 @@ class Page(HTMLParser):
 
 
 class RunFolder:
-    """A run folder as LightningCLI and CSVLogger leave it."""
+    """A run folder as LightningCLI and CSVLogger write it."""
 
     def __init__(self, path):
         self.path = path
         self.names = ["road", "Traffic Light", "<b>bold & co</b>", "absent thing"]
-        # Confusion of each image, rows label, columns prediction; the third has no labelled pixel.
+        # Confusion matrix of each image: rows label, columns prediction. The third image has no
+        # labelled pixel.
         self.matrices = np.zeros((3, 4, 4), np.int64)
         self.matrices[0, :2, :2] = [[80, 20], [5, 15]]
         self.matrices[1, ::2, ::2] = [[90, 10], [10, 30]]
 
     @property
     def run(self):
-        """As its files are now."""
+        """The run with the files as they are now."""
         return Run(self.path)
 
     def page(self):
@@ -83,7 +84,7 @@ class RunFolder:
         return {f"{split}/{name}": value for name, value in values.items()}
 
     def plant(self, rows, max_steps=40):
-        """The columns of metrics.csv are sorted by name."""
+        """Write ``metrics.csv`` with columns sorted by name, and the configuration files."""
         self.path.mkdir(parents=True)
         with (self.path / "metrics.csv").open("w", newline="") as stream:
             writer = csv.DictWriter(stream, sorted({key for row in rows for key in row}))
@@ -119,8 +120,8 @@ class RunFolder:
 
     def finished(self, mious, ceiling=None):
         rows = self.training(10 * len(mious))
-        for number, miou in enumerate(mious):
-            rows.append({"epoch": 0, "step": 10 * number + 9, **self.metrics("val", miou, ceiling)})
+        for index, miou in enumerate(mious):
+            rows.append({"epoch": 0, "step": 10 * index + 9, **self.metrics("val", miou, ceiling)})
         self.plant(rows, max_steps=10 * len(mious))
 
     def evaluation(self, **changes):
@@ -139,21 +140,21 @@ class RunFolder:
         return Evaluation(**(values | changes))
 
     def evaluated(self, **changes):
-        """A pass of its own, and the evaluation that it leaves."""
-        record = self.evaluation(**changes)
-        self.plant([{"epoch": 0, "step": 0, **self.metrics(record.split, 0.8)}])
-        record.save(self.path / "evaluation" / f"{record.split}_step_0000000.npz")
+        """Write the files of a separate validation or test."""
+        evaluation = self.evaluation(**changes)
+        self.plant([{"epoch": 0, "step": 0, **self.metrics(evaluation.split, 0.8)}])
+        evaluation.save(self.path / "evaluation" / f"{evaluation.split}_step_0000000.npz")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run folder that is not there yet."""
+    """A run folder that does not exist yet."""
     return RunFolder(tmp_path / "demo" / "version_0")
 
 
 @pytest.fixture(scope="session")
 def page(tmp_path_factory):
-    """Of a finished run with all that it leaves after validation."""
+    """Page of a finished run with evaluation and figures."""
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "demo" / "version_0")
     folder.finished([0.3, 0.8])
     folder.evaluation(step=20).save(folder.path / "evaluation" / "val_step_0000020.npz")

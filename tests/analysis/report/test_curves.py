@@ -1,4 +1,4 @@
-"""The curves of a run: units, names of losses, a single point."""
+"""Training curves: units, names of losses, curves of one point."""
 
 import re
 
@@ -33,7 +33,7 @@ PARTS = {"losses": [part("CrossEntropy"), part("Dice")], "weights": [1.0, 0.5]}
         (part("WeightedSum") | {"init_args": PARTS}, "1 CrossEntropy + 0.5 Dice"),
     ],
 )
-def test_training_loss_that_is_not_cross_entropy(folder, loss, name):
+def test_training_loss_other_than_cross_entropy(folder, loss, name):
     folder.finished([0.6])
     config = folder.config
     config["model"]["loss"] = loss
@@ -45,7 +45,7 @@ def test_training_loss_that_is_not_cross_entropy(folder, loss, name):
     assert not re.search(r"\bloss \(nats", page.text)
 
 
-def test_a_curve_of_one_point_is_seen():
+def test_curve_of_one_point_has_a_marker():
     one = Series(np.array([40]), np.array([1.5]))
     columns = {"train/loss": one, "lr-AdamW/encoder": one}
     for axes in loss_figure(columns, "CrossEntropy").axes:

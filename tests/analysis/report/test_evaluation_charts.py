@@ -1,10 +1,10 @@
-"""Confusion matrix and calibration as the report draws them."""
+"""Confusion matrix and reliability diagram in the report."""
 
 import numpy as np
 import pytest
 
 
-def test_confusion_matrix_in_percent_of_the_label(page, folder):
+def test_confusion_matrix_in_percent_of_each_label(page, folder):
     start, end = page.text.index("Confusion matrix"), page.text.index("Expected calibration")
     matrix = page.text[start:end].split()
     for value in ("85", "10", "5.0", "25", "75", "0"):

@@ -1,4 +1,4 @@
-"""The page holds what the run left, escaped, and nothing from elsewhere."""
+"""The page shows the files of the run, escaped, and loads nothing from elsewhere."""
 
 import math
 import re
@@ -39,7 +39,7 @@ def test_nothing_is_loaded_from_elsewhere(folder):
     assert not re.search(r"url\((?!#)", page.source)
 
 
-def test_headers_have_a_scope_and_nothing_comes_from_elsewhere(page):
+def test_headers_have_a_scope_and_no_external_links(page):
     assert {header["scope"] for header in page.all("th")} == {"col", "row"}
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href"):
@@ -52,7 +52,7 @@ def test_training_loss_that_became_nan(folder):
     rows[5]["train/loss"] = math.nan
     folder.plant(rows)
     page = folder.page()
-    assert "not finite, first at step 6" in page.text
+    assert "not finite, for the first time at step 6" in page.text
 
 
 def test_last_figures_are_shown_and_first_ones_folded(folder):
@@ -69,10 +69,10 @@ def test_last_figures_are_shown_and_first_ones_folded(folder):
         "Effective receptive field at step 20",
     ]
     assert all((image["src"] or "").startswith("data:image/png;base64,iVBOR") for image in images)
-    assert page.text.count("How it began") == 1
-    opened = [index for index, (tag, _) in enumerate(page.tags) if tag == "details"]
-    placed = [index for index, (tag, _) in enumerate(page.tags) if tag == "img"]
-    assert placed[0] < opened[0] < placed[1]
+    assert page.text.count("First figure") == 1
+    folds = [index for index, (tag, _) in enumerate(page.tags) if tag == "details"]
+    shown = [index for index, (tag, _) in enumerate(page.tags) if tag == "img"]
+    assert shown[0] < folds[0] < shown[1]
     assert all("open" not in attributes for attributes in page.all("details"))
 
 
@@ -87,24 +87,24 @@ def test_departures_from_the_recipe(folder):
     assert page.rows_of("model.weight_decay") == []
     assert "The reference trains unseeded" in page.text
     summaries = [n for n, (tag, _) in enumerate(page.tags) if tag == "summary"]
-    assert page.text.index("What no setting changes") < page.text.index("trains unseeded")
-    assert len(summaries) == 2  # the remarks, the configuration
+    assert page.text.index("Differences that are not settings") < page.text.index("trains unseeded")
+    assert len(summaries) == 2  # remarks and configuration
 
 
-def test_without_configuration_there_is_nothing_to_compare(folder):
+def test_no_departures_without_a_configuration(folder):
     folder.finished([0.6])
     (folder.path / "config.yaml").unlink()
     assert "recipe" not in folder.page().text
 
 
 @pytest.mark.parametrize("loss", [None, {"class_path": "segformer_pl.losses.CrossEntropy"}])
-def test_loss_of_the_paper_needs_no_name(folder, loss):
+def test_loss_of_the_paper_is_not_named_in_the_legend(folder, loss):
     folder.plant(folder.training(7))
     config = folder.config
     config["model"]["loss"] = loss
     folder.config = config
     page = folder.page()
-    assert "CrossEntropy, the loss that is trained" in page.text
+    assert "CrossEntropy, the training loss" in page.text
     assert "train:" not in page.text
 
 
@@ -123,7 +123,7 @@ def test_resumptions_are_marked_and_their_changes_listed(folder):
     assert "steps trained 20 of 90: not finished" in page.text
 
 
-def test_changes_of_callbacks_are_single_settings(folder):
+def test_changed_arguments_of_callbacks_are_listed_one_by_one(folder):
     folder.finished([0.3])
     config = folder.config
 
@@ -149,10 +149,10 @@ def test_changes_of_callbacks_are_single_settings(folder):
     assert "x" * 50 not in page.text.split("config.yaml")[0]
 
 
-def test_what_was_said_at_the_start_stands_in_the_report(folder):
+def test_warnings_at_the_start_are_in_the_report(folder):
     folder.finished([0.3])
     (folder.path / "findings.json").write_text('["warm-up is <b>long</b>"]')
-    assert "Said when training started: warm-up is <b>long</b>." in folder.page().text
+    assert "Warning at the start of training: warm-up is <b>long</b>." in folder.page().text
 
 
 def test_damaged_evaluation_is_named_and_the_rest_shown(folder):
@@ -171,7 +171,7 @@ def test_damaged_configuration_is_named_and_the_rest_shown(folder):
     assert "mIoU 80.0 %" in page.text
 
 
-def test_cell_that_is_no_number(folder):
+def test_cell_that_is_not_a_number(folder):
     folder.plant(folder.training(2, lr=False))
     with (folder.path / "metrics.csv").open("a") as stream:
         stream.write("0,2,oops\n")

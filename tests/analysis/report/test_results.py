@@ -1,4 +1,4 @@
-"""The metrics at the head of a report, and which evaluation belongs to them."""
+"""The metrics at the top of a report, and the evaluation that belongs to them."""
 
 import html
 
@@ -13,7 +13,7 @@ from segformer_pl.analysis.report.results import last_results
     [(0.8312, "above", "+5.3"), (0.5, "not above", "\u221227.8"), (0.7778, "not above", "+0.0")],
 )
 def test_ceiling_verdict(folder, miou, verdict, points):
-    folder.finished([0.9, miou], ceiling=0.7778)  # it is the last that counts, not the best
+    folder.finished([0.9, miou], ceiling=0.7778)  # the last mIoU counts, not the best
     page = folder.page()
     assert f"is {verdict} the locality ceiling of 77.8 %" in page.text
     assert f"({points} points)" in page.text
@@ -22,7 +22,7 @@ def test_ceiling_verdict(folder, miou, verdict, points):
     )
 
 
-def test_no_ceiling_no_verdict(folder):
+def test_no_verdict_without_a_ceiling(folder):
     folder.finished([0.3])
     assert "ceiling" not in folder.page().text
 
@@ -58,7 +58,7 @@ def test_before_the_first_validation(folder):
     assert summary(folder.run) == ""
 
 
-def test_test_pass_only(folder):
+def test_test_split_only(folder):
     folder.plant([{"epoch": 0, "step": 0, **folder.metrics("test", 0.6421, 0.6)}])
     page = folder.page()
     assert "mIoU 64.2 %" in page.text
@@ -72,7 +72,7 @@ def test_test_pass_only(folder):
     assert summary(folder.run) == "test mIoU 64.2 % (locality ceiling 60.0 %)"
 
 
-def test_validation_pass_only(folder):
+def test_validation_only(folder):
     folder.plant([{"epoch": 0, "step": 0, **folder.metrics("val", 0.6421)}])
     page = folder.page()
     assert "mIoU 64.2 %" in page.text
@@ -81,7 +81,7 @@ def test_validation_pass_only(folder):
     assert "at step" not in page.text
 
 
-def test_tiles_of_what_was_logged(folder):
+def test_tiles_of_logged_metrics_only(folder):
     values = {"fwiou": 0.8772, "boundary_iou": 0.4321, "ece": 0.01234}
     logged = {f"{split}/{name}": x for split in ("val", "test") for name, x in values.items()}
     folder.plant(
@@ -102,19 +102,20 @@ def test_evaluation_of_another_step_or_split_is_not_shown(folder):
     folder.evaluation(split="test").save(folder.path / "evaluation" / "test_step_0000020.npz")
     page = folder.page()
     assert "Calibration" not in page.text
-    assert "95 % interval" not in page.text
+    assert "95 % CI" not in page.text
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("named", [0, 1600])
-def test_an_evaluation_is_labelled_by_the_step_stored_in_it(folder, split, named):
-    """Lightning counts a pass of its own as one of step 0, and files were named so."""
+def test_evaluation_is_labelled_by_the_step_stored_in_it(folder, split, named):
+    """Lightning counts a separate evaluation as step 0, and old files are named so."""
     folder.plant([{"epoch": 0, "step": 0, **folder.metrics(split, 0.8)}])
     file = folder.path / "evaluation" / f"{split}_step_{named:07d}.npz"
     folder.evaluation(split=split, step=1600).save(file)
     page = folder.page()
     kind = {"val": "validation", "test": "test"}[split]
-    for title in ("IoU of each class", "Errors and confidence", "Pictures with the highest loss"):
+    titles = ("IoU of each class", "Confusions and calibration", "Images with the highest loss")
+    for title in titles:
         assert f"{title} {kind}, step 1,600" in page.text
     assert "after 1,600 training steps" in page.text
     assert "at step" not in page.text
@@ -123,7 +124,7 @@ def test_an_evaluation_is_labelled_by_the_step_stored_in_it(folder, split, named
     assert (results.step, results.best_step) == (1600, None)
 
 
-def test_a_test_after_training_has_the_steps_of_its_network(folder):
+def test_test_after_training_has_the_step_of_its_network(folder):
     folder.plant([*folder.training(20), {"epoch": 0, "step": 20, **folder.metrics("test", 0.6)}])
     folder.evaluation(split="test", step=20).save(folder.path / "evaluation/test_step_0000020.npz")
     (results,) = last_results(folder.run)
