@@ -1,4 +1,4 @@
-"""``recipe diff RUN_OR_YAML [YAML ...]``: deviations of a run from the paper's recipe."""
+"""``recipe diff RUN_OR_YAML [YAML ...]``: departures of a run from the paper's recipe."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ Resolve = Callable[[list[str]], dict[str, Any]]
 
 
 def recipe(arguments: list[str], resolve: Resolve) -> None:
-    """Run ``recipe diff RUN_OR_YAML [YAML ...]`` and print the deviations from the paper's recipe.
+    """Run ``recipe diff RUN_OR_YAML [YAML ...]`` and print the departures from the paper's recipe.
 
     Args:
         arguments: Command-line arguments after ``recipe``.
@@ -28,7 +28,7 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
         description="List every setting of a run that differs from the paper's training recipe for "
         "the same network and data set, with the section or file that states the paper's value.",
     )
-    parser.add_argument("what", choices=["diff"], help="list the deviations from the recipe")
+    parser.add_argument("what", choices=["diff"], help="list the departures from the recipe")
     parser.add_argument(
         "sources",
         nargs="+",
@@ -54,15 +54,15 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
 
 
 def table(config: Mapping[str, Any]) -> str:
-    """Return the deviations of a run from the recipe as a table, one line for each."""
-    deviations = departures(config)
+    """Return the departures of a run from the recipe as a table, one line for each."""
+    listed = departures(config)
     rows = [("setting", "paper", "here", "source")]
-    rows += [(one.setting, one.paper, one.here, one.source) for one in deviations]
+    rows += [(one.setting, one.paper, one.here, one.source) for one in listed]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [scope(config)]
-    if deviations:
+    if listed:
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    count = "1 deviation" if len(deviations) == 1 else f"{len(deviations)} deviations"
+    count = "1 departure" if len(listed) == 1 else f"{len(listed)} departures"
     if notes := remarks(config):
         lines += [f"{count}; independent of the settings:", *(f"- {note}" for note in notes)]
     return "\n".join(lines)
@@ -75,7 +75,7 @@ def _run_of(source: Path) -> Run | None:
     run = Run(source)
     if not run.config_file.is_file():
         raise UserError(
-            f"{str(source)!r} contains no {run.config_file.name}; give the folder of one run, such as "
-            "runs/demo/version_0, or YAML files"
+            f"{str(source)!r} contains no {run.config_file.name}; give the folder of one run, such "
+            "as runs/demo/version_0, or YAML files"
         )
     return run
