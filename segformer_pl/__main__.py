@@ -3,6 +3,6 @@ import sys
 if __name__ == "__main__":
     try:
         from segformer_pl.cli import main
-    except KeyboardInterrupt:  # the imports take seconds
+    except KeyboardInterrupt:  # during the imports, which take seconds
         sys.exit(130)
     main()

@@ -1,8 +1,8 @@
-"""What Lightning 2.6 has no public way for, each with its reason.
+"""Uses of private names of Lightning 2.6, each with its reason.
 
-Nothing else in the package reads or overrides a private name of Lightning, except where a class of
-ours derives from one of its classes (:class:`~segformer_pl.callbacks.LastCheckpoint`). When a new
-version of Lightning breaks something, it breaks here.
+No other module uses private names of Lightning, except for subclasses of Lightning's classes
+(:class:`~segformer_pl.callbacks.LastCheckpoint`). So a new version of Lightning breaks this file
+first.
 """
 
 import signal
@@ -17,10 +17,10 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 
 class SettingsWinCLI(LightningCLI):
-    """A LightningCLI whose settings stay as they are when a checkpoint is given.
+    """A LightningCLI whose settings are not changed by a checkpoint.
 
-    Lightning lets the checkpoint's hyperparameters override the configuration files and the command
-    line, without a word. No argument turns that off.
+    Lightning silently overrides configuration files and command line with the hyperparameters of
+    the checkpoint. No argument turns that off.
     """
 
     def _parse_ckpt_path(self) -> None:
@@ -28,17 +28,17 @@ class SettingsWinCLI(LightningCLI):
 
 
 class SignalHandlers(_SignalConnector):
-    """Lightning's signal handlers, except that they do nothing but call two functions.
+    """Signal handlers for a trainer that only call two functions.
 
-    Lightning's handler for SIGTERM talks to the other ranks inside the handler, lets the run end
-    with status 0 in the middle of a step, and swallows the signal outside of a training. Its
-    handler for SLURM's signal saves wherever the training happens to be. The trainer takes no
-    other handlers than those of its connector.
+    Lightning's handler for SIGTERM communicates with the other ranks inside the handler, ends the
+    run with status 0 in the middle of a step, and ignores the signal outside of a training. Its
+    handler for SLURM's signal saves in the middle of a step. The trainer accepts handlers only
+    through its signal connector.
 
     Args:
-        trainer: Trainer whose handlers these become.
-        stop: Called with the number of SIGTERM or SIGINT.
-        requeue: Called with the number of SLURM's signal.
+        trainer: Trainer to install the handlers in.
+        stop: Function that receives the number of SIGTERM or SIGINT.
+        requeue: Function that receives the number of SLURM's signal.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SignalHandlers(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         super().register_signal_handlers()
-        # A process in the background of a script ignores Ctrl-C, and goes on doing so.
+        # A shell makes background processes ignore Ctrl-C; leave that as it is.
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._register_signal(signal.SIGINT, self._sigterm_notifier_fn)
 
@@ -62,45 +62,46 @@ class SignalHandlers(_SignalConnector):
         self._requeue(int(signum))
 
     def save_and_requeue(self, signum: int) -> None:
-        """Save for the requeued job and requeue this one, as Lightning does; on all ranks."""
+        """Save a checkpoint and requeue the job, as Lightning does. Call it on all ranks."""
         super()._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
 
 
 def replaces_samplers(trainer: pl.Trainer) -> bool:
-    """Whether the trainer puts a ``DistributedSampler`` in place of the data loaders' samplers.
+    """Return whether the trainer replaces the samplers by ``DistributedSampler``.
 
-    The trainer keeps ``use_distributed_sampler`` nowhere public.
+    ``use_distributed_sampler`` is not a public attribute of the trainer.
     """
     return trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler
 
 
 def synchronizes_batch_norm(trainer: pl.Trainer) -> bool:
-    """Whether BatchNorm takes its statistics over all ranks (``sync_batchnorm``).
+    """Return whether BatchNorm computes its statistics over all ranks (``sync_batchnorm``).
 
-    The trainer keeps the argument nowhere but in its strategy, under a private name.
+    The argument is stored only in the strategy, under a private name.
     """
     return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
 def is_accumulating(trainer: pl.Trainer) -> bool:
-    """Whether the gradients of the batches so far still wait for the rest of their step.
+    """Return whether more batches follow before the next optimiser step.
 
     The rules (``accumulate_grad_batches``, the end of an epoch, strategies that accumulate
-    themselves) have no public name.
+    themselves) are in a private method.
     """
     return trainer.fit_loop._should_accumulate()
 
 
 def is_end_of_epoch(trainer: pl.Trainer) -> bool:
-    """Whether the training part of an epoch, or of the run, has no batch left."""
+    """Return whether the training part of an epoch, or of the run, has no batch left."""
     return trainer.fit_loop.epoch_loop._is_training_done
 
 
 def run_missed_validation(trainer: pl.Trainer) -> None:
-    """Run the validation that is due after the step that a resumed training stands at, if any.
+    """Run the validation that is due at the step of a resumed training, if one is.
 
-    A run that was interrupted in its validation has made the step, so the resumed trainer goes on
-    with the next step and leaves the validation out. It has no method that validates in a training.
+    A run that is interrupted in a validation has completed the step before it, so the resumed
+    trainer would continue with the next step and skip the validation. It has no public method that
+    validates within a training.
     """
     loop = trainer.fit_loop.epoch_loop
     assert trainer.fit_loop._data_fetcher is not None
@@ -114,17 +115,17 @@ def run_missed_validation(trainer: pl.Trainer) -> None:
 def set_batches_that_stepped(trainer: pl.Trainer, number: int) -> None:
     """Set the count of optimiser steps that loggers receive as ``step``.
 
-    It is restored from the checkpoint, where it may include a step that was never completed.
+    The count restored from a checkpoint can include a step that was not completed.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = number
 
 
 def came_from_restoring(error: BaseException) -> bool:
-    """Whether an exception arose while the trainer restored a checkpoint.
+    """Return whether an exception was raised while the trainer restored a checkpoint.
 
-    Lightning takes a checkpoint apart without looking at its parts first, so a part that does not
-    fit raises anything from anywhere below. Nor does it wrap the exception, and no pair of hooks
-    encloses the restoring alone. What remains is to ask the frames of the traceback.
+    Lightning does not validate a checkpoint, so parts that do not fit raise exceptions of any type.
+    It does not wrap them, and no pair of hooks encloses the restoring. So search the frames of the
+    traceback for Lightning's restoring methods.
     """
     return any(
         isinstance(frame.f_locals.get("self"), _CheckpointConnector)

@@ -1,4 +1,4 @@
-"""The command line as its user meets it: settings that win, and errors in one sentence."""
+"""The command line: precedence of settings, resumption, error messages."""
 
 import csv
 import logging
@@ -44,7 +44,7 @@ def options(folder, runs, **changes):
 
 
 def fail(capsys, arguments):
-    """Run, expect a non-zero exit, return what the user reads."""
+    """Run a command that must fail; return its error message."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     error = capsys.readouterr().err
@@ -55,7 +55,7 @@ def fail(capsys, arguments):
     return error
 
 
-def test_data_set_decides_classes_names_palette_and_seed_decides_the_order(folder, tmp_path):
+def test_the_data_set_sets_classes_and_palette_and_seed_everything_the_order(folder, tmp_path):
     cli = main([*options(folder, tmp_path), "--seed_everything=7"], run=False)
     assert cli.model.network.head.classifier.out_channels == len(shapes.CLASS_NAMES)
     assert cli.model.class_names == list(shapes.CLASS_NAMES)
@@ -64,7 +64,7 @@ def test_data_set_decides_classes_names_palette_and_seed_decides_the_order(folde
 
 
 @pytest.mark.slow
-def test_fit_writes_a_run_that_can_be_read_again(folder, tmp_path):
+def test_fit_writes_a_run_that_can_be_reloaded(folder, tmp_path):
     main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
     (run,) = tmp_path.glob("*/version_0")
     assert (run / "config.yaml").is_file()
@@ -80,14 +80,15 @@ def test_fit_writes_a_run_that_can_be_read_again(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_on_resume_the_command_line_wins_and_says_so(folder, tmp_path, caplog):
+def test_on_resume_the_command_line_takes_precedence(folder, tmp_path, caplog):
     main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
     (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
     resumed = [*options(folder, tmp_path, trainer__max_steps=4), "--model.lr=0.002"]
     with caplog.at_level(logging.INFO):
         cli = main(["fit", *resumed, f"--ckpt_path={checkpoint}"])
     assert (
-        f"model.lr is 0.002 here and was 0.01 in {checkpoint}: what is here is used" in caplog.text
+        f"model.lr is 0.002 here and was 0.01 in {checkpoint}: the value here is used"
+        in caplog.text
     )
     assert caplog.text.count("is used") == 1
     assert cli.model.lr == 0.002
@@ -96,7 +97,7 @@ def test_on_resume_the_command_line_wins_and_says_so(folder, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_fit_says_what_cannot_be_meant_and_so_does_its_report(folder, tmp_path, caplog):
+def test_fit_and_its_report_warn_of_implausible_settings(folder, tmp_path, caplog):
     arguments = options(folder, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=2)
     with caplog.at_level(logging.INFO):
         main(["fit", *arguments])
@@ -105,23 +106,23 @@ def test_fit_says_what_cannot_be_meant_and_so_does_its_report(folder, tmp_path, 
     assert sentence in (tmp_path / "unnamed" / "version_0" / "report.html").read_text()
 
 
-def test_runs_go_below_the_root_folder(capsys, folder, tmp_path):
+def test_run_folders_are_below_the_root_folder(capsys, folder, tmp_path):
     rooted = [f"--trainer.default_root_dir={tmp_path / 'root'}"]
     default = [o for o in options(folder, tmp_path) if "save_dir" not in o]
     cli = main([*default, *rooted], run=False)
     assert cli.trainer.loggers[0].log_dir == str(tmp_path / "root" / "unnamed" / "version_0")
     error = fail(capsys, ["fit", *options(folder, tmp_path / "other"), *rooted])
-    assert f"but the run would be kept in '{tmp_path / 'other'}'" in error
+    assert f"save_dir is '{tmp_path / 'other'}', which is outside of it" in error
 
 
-def test_settings_that_count_epochs_are_not_ignored(capsys, folder, tmp_path):
+def test_settings_in_epochs_are_refused(capsys, folder, tmp_path):
     for setting in ("max_epochs=3", "check_val_every_n_epoch=1"):
         error = fail(capsys, ["fit", *options(folder, tmp_path), f"--trainer.{setting}"])
         assert f"trainer.{setting.replace('=', ' is ')}, but training reads a stream" in error
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_be_kept_is_refused_in_one_sentence(capsys, folder, tmp_path):
+def test_an_unwritable_run_folder_is_refused_in_one_sentence(capsys, folder, tmp_path):
     (tmp_path / "runs").write_text("a file")
     error = fail(capsys, ["fit", *options(folder, tmp_path / "runs")])
     assert error.startswith(f"error: cannot write to the folder '{tmp_path / 'runs'}")
@@ -146,20 +147,20 @@ def test_a_missing_path(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
+def test_a_run_writes_a_checkpoint_to_resume_from(folder, tmp_path):
     arguments = [*options(folder, tmp_path, trainer__max_steps=3), "--trainer.limit_val_batches=0"]
     main(["fit", *arguments, "--last_checkpoint.every_n_train_steps=2"])
     (last,) = tmp_path.rglob("*.ckpt")
     assert last.name == "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
-    assert checkpoint["global_step"] == 3  # of the end; while it trains, every 2 steps
+    assert checkpoint["global_step"] == 3  # at the end, and every 2 steps before
     assert checkpoint["StreamingSegmentationData"]["consumed"] == 3 * 2
     main(["fit", *arguments, "--trainer.enable_checkpointing=false"])
     assert list(tmp_path.rglob("*.ckpt")) == [last]
 
 
 @pytest.mark.slow
-def test_loss_and_inference_travel_in_the_checkpoint(capsys, folder, tmp_path, caplog):
+def test_loss_and_inference_are_stored_in_the_checkpoint(capsys, folder, tmp_path, caplog):
     parts = [
         "--model.loss=segformer_pl.losses.WeightedSum",
         "--model.loss.losses=[{class_path: segformer_pl.losses.CrossEntropy, init_args: "
@@ -174,21 +175,24 @@ def test_loss_and_inference_travel_in_the_checkpoint(capsys, folder, tmp_path, c
     assert (task.inference.pad_to, task.inference.flip) == (32, True)
     assert [type(loss).__name__ for loss in task.loss.losses] == ["CrossEntropy", "Dice"]
     assert task.loss.losses[0].average == "valid"
-    # Another loss is told of on resume; layer-wise rates would need another optimiser state.
+    # Another loss is logged on resume; layer-wise rates need another optimiser state.
     resumed = [*options(folder, tmp_path, trainer__max_steps=4), f"--ckpt_path={checkpoint}"]
     with caplog.at_level(logging.INFO):
         main(["fit", *resumed])
     assert "model.loss.class_path is not given here and was segformer_pl.losses" in caplog.text
     assert "model.inference.init_args.flip is not given here and was True" in caplog.text
     error = fail(capsys, ["fit", *resumed, "--model.layer_decay=0.9"])
-    assert "the optimiser's state does not fit; start a new run with --model.weights" in error
+    assert (
+        "the optimiser's state for 1 does not fit that for less than 1; start a new run with"
+        in error
+    )
     error = fail(capsys, ["fit", *options(folder, tmp_path), "--model.inference.scales=[]"])
     assert error.startswith("error: inference: scales is empty; give at least one, such as [1.0]")
 
 
 @pytest.mark.slow
-def test_a_moving_average_of_the_weights_is_scored_and_saved(folder, tmp_path):
-    """Lightning's own callback, on a stream that has no epochs, interrupted and gone on with."""
+def test_a_moving_average_of_the_weights_is_evaluated_and_saved(folder, tmp_path):
+    """Lightning's callback works on a stream without epochs, and in a resumed run."""
     average = "lightning.pytorch.callbacks.EMAWeightAveraging"
     arguments = [
         *options(folder, tmp_path, trainer__max_steps=4, trainer__val_check_interval=4),
@@ -204,12 +208,12 @@ def test_a_moving_average_of_the_weights_is_scored_and_saved(folder, tmp_path):
     current = state["current_model_state"]["network.head.classifier.weight"]
     averaged = state["state_dict"]["network.head.classifier.weight"]
     assert not torch.equal(current, averaged)
-    # What was scored in the training is what the checkpoint holds.
+    # The weights that were evaluated in the training are those of the checkpoint.
     (metrics,) = tmp_path.glob("*/version_0/metrics.csv")
-    (scored,) = (row for row in csv.DictReader(metrics.open()) if row["val/loss"])
+    (validated,) = (row for row in csv.DictReader(metrics.open()) if row["val/loss"])
     cli = main(["validate", *arguments, f"--ckpt_path={last}"])
     assert cli.trainer.callback_metrics["val/loss"].item() == pytest.approx(
-        float(scored["val/loss"]), rel=1e-5
+        float(validated["val/loss"]), rel=1e-5
     )
     resumed = [argument.replace("max_steps=4", "max_steps=6") for argument in arguments]
     assert main(["fit", *resumed, f"--ckpt_path={last}"]).trainer.global_step == 6
@@ -240,7 +244,7 @@ def test_a_misspelt_key_on_the_command_line_and_in_a_file(capsys, folder, tmp_pa
 
 
 @pytest.mark.parametrize("abbreviation", ["--trainer.max_step=1", "--model.warmup=1"])
-def test_a_key_cut_short_is_not_taken_for_the_whole(capsys, folder, tmp_path, abbreviation):
+def test_abbreviated_keys_are_refused(capsys, folder, tmp_path, abbreviation):
     assert abbreviation in fail(capsys, ["fit", *options(folder, tmp_path), abbreviation])
 
 
@@ -268,28 +272,28 @@ def test_a_run_without_max_steps(capsys, folder, tmp_path):
     assert error.startswith("error: trainer.max_steps is not set")
 
 
-def test_batches_to_overfit(capsys, folder, tmp_path):
+def test_overfit_batches_is_refused(capsys, folder, tmp_path):
     error = fail(capsys, ["fit", *options(folder, tmp_path), "--trainer.overfit_batches=2"])
     assert error.startswith("error: trainer.overfit_batches is 2, but training reads a stream")
-    assert "a data set of as few images" in error
+    assert "a data set with few images by --data.path" in error
 
 
 @pytest.mark.slow
-def test_a_run_whose_time_is_over_does_not_look_finished(capsys, folder, tmp_path):
+def test_a_resumed_run_without_time_left_is_an_error(capsys, folder, tmp_path):
     arguments = options(folder, tmp_path, trainer__max_steps=1, trainer__limit_val_batches=0)
     main(["fit", *arguments, "--trainer.max_time=00:01:00:00"])
     (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/last.ckpt")
     resumed = [*arguments, f"--ckpt_path={checkpoint}", "--trainer.max_time=00:00:00:00"]
     error = fail(capsys, ["fit", *resumed, "--trainer.max_steps=3"])
     assert error.startswith(
-        "error: no step was made, training is at step 1 of 3: trainer.max_time counts the time of "
-        "all parts of a run, which is 0:00:"
+        "error: no step was made, training is at step 1 of 3: trainer.max_time counts the "
+        "training time since the first start of the run, which is 0:00:"
     )
-    # Where all steps were made there is nothing to say.
+    # A run that has made all its steps ends without an error.
     main(["fit", *resumed])
 
 
-def test_pictures_smaller_than_the_network_can_take(capsys, folder, tmp_path):
+def test_images_smaller_than_the_network_accepts(capsys, folder, tmp_path):
     error = fail(capsys, ["fit", *options(folder, tmp_path, data__crop_size="[20,20]")])
     assert error.startswith("error: sr_ratio 8 is larger than the 5x5 token grid")
 
@@ -304,7 +308,7 @@ def test_other_value_errors_keep_their_traceback(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_checkpoints_that_are_missing_cut_short_or_of_another_network(capsys, folder, tmp_path):
+def test_checkpoints_that_are_missing_truncated_or_of_another_network(capsys, folder, tmp_path):
     main(["fit", *options(folder, tmp_path)])
     capsys.readouterr()
     (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
@@ -317,7 +321,7 @@ def test_checkpoints_that_are_missing_cut_short_or_of_another_network(capsys, fo
     assert f"'{broken}' is no file of tensors, or is cut short" in error
     b1 = ["--model.network=segformer_pl.models.segformer_b1", f"--ckpt_path={checkpoint}"]
     error = fail(capsys, [*validate, *b1])
-    assert "holds a segformer_pl.models.segformer_b0, but model.network is a " in error
+    assert "contains a segformer_pl.models.segformer_b0, but model.network is a " in error
 
 
 def test_a_misspelt_key_of_the_network(capsys, folder, tmp_path):
@@ -334,7 +338,7 @@ def test_an_impossible_network(capsys, folder, tmp_path):
 
 @pytest.fixture
 def broken_copy(folder, tmp_path, png, write_shards):
-    """Function that copies the shards with one cell of a split's fourth row changed."""
+    """Function that copies the shards and replaces one cell in the fourth row of a split."""
 
     def write(column, cell, broken="train"):
         for split in ("train", "validation"):
@@ -371,7 +375,7 @@ def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentenc
 
 
 @pytest.mark.slow
-def test_labels_that_are_all_ignored(capsys, folder, tmp_path, row, write_shards):
+def test_data_whose_labels_are_all_ignored(capsys, folder, tmp_path, row, write_shards):
     size = (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
     for split in ("train", "validation"):
         write_shards(tmp_path / "all", split, [[row(f"u{i}", 255, size) for i in range(4)]])
@@ -384,20 +388,20 @@ def test_labels_that_are_all_ignored(capsys, folder, tmp_path, row, write_shards
 
 
 @pytest.mark.slow
-def test_skipped_pictures_do_not_score(broken_copy, tmp_path):
+def test_skipped_images_are_left_out_of_the_metrics(broken_copy, tmp_path):
     folder = broken_copy("image", None, broken="validation")
     arguments = [*options(folder, tmp_path), "--data.on_bad_sample=skip"]
     with pytest.warns(UserWarning, match=r"skipped, 1 so far: .*'validation-00003'"):
         main(["validate", *arguments])
     (metrics,) = tmp_path.glob("*/version_*/metrics.csv")
-    (scores,) = csv.DictReader(metrics.open())
-    assert 0 < float(scores["val/loss"]) < 10
+    (row,) = csv.DictReader(metrics.open())
+    assert 0 < float(row["val/loss"]) < 10
     evaluation = Run(metrics.parent).last_evaluation()
     assert evaluation.ids == [f"validation-{n:05d}" for n in range(3)]
 
 
 @pytest.mark.slow
-def test_as_a_process_an_error_is_one_line_and_a_non_zero_exit(tmp_path):
+def test_an_error_is_one_line_and_a_non_zero_exit_status(tmp_path):
     command = [sys.executable, "-m", "segformer_pl", "fit", *NETWORK]
     done = subprocess.run(
         [*command, "--data.path=nowhere", "--trainer.max_steps=1"],

@@ -1,4 +1,4 @@
-"""profile and convert as their user meets them."""
+"""The commands ``profile`` and ``convert``."""
 
 import json
 
@@ -12,7 +12,7 @@ from segformer_pl.models import segformer_b0
 
 @pytest.fixture
 def run(capsys):
-    """Function: run a command, return what it prints."""
+    """Function that runs a command and returns its output."""
 
     def call(*arguments):
         assert main([str(argument) for argument in arguments]) is None
@@ -23,7 +23,7 @@ def run(capsys):
 
 @pytest.fixture
 def fail(capsys):
-    """Function: run a command that must fail, return the one sentence."""
+    """Function that runs a command that must fail and returns its error message."""
 
     def call(*arguments):
         with pytest.raises(SystemExit) as exit_:
@@ -41,14 +41,14 @@ def fail(capsys):
 @pytest.mark.slow
 def test_profile_in_json(run):
     text = run(
-        *["profile", "segformer_b0", "--size", "512", "512", "--num-classes", "150", "--json"]
+        *["profile", "segformer_b0", "--size", "512", "512", "--num_classes", "150", "--json"]
     )
-    known = json.loads(text)
-    assert known["paper_gflops"] == 8.4
-    assert known["gmacs"] == 4.1
-    assert known["num_parameters"] == 3_752_694
-    assert [part["key_length"] for part in known["parts"]] == [256, 256, 256, 256, None]
-    assert known["latency"]["num_threads"] == 1
+    results = json.loads(text)
+    assert results["paper_gflops"] == 8.4
+    assert results["gmacs"] == 4.1
+    assert results["num_parameters"] == 3_752_694
+    assert [part["key_length"] for part in results["parts"]] == [256, 256, 256, 256, None]
+    assert results["latency"]["num_threads"] == 1
 
 
 @pytest.mark.slow
@@ -60,7 +60,7 @@ def test_profile_of_an_ablation(run):
             "--size",
             "64",
             "96",
-            "--num-classes",
+            "--num_classes",
             "3",
             "--sr_ratios",
             "[4,4,2,1]",

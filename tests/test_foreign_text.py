@@ -1,4 +1,4 @@
-"""Names that others gave to classes, images and files are text everywhere, and never markup."""
+"""Names of classes, images and files are shown as text and never interpreted as markup."""
 
 import json
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory, row, write_shards):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:no figure")
 @pytest.mark.filterwarnings("error:The report could not")
-def test_a_run_and_what_is_made_of_it(data, tmp_path, capsys):
+def test_a_run_and_its_evaluation_by_other_commands(data, tmp_path, capsys):
     settings = {
         "model.network": "segformer_pl.models.segformer_b0",
         "model.network.decoder_dim": 16,
@@ -81,7 +81,7 @@ def test_a_run_and_what_is_made_of_it(data, tmp_path, capsys):
 
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     capsys.readouterr()
-    main(["validate", *arguments, f"--ckpt_path={checkpoint}"])  # prints a table of every class
+    main(["validate", *arguments, f"--ckpt_path={checkpoint}"])  # prints a table with all classes
     assert "val/iou/[/bold] [red]" in capsys.readouterr().out.replace("\n", "")
 
     images = tmp_path / "images"
@@ -103,11 +103,11 @@ def test_a_run_and_what_is_made_of_it(data, tmp_path, capsys):
         ]
     )
     assert len(list((tmp_path / "erf").glob("*.png"))) == 4
-    assert json.loads((tmp_path / "erf" / "erf.json").read_text())["pictures"] == [IDS[0]]
+    assert json.loads((tmp_path / "erf" / "erf.json").read_text())["image_ids"] == [IDS[0]]
 
 
 def os_name(name):
-    """A file name that is not UTF-8, as Python tells it."""
+    """A file name that is not UTF-8, as Python represents it."""
     return name.decode("utf-8", errors="surrogateescape")
 
 

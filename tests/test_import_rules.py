@@ -1,4 +1,4 @@
-"""Who may import whom inside the package. Arrows only point from the outside in."""
+"""Rules of which part of the package may import which. Dependencies point inwards only."""
 
 import ast
 import subprocess
@@ -22,12 +22,12 @@ EVERYTHING = LEAVES | {
     "doctor",
     "task",
 }
-# Below everything: they import nothing of the package, and everyone may import them.
+# These import nothing of the package, and every module may import them.
 FOUNDATION = {"atomic", "batch", "errors", "lightning_workarounds", "normalization"}
 MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
-    # One computation under both: logits are upsampled band by band.
+    # Both upsample logits in bands of rows.
     "losses": {"upsampling"},
-    "inference": {"models", "upsampling"},  # of models the contract
+    "inference": {"models", "upsampling"},  # of models only the contract, models.segmenter
     "checkpoints": {"models"},
     "analysis": {"models", "metrics"},
     "divergence": {"checkpoints"},
@@ -37,18 +37,18 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "doctor": {"analysis", "data", "models", "task"},
     "commands": EVERYTHING - {"cli", "doctor"},
     "__main__": {"cli"},
-    "__init__": EVERYTHING,  # what it may load is measured below
+    "__init__": EVERYTHING,  # what it loads at import time is tested below
 }
-# What single files may import beyond that. `data` imports no sibling, so there is no cycle.
+# Additional imports of single files. `data` imports none of these parts, so there is no cycle.
 FILES_MAY_IMPORT = {
     "checkpoints/run_data.py": {"data"},  # opens the data that a run was trained on
-    "inference/predictor.py": {"checkpoints", "data"},  # is loaded, and decodes image files
+    "inference/predictor.py": {"checkpoints", "data"},  # loads checkpoints and decodes image files
 }
 OUTSIDE = {"experiments", "notebooks", "tests"}
 
 
 def imported(tree, path):
-    """Absolute dotted names of every import in a file, those inside functions too."""
+    """Yield the absolute dotted names of all imports in a file, also inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -59,34 +59,34 @@ def imported(tree, path):
 
 
 def violations(path, source):
-    """Broken rules of a file; ``path`` starts at the package, ``segformer_pl/...``."""
+    """Return the broken rules of a file; ``path`` starts with ``segformer_pl/``."""
     path = Path(path)
     unit = path.with_suffix("").parts[1]
     if unit not in MAY_IMPORT:
-        return [f"{path}: no rule says what {unit} may import; the design names every unit"]
+        return [f"{path}: no rule for what {unit} may import; add one to MAY_IMPORT"]
     allowed = MAY_IMPORT[unit] | FILES_MAY_IMPORT.get("/".join(path.parts[1:]), set())
     tree = ast.parse(source)
-    found = []
+    broken = []
     for name in imported(tree, path):
         top, *rest = name.split(".")
         if top == "segformer_pl":
             other = rest[0] if rest else None
             if other in EVERYTHING and other != unit and other not in allowed:
-                found.append(f"{path}: {unit} imports {other}")
+                broken.append(f"{path}: {unit} imports {other}")
         elif top in OUTSIDE or top == "IPython" or (unit == "models" and top == "lightning"):
-            found.append(f"{path}: {unit} imports {top}")
+            broken.append(f"{path}: {unit} imports {top}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):  # noqa: SIM102
             if node.func.id in {"print", "get_ipython"}:
-                found.append(f"{path}:{node.lineno}: calls {node.func.id}")
-    return found
+                broken.append(f"{path}:{node.lineno}: calls {node.func.id}")
+    return broken
 
 
-def test_package_keeps_the_rules():
+def test_the_package_follows_the_rules():
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 10
-    found = [v for f in files for v in violations(f.relative_to(PACKAGE.parent), f.read_text())]
-    assert found == []
+    broken = [v for f in files for v in violations(f.relative_to(PACKAGE.parent), f.read_text())]
+    assert broken == []
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_package_keeps_the_rules():
         ("utils.py", ""),
     ],
 )
-def test_planted_violation_is_found(path, source):
+def test_a_planted_violation_is_detected(path, source):
     assert len(violations(f"segformer_pl/{path}", source)) == 1
 
 
@@ -148,17 +148,17 @@ def test_planted_violation_is_found(path, source):
         ("task.py", '"""Mentions print() only."""\nself.print("x")'),
     ],
 )
-def test_permitted_import_is_not_reported(path, source):
+def test_a_permitted_import_is_not_reported(path, source):
     assert violations(f"segformer_pl/{path}", source) == []
 
 
 ARCHITECTURES = {"SegFormer", "MixTransformer", "AllMLPHead"}
-# Networks themselves, foreign layouts, and the shortcut to single units of one head.
+# The networks, the layouts of other code bases, and the shortcut to single units of one head.
 MAY_KNOW_ARCHITECTURES = ("models/", "checkpoints/", "analysis/erf/head_units.py")
 
 
-def asks_for_an_architecture(source):
-    """Lines that ask for a class of network, or for an attribute that some networks have."""
+def architecture_checks(source):
+    """Yield the lines that depend on a class of network, or on an attribute of some networks."""
     for node in ast.walk(ast.parse(source)):
         is_check = (
             isinstance(node, ast.Call)
@@ -178,15 +178,15 @@ def asks_for_an_architecture(source):
             yield node.lineno
 
 
-def test_only_models_and_foreign_layouts_know_architectures():
-    """Everyone else reads the contract, segformer_pl.models.segmenter."""
-    found = [
+def test_only_models_and_layouts_depend_on_architectures():
+    """All other modules use the contract, segformer_pl.models.segmenter."""
+    checks = [
         f"{file.relative_to(PACKAGE)}:{line}"
         for file in sorted(PACKAGE.rglob("*.py"))
         if not file.relative_to(PACKAGE).as_posix().startswith(MAY_KNOW_ARCHITECTURES)
-        for line in asks_for_an_architecture(file.read_text())
+        for line in architecture_checks(file.read_text())
     ]
-    assert found == []
+    assert checks == []
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_only_models_and_foreign_layouts_know_architectures():
         "getattr(network, 'encoder', None)",
     ],
 )
-def test_asking_for_an_architecture_is_found(source):
-    assert list(asks_for_an_architecture(source)) == [1]
+def test_a_planted_architecture_check_is_detected(source):
+    assert list(architecture_checks(source)) == [1]
 
 
 def test_importing_the_package_is_cheap():

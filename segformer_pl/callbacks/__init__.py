@@ -1,4 +1,4 @@
-"""What happens around training: pictures, receptive fields, the report of the run."""
+"""Lightning callbacks: checkpoints, evaluation records, figures, the report of a run, signals."""
 
 from segformer_pl.callbacks.checkpoint_io import AtomicCheckpointIO
 from segformer_pl.callbacks.erf import EffectiveReceptiveField

@@ -1,4 +1,4 @@
-"""How checkpoints get onto the disk."""
+"""Atomic writing of checkpoints."""
 
 import io
 from pathlib import Path
@@ -13,32 +13,34 @@ from segformer_pl.atomic import atomic_write
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether a path is one of this machine's file systems, not a URL such as ``s3://``."""
+    """Return whether a path is on a local file system and not a URL such as ``s3://``."""
     return isinstance(url_to_fs(str(path))[0], LocalFileSystem)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, syncs it and renames it over the previous one.
+    """Writes a checkpoint to a temporary file in the target's folder, syncs it and renames it.
 
-    Lightning's own writes to the temporary folder and moves, which on another file system copies
-    over the only checkpoint: a kill or a full disk in the midst of it leaves a part of a file.
-    Paths that are not local, such as ``s3://``, are left to Lightning. The command line gives this
-    to every trainer; in Python, ``Trainer(plugins=[AtomicCheckpointIO()])``.
+    Lightning writes to the system's temporary folder and moves the file. Where that is another file
+    system, moving means copying over the only checkpoint, and a kill or a full disk during the copy
+    leaves a truncated file. Remote paths, such as ``s3://``, are left to Lightning.
+
+    The command line uses this class in every trainer; in Python, give
+    ``Trainer(plugins=[AtomicCheckpointIO()])``.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """See :meth:`TorchCheckpointIO.save_checkpoint`.
+        """Write a checkpoint, as :meth:`TorchCheckpointIO.save_checkpoint` does, but atomically.
 
         Raises:
-            WriteError: The disk is full, the folder is read-only, or the like; the previous file
-                is intact.
+            WriteError: The file cannot be written, such as on a full disk; the previous file is
+                intact.
         """
         if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        # In memory first: torch's writer turns a full disk into an error of its own.
+        # Serialise in memory first, since torch's file writer hides the OSError of a full disk.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         with atomic_write(url_to_fs(str(path))[1]) as stream:

@@ -1,4 +1,4 @@
-"""Effective receptive fields while training."""
+"""Effective receptive fields (ERF) during training."""
 
 import math
 from collections import Counter
@@ -14,23 +14,26 @@ from segformer_pl.callbacks.figures import publish
 
 
 class EffectiveReceptiveField(pl.Callback):
-    """After a validation, measures the ERF of stage 1 to 4 and the head: does it grow as the
-    scores do?
+    """Measures the ERF of stages 1 to 4 and the head after validations.
 
-    The pictures are the first of every rank's share of the first validation, the same ones from
-    then on, and the maps are averaged over all ranks; where their sizes differ, over the size that
-    most have. The figure goes to ``erf/`` in the run folder
-    and to the loggers that take images; ``val/erf/<layer>/radius50`` and ``/radius95`` (pixels
-    about the unit that hold half and 95 % of the field) and ``/area50`` (smallest share of the
-    picture's area that holds half of it, freed of what it owes to the number of pictures) are
-    logged as curves.
+    The images are the first ones of each rank in the first validation, and stay the same from then
+    on. The maps are averaged over all ranks. Where image sizes differ, only the most frequent size
+    is used.
+
+    A figure is written to ``erf/`` in the run folder and sent to the loggers that accept images.
+    Logged as curves are
+
+    - ``val/erf/<layer>/radius50`` and ``/radius95``: radius in pixels about the unit that holds
+      50 % and 95 % of the ERF;
+    - ``val/erf/<layer>/area50``: smallest share of the image's area that holds 50 % of the ERF,
+      bias-corrected for the number of images (jackknife).
 
     Args:
-        num_images: How many pictures to average over, on all ranks together.
-        every_n_steps: Training steps between two measurements at least; by default every
-            validation is followed by one.
-        batch_size: Pictures in a pass; bounds the memory. By default as many as the network's
-            device does quickly.
+        num_images: Number of images to average over, on all ranks together.
+        every_n_steps: Minimum number of training steps between two measurements. Default: measure
+            after every validation.
+        batch_size: Images per forward and backward pass, which bounds the memory. Default: see
+            :func:`~segformer_pl.analysis.erf.effective_receptive_field`.
     """
 
     def __init__(
@@ -52,22 +55,22 @@ class EffectiveReceptiveField(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        wanted = math.ceil(self.num_images / trainer.world_size)
-        missing = wanted - sum(len(kept["id"]) for kept in self.batches)
+        num_local = math.ceil(self.num_images / trainer.world_size)  # images of this rank
+        missing = num_local - sum(len(kept["id"]) for kept in self.batches)
         if self.is_complete or trainer.sanity_checking or missing <= 0:
             return
         skipped = batch.get("skipped", {})
-        sound = [i for i, name in enumerate(batch["id"]) if name not in skipped][:missing]
-        image = batch["image"][sound]
-        if not sound:
+        valid = [i for i, name in enumerate(batch["id"]) if name not in skipped][:missing]
+        image = batch["image"][valid]
+        if not valid:
             return
         if self.batches and image.shape[2:] != self.batches[0]["image"].shape[2:]:
             rank_zero_warn(
-                f"EffectiveReceptiveField: picture {batch['id'][0]!r} is of another size than the "
-                "first and is not averaged with it; the next of that size takes its place"
+                f"EffectiveReceptiveField: image {batch['id'][0]!r} has another size than the "
+                "first one and is left out; the next image of the first size replaces it"
             )
             return
-        self.batches.append({"image": image.cpu(), "id": [batch["id"][i] for i in sound]})
+        self.batches.append({"image": image.cpu(), "id": [batch["id"][i] for i in valid]})
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
@@ -80,11 +83,11 @@ class EffectiveReceptiveField(pl.Callback):
         erf = self._measure(trainer, pl_module)
         if erf is None:
             return
-        for name, field in erf.layers.items():
+        for name, layer in erf.layers.items():
             values = {
-                "radius50": field.radius(0.5),
-                "radius95": field.radius(0.95),
-                "area50": field.interval(lambda erf: erf.area_ratio(0.5)).value,
+                "radius50": layer.radius(0.5),
+                "radius95": layer.radius(0.95),
+                "area50": layer.interval(lambda erf: erf.area_ratio(0.5)).value,
             }
             pl_module.log_dict(
                 {f"val/erf/{name}/{key}": value for key, value in values.items()},
@@ -92,11 +95,12 @@ class EffectiveReceptiveField(pl.Callback):
             )
         if trainer.is_global_zero:
             height, width = erf.settings["image_size"]
-            title = f"mean of {erf.num_images} validation pictures of {height}x{width}, step {step}"
+            images = f"{erf.num_images} validation images of {height}x{width} pixels"
+            title = f"mean over {images}, step {step}"
             publish(trainer, lambda: plot_erf(erf, title), "erf", step)
 
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> ERF | None:
-        """Of all ranks together; None if nowhere was a picture."""
+        """Return the ERF over the images of all ranks; None if no rank measured any."""
         own = None
         if self.batches:
             try:
@@ -106,37 +110,36 @@ class EffectiveReceptiveField(pl.Callback):
                     preprocess=pl_module.normalize,
                     batch_size=self.batch_size,
                 )
-            except NoFieldError as error:  # a run that diverged has worse to tell
+            except NoFieldError as error:  # as in a diverged run
                 rank_zero_warn(f"EffectiveReceptiveField: {error}")
             except (torch.OutOfMemoryError, MemoryError) as error:
-                # Another rank may have measured, and waits for this one below.
+                # Do not raise: the other ranks wait for this one in all_gather_object below.
                 rank_zero_warn(
-                    f"EffectiveReceptiveField: not measured, out of memory ({error}); the run goes "
-                    "on; lower batch_size, or num_images"
+                    f"EffectiveReceptiveField: not measured, out of memory ({error}); the run "
+                    "continues; lower batch_size or num_images"
                 )
         parts: list[ERF | None] = [own]
         if trainer.world_size > 1:
-            # Whole objects: a rank may have no picture, and then it knows no shapes either.
+            # Gather objects and not tensors, since a rank without images does not know the shapes.
             parts = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, own)
         measured = [part for part in parts if part is not None]
         if not measured:
             return None
-        # Every rank counts the same parts and so leaves out the same ones.
+        # All ranks have the same parts here, so all of them choose the same size.
         sizes = Counter[tuple[int, int]]()
         for part in measured:
             sizes[tuple(part.settings["image_size"])] += part.num_images
         size, num_images = sizes.most_common(1)[0]
         if len(sizes) > 1:
             rank_zero_warn(
-                f"EffectiveReceptiveField: the ranks' first pictures have {len(sizes)} sizes, "
-                f"which cannot be averaged; the {num_images} of {size[0]}x{size[1]} pixels are "
-                "taken"
+                f"EffectiveReceptiveField: the images of the ranks have {len(sizes)} sizes, which "
+                f"cannot be averaged; only the {num_images} of {size[0]}x{size[1]} pixels are used"
             )
         erf = merge([part for part in measured if tuple(part.settings["image_size"]) == size])
         if erf.not_finite:
             rank_zero_warn(
-                "EffectiveReceptiveField: value or gradient was not finite, left out: "
-                f"{', '.join(erf.not_finite)}"
+                "EffectiveReceptiveField: images left out because value or gradient was not "
+                f"finite: {', '.join(erf.not_finite)}"
             )
         return erf

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in the run folder: counts by image, and the worst images."""
+"""Record of an evaluation in the run folder: counts per image, and the worst images."""
 
 import heapq
 from typing import Any
@@ -22,20 +22,19 @@ MAX_SIDE = 512  # pixels; larger images are shrunk for the figure
 
 
 class EvaluationRecord(pl.Callback):
-    """After every validation and test, writes ``evaluation/<split>_step_<n>.npz``.
+    """Writes ``evaluation/<split>_step_<n>.npz`` after every validation and test.
 
-    The file (:class:`~segformer_pl.analysis.evaluation.Evaluation`) is what the report's confusion
-    matrix and calibration are drawn from, and what ``compare`` tests differences with. The images
-    with the highest loss go to ``worst/`` as a figure, and to the loggers that take images.
-    Images that were skipped are left out. Rank 0 writes, for all ranks.
+    The report reads this file (:class:`~segformer_pl.analysis.evaluation.Evaluation`) for the
+    confusion matrix and calibration, and ``compare`` for its tests. The images with the highest
+    loss are drawn as a figure in ``worst/``, which is also sent to the loggers that accept images.
+    Skipped images are left out. Rank 0 writes for all ranks.
 
-    The step n is the number of training steps that the network has had, whether it is evaluated
-    during a training or loaded from a checkpoint. A second evaluation of one step in one run
-    folder replaces the first: it comes from steps that were trained again, or from the same
-    weights.
+    The step n is the number of training steps of the network, both in a training and for a loaded
+    checkpoint. A second evaluation at the same step replaces the first: it is of the same weights,
+    or of steps that were trained again after a resumption.
 
     Args:
-        num_worst: Number of images in the figure; 0 for none.
+        num_worst: Number of images in the figure of the worst images; 0 for no figure.
     """
 
     def __init__(self, num_worst: int = 6) -> None:
@@ -46,10 +45,10 @@ class EvaluationRecord(pl.Callback):
         self.ids: list[str] = []
         self.counts: list[Tensor] = []
         self.losses: list[float] = []
-        # Sums over the batches of this rank; None where it had none.
+        # Sums over the batches of this rank; None before the first batch.
         self.confusion: Tensor | None = None
         self.calibration: Tensor | None = None
-        # (loss, -number of the image, (id, image, target, pred)), the lowest loss first
+        # A heap of (loss, -index of the image, (id, image, target, pred)); lowest loss first.
         self.worst: list[tuple[float, int, tuple[str, Tensor, Tensor, Tensor]]] = []
 
     def on_validation_batch_end(
@@ -68,22 +67,22 @@ class EvaluationRecord(pl.Callback):
         self.calibration = _add(self.calibration, step["calibration"])
         counts, losses = step["counts"].cpu(), step["loss"].tolist()
         for index, name in enumerate(batch["id"]):
-            if name in batch.get("skipped", {}):  # a blank in place of an image
+            if name in batch.get("skipped", {}):  # replaced by a blank image
                 continue
             self.ids.append(name)
             self.counts.append(counts[index])
             self.losses.append(losses[index])
-            self._keep_if_bad(losses[index], batch, step["pred"], index)
+            self._keep_if_worst(losses[index], batch, step["pred"], index)
 
     on_test_batch_end = on_validation_batch_end
 
-    def _keep_if_bad(self, loss: float, batch: dict[str, Any], pred: Tensor, index: int) -> None:
+    def _keep_if_worst(self, loss: float, batch: dict[str, Any], pred: Tensor, index: int) -> None:
         full = len(self.worst) >= self.num_worst
         if not np.isfinite(loss) or not self.num_worst or (full and loss <= self.worst[0][0]):
             return
         image, target = batch["image"][index], batch["label"][index]
         shown = (batch["id"][index], *(_shrink(x) for x in (image, target, pred[index])))
-        entry = (loss, -len(self.ids), shown)  # of two alike, the earlier is shown
+        entry = (loss, -len(self.ids), shown)  # of equal losses, keep the earlier image
         (heapq.heappushpop if full else heapq.heappush)(self.worst, entry)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -121,9 +120,9 @@ class EvaluationRecord(pl.Callback):
         try:
             evaluation.save(folder / f"{split}_step_{evaluation.step:07d}.npz")
         except WriteError as error:
-            if trainer.state.fn != "fit":  # it is what the command was started for
+            if trainer.state.fn != "fit":  # the record is the purpose of validate and test
                 raise
-            rank_zero_warn(f"{error}. This evaluation is lost; the run goes on.")
+            rank_zero_warn(f"{error}. This evaluation is lost; the run continues.")
         worst = sorted((entry for part in parts for entry in part["worst"]), reverse=True)
         if worst and split == "val":
             shown = [
@@ -143,7 +142,7 @@ def _add(total: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every rank has, in the order of the ranks; on all ranks."""
+    """Return the objects of all ranks, in the order of ranks. Call it on all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return [own]
     parts: list[Any] = [None] * dist.get_world_size()
@@ -152,7 +151,7 @@ def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _shrink(image: Tensor) -> Tensor:
-    """(C, H, W) or (H, W), at most MAX_SIDE pixels a side, on the CPU."""
+    """Shrink an image (C, H, W) or a label map (H, W) to sides of at most MAX_SIDE; on the CPU."""
     height, width = image.shape[-2:]
     factor = min(MAX_SIDE / max(height, width), 1.0)
     if factor == 1.0:

@@ -1,4 +1,4 @@
-"""Where the callbacks' figures go: a PNG beside the run, and the loggers that take images."""
+"""Publication of the callbacks' figures: PNG files in the run folder, and loggers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +13,27 @@ DPI = 110
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of the run, also where only one rank asks for it."""
-    # Not trainer.log_dir, which waits for the other ranks.
+    """Return the run folder. It may be called on a single rank."""
+    # trainer.log_dir would wait for the other ranks.
     log_dir = trainer.logger.log_dir if trainer.logger else None
     return Path(log_dir or trainer.default_root_dir)
 
 
 def leaves_files(trainer: Trainer) -> bool:
-    """Whether the run leaves anything behind; a trial run does not."""
+    """Return whether the run writes files; ``fast_dev_run`` does not."""
     return not getattr(trainer, "fast_dev_run", False)
 
 
 def publish(trainer: Trainer, draw: Callable[[], Figure], name: str, step: int) -> None:
-    """Write ``<run folder>/<name>/step_<n>.png`` and log it as ``val/<name>``. Rank 0 only.
+    """Write ``<run folder>/<name>/step_<n>.png`` and log it as ``val/<name>``; on rank 0 only.
 
-    A figure never ends a run: if it cannot be drawn or written, there is a warning in its place.
+    If the figure cannot be drawn or written, there is a warning and the run continues.
+
+    Args:
+        trainer: Trainer of the run.
+        draw: Function that returns the figure.
+        name: Folder of the figure below the run folder.
+        step: Number of training steps.
     """
     if not leaves_files(trainer):
         return
@@ -36,7 +42,7 @@ def publish(trainer: Trainer, draw: Callable[[], Figure], name: str, step: int) 
         with atomic_write(file) as stream:
             draw().savefig(stream, format="png", dpi=DPI)
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B's, online and offline
+            if hasattr(logger, "log_image"):  # W&B, online and offline
                 logger.log_image(key=f"val/{name}", images=[str(file)])
     except Exception as error:
-        rank_zero_warn(f"no figure {file}: {type(error).__name__}: {error}; the run goes on")
+        rank_zero_warn(f"no figure {file}: {type(error).__name__}: {error}; the run continues")

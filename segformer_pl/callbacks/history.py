@@ -1,4 +1,4 @@
-"""One run, one history: what is logged is kept, also where a run was interrupted and goes on."""
+"""The history of a run: logged values and files, kept consistent across resumptions."""
 
 import csv
 import io
@@ -41,13 +41,13 @@ from segformer_pl.callbacks.figures import run_folder
 
 
 class RunLogger(CSVLogger):
-    """Lightning's CSVLogger, which goes on with a ``metrics.csv`` that is there.
+    """A CSVLogger that appends to an existing ``metrics.csv``.
 
-    Lightning's own deletes it. A disk that is full for a while costs no values either: they are
-    written once there is room. Arguments are those of CSVLogger.
+    Lightning's CSVLogger deletes the file. Values that cannot be written, such as on a full disk,
+    are kept in memory and written later. The arguments are those of CSVLogger.
 
     Attributes:
-        trainer: The one that is training, once it is.
+        trainer: Trainer during a training, otherwise None.
     """
 
     trainer: pl.Trainer | None = None
@@ -64,8 +64,8 @@ class RunLogger(CSVLogger):
     def log_metrics(  # type: ignore[override]
         self, metrics: dict[str, Tensor | float], step: int | None = None
     ) -> None:
-        # Lightning logs the index of the step that is being made. Of a validation that is the last
-        # step made or, in the midst of an accumulation, the one after it.
+        # Lightning logs the index of the current step. During gradient accumulation, that is the
+        # step after the last completed one, so set it for validations.
         if self.trainer is not None and self.trainer.validating:
             step = self.trainer.global_step - 1
         super().log_metrics(metrics, step)
@@ -78,7 +78,7 @@ class RunLogger(CSVLogger):
 
 
 class MetricsWriter(ExperimentWriter):
-    """Appends rows to a ``metrics.csv``; a file with more columns replaces it whole."""
+    """Appends rows to ``metrics.csv``, and rewrites the file when there are new columns."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
@@ -87,13 +87,13 @@ class MetricsWriter(ExperimentWriter):
             self.metrics_keys = read_table(self.file).header
 
     def _check_log_dir_exists(self) -> None:
-        """Lightning's deletes the file here."""
+        """Do nothing; Lightning deletes the file here."""
 
     def save(self) -> None:
         """Write the rows that were logged since the last call.
 
         Raises:
-            WriteError: They cannot be written; they are kept for the next call.
+            WriteError: The rows cannot be written; they are kept for the next call.
         """
         if not self.metrics:
             return
@@ -118,25 +118,25 @@ class MetricsWriter(ExperimentWriter):
             with self.file.open("ab") as stream:
                 stream.write(text.encode())
         except OSError as error:
-            os.truncate(self.file, size)  # no part of a row stays behind
+            os.truncate(self.file, size)  # remove a partly written row
             raise WriteError(f"cannot write {str(self.file)!r}: {error.strerror}") from error
 
 
 class RunHistory(pl.Callback):
-    """Makes a resumed run one history with what came before it, in the same folder.
+    """Keeps one consistent history in the run folder of a resumed run.
 
-    When training starts from a checkpoint, what the folder holds of later steps is set aside
-    (:func:`rewind`): it comes from steps that are trained again. Logged values are on the disk
-    soon after each checkpoint, so that no value between two checkpoints is lost when the process is
-    killed. What the data module says of the training data is kept in ``training_data.json``, by
-    which runs are compared.
+    When training starts from a checkpoint, rows and files of later steps are set aside
+    (:func:`rewind`), since these steps are trained again::
 
-    What its checkpoint callbacks know of the best checkpoints holds as well, also if the folder was
-    moved.
+        first process     1  2  3  4  5  6  killed     checkpoint at step 4
+        resumed                       5  6  7  8       rows 5 and 6 of the first process set aside
+
+    Logged values are written soon after each checkpoint, so a kill loses no value up to the
+    checkpoint. The paths of the best checkpoints are kept valid if the run folder was moved. The
+    facts that identify the training data are written to ``training_data.json``, for ``compare``.
 
     Attributes:
-        findings: Sentences about settings that are most likely not meant. They are kept in
-            ``findings.json`` for the report.
+        findings: Messages about implausible settings, written to ``findings.json`` for the report.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class RunHistory(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                logger.trainer = None  # a validation of its own is no part of the training
+                logger.trainer = None  # a later validation is not part of it
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -161,8 +161,9 @@ class RunHistory(pl.Callback):
             return
         if run.folder.resolve() != run_folder(trainer).resolve():
             return
-        # Lightning forgets which checkpoint is the best, and writes a worse one over it, where the
-        # folder is spelt in another way than before: it was relative, or the run was moved.
+        # If the path of the folder has changed (it was relative, or the run was moved), Lightning
+        # discards the record of the best checkpoint and overwrites it with a worse one. So adapt
+        # the paths.
         checkpoints = run.folder.resolve() / CHECKPOINT_FOLDER
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
@@ -171,22 +172,22 @@ class RunHistory(pl.Callback):
                 checkpoint["callbacks"][callback.state_key] = _in_folder(state, folder)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        is_kept = any(isinstance(logger, RunLogger) for logger in trainer.loggers)
-        if not trainer.is_global_zero or not is_kept:
+        has_history = any(isinstance(logger, RunLogger) for logger in trainer.loggers)
+        if not trainer.is_global_zero or not has_history:
             return
         folder = run_folder(trainer)
         if trainer.ckpt_path is not None:
             aside = rewind(folder, trainer.global_step)
             if aside is not None:
                 rank_zero_info(
-                    f"what the run had left of steps after {trainer.global_step} is kept in {aside}"
+                    f"rows and files of steps after {trainer.global_step} were moved to {aside}"
                 )
         atomic_write_text(folder / FINDINGS_FILE, json.dumps(self.findings, indent=1) + "\n")
         data = getattr(trainer, "datamodule", None)
         state = {} if data is None else data.state_dict()
         if all(key in state for key in TRAINING_DATA):
-            known = json.dumps({key: state[key] for key in TRAINING_DATA}, indent=1)
-            atomic_write_text(folder / TRAINING_DATA_FILE, f"{known}\n")
+            text = json.dumps({key: state[key] for key in TRAINING_DATA}, indent=1)
+            atomic_write_text(folder / TRAINING_DATA_FILE, f"{text}\n")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -196,7 +197,7 @@ class RunHistory(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Not when the checkpoint is saved: the values of its step are logged only after that.
+        # Not in on_save_checkpoint, since the values of its step are logged after that.
         if self._is_unsaved:
             for logger in trainer.loggers:
                 logger.save()
@@ -204,12 +205,17 @@ class RunHistory(pl.Callback):
 
 
 def rewind(run_dir: Path, step: int) -> Path | None:
-    """Set aside what a run left behind after this step, of which training goes on.
+    """Set aside the rows and files of a run folder that are of later steps.
 
-    Nothing is lost: rows and files are moved into a folder of their own in that of the run.
+    They are moved to a new folder ``superseded_after_step_<n>`` in the run folder; nothing is
+    deleted.
+
+    Args:
+        run_dir: Run folder.
+        step: Step from which training is resumed.
 
     Returns:
-        That folder; None if nothing was left behind.
+        The new folder; None if there was nothing of later steps.
 
     Raises:
         WriteError: A file cannot be written.
@@ -226,7 +232,7 @@ def rewind(run_dir: Path, step: int) -> Path | None:
         atomic_write_text(metrics, _as_csv(table.header, kept))
     for name in (".", EVALUATION_FOLDER, *FIGURE_FOLDERS):
         for number, file in numbered_files(run_dir / name):
-            # The configuration of a resumption at this very step is that of the one at hand.
+            # A configuration at exactly this step belongs to the present resumption; keep it.
             if number > step:
                 make_writable_folder(aside / name)
                 file.rename(aside / name / file.name)
@@ -234,9 +240,9 @@ def rewind(run_dir: Path, step: int) -> Path | None:
 
 
 def _unused_folder(folder: Path) -> Path:
-    """This one, or one with a number after it: a run can be killed again before it gets ahead."""
-    names = (folder.with_name(f"{folder.name}_{number}") for number in count(2))
-    return next(one for one in chain([folder], names) if not one.exists())
+    """Return the folder, or its name with a number if it exists from an earlier resumption."""
+    numbered = (folder.with_name(f"{folder.name}_{number}") for number in count(2))
+    return next(path for path in chain([folder], numbered) if not path.exists())
 
 
 def _as_csv(header: list[str], rows: list[list[str]]) -> str:
@@ -246,13 +252,16 @@ def _as_csv(header: list[str], rows: list[list[str]]) -> str:
 
 
 class RunConfig(SaveConfigCallback):
-    """Saves the configuration into the run folder, as Lightning's does, but completely or not."""
+    """Saves the configuration to the run folder, as Lightning's callback does, but atomically.
+
+    A resumed run saves it when training starts, since the resumption can be refused until then.
+    """
 
     def __init__(self, parser: Any, config: Any, config_filename: str = CONFIG_FILE) -> None:
         super().__init__(parser, config, config_filename, save_to_log_dir=False)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.config_filename == CONFIG_FILE:  # a resumption can still be refused
+        if self.config_filename == CONFIG_FILE:  # not a resumption
             super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -264,12 +273,12 @@ class RunConfig(SaveConfigCallback):
 
 
 def _in_folder(state: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The state of a ModelCheckpoint whose files are in another folder than they were."""
+    """Return the state of a ModelCheckpoint with the paths of its files in another folder."""
     before = state.get("dirpath")
-    if before is None or Path(before).name != CHECKPOINT_FOLDER:  # the user's own folder
+    if before is None or Path(before).name != CHECKPOINT_FOLDER:  # a folder that the user chose
         return state
 
-    def here(path: str) -> str:
+    def relocate(path: str) -> str:
         is_below = bool(path) and Path(path).is_relative_to(before)
         return str(Path(folder) / Path(path).relative_to(before)) if is_below else path
 
@@ -277,36 +286,36 @@ def _in_folder(state: dict[str, Any], folder: str) -> dict[str, Any]:
     return {
         **state,
         "dirpath": folder,
-        "best_k_models": {here(path): score for path, score in state["best_k_models"].items()},
-        **{name: here(state[name]) for name in paths},
+        "best_k_models": {relocate(path): score for path, score in state["best_k_models"].items()},
+        **{name: relocate(state[name]) for name in paths},
     }
 
 
 def keep_history(loggers: Any, run_dir: Path | None) -> Any:
-    """What is given as ``trainer.logger``, its CSVLogger replaced by a :class:`RunLogger`.
+    """Replace the CSVLogger in a value of ``trainer.logger`` by a :class:`RunLogger`.
 
     Args:
-        loggers: A logger, several, a switch, or nothing.
-        run_dir: The folder of the run that goes on; None for the logger's own.
+        loggers: A logger, a list of loggers (the first is replaced), a bool, or None.
+        run_dir: Run folder of a resumed run; None for a new folder of the logger.
     """
     if isinstance(loggers, Sequence):
         return [keep_history(loggers[0], run_dir), *loggers[1:]] if loggers else loggers
     if type(loggers) is not CSVLogger or "://" in str(loggers.save_dir):
         return loggers
-    place: dict[str, Any] = {
+    location: dict[str, Any] = {
         "save_dir": loggers.save_dir,
         "name": loggers.name,
         "version": loggers._version,
     }
     if run_dir is not None:
         number = re.fullmatch(r"version_(0|[1-9]\d*)", run_dir.name)
-        place = {
+        location = {
             "save_dir": run_dir.parent.parent,
             "name": run_dir.parent.name,
             "version": int(number[1]) if number else run_dir.name,
         }
     return RunLogger(
-        **place,
+        **location,
         prefix=loggers._prefix,
         flush_logs_every_n_steps=loggers._flush_logs_every_n_steps,
     )

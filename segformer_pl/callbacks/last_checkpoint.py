@@ -1,4 +1,4 @@
-"""The checkpoint that an interrupted run goes on from."""
+"""The checkpoint from which an interrupted run is resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from segformer_pl.lightning_workarounds import is_accumulating, run_missed_valid
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt`` of the latest steps, and of the end of the training.
+    """Writes ``last.ckpt`` every few steps and at the end of the training.
 
-    Lightning's own default writes at the end of an epoch, and a stream has none. It is also written
-    when a signal ends the run, and before and after every validation: one that is interrupted costs
-    no step, is made again when the run is resumed, and what it found is not lost afterwards.
+    Lightning's default writes at the end of an epoch, and a stream has no epochs. The checkpoint is
+    also written when a signal ends the run, and before and after every validation. So an
+    interrupted validation loses no training step and is repeated when the run is resumed.
 
     Args:
-        every_n_train_steps: Optimiser steps between two writings.
-        dirpath: Folder of the file; default ``checkpoints`` in the run's folder.
+        every_n_train_steps: Optimiser steps between two checkpoints.
+        dirpath: Folder of the checkpoint. Default: ``checkpoints`` in the run folder.
     """
 
     def __init__(self, every_n_train_steps: PositiveInt = 100, dirpath: Path | None = None) -> None:
@@ -38,7 +38,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def file(self) -> Path:
-        """Where the checkpoint is, once the trainer has set this callback up."""
+        """The checkpoint file; known once the trainer has set up this callback."""
         assert self.dirpath is not None
         return Path(self.dirpath) / "last.ckpt"
 
@@ -51,10 +51,10 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.strategy.broadcast(trainer.ckpt_path) != trainer.ckpt_path:
             raise UserError(
                 f"ckpt_path: rank {trainer.global_rank} was given {trainer.ckpt_path!r} and rank 0 "
-                "another file; give all ranks one and the same"
+                "another file; give all ranks the same file"
             )
         if trainer.is_global_zero:
-            # This run is their only writer, so what lies there is left of one that was killed.
+            # This run is the only writer of these folders, so partial files are from a killed run.
             for callback in trainer.checkpoint_callbacks:
                 folder = getattr(callback, "dirpath", None)
                 if folder and is_local(folder):
@@ -64,7 +64,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if not trainer.fit_loop.epoch_loop.restarting:
             return
-        self._last_global_step_saved = trainer.global_step  # it is what was loaded
+        self._last_global_step_saved = trainer.global_step  # the loaded one
         if self._validated_step != trainer.global_step:
             run_missed_validation(trainer)
 
@@ -78,12 +78,13 @@ class LastCheckpoint(ModelCheckpoint):
         self._save_once(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Before other checkpoints are saved, so that they know it too.
+        # Set it before other callbacks save checkpoints, so that these contain it too.
         if not trainer.sanity_checking and not is_accumulating(trainer):
             self._validated_step = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Once more: other callbacks have learnt from the validation, such as which step is best.
+        # Save again, since the validation has changed the state of other callbacks, such as which
+        # checkpoint is the best.
         self._last_global_step_saved = -1
         self._save_once(trainer)
 
@@ -91,7 +92,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._save_once(trainer)
 
     def _save_once(self, trainer: pl.Trainer) -> None:
-        # Of no step there is nothing to save, and not while a checkpoint is only scored.
+        # Neither before the first step, nor in a validation outside of a training.
         fitting = trainer.state.fn == TrainerFn.FITTING and trainer.global_step
         if fitting and not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -100,5 +101,5 @@ class LastCheckpoint(ModelCheckpoint):
         return super().state_dict() | {"validated_step": self._validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Not the paths: a resumed run has its own.
+        # Ignore the stored paths, since a resumed run can have another folder.
         self._validated_step = state_dict.get("validated_step")

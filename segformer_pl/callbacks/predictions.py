@@ -1,4 +1,4 @@
-"""A panel of pictures and what the network says of them, while training."""
+"""Figure of images with targets and predictions during training."""
 
 from typing import Any
 
@@ -10,12 +10,13 @@ from segformer_pl.callbacks.figures import publish
 
 
 class PredictionPanel(pl.Callback):
-    """After every validation, draws image, label and prediction of the first few pictures.
+    """Draws the first images of every validation with their targets and predictions.
 
-    The figure goes to ``predictions/`` in the run folder and to the loggers that take images.
+    The figure is written to ``predictions/`` in the run folder and sent to the loggers that accept
+    images.
 
     Args:
-        num_images: How many pictures.
+        num_images: Number of images in the figure.
     """
 
     def __init__(self, num_images: int = 8) -> None:
@@ -34,11 +35,10 @@ class PredictionPanel(pl.Callback):
         missing = self.num_images - len(self.shown)
         if not trainer.is_global_zero or trainer.sanity_checking or missing <= 0:
             return
-        images, labels, predictions = (
-            pictures[:missing].cpu()
-            for pictures in (batch["image"], batch["label"], outputs["pred"])
+        images, target, pred = (
+            tensor[:missing].cpu() for tensor in (batch["image"], batch["label"], outputs["pred"])
         )
-        self.shown.extend(zip(batch["id"], images, labels, predictions))
+        self.shown.extend(zip(batch["id"], images, target, pred))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         shown, self.shown = self.shown, []

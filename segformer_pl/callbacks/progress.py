@@ -1,4 +1,4 @@
-"""The progress bar of a training that is counted in steps."""
+"""Progress bar in optimiser steps."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Shows the optimiser steps done, of ``max_steps``, also in a resumed run.
+    """Shows the completed optimiser steps out of ``max_steps``, also in a resumed run.
 
-    Lightning's own counts the batches of all parts of a run up to the steps that are left, so that
-    a run that was resumed ends at "40/9".
+    Lightning's bar counts batches since the first start against the steps that remain, so a resumed
+    run can end at "40/9".
     """
 
     @property
@@ -25,7 +25,7 @@ class StepProgressBar(TQDMProgressBar):
         super().on_train_epoch_start(trainer, *_)
         bar = self.train_progress_bar
         bar.set_description(self.train_description, refresh=False)
-        bar.initial = bar.n = trainer.global_step  # what came before took no time of this process
+        bar.initial = bar.n = trainer.global_step  # earlier steps do not count for the speed
         bar.refresh()
 
     def on_train_batch_end(

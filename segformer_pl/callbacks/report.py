@@ -1,4 +1,4 @@
-"""The report of the run, written when it ends, however it ends."""
+"""The report of a run, written when the run ends, fails or is interrupted."""
 
 from pathlib import Path
 
@@ -12,24 +12,24 @@ from segformer_pl.analysis.run import Run
 class RunReport(pl.Callback):
     """Writes ``report.html`` into the run folder after ``fit``, ``validate`` and ``test``.
 
-    Also when the run is interrupted or fails once it has logged something. Rank 0 writes, and
-    says in one line what came out and where the report is. Needs Lightning's CSVLogger as the
-    first logger; says so if it is not.
+    The report is also written when the run is interrupted or fails, if something has been logged.
+    Rank 0 writes it and prints one line with the result and the path. A CSVLogger must be the first
+    logger; otherwise a message says so.
     """
 
     def __init__(self) -> None:
         self.run_dir: Path | None = None
         self.remedy = ""
-        self._has_begun = False  # until then there is nothing of this run to report
+        self._has_begun = False  # a failure before that is not reported
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # trainer.log_dir waits for all ranks. They are together here, and not when one has failed.
+        # trainer.log_dir waits for all ranks. All ranks call setup, but not on_exception.
         fast_dev_run = getattr(trainer, "fast_dev_run", False)
         log_dir = None if fast_dev_run or stage == "predict" else trainer.log_dir
         self.run_dir = None if log_dir is None else Path(log_dir)
         self.remedy = {
-            "validate": "score at least one batch (trainer.limit_val_batches)",
-            "test": "score at least one batch (trainer.limit_test_batches)",
+            "validate": "evaluate at least one batch (trainer.limit_val_batches)",
+            "test": "evaluate at least one batch (trainer.limit_test_batches)",
         }.get(stage, "train for at least trainer.log_every_n_steps steps")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -41,7 +41,7 @@ class RunReport(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._has_begun = True
 
-    # Not on_fit_end and its like: the progress bar and the table of results would come in between.
+    # Not on_fit_end and the like, since progress bar and table of metrics are printed after these.
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.run_dir is None or not trainer.is_global_zero:
             return
@@ -54,7 +54,7 @@ class RunReport(pl.Callback):
                 f"no report: nothing was logged to {Run(self.run_dir).metrics_file}; "
                 f"{self.remedy}, with a CSVLogger as the first logger"
             )
-        except Exception as error:  # the run itself came to its end
+        except Exception as error:  # the run itself has succeeded
             rank_zero_warn(f"The report could not be written: {error}")
 
     def on_exception(
@@ -69,7 +69,7 @@ class RunReport(pl.Callback):
                 logger.save()
             if Run(self.run_dir).metrics_file.is_file():
                 self._write(Run(self.run_dir))
-        except Exception as error:  # what the user must see is the exception of the run
+        except Exception as error:  # must not hide the exception of the run
             rank_zero_warn(f"The report could not be written: {error}")
 
     def _write(self, run: Run) -> None:

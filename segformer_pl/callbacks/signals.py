@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do to a run: it ends after a whole step and says how to go on."""
+"""SIGTERM and Ctrl-C: end a training after a complete step, and print how to resume it."""
 
 import os
 import shlex
@@ -17,11 +17,11 @@ from segformer_pl.lightning_workarounds import SignalHandlers, is_accumulating, 
 
 
 class Interrupted(SystemExit):
-    """A signal ended the run; the exit status is 128 and the signal's number.
+    """Raised to end the run after a signal.
 
     Args:
-        code: The exit status.
-        message: What the user must read last, or nothing.
+        code: Exit status, usually 128 + signal number.
+        message: Last message to the user; may be empty.
     """
 
     def __init__(self, code: int, message: str = "") -> None:
@@ -30,35 +30,40 @@ class Interrupted(SystemExit):
 
 
 class StopOnSignal(pl.Callback):
-    """Ends ``fit`` after the step in which SIGTERM or Ctrl-C arrives at any of its ranks.
+    """Ends ``fit`` after the step in which any rank receives SIGTERM or Ctrl-C.
 
-    The handler only takes a note. After every optimiser step the ranks compare their notes, so
-    that all of them end after the same one; in a validation they do so before every batch that
-    all of them have. :class:`~segformer_pl.callbacks.LastCheckpoint` saves, the exit status is 143
-    or 130, and the last line is the command that goes on. Before the first step, and on a second
-    Ctrl-C, the run ends at once.
+    The signal handler only stores the signal. After every optimiser step, the ranks take the
+    maximum of their stored signals, so all ranks end after the same step::
+
+        rank 0     step 7     max(0, 0) = 0      step 8              max(0, 15) = 15     end
+        rank 1     step 7     max(0, 0) = 0      step 8, SIGTERM     max(0, 15) = 15     end
+
+    In a validation, they do so before every batch that all ranks have.
+    :class:`~segformer_pl.callbacks.LastCheckpoint` then saves, the exit status is 143 (SIGTERM) or
+    130 (Ctrl-C), and the last line of output is the command that resumes the run. Before the first
+    step, and on a second Ctrl-C, the run ends at once.
 
     Args:
-        command: The command line of this run, to be told with the checkpoint to resume from.
+        command: Command line of this run, from which the command that resumes it is made.
 
     Attributes:
-        stopping: The signal, once all ranks know of it; 0 before.
-        begun: Whether a first step was begun.
+        stopping: Number of the signal once all ranks have exchanged it; 0 before.
+        begun: Whether the first step has begun.
     """
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
         self.stopping = 0
-        self._received = 0  # by this rank
-        self._requeue = 0  # by this rank; SLURM's signal, if it was received
-        self._requeuing = 0  # all ranks know of it
+        self._received = 0  # signal received by this rank
+        self._requeue = 0  # SLURM's signal received by this rank
+        self._requeuing = 0  # SLURM's signal received by any rank
         self.begun = False
         self._num_common_batches = 0
 
     def attach(self, trainer: pl.Trainer) -> None:
-        """Be the first callback of a trainer, and receive its signals."""
+        """Insert this as the first callback of a trainer and install its signal handlers."""
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
-        # A partial, since launchers that spawn processes pickle the trainer.
+        # Launchers that spawn processes pickle the trainer, and a lambda cannot be pickled.
         receive = partial(self.receive, trainer)
         self._handlers = SignalHandlers(trainer, stop=receive, requeue=self._note_requeue)
 
@@ -78,7 +83,7 @@ class StopOnSignal(pl.Callback):
             self._received = signum
             if trainer.is_global_zero:
                 note = f"\n{_name(signum)}: stopping after this step; Ctrl-C now stops at once\n"
-                os.write(2, note.encode())  # Python's buffers are not for handlers
+                os.write(2, note.encode())  # buffered writes are not safe in a signal handler
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.begun, self._received, self.stopping = False, 0, 0
@@ -89,7 +94,7 @@ class StopOnSignal(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
         if not is_accumulating(trainer):
-            self._compare(trainer)
+            self._exchange(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._num_common_batches = _num_common_batches(trainer) if self.begun else 0
@@ -103,57 +108,58 @@ class StopOnSignal(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self.begun and batch_idx < self._num_common_batches:
-            self._compare(trainer)
+            self._exchange(trainer)
             self._act(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """A disk that is full costs no more than the steps since the last checkpoint; say so."""
+        """Add the command that resumes the run to an error such as that of a full disk."""
         if not isinstance(exception, OSError) or trainer.state.fn != TrainerFn.FITTING:
             return
         callbacks: list[Any] = trainer.checkpoint_callbacks
         for callback in callbacks:
-            # Not one that another run left in the same place.
+            # The file could also be from an earlier run in the same folder.
             if getattr(callback, "has_saved", False) and callback.file.exists():
                 command = [*_without_ckpt_path(self.command), f"--ckpt_path={callback.file}"]
-                exception.add_note(f"then go on with\n{shlex.join(command)}")
+                exception.add_note(f"then resume with\n{shlex.join(command)}")
                 return
 
-    def _compare(self, trainer: pl.Trainer) -> None:
-        """Learn of the signals that any rank received; on all ranks."""
+    def _exchange(self, trainer: pl.Trainer) -> None:
+        """Take the signals that any rank has received. Call it on all ranks."""
         self.stopping, self._requeuing = self._received, self._requeue
         if trainer.world_size > 1:
-            notes = torch.tensor(
+            signals = torch.tensor(
                 [self.stopping, self._requeuing], device=trainer.strategy.root_device
             )
-            dist.all_reduce(notes, dist.ReduceOp.MAX)
-            self.stopping, self._requeuing = notes.tolist()
+            dist.all_reduce(signals, dist.ReduceOp.MAX)
+            self.stopping, self._requeuing = signals.tolist()
 
     def _act(self, trainer: pl.Trainer) -> None:
         if self._requeuing:
             self._handlers.save_and_requeue(self._requeuing)
             self._requeuing = self._requeue = 0
         if self.stopping:
-            raise _interrupted(trainer, self.stopping, self._how_to_go_on(trainer))
+            raise _interrupted(trainer, self.stopping, self._how_to_resume(trainer))
 
-    def _how_to_go_on(self, trainer: pl.Trainer) -> str:
+    def _how_to_resume(self, trainer: pl.Trainer) -> str:
         stopped = f"{_name(self.stopping)}: stopped after step {trainer.global_step}"
-        files = [one.file for one in trainer.checkpoint_callbacks if hasattr(one, "file")]
+        callbacks = trainer.checkpoint_callbacks
+        files = [callback.file for callback in callbacks if hasattr(callback, "file")]
         if not files:
             return f"{stopped}; nothing was saved, trainer.enable_checkpointing is false"
-        # A resumed run that made no step has saved none: what it was resumed from holds.
+        # A resumed run that made no step has saved nothing: resume from the same file again.
         saved = files[0] if files[0].exists() else trainer.ckpt_path
-        command, how = _without_ckpt_path(self.command), "go on with"
+        command, how = _without_ckpt_path(self.command), "resume with"
         if _is_last_step(trainer):
-            how = "all steps were made, score them with"
+            how = "all steps are done, evaluate with"
             command = ["validate" if argument == "fit" else argument for argument in command]
         command.append(f"--ckpt_path={saved}")
         return f"{stopped}, saved in {saved}; {how}\n{shlex.join(command)}"
 
 
 def _is_last_step(trainer: pl.Trainer) -> bool:
-    """Whether no step follows. Where batches are counted, an epoch can end before that."""
+    """Return whether no step follows, by ``max_steps`` or, with ``max_epochs``, by epochs."""
     is_last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= (
         trainer.current_epoch + 1
     )
@@ -162,7 +168,7 @@ def _is_last_step(trainer: pl.Trainer) -> bool:
 
 
 def _num_common_batches(trainer: pl.Trainer) -> int:
-    """Batches of the validation that every rank has; 0 if that cannot be told beforehand."""
+    """Return the number of validation batches that every rank has; 0 if it is unknown."""
     if trainer.world_size == 1:
         return sys.maxsize
     loader, num = trainer.val_dataloaders, 0
@@ -174,7 +180,7 @@ def _num_common_batches(trainer: pl.Trainer) -> int:
 
 
 def _signal_children(trainer: pl.Trainer, signum: int) -> None:
-    """To the ranks that this process started."""
+    """Send a signal to the ranks that this process has started."""
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signum)
 
@@ -184,7 +190,8 @@ def _interrupted(trainer: pl.Trainer, signum: int, message: str) -> Interrupted:
         return Interrupted(128 + signum, message)
     environment = getattr(trainer.strategy, "cluster_environment", None)
     external = environment is not None and environment.creates_processes_externally
-    # Rank 0 is killed if a process that it started fails before it has ended itself.
+    # If a process that rank 0 started exits with an error, Lightning kills rank 0 before it has
+    # ended by itself. So these processes exit with 0.
     return Interrupted(128 + signum if external else 0)
 
 
@@ -193,6 +200,7 @@ def _name(signum: int) -> str:
 
 
 def _without_ckpt_path(arguments: list[str]) -> list[str]:
+    """Return a command line without ``--ckpt_path FILE`` and ``--ckpt_path=FILE``."""
     pairs = zip(["", *arguments], arguments)
     return [
         argument

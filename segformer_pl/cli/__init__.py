@@ -1,7 +1,7 @@
 """The command line, ``python -m segformer_pl COMMAND``.
 
-``fit``, ``validate`` and ``test`` are LightningCLI's (training.py), ``doctor`` builds what they
-would run (doctor.py), the other commands are in the package ``commands``.
+``fit``, ``validate`` and ``test`` come from LightningCLI (training.py). ``doctor`` takes the same
+settings and checks them (doctor.py). The other commands are in the package ``commands``.
 """
 
 import sys
@@ -19,9 +19,14 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
     """Parse the arguments, build task, data and trainer, and run the command.
 
     Args:
-        args: Command-line arguments; default those of the process.
-        run: Whether ``args`` start with a command to run. With False they are the options of a
-            run, and what was built is returned with nothing run: ``main([...], run=False).model``.
+        args: Command-line arguments. Default: those of the process.
+        run: Whether ``args`` start with a command to run. With False, ``args`` are options of
+            ``fit``; task, data and trainer are built and nothing is run:
+            ``main([...], run=False).model``.
+
+    Returns:
+        The command line with its ``model``, ``datamodule`` and ``trainer``, for the commands of
+        LightningCLI; None for the others.
     """
     arguments = sys.argv[1:] if args is None else args
     command, options = (arguments[0], arguments[1:]) if run and arguments else ("", [])

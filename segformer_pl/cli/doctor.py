@@ -1,4 +1,4 @@
-"""``doctor``: what is wrong with a run, before its first step."""
+"""``doctor [CONFIG]``: check the settings of a run before its first step."""
 
 import json
 import sys
@@ -11,20 +11,25 @@ from segformer_pl.doctor import examine
 
 
 class DoctorCLI(SegformerCLI):
-    """What a run would be made of, built but not run."""
+    """Builds task, data and trainer of a run, and runs nothing."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--json", action="store_true", help="print findings and figures so")
+        parser.add_argument("--json", action="store_true", help="print JSON instead of text")
         parser.set_defaults({"model.network": "segformer_pl.models.segformer_b0"})
 
 
 def doctor(arguments: list[str]) -> None:
-    """``doctor [CONFIG]``: what is wrong with a run, before its first step."""
+    """Run ``doctor [CONFIG]``: print what is wrong with a run, and exit with 1 if it is an error.
+
+    Args:
+        arguments: Command-line arguments after ``doctor``: options of ``fit``, which a YAML file
+            can precede.
+    """
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     with warnings.catch_warnings():
-        # They are those of the command line, without the command.
+        # The arguments do come from the command line; only the command is removed.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
         cli = DoctorCLI(arguments, run=False)
     examination = examine(cli.model, cli.datamodule, cli.trainer)

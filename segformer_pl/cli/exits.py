@@ -1,4 +1,4 @@
-"""What a user reads and what the shell gets when a command does not come to its end."""
+"""Error messages and exit statuses of commands that fail or are interrupted."""
 
 import errno
 import sys
@@ -12,15 +12,20 @@ from segformer_pl.callbacks import Interrupted
 from segformer_pl.errors import find_user_error
 from segformer_pl.lightning_workarounds import came_from_restoring
 
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @contextmanager
 def exits() -> Iterator[None]:
-    """Turn what the user can mend, and signals, into a sentence and an exit status.
+    """Turn errors of the user, and signals, into a message and an exit status.
 
-    Status 1 and ``error: ...`` for a mistake of the user's, 128 and the number of the signal for an
-    interruption. Any other exception is a fault of the program and keeps its traceback.
+    =========================  =======================================  =====================
+    exception                  message                                  exit status
+    =========================  =======================================  =====================
+    a user's error             ``error: ...``, one sentence             1
+    SIGTERM or Ctrl-C          the command to resume with, if any       128 + signal number
+    any other                  the traceback, as it is a bug            1
+    =========================  =======================================  =====================
     """
     try:
         yield
@@ -31,7 +36,7 @@ def exits() -> Iterator[None]:
         sys.stderr.write("Ctrl-C: stopped\n")
         sys.exit(130)
     except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's own exit, with status 1
+        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning exits with status 1
             sys.exit(130)
         raise
     except Exception as error:
@@ -42,10 +47,10 @@ def exits() -> Iterator[None]:
 
 
 def explain(error: Exception) -> str | None:
-    """Say in one sentence what the user can mend; None if it is a fault of the program."""
+    """Return the message for an error of the user; None for a bug of the program."""
     if (user_error := find_user_error(error)) is not None:
         return str(user_error)
-    if isinstance(error, MisconfigurationException):  # Lightning's word for such a mistake
+    if isinstance(error, MisconfigurationException):  # Lightning's class of user errors
         return str(error)
     if isinstance(error, OSError) and (sentence := _explain_failed_write(error)) is not None:
         return sentence
@@ -60,12 +65,13 @@ def explain(error: Exception) -> str | None:
 
 
 def _explain_failed_write(error: OSError) -> str | None:
-    # On a full disk a second write, such as a logger's, fails while the first one is handled.
+    # On a full disk, a second write (such as a logger's) fails while the error of the first is
+    # handled. So search the chain of exceptions for the first one.
     first: BaseException | None = error
     while first is not None and not isinstance(first, WriteError):
         first = first.__context__
     if first is not None:
         return str(first)
-    if error.errno not in OF_THE_DISK:
+    if error.errno not in DISK_ERRORS:
         return None
     return f"cannot write {error.filename or 'a file'!r}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, compared with the settings that it is to be used with."""
+"""Comparison of a checkpoint with the settings that it is used with."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,77 +20,84 @@ def check_settings(
     data: Mapping[str, Any],
     is_fit: bool,
 ) -> None:
-    """Refuse settings that contradict a checkpoint, and name those that differ from its own.
+    """Refuse settings that contradict a checkpoint, and log those that differ from the checkpoint.
 
     Args:
-        checkpoint: The checkpoint.
-        ckpt_path: Its file, for messages.
-        model: The task's arguments as plain data.
-        data: The data module's arguments as plain data.
-        is_fit: Whether the training goes on, rather than the network being evaluated.
+        checkpoint: Content of the checkpoint.
+        ckpt_path: File of the checkpoint, for messages.
+        model: Arguments of the task as plain data.
+        data: Arguments of the data module as plain data.
+        is_fit: Whether the training is resumed; otherwise the network is evaluated.
 
     Raises:
-        UserError: The network, the labels, the normalisation or the groups of the optimiser are
-            others than those of the checkpoint.
+        UserError: Network, labels, normalisation or parameter groups of the optimiser differ from
+            those of the checkpoint.
     """
-    here = dict(_leaves(model))
-    there = dict(_leaves(checkpoint.get("hyper_parameters", {})))
+    current = dict(_leaves(model))
+    stored = dict(_leaves(checkpoint.get("hyper_parameters", {})))
     network = "network.class_path"
-    if there.get(network, here[network]) != here[network]:
+    if stored.get(network, current[network]) != current[network]:
         raise UserError(
-            f"ckpt_path: {ckpt_path!r} holds a {there[network]}, but model.network is a "
-            f"{here[network]}; make them agree"
+            f"ckpt_path: {ckpt_path!r} contains a {stored[network]}, but model.network is a "
+            f"{current[network]}; make them agree"
         )
-    stated = checkpoint.get("hyper_parameters", {})
+    hyper_parameters = checkpoint.get("hyper_parameters", {})
     name = f"ckpt_path: {ckpt_path!r}"
-    images = (here["image_mean"], here["image_std"])
-    check_facts(stated, name, here["class_names"], images)
+    normalization = (current["image_mean"], current["image_std"])
+    check_facts(hyper_parameters, name, current["class_names"], normalization)
     entry = find_dataset(data["dataset"])
-    trained = checkpoint.get(StreamingSegmentationData.__name__, {})
-    if trained.get("dataset") == entry.name:
-        check_labels(trained, entry.name, entry.labels)
-    if "network" in stated:
-        _check_network_arguments(ckpt_path, model["network"], stated["network"])
-    grouped = [settings.get("layer_decay", 1) < 1 for settings in (here, there)]
-    if is_fit and grouped[0] != grouped[1]:
+    data_state = checkpoint.get(StreamingSegmentationData.__name__, {})
+    if data_state.get("dataset") == entry.name:
+        check_labels(data_state, entry.name, entry.labels)
+    if "network" in hyper_parameters:
+        _check_network_arguments(ckpt_path, model["network"], hyper_parameters["network"])
+    # With layer_decay < 1, the optimiser has one parameter group for each layer.
+    has_layer_groups = [settings.get("layer_decay", 1) < 1 for settings in (current, stored)]
+    if is_fit and has_layer_groups[0] != has_layer_groups[1]:
         raise UserError(
-            f"model.layer_decay is {here['layer_decay']} here and was "
-            f"{there.get('layer_decay', 1)} in {ckpt_path!r}: between 1 and less, the "
-            "optimiser's state does not fit; start a new run with --model.weights"
+            f"model.layer_decay is {current['layer_decay']} here and was "
+            f"{stored.get('layer_decay', 1)} in {ckpt_path!r}, but the optimiser's state for "
+            "1 does not fit that for less than 1; start a new run with --model.weights"
         )
-    # Parts that may be left out, so that one of the two may not have the key at all.
+    # These parts are optional, so a key may be missing on one side.
     optional = ("network.", "loss.", "inference.")
-    parts = {key for key in here.keys() | there.keys() if key.startswith(optional)}
-    for key in sorted((here.keys() & there.keys()) | parts):
-        if here.get(key) == there.get(key):
+    parts = {key for key in current.keys() | stored.keys() if key.startswith(optional)}
+    for key in sorted((current.keys() & stored.keys()) | parts):
+        if current.get(key) == stored.get(key):
             continue
         if is_fit or key.startswith(("network.", "inference.")):
-            now, then = (of.get(key, "not given") for of in (here, there))
+            now, then = (settings.get(key, "not given") for settings in (current, stored))
             rank_zero_info(
-                f"model.{key} is {now} here and was {then} in {ckpt_path}: what is here is used"
+                f"model.{key} is {now} here and was {then} in {ckpt_path}: the value here is used"
             )
 
 
-def _check_network_arguments(ckpt_path: str, here: dict[str, Any], there: dict[str, Any]) -> None:
-    """Raise UserError if the network was trained with arguments that shapes may not tell apart."""
-    ours = function_arguments(here, "model.network")
-    theirs = function_arguments(there, f"ckpt_path: {ckpt_path!r}")
-    if ours is None or theirs is None:  # a network of the user's, whose arguments are only texts
+def _check_network_arguments(
+    ckpt_path: str, current: dict[str, Any], stored: dict[str, Any]
+) -> None:
+    """Raise UserError if the network was trained with other arguments.
+
+    Not every argument changes the shapes of the parameters, so loading the weights does not detect
+    all differences.
+    """
+    now_all = function_arguments(current, "model.network")
+    then_all = function_arguments(stored, f"ckpt_path: {ckpt_path!r}")
+    if now_all is None or then_all is None:  # a network of the user's: compare the settings as text
         free = ("drop_path_rate", "dropout", "num_classes")
-        ours, theirs = (
+        now_all, then_all = (
             {
                 key.replace("init_args.", ""): value
                 for key, value in _leaves(spec)
                 if not key.endswith(free) and value is not None
             }
-            for spec in (here, there)
+            for spec in (current, stored)
         )
-    for key in sorted(ours.keys() | theirs.keys()):
-        now, then = (_as_list(of.get(key, "not given")) for of in (ours, theirs))
+    for key in sorted(now_all.keys() | then_all.keys()):
+        now, then = (_as_list(values.get(key, "not given")) for values in (now_all, then_all))
         if now != then:
             raise UserError(
                 f"ckpt_path: model.network.{key} is {now} here and was {then} in {ckpt_path!r}; "
-                "make them agree, or give the weights to another network with --model.weights"
+                "make them agree, or load the weights into another network with --model.weights"
             )
 
 
@@ -99,6 +106,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dicts with dotted keys: {"a": {"b": 1}} gives ("a.b", 1)."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _leaves(value, f"{prefix}{key}.")

@@ -1,7 +1,7 @@
 """``fit``, ``validate`` and ``test``, on LightningCLI.
 
-What a data set determines (number of classes, names, palette, ignored label) is linked from its
-catalogue entry, so an experiment file states it once, as ``data.dataset``.
+The number of classes, their names, the palette and the ignored label are linked from the catalogue
+entry of the data set, so an experiment file gives only ``data.dataset``.
 """
 
 import sys
@@ -54,24 +54,29 @@ def _labels(dataset: str) -> LabelSpec:
 
 
 def _num_classes(dataset: str, network: Any) -> int:
-    """The data set's; one that was given for the network must not be ignored in silence."""
+    """Return the data set's number of classes; refuse another one that the network was given."""
     num_classes = _labels(dataset).num_classes
     given = network.init_args.get("num_classes") if network and "init_args" in network else None
     if given not in (None, num_classes):
         raise UserError(
             f"model.network.num_classes is {given}, but data set {dataset!r} has {num_classes} "
-            "classes; leave it out, it follows from data.dataset"
+            "classes; leave num_classes out, as it follows from data.dataset"
         )
     return num_classes
 
 
 class SegformerCLI(SettingsWinCLI):
-    """LightningCLI with the links from data set to task and the callbacks that are always on."""
+    """LightningCLI with links from the data set to the task, and with the standard callbacks.
+
+    Args:
+        args: Command-line arguments. Default: those of the process.
+        run: Whether ``args`` start with a command to run.
+    """
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         self.arguments = sys.argv[1:] if args is None else args
         self.history = RunHistory()
-        self.continued_run: Path | None = None  # the folder of the run that goes on
+        self.continued_run: Path | None = None  # run folder of a resumed run
         self.checkpoint_step = 0
         super().__init__(
             SegmentationTask,
@@ -79,20 +84,20 @@ class SegformerCLI(SettingsWinCLI):
             parser_class=RunArgumentParser,
             parser_kwargs={
                 "prog": PROG,
-                "description": "Train, score and use segmentation networks. Other commands, each "
-                f"with its own --help: {', '.join(COMMANDS)}, doctor, recipe.",
+                "description": "Train, evaluate and apply segmentation networks. Other commands, "
+                f"each with its own --help: {', '.join(COMMANDS)}, doctor, recipe.",
             },
-            # The task has its own optimiser; --optimizer would replace its parameter groups.
+            # The task builds its optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=RunConfig,
             trainer_defaults={
-                # A stream has no epochs: training is counted in steps, and so is validation.
+                # A stream has no epochs, so training and validation are scheduled in steps.
                 "max_epochs": -1,
                 "check_val_every_n_epoch": None,
                 "logger": DEFAULT_LOGGER,
-                "use_distributed_sampler": False,  # the data has a sampler for each rank
-                # The report is made from what the others leave.
+                "use_distributed_sampler": False,  # the data module shards by rank
+                # The report reads the files of the other two, so it comes last.
                 "callbacks": [self.history, EvaluationRecord(), RunReport()],
             },
             args=args,
@@ -101,7 +106,7 @@ class SegformerCLI(SettingsWinCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        # Masks are made by the project's own predict, for any picture.
+        # The package has a predict command of its own, for image files.
         commands = LightningCLI.subcommands()
         return {name: skip for name, skip in commands.items() if name != "predict"}
 
@@ -119,17 +124,18 @@ class SegformerCLI(SettingsWinCLI):
             compute_fn=_num_classes,
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        # Not as a Lightning class, which every trainer would be given; see instantiate_trainer.
+        # add_lightning_class_args would pass it to every trainer, but instantiate_trainer leaves it
+        # out where checkpointing is off.
         parser.add_class_arguments(LastCheckpoint, "last_checkpoint", fail_untyped=False)
 
     def plain_config(self, **options: Any) -> dict[str, Any]:
-        """All arguments as plain data, linked ones included."""
+        """Return all arguments as plain data, linked ones included."""
         dumped = self.parser.dump(self.config, skip_link_targets=False, format="yaml", **options)
         config = yaml.safe_load(dumped)
         return config.get(self.subcommand, config)
 
     def model_settings(self) -> dict[str, Any]:
-        """The task's arguments as plain data, linked ones included."""
+        """Return the task's arguments as plain data, linked ones included."""
         return self.plain_config()["model"]
 
     def before_instantiate_classes(self) -> None:
@@ -137,38 +143,38 @@ class SegformerCLI(SettingsWinCLI):
         if self.subcommand is not None:
             self._read_checkpoint(config)
         if config["trainer"]["use_distributed_sampler"]:
-            # Every configuration that an earlier version saved says so.
+            # Configurations saved by earlier versions contain true.
             config["trainer"]["use_distributed_sampler"] = False
             rank_zero_info(
-                "trainer.use_distributed_sampler true is taken as false: the data gives each rank "
-                "its own samples"
+                "trainer.use_distributed_sampler: true is replaced by false, since the data module "
+                "gives each rank its own samples"
             )
         _refuse_epochs(config["trainer"])
         if config["trainer"]["overfit_batches"]:
             raise UserError(
                 f"trainer.overfit_batches is {config['trainer']['overfit_batches']}, but training "
-                "reads a stream, of which no batches are picked; leave it out, and give with "
-                "--data.path a data set of as few images"
+                "reads a stream, from which no fixed batches can be taken; leave it out, and give "
+                "a data set with few images by --data.path"
             )
         place_below_root(config["trainer"])
         self._find_run_folder(config.get("ckpt_path"))
 
     def _read_checkpoint(self, config: Namespace) -> None:
-        """Find the checkpoint of ``ckpt_path`` and compare it with the settings.
+        """Read the checkpoint of ``ckpt_path`` and compare it with the settings.
 
-        This is before anything is built, and so before anything is written into a run's folder.
+        This comes before anything is built, so a refusal leaves no run folder behind.
         """
         ckpt_path, command = config.get("ckpt_path"), self.subcommand
         if ckpt_path is None:
             if command in ("validate", "test") and not config.model.weights:
                 rank_zero_warn(
-                    f"{command} without ckpt_path or model.weights scores an untrained network"
+                    f"{command} without ckpt_path or model.weights evaluates an untrained network"
                 )
             return
         if not ckpt_path:
-            raise UserError("ckpt_path is empty; give the file of a checkpoint, or last")
+            raise UserError("ckpt_path is empty; give a checkpoint file, or last")
         if ckpt_path in NAMED:
-            # The trainer looks for them in this run's own, empty folder, and goes on without one.
+            # The trainer would search this run's own, empty folder, and train without a checkpoint.
             place_below_root(config["trainer"])
             settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[command]
             ckpt_path = str(named_checkpoint(ckpt_path, config, settings, command == "fit"))
@@ -180,7 +186,7 @@ class SegformerCLI(SettingsWinCLI):
         check_settings(checkpoint, ckpt_path, settings["model"], settings["data"], command == "fit")
 
     def _find_run_folder(self, ckpt_path: str | None) -> None:
-        """A run that goes on does so in its own folder; no other run is kept in a used one."""
+        """Choose the run folder: that of the resumed run, or one that no other run has used."""
         command = self.subcommand
         logger = self.plain_config(skip_none=False)["trainer"]["logger"]
         if command == "fit" and ckpt_path and Path(ckpt_path).is_file():
@@ -191,7 +197,7 @@ class SegformerCLI(SettingsWinCLI):
         if command is not None and self.continued_run is None:
             refuse_used_folder(logger)
         if self.continued_run is not None:
-            # The configuration that the run began with stays.
+            # A new name, so that the configuration of the start is not overwritten.
             self.save_config_kwargs["config_filename"] = resumed_config_name(self.checkpoint_step)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -206,18 +212,18 @@ class SegformerCLI(SettingsWinCLI):
             callbacks = [*callbacks, built["last_checkpoint"]]
         logger = keep_history(given["logger"], self.continued_run)
         trainer = super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user gave none
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.stop_on_signal = StopOnSignal([*PROG.split(), *self.arguments])
         self.stop_on_signal.attach(trainer)
         return trainer
 
     def before_fit(self) -> None:
-        # Without max_steps the task refuses to train; a trial run is not meant to be a good one.
+        # Without max_steps the task refuses to train, and fast_dev_run is only a smoke test.
         if self.trainer.max_steps < 1 or self.config["fit"]["trainer"]["fast_dev_run"]:
             return
-        found = examine_settings(self.model, self.datamodule, self.trainer)
-        self.history.findings = [finding.message for finding in found.findings]
+        examination = examine_settings(self.model, self.datamodule, self.trainer)
+        self.history.findings = [finding.message for finding in examination.findings]
         for sentence in self.history.findings:
             rank_zero_info(f"warning: {sentence}")
 
@@ -225,14 +231,17 @@ class SegformerCLI(SettingsWinCLI):
         trainer = self.trainer
         if self.stop_on_signal.begun or trainer.global_step >= trainer.max_steps:
             return
-        reason = "another setting of the trainer ends it there; look at max_epochs and limits"
+        reason = (
+            "another setting of the trainer ends it there; check trainer.max_epochs and "
+            "trainer.limit_*_batches"
+        )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             left = callback.time_remaining() if isinstance(callback, Timer) else None
             if left is not None and left <= 0:
                 spent = timedelta(seconds=round(callback.time_elapsed()))
                 reason = (
-                    "trainer.max_time counts the time of all parts of a run, which is "
-                    f"{spent} by now; give a longer --trainer.max_time to go on"
+                    "trainer.max_time counts the training time since the first start of the run, "
+                    f"which is {spent} by now; give a longer --trainer.max_time to continue"
                 )
         raise UserError(
             f"no step was made, training is at step {trainer.global_step} of {trainer.max_steps}: "
@@ -240,11 +249,18 @@ class SegformerCLI(SettingsWinCLI):
         )
 
     def validate(self, verbose: bool = True, **arguments: Any) -> None:
-        """Lightning's command, with a table in which names of classes are no markup."""
+        """Run Lightning's ``validate`` and print the metrics as plain text.
+
+        Lightning's table renders with rich, which would interpret class names as markup.
+
+        Args:
+            verbose: Whether to print the metrics.
+            arguments: Arguments of :meth:`lightning.pytorch.Trainer.validate`.
+        """
         self._print_metrics(self.trainer.validate(verbose=False, **arguments), verbose)
 
     def test(self, verbose: bool = True, **arguments: Any) -> None:
-        """As :meth:`validate`."""
+        """Run Lightning's ``test`` and print the metrics as :meth:`validate` does."""
         self._print_metrics(self.trainer.test(verbose=False, **arguments), verbose)
 
     def _print_metrics(self, results: Sequence[Mapping[str, float]], verbose: bool) -> None:
@@ -253,13 +269,14 @@ class SegformerCLI(SettingsWinCLI):
                 (printable(name, 60), value)
                 for part in results
                 for name, value in part.items()
-                if name != "step"  # of the loggers' row, not a metric
+                if name != "step"  # for the loggers, not a metric
             ]
             width = max((len(name) for name, _ in rows), default=0)
             sys.stdout.writelines(f"{name:<{width}}  {value:.6g}\n" for name, value in rows)
 
     def after_instantiate_classes(self) -> None:
-        # With the texts of its parts a checkpoint can be loaded without this command line.
+        # Storing how network, loss and inference are built lets a checkpoint be loaded without the
+        # command line.
         settings = self.model_settings()
         self.model.save_hyperparameters(
             {part: settings[part] for part in ("network", "loss", "inference") if part in settings}
@@ -267,8 +284,8 @@ class SegformerCLI(SettingsWinCLI):
 
 
 def _refuse_epochs(trainer: Any) -> None:
-    """Refuse settings that count epochs, which a stream does not have."""
-    if isinstance(trainer["limit_train_batches"], int):  # its batches are then called an epoch
+    """Refuse settings in epochs, since a stream has none."""
+    if isinstance(trainer["limit_train_batches"], int):  # defines an epoch as that many batches
         return
     unset = {
         "max_epochs": (None, -1),
@@ -285,9 +302,10 @@ def _refuse_epochs(trainer: Any) -> None:
 
 
 def resolve(files: list[str]) -> dict[str, Any]:
-    """The settings of a ``fit`` with these files as its ``--config``, complete, as plain data.
+    """Return the complete settings of a ``fit`` with YAML files as plain data; nothing is built.
 
-    Nothing is built.
+    Args:
+        files: Files to merge, in the order of ``--config`` options.
     """
     parser = capture_parser(SegformerCLI)
     config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])

@@ -1,4 +1,4 @@
-"""The project's own commands, those that do not train; one file each."""
+"""The commands besides Lightning's own ``fit``, ``validate`` and ``test``; one file each."""
 
 from collections.abc import Callable
 

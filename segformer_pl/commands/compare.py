@@ -1,4 +1,4 @@
-"""``compare RUN RUN [RUN ...]``: is the difference between runs real?"""
+"""``compare RUN RUN [RUN ...]``: significance tests and seed statistics of trained runs."""
 
 import json
 import math
@@ -29,78 +29,91 @@ from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
 
 FEW_BLOCKS = 20
-# In simulations of 100 pictures the 95 % interval of a class's IoU covers it in 91 % of the sets
-# if 10 pictures hold the class, 85 % if 5 do, 80 % if 3 do.
-FEW_PICTURES = 10
+# In simulations with 100 images, the nominal 95 % interval of a class's IoU covers the true value
+# in 91 % of the data sets if 10 images contain the class, in 85 % if 5 do, in 80 % if 3 do.
+FEW_IMAGES = 10
 SHOWN_SETTINGS = 5
-LONGEST = 80  # characters of a setting
+MAX_SETTING_LENGTH = 80  # characters
 UNKNOWN_DATA = (
-    "Whether runs with different data.path were trained on the same data cannot be told, because "
-    "a run folder without training_data.json does not say what its data are."
+    "Whether runs with different data.path were trained on the same data is unknown, because a run "
+    "folder without training_data.json does not identify its training data."
 )
 ONE_RUN_EACH = (
-    "With one run of each, what follows speaks of the choice of images and not of training seeds: "
-    "it says whether these two trained networks differ on images like these, not whether one way "
+    "With one run of each, the tests below cover the choice of images and not of training seeds: "
+    "they show whether these two trained networks differ on images like these, not whether one way "
     "of training is better. Give several seeds of each to see their spread."
 )
 
 
 def compare(arguments: list[str]) -> None:
-    """``compare RUN RUN [RUN ...]``: is the difference between runs real?"""
+    """Run ``compare RUN RUN [RUN ...]`` and print the comparison.
+
+    Args:
+        arguments: Command-line arguments after ``compare``.
+
+    Raises:
+        UserError: There are fewer than two runs, or the runs cannot be compared.
+    """
     parser = SegformerArgumentParser(
         prog=f"{PROG} compare",
-        description="Two runs: do the two trained networks differ in mIoU by more than the choice "
-        "of images explains? Paired bootstrap for the intervals, paired permutation test for p, "
-        "for mIoU and each class. More runs: mIoU of each, grouped by configuration, with the mean "
-        "and the standard deviation over training seeds. All from the counts that a validation "
-        "leaves in its run folder; all runs must have been validated on the same images. One run "
-        "of each configuration says nothing of the spread between training seeds.",
+        description="Compare the mIoU of trained networks. Two runs: test whether the networks "
+        "differ by more than the choice of images explains, in mIoU and in the IoU of each class "
+        "(95 % confidence intervals by a paired bootstrap, p by a paired permutation test). More "
+        "runs: list the mIoU of each, grouped by configuration, with mean and standard deviation "
+        "over training seeds. The input is the counts per image that every validation writes to "
+        "its run folder, so all runs must have been validated on the same images. One run of each "
+        "configuration gives no estimate of the spread between training seeds.",
     )
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
         metavar="run",
-        help="two or more run folders, whose last evaluation is taken, or .npz files of their "
-        "evaluation folders; runs whose config.yaml differs in seed and paths alone are one "
-        "configuration",
+        help="two or more runs, each a run folder (its last evaluation is compared) or one .npz "
+        "file of its evaluation folder; runs whose config.yaml differs only in seed and paths "
+        "count as one configuration",
     )
     parser.add_argument(
         "--block_size",
         type=PositiveInt,
         default=1,
-        help="contiguous images, in stored order, that are drawn together. Neighbouring images "
-        "of a video resemble each other, and taken for independent they make intervals too narrow "
-        "and p too small: give the number of images over which they do",
+        help="number of consecutive images, in stored order, that are resampled together. "
+        "Neighbouring images of a video resemble each other; treating them as independent makes "
+        "intervals too narrow and p too small. For a video, give the number of images over which "
+        "they resemble each other",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON (fractions), not a table")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON, with values as fractions, instead of a table in percent",
+    )
     options = parser.parse_args(arguments)
-    runs: list[Path] = options.runs
+    runs = [Path(run) for run in options.runs]
     if len(runs) < 2:
-        raise UserError(f"there is nothing to compare '{runs[0]}' with; give two or more runs")
+        raise UserError(f"run: '{runs[0]}' is the only run; give two or more runs to compare")
     compared = [_read(run) for run in runs]
     num_images = len(compared[0].evaluation.ids)
     if len(compared) == 2:
-        known, text = _two(compared[0], compared[1], options.block_size)
+        results, lines = _two(compared[0], compared[1], options.block_size)
     else:
         groups = group_runs(compared, options.block_size)
         caveat = _spread_caveat(groups, [c for run in compared if (c := run.configuration)])
-        known = {
+        results = {
             "num_images": num_images,
             "block_size": options.block_size,
             "caveat": caveat,
             "groups": [group.as_dict() for group in groups],
             "differences": dict(_differences(groups)),
         }
-        text = _grouped(groups, caveat, num_images, options.block_size)
-    sys.stdout.write((json.dumps(known, indent=2) if options.json else "\n".join(text)) + "\n")
+        lines = _grouped(groups, caveat, num_images, options.block_size)
+    text = json.dumps(results, indent=2) if options.json else "\n".join(lines)
+    sys.stdout.write(text + "\n")
 
 
 def _read(source: Path) -> ComparedRun:
-    """An evaluation, and what the network was trained with, if that is known.
+    """Return an evaluation with the configuration that its network was trained with, if known.
 
     Args:
-        source: Run folder, whose last evaluation is meant; or an npz file.
+        source: Run folder, whose last evaluation is read; or an npz file.
     """
     run = Run(source) if source.is_dir() else Run.of(source)
     evaluation = Run(source).last_evaluation() if source.is_dir() else load_evaluation(source)
@@ -108,30 +121,30 @@ def _read(source: Path) -> ComparedRun:
 
 
 def _two(a: ComparedRun, b: ComparedRun, block_size: int) -> tuple[dict[str, Any], list[str]]:
-    """The paired test of two trained networks, as plain data and as text."""
+    """Return the paired tests of two trained networks, as plain data and as lines of text."""
     comparison = compare_evaluations(a.evaluation, b.evaluation, block_size)
     caveat = _caveat(a.configuration, b.configuration)
-    known = {"a": _described(a), "b": _described(b), "caveat": caveat} | comparison.as_dict()
+    results = {"a": _described(a), "b": _described(b), "caveat": caveat} | comparison.as_dict()
     lines = [_header("A", a), _header("B", b), "", fill(caveat, 100), ""]
-    lines += [fill(f"{comparison.verdict}.", 100), "", *_scores(comparison), ""]
-    lines += [*_classes(comparison.classes), ""]
-    return known, [*lines, *(fill(remark, 100) for remark in _remarks(comparison))]
+    lines += [fill(f"{comparison.verdict}.", 100), "", *_miou_table(comparison), ""]
+    lines += [*_class_table(comparison.classes), ""]
+    return results, [*lines, *(fill(remark, 100) for remark in _remarks(comparison))]
 
 
 def _described(run: ComparedRun) -> dict[str, Any]:
-    evaluation, known = run.evaluation, run.configuration
-    seed = known.seed if known else None
+    evaluation, configuration = run.evaluation, run.configuration
+    seed = configuration.seed if configuration else None
     path, split, step = str(run.path), evaluation.split, evaluation.step
     return {"path": path, "split": split, "step": step, "seed": seed}
 
 
 def _caveat(a: Configuration | None, b: Configuration | None) -> str:
-    """What the comparison of two runs cannot say."""
+    """Return what the comparison of two runs does not show."""
     if a is None or b is None:
-        whose = " and ".join(n for n, c in zip("AB", (a, b)) if c is None)
+        unknown = " and ".join(n for n, c in zip("AB", (a, b)) if c is None)
         return (
-            f"What {whose} was trained with is not known: there is no config.yaml of a training. "
-            f"{ONE_RUN_EACH}"
+            f"The training configuration of {unknown} is unknown: there is no config.yaml of a "
+            f"training. {ONE_RUN_EACH}"
         )
     if different := differences([a, b]):
         unknown = "" if is_data_known([a, b]) else f" {UNKNOWN_DATA}"
@@ -139,16 +152,17 @@ def _caveat(a: Configuration | None, b: Configuration | None) -> str:
     if a.seed != b.seed or a.seed is None:
         return (
             f"A and B are two seeds of one configuration ({_seed(a)}, {_seed(b)}): their "
-            "difference is what another seed makes of it, and neither is a better way of training."
+            "difference is the effect of the seed, and neither is a better way of training."
         )
     return (
-        f"A and B have one configuration and one seed ({a.seed}): what they differ in is not in "
-        "their config.yaml, such as the step that was scored, and no configurations are compared."
+        f"A and B have one configuration and one seed ({a.seed}): they differ in something that "
+        "is not in their config.yaml, such as the evaluated step, and no configurations are "
+        "compared."
     )
 
 
 def _settings(different: dict[str, list[Any]]) -> str:
-    """Such as ``model.lr (0.003, 0.006)``, the first few."""
+    """Return the first few settings with their values, such as ``model.lr (0.003; 0.006)``."""
     return _few([f"{key} ({'; '.join(map(_short, values))})" for key, values in different.items()])
 
 
@@ -158,9 +172,13 @@ def _few(settings: list[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """Both ends of a long value: paths differ in either."""
+    """Return a value as text; a long one is cut in the middle, as paths can differ at both ends."""
     text = plain(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
+    return (
+        text
+        if len(text) <= MAX_SETTING_LENGTH
+        else f"{text[: MAX_SETTING_LENGTH // 2]}...{text[-MAX_SETTING_LENGTH // 2 :]}"
+    )
 
 
 def _seed(configuration: Configuration) -> str:
@@ -173,16 +191,16 @@ def _header(letter: str, run: ComparedRun) -> str:
 
 
 def _grouped(groups: Sequence[Group], caveat: str, num_images: int, block_size: int) -> list[str]:
-    """What is not said, the runs by configuration, and the differences of their means."""
+    """Return the caveat, the runs by configuration, and the differences of their means."""
     num_runs = sum(len(group.runs) for group in groups)
     blocks = "" if block_size == 1 else f" in blocks of {block_size}"
-    of = f"{len(groups)} configurations" if len(groups) > 1 else "one configuration"
-    lines = [f"{num_runs} runs of {of}, scored on {num_images:,} images{blocks}", ""]
+    num_groups = f"{len(groups)} configurations" if len(groups) > 1 else "one configuration"
+    lines = [f"{num_runs} runs of {num_groups}, evaluated on {num_images:,} images{blocks}", ""]
     lines += [fill(caveat, 100), ""]
     for group in groups:
         stated = _few([f"{key} {_short(value)}" for key, value in group.settings.items()])
         lines += [fill(f"{group.name}  {stated}".rstrip(), 100, subsequent_indent="   ")]
-        lines.append(f"   {'seed':>8}{'mIoU':>10}   {'95 % over images':<20}{'step':>9}   run")
+        lines.append(f"   {'seed':>8}{'mIoU':>10}   {'95 % CI over images':<20}{'step':>9}   run")
         for run in group.runs:
             interval = f"{100 * run.miou.low:.2f} to {100 * run.miou.high:.2f} %"
             seed = "none" if run.seed is None else run.seed
@@ -205,49 +223,49 @@ def _grouped(groups: Sequence[Group], caveat: str, num_images: int, block_size: 
             )
         )
     remark = (
-        "The standard deviation is that between the seeds given. The intervals are over images, "
-        "for each trained network by itself; they do not hold the spread between seeds."
+        "The standard deviation is over the given seeds. The confidence intervals are over images "
+        "(bootstrap), for each network by itself; they do not include the spread between seeds."
     )
     return [*lines, *([""] if len(groups) > 1 else []), fill(remark, 100)]
 
 
 def _spread_caveat(groups: Sequence[Group], configurations: Sequence[Configuration]) -> str:
-    """What the spread between a few seeds cannot say."""
+    """Return what the spread between a few seeds does not show."""
     caveat = (
-        "Nothing is tested here: so few seeds show how far runs of one configuration lie apart, "
-        "and not which configuration is better."
+        "Nothing is tested here: a few seeds show how far runs of one configuration lie apart, not "
+        "which configuration is better."
     )
     if len(groups) > 1 and not is_data_known(configurations):
         caveat = f"{UNKNOWN_DATA} {caveat}"
     if single := [group.name for group in groups if len(group.runs) == 1]:
         return (
-            f"There is one run of {', '.join(single)}, so that nothing is known of the spread "
-            f"between its seeds. {caveat}"
+            f"There is only one run of {', '.join(single)}, so the spread between its seeds is "
+            f"unknown. {caveat}"
         )
     return caveat
 
 
 def _differences(groups: Sequence[Group]) -> Iterator[tuple[str, float]]:
-    """Of the means, each group's to the first."""
+    """Yield the difference of each group's mean mIoU from the first group's."""
     for group in groups[1:]:
         yield f"{group.name} - {groups[0].name}", group.mean - groups[0].mean
 
 
 def _order(a: Group, b: Group) -> str:
-    """Whether the runs of two groups lie apart."""
+    """Return a sentence that says whether the mIoU ranges of two groups overlap; "" if unknown."""
     if len(a.runs) == 1 or len(b.runs) == 1:
         return ""
     low, high = sorted((a, b), key=lambda group: group.mean)
     if max(run.miou.value for run in low.runs) < min(run.miou.value for run in high.runs):
-        return f"Every run of {high.name} scores higher than every run of {low.name}."
+        return f"Every run of {high.name} has a higher mIoU than every run of {low.name}."
     return "Their runs overlap."
 
 
-def _scores(comparison: Comparison) -> Iterator[str]:
+def _miou_table(comparison: Comparison) -> Iterator[str]:
     blocks = ""
     if comparison.block_size > 1:
         blocks = f" in {comparison.num_blocks} blocks of {comparison.block_size}"
-    yield f"{'':<4}{'mIoU':>8}   95 % interval, {comparison.num_images:,} images{blocks}"
+    yield f"{'':<4}{'mIoU':>8}   95 % CI, {comparison.num_images:,} images{blocks}"
     for letter, miou in (("A", comparison.miou_a), ("B", comparison.miou_b)):
         yield (
             f"{letter:<4}{100 * miou.value:>6.2f} %   {100 * miou.low:.2f} to "
@@ -255,12 +273,11 @@ def _scores(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def _classes(classes: tuple[ClassDifference, ...]) -> Iterator[str]:
+def _class_table(classes: tuple[ClassDifference, ...]) -> Iterator[str]:
     listed = [c for c in classes if not math.isnan(c.difference.value)]
     width = max(len("class"), *(len(c.name) for c in listed))
     yield (
-        f"{'class':<{width}}{'A':>8}{'B':>8}{'B - A':>9}   {'95 % interval':<17}{'p':>9}"
-        f"{'images':>12}"
+        f"{'class':<{width}}{'A':>8}{'B':>8}{'B - A':>9}   {'95 % CI':<17}{'p':>9}{'images':>12}"
     )
     for c in listed:
         interval = f"{points(c.difference.low):>6} to {points(c.difference.high):>6}"
@@ -270,37 +287,36 @@ def _classes(classes: tuple[ClassDifference, ...]) -> Iterator[str]:
             f"{' *' if c.is_significant else '  '}{c.num_images:>10}"
         )
     yield (
-        "IoU in %, differences in points. p is corrected for the number of classes (Holm), * marks"
+        "IoU in %, B - A in percentage points. p is corrected for the number of classes (Holm); "
+        "* marks"
     )
-    yield "p < 0.05; each interval is for its class alone. images: that have labels of the class."
+    yield "p < 0.05. Each CI is for its class alone. images: number that have labels of the class."
 
 
 def _remarks(comparison: Comparison) -> Iterator[str]:
     absent = [c for c in comparison.classes if math.isnan(c.difference.value)]
-    if nowhere := [c.name for c in absent if math.isnan(c.iou_a) and math.isnan(c.iou_b)]:
-        yield f"Absent in both: {', '.join(nowhere)}."
+    if unused := [c.name for c in absent if math.isnan(c.iou_a) and math.isnan(c.iou_b)]:
+        yield f"Absent in both: {', '.join(unused)}."
     for c in absent:
-        if c.name not in nowhere:
+        if c.name not in unused:
             one, other = "BA" if math.isnan(c.iou_a) else "AB"
             yield (
-                f"{c.name} is labelled nowhere and predicted by {one} alone, so that it counts as "
-                f"0 in the mIoU of {one} and not at all in that of {other}."
+                f"{c.name} has no labels and is predicted by {one} alone, so it counts as 0 in the "
+                f"mIoU of {one} and is left out of that of {other}."
             )
-    rare = [c.name for c in comparison.classes if 0 < c.num_images < FEW_PICTURES]
+    rare = [c.name for c in comparison.classes if 0 < c.num_images < FEW_IMAGES]
     if rare:
         yield (
             f"{len(rare)} of {len(comparison.classes)} classes have labels in fewer than "
-            f"{FEW_PICTURES} images; their intervals are rough and mostly too narrow."
+            f"{FEW_IMAGES} images; their intervals are rough and mostly too narrow."
         )
     unit = "images" if comparison.block_size == 1 else "blocks"
     if comparison.num_blocks < FEW_BLOCKS:
-        yield (
-            f"There are only {comparison.num_blocks} {unit}, so that every interval and p is rough."
-        )
+        yield (f"There are only {comparison.num_blocks} {unit}, so every interval and p is rough.")
     if comparison.block_size == 1:
         yield (
-            "Images are taken for independent of each other. If neighbours resemble each other, "
-            "as in a video, give --block_size; otherwise intervals are too narrow and p too small."
+            "Images are treated as independent. If neighbours resemble each other, as in a video, "
+            "give --block_size; otherwise intervals are too narrow and p too small."
         )
     else:
-        yield "Blocks of neighbouring images are taken for independent of each other."
+        yield "Blocks of neighbouring images are treated as independent."

@@ -1,4 +1,4 @@
-"""``convert SOURCE DEST --to LAYOUT``: weights of any known layout into another."""
+"""``convert SOURCE DESTINATION --to LAYOUT``: convert weights between layouts."""
 
 import sys
 from pathlib import Path
@@ -10,22 +10,39 @@ from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 
 
 def convert(arguments: list[str]) -> None:
-    """``convert SOURCE DEST --to LAYOUT``: weights of any known layout into another."""
+    """Run ``convert SOURCE DESTINATION --to LAYOUT`` and print what was converted.
+
+    Args:
+        arguments: Command-line arguments after ``convert``.
+
+    Raises:
+        UserError: The source cannot be read, the destination exists, or the layout cannot express
+            the network.
+    """
     parser = SegformerArgumentParser(
         prog=f"{PROG} convert",
-        description="Write weights of any known layout in another one.",
+        description="Convert the weights of a network from one layout (naming scheme of a state "
+        "dict) to another. The layout of the source is detected from its key names: that of this "
+        "package, NVlabs/SegFormer, Hugging Face transformers, mmsegmentation or "
+        "segmentation_models_pytorch.",
     )
     parser.add_argument(
         "source",
-        help="file (.pth, .bin, .safetensors, Lightning .ckpt), folder written by save_pretrained, "
-        "or hub name owner/name@commit",
+        help="weights to convert: a file (.pth, .bin, .safetensors, or .ckpt of Lightning), a "
+        "folder written by save_pretrained, or a hub name owner/name@commit",
     )
     parser.add_argument(
         "destination",
-        help="folder for huggingface and smp, .pth file for nvlabs, .safetensors file for native; "
-        "must not exist",
+        help="where to write: a folder for huggingface and smp, a .pth file for nvlabs, a "
+        ".safetensors file for native; must not exist",
     )
-    parser.add_argument("--to", choices=list(LAYOUTS), required=True, help="whose layout")
+    parser.add_argument(
+        "--to",
+        choices=list(LAYOUTS),
+        required=True,
+        help="layout to write: that of Hugging Face transformers, NVlabs/SegFormer, "
+        "segmentation_models_pytorch, or this package (native)",
+    )
     options = parser.parse_args(arguments)
     check_destination(options.destination, options.to)
     make_writable_folder(Path(options.destination).expanduser().parent, "destination")

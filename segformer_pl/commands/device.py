@@ -1,4 +1,4 @@
-"""Where a command runs its network: the value of its ``--device``."""
+"""The option ``--device`` of the commands."""
 
 import torch
 
@@ -6,12 +6,15 @@ from segformer_pl.errors import UserError
 
 
 def resolve_device(name: str) -> str:
-    """Return ``"cpu"`` or ``"cuda"`` for an option ``--device``; ``"auto"`` takes CUDA if it can.
+    """Return ``"cpu"`` or ``"cuda"`` for the value of ``--device``.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, or ``"auto"`` for CUDA where it is available.
 
     Raises:
-        UserError: CUDA is asked for and torch finds no device.
+        UserError: The name is ``"cuda"`` and torch has no CUDA device.
     """
-    is_there = torch.cuda.is_available()
-    if name == "cuda" and not is_there:
+    is_available = torch.cuda.is_available()
+    if name == "cuda" and not is_available:
         raise UserError("--device cuda: this machine has no CUDA device that torch can use")
-    return ("cuda" if is_there else "cpu") if name == "auto" else name
+    return ("cuda" if is_available else "cpu") if name == "auto" else name

@@ -1,5 +1,6 @@
-"""``erf``: what each layer of a network really sees."""
+"""``erf``: effective receptive fields of a network's layers, as figures and numbers."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from segformer_pl import __version__, models
+from segformer_pl import __version__
 from segformer_pl.analysis.erf import (
     ERF,
     NoFieldError,
@@ -32,7 +33,12 @@ from segformer_pl.checkpoints import load_network, read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser, segmenter_names
+from segformer_pl.commands.parser import (
+    PROG,
+    SegformerArgumentParser,
+    find_segmenter,
+    segmenter_names,
+)
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
@@ -40,13 +46,20 @@ from segformer_pl.inference.predictor import normalization_of
 from segformer_pl.normalization import Normalization
 
 DPI = 300
-PICTURES_IN_A_BATCH = 8  # as read; the measurement takes them apart as it needs
+IMAGES_PER_READ = 8  # of one batch as it is read; the measurement splits it by --batch_size
 TIMM = "timm:"
 
 
 class Subject(NamedTuple):
-    """A network to measure; ``label`` names its row, ``weights`` says where they are from,
-    ``source`` how it was asked for, ``normalization`` how its images are normalised."""
+    """A network to measure.
+
+    Attributes:
+        network: The network.
+        label: Name of its row in the figures.
+        weights: Origin of its weights, such as ``"trained, step 1600"``.
+        source: File or name that was given on the command line.
+        normalization: Mean and standard deviation that its images are normalised with.
+    """
 
     network: nn.Module
     label: str
@@ -56,56 +69,102 @@ class Subject(NamedTuple):
 
 
 def erf(arguments: list[str]) -> None:
-    """``erf``: figures, numbers and maps of effective receptive fields."""
-    segmenters = segmenter_names()
+    """Run ``erf``: write figures, numbers and maps of effective receptive fields.
+
+    Args:
+        arguments: Command-line arguments after ``erf``.
+
+    Raises:
+        UserError: An argument, a file or the data cannot be used.
+    """
     parser = SegformerArgumentParser(
         prog=f"{PROG} erf",
-        description="Measure the effective receptive field of the unit in the middle of every "
-        "layer (stage 1 to 4 and the head; the paper's Figure 3), averaged over validation "
-        "pictures. Writes erf, erf_profile and erf_area as .png and .pdf, the maps and numbers as "
-        "erf.npz and erf.json; with --against also erf_difference and the second network's "
-        "against.npz and .json.",
-    )
-    parser.add_argument("--ckpt", help="checkpoint of a run; brings its network and data")
-    parser.add_argument(
-        "--weights", help="weights of any known layout, in place of --ckpt: file, folder, hub name"
+        description="Measure the effective receptive field (ERF) of the central unit of every "
+        "layer (stages 1 to 4 and the head; Figure 3 of the paper), averaged over validation "
+        "images. The network is given by exactly one of --ckpt, --weights and --model. Writes the "
+        "figures erf, erf_profile and erf_area as .png and .pdf, the maps as erf.npz and the "
+        "numbers as erf.json; with --against also the figure erf_difference, and against.npz and "
+        "against.json of the second network.",
     )
     parser.add_argument(
-        "--model", choices=segmenters, help="network with random weights, in place of --ckpt"
+        "--ckpt", help="checkpoint of a run, which also determines the data set and its path"
+    )
+    parser.add_argument(
+        "--weights",
+        help="weights in any layout that `convert` reads: a file, a folder, or a hub name "
+        "owner/name@commit",
+    )
+    parser.add_argument(
+        "--model",
+        help=f"network with random weights: {', '.join(segmenter_names())}, or an import path "
+        "such as package.module.Class",
     )
     parser.add_argument(
         "--against",
-        help="second row: a checkpoint, a model name (random weights), or a network of timm: "
-        "timm:NAME (random weights), timm:NAME:pretrained, timm:NAME:FILE",
+        help="second network, for comparison: a checkpoint of a run; a name that --model lists "
+        "(random weights); or a network of timm, given as timm:NAME (random weights), "
+        "timm:NAME:pretrained or timm:NAME:FILE",
     )
     parser.add_argument(
-        "--data.dataset", help="data set of the catalogue; default the checkpoint's"
+        "--data.dataset",
+        help="data set of the catalogue, or a YAML file that describes one; required without "
+        "--ckpt. Default: the data set of the checkpoint",
     )
-    parser.add_argument("--data.path", help="where the data set is stored")
-    parser.add_argument("--num_images", type=int, default=100, help="the paper averages over 100")
+    parser.add_argument(
+        "--data.path",
+        help="folder, hub name or URL pattern of the data set. Default: the path of the "
+        "checkpoint's data set, or that of the catalogue",
+    )
+    parser.add_argument(
+        "--num_images",
+        type=int,
+        default=100,
+        help="number of validation images to average over, evenly spaced over the split (the "
+        "paper: 100)",
+    )
     parser.add_argument(
         "--size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="resize pictures, bicubic, aspect ignored (RepLKNet: 1024 1024); default their own",
+        help="height and width in pixels that images are resized to, bicubically and without "
+        "keeping the aspect ratio (RepLKNet: 1024 1024). Default: the images' own size",
     )
-    parser.add_argument("--layers", nargs="+", help="feature maps or modules; default all maps")
     parser.add_argument(
-        "--reduction", default="relu", help="relu, l1, sum, random, or a channel's number"
+        "--layers",
+        nargs="+",
+        help="layers to measure: names of feature maps or of modules. Default: all feature maps",
     )
-    parser.add_argument("--gradient", default="abs", choices=["abs", "relu"])
-    parser.add_argument("--batch_size", type=int, help="pictures in a pass; bounds the memory")
+    parser.add_argument(
+        "--reduction",
+        default="relu",
+        help="reduction of the unit's channels to the scalar that is differentiated: relu, l1, "
+        "sum, random, or the number of one channel",
+    )
+    parser.add_argument(
+        "--gradient",
+        default="abs",
+        choices=["abs", "relu"],
+        help="part of the gradient of the image that is averaged: its absolute value or its "
+        "positive part",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        help="number of images in one forward and backward pass, which bounds the memory. "
+        "Default: 512x512 pixels' worth on the CPU, eight times that on a GPU",
+    )
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
         default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the network",
     )
-    parser.add_argument("--output", default="erf", help="folder for the files")
+    parser.add_argument("--output", default="erf", help="folder that the files are written to")
     options = parser.parse_args(arguments)
     given = [key for key in ("ckpt", "weights", "model") if options[key] is not None]
     if len(given) != 1:
-        raise UserError("give one of --ckpt, --weights and --model: whose field to measure")
+        raise UserError("give one of --ckpt, --weights and --model: the network to measure")
     resolve_device(options.device)
     if options.size is not None and min(options.size) < 1:
         raise UserError("--size: give height and width of at least 1 pixel")
@@ -118,7 +177,7 @@ def erf(arguments: list[str]) -> None:
     else:
         subjects = [_random(options.model, data)]
     if options.against is not None:
-        subjects.append(_against(options.against, segmenters, data))
+        subjects.append(_against(options.against, data))
     if options.reduction.isdigit():
         options.reduction = int(options.reduction)
     folder = Path(options.output)
@@ -133,12 +192,13 @@ def _data(options: Any, checkpoint: RunCheckpoint | None) -> StreamingSegmentati
     changes = {"dataset": options.data.dataset, "path": options.data.path, "num_workers": 0}
     if checkpoint is not None:
         if options.data.dataset is not None and options.data.path is None:
-            # The run's own path belongs to the run's own data set.
+            # The path in the checkpoint is that of the run's data set, not of this one.
             return StreamingSegmentationData(dataset=options.data.dataset, num_workers=0)
         return load_data(checkpoint, **changes)
     if options.data.dataset is None:
         raise UserError(
-            "--data.dataset: say which data set's images to take; --ckpt brings its own"
+            "--data.dataset is not given; give the data set whose images are measured on, or a "
+            "--ckpt, which determines it"
         )
     return StreamingSegmentationData(**changes)
 
@@ -155,7 +215,7 @@ def _trained(checkpoint: RunCheckpoint, source: str) -> Subject:
 
 
 def subject_from_file(source: str) -> Subject:
-    """Weights of any layout, which may be those of an encoder alone."""
+    """Return the network of weights in any known layout, which may be an encoder alone."""
     weights = read_weights(source)
     network, _ = load_network(weights)
     label = f"{type(network).__name__}, {Path(source).name}"
@@ -163,38 +223,49 @@ def subject_from_file(source: str) -> Subject:
 
 
 def _random(name: str, data: StreamingSegmentationData) -> Subject:
+    build = find_segmenter(name)
+    try:
+        inspect.signature(build).bind(num_classes=1)
+    except TypeError as error:
+        raise UserError(
+            f"--model: {name!r} cannot be built from num_classes alone ({error}); give a function "
+            "or class whose other arguments have defaults"
+        ) from error
     torch.manual_seed(0)  # the same random weights each time
-    network = getattr(models, name)(num_classes=data.entry.labels.num_classes)
+    network = build(num_classes=data.entry.labels.num_classes)
     return Subject(network.eval(), name, "random weights", name)
 
 
-def _against(source: str, segmenters: list[str], data: StreamingSegmentationData) -> Subject:
-    if source in segmenters:
+def _against(source: str, data: StreamingSegmentationData) -> Subject:
+    if source in segmenter_names():
         return _random(source, data)
     if not source.startswith(TIMM):
         return _trained(RunCheckpoint.read(source, "--against"), source)
     name, _, weights = source.removeprefix(TIMM).partition(":")
     torch.manual_seed(0)
     network = TimmStages(name, weights or None).eval()
-    known = {"": "random weights", "pretrained": "timm's weights"}.get(weights, "from a file")
+    origin = {"": "random weights", "pretrained": "timm's weights"}.get(weights, "from a file")
     normalization = Normalization(network.mean, network.std)
-    return Subject(network, f"timm {name}", known, source, normalization)
+    return Subject(network, f"timm {name}", origin, source, normalization)
 
 
-def _pictures(
+def _image_batches(
     data: StreamingSegmentationData, num_images: int, size: tuple[int, int] | None
 ) -> Iterator[dict[str, Any]]:
-    """Batches of validation pictures spread evenly over the split, for stored order can be by
-    class or place; the same ones each time."""
+    """Yield batches of validation images, evenly spaced over the split.
+
+    The stored order can be by class or by place, so the first images need not represent the split.
+    Two images of ten are samples 0 and 5. The choice depends on the two numbers alone.
+    """
     if num_images < 1:
         raise UserError("--num_images: give an integer of at least 1")
     samples: Any = data.val_dataloader().dataset
-    num_rows = samples.order.num_rows
-    count = min(num_images, num_rows)
+    num_samples = samples.order.num_rows
+    count = min(num_images, num_samples)
     images: list[Tensor] = []
-    names: list[str] = []
+    ids: list[str] = []
     for number in range(count):
-        sample = samples[number * num_rows // count]
+        sample = samples[number * num_samples // count]
         if sample["id"] in sample["skipped"]:
             sys.stderr.write(f"skipped: {sample['skipped'][sample['id']]}\n")
             continue
@@ -203,21 +274,21 @@ def _pictures(
             image = F.interpolate(image, tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
         if images and image.shape != images[0].shape:
             raise UserError(
-                f"the pictures of {data.entry.name!r} have different sizes and their fields cannot "
-                "be averaged; give --size H W"
+                f"the images of {data.entry.name!r} have different sizes, so their receptive "
+                "fields cannot be averaged; give --size H W"
             )
         images.append(image)
-        names.append(sample["id"])
-        if len(images) == PICTURES_IN_A_BATCH:
-            yield {"image": torch.cat(images), "id": names}
-            images, names = images[:0], []
+        ids.append(sample["id"])
+        if len(images) == IMAGES_PER_READ:
+            yield {"image": torch.cat(images), "id": ids}
+            images, ids = images[:0], []
     if images:
-        yield {"image": torch.cat(images), "id": names}
+        yield {"image": torch.cat(images), "id": ids}
 
 
 def _try(subject: Subject, data: StreamingSegmentationData, options: Any) -> None:
-    """One picture, so that a layer that is not there is found before the others are measured."""
-    with suppress(NoFieldError):  # of this picture; others may have one
+    """Measure one image, so that wrong arguments are refused before any long measurement."""
+    with suppress(NoFieldError):  # other images may have a receptive field
         _measure(subject, data, options, min(options.num_images, 1))
 
 
@@ -225,10 +296,10 @@ def _measure(
     subject: Subject, data: StreamingSegmentationData, options: Any, num_images: int
 ) -> ERF:
     network = subject.network.to(options.device)
-    pictures = _pictures(data, num_images, options.size)
+    batches = _image_batches(data, num_images, options.size)
     return effective_receptive_field(
         network,
-        tqdm(pictures, desc=subject.label, unit="batch", leave=False),
+        tqdm(batches, desc=subject.label, unit="batch", leave=False),
         layers=options.layers,
         reduction=options.reduction,
         gradient=options.gradient,
@@ -257,7 +328,7 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
     first = results[0]
     height, width = first.settings["image_size"]
     title = (
-        f"mean of {first.num_images} validation pictures of {first.about['data']}, "
+        f"mean over {first.num_images} validation images of {first.about['data']}, "
         f"{height}x{width} pixels; {describe_settings(first.settings)}"
     )
     plots = {"erf": plot_erf, "erf_profile": plot_radial_profiles, "erf_area": plot_area_ratios}
@@ -272,12 +343,12 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
         numbers = result.numbers()
         files += result.save(folder / name, numbers)
         sys.stdout.write(_table(result, numbers))
-        for what, names in {
-            "value or gradient not finite, left out": result.not_finite,
-            "no such unit, left out": result.without_units,
+        for reason, ids in {
+            "left out, value or gradient not finite": result.not_finite,
+            "left out, no such unit": result.without_units,
         }.items():
-            if names:
-                sys.stdout.write(f"{what}: {len(names)} pictures: {', '.join(names)}\n")
+            if ids:
+                sys.stdout.write(f"{reason}: {len(ids)} images: {', '.join(ids)}\n")
     sys.stdout.write("written: " + ", ".join(str(file) for file in files) + "\n")
 
 
@@ -290,15 +361,14 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 
 
 def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
-    """Numbers with their 95 % intervals over pictures, as text."""
+    """Return the numbers of each layer as a table, with 95 % confidence intervals over images."""
     about, size = result.about, result.settings["image_size"]
     lines = [
         f"{about['model']} ({about['weights']}), {result.num_images} "
-        f"{'picture' if result.num_images == 1 else 'pictures'} of "
-        f"{size[0]}x{size[1]} pixels, "
-        + ("95 % intervals" if result.num_images > 1 else "no intervals"),
-        f"{'layer':<10}{'radius 50 %, px':>24}{'radius 95 %, px':>24}{'area 50 %, %':>26}"
-        f"{'within 16 px, %':>24}",
+        f"{'image' if result.num_images == 1 else 'images'} of {size[0]}x{size[1]} pixels, "
+        + ("[95 % CI over images]" if result.num_images > 1 else "no intervals"),
+        f"{'layer':<10}{'radius of 50 % (px)':>24}{'radius of 95 % (px)':>24}"
+        f"{'area of 50 % (% of image)':>26}{'share in 16 px (%)':>24}",
     ]
     for name, row in numbers.items():
         cells = [
@@ -317,8 +387,8 @@ def _table(result: ERF, numbers: dict[str, dict[str, Any]]) -> str:
     filling = [n for n, row in numbers.items() if 2 * row["radius_95"][0] > min(size)]
     if filling:
         lines.append(
-            f"the discs with 95 % of the fields of {', '.join(filling)} are wider than the "
-            "picture, whose border cuts fields off: to compare them, measure on larger pictures "
-            "(--size; RepLKNet takes 1024 1024)"
+            f"the discs that hold 95 % of the ERF of {', '.join(filling)} are wider than the "
+            "image, whose border cuts the ERF off: to compare these layers, measure on larger "
+            "images (--size; RepLKNet: 1024 1024)"
         )
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Which file ``--ckpt_path last``, ``best`` or ``hpc`` means."""
+"""The file that ``--ckpt_path last``, ``best`` or ``hpc`` stands for."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 from segformer_pl.errors import UserError
 
 NAMED = ("last", "best", "hpc")
-# What makes two runs one experiment: what trains, on what, and how each step is made.
+# Settings that must agree for two runs to be one experiment: the network, its training and data.
 SAME_EXPERIMENT = (
     "seed_everything",
     "model.",
@@ -20,28 +20,30 @@ SAME_EXPERIMENT = (
     "trainer.limit_train_batches",
     "trainer.precision",
 )
-# Of them, what only tells how batches are read and how the network is scored.
+# Those of them that only affect how batches are read and how the network is evaluated.
 FREE = ("model.inference.", "data.eval_batch_size", "data.num_workers", "data.on_bad_sample")
-# All that matters to a command that only scores.
-SCORED = ("model.network.", "data.dataset")
+# Settings that must agree for a command that only evaluates.
+EVALUATED = ("model.network.", "data.dataset")
 
 
 def named_checkpoint(name: str, config: Any, settings: dict[str, Any], is_fit: bool) -> Path:
-    """The checkpoint of an earlier run with the same configuration.
+    """Return the checkpoint of an earlier run with the same configuration.
 
-    ``last``: the newest ``last.ckpt`` below the logger's folder and name, or the one in
-    ``last_checkpoint.dirpath``. ``best``: the one that the best metric of that same run chose.
-    ``hpc``: the newest that a requeued SLURM job left in ``trainer.default_root_dir``.
+    =========  ===================================================================================
+    ``last``   The newest ``last.ckpt`` below the logger's folder and name, or the one in
+               ``last_checkpoint.dirpath``.
+    ``best``   The checkpoint with the best monitored metric of that same run.
+    ``hpc``    The newest one that a requeued SLURM job left in ``trainer.default_root_dir``.
+    =========  ===================================================================================
 
     Args:
-        name: One of the three.
-        config: The settings of the command, as parsed.
-        settings: The same as plain data, as they are saved with a run.
+        name: One of the three names.
+        config: Settings of the command, as parsed.
+        settings: Settings of the command as plain data, in the form that a run folder stores.
         is_fit: Whether the command trains.
 
     Raises:
-        UserError: There is none, and the sentence says where it was expected; or the newest run is
-            another experiment.
+        UserError: There is no such checkpoint, or the newest run is another experiment.
     """
     if name == "hpc":
         return _hpc(Path(config.trainer.default_root_dir or "."))
@@ -63,49 +65,53 @@ def _last(name: str, config: Any) -> Path:
     files = [file for file in files if file.is_file()]
     if not files:
         raise UserError(
-            f"ckpt_path: {name!r} needs the last.ckpt of an earlier run, and there is no "
-            f"{str(expected)!r}; give the checkpoint's path, or leave ckpt_path out to start anew"
+            f"ckpt_path: {name!r} needs the last.ckpt of an earlier run, but there is no "
+            f"{str(expected)!r}; give the checkpoint's path, or leave ckpt_path out to train from "
+            "the start"
         )
     return max(files, key=lambda file: file.stat().st_mtime_ns)
 
 
 def _refuse_another_experiment(last: Path, here: dict[str, Any], is_fit: bool) -> None:
-    """Runs of one folder are not always of one experiment: the folder's name has a default."""
+    """Raise UserError if the run of a checkpoint has other settings than the command.
+
+    The logger's name has a default, so runs of different experiments can share a folder.
+    """
     run = Run.of(last)
     if run is None:
         return
     try:
         there = run.config
-    except UserError:  # nothing is known of it, so that nothing speaks against it
+    except UserError:  # an unreadable configuration cannot be compared
         return
     if not there:
         return
-    compared = SAME_EXPERIMENT if is_fit else SCORED
+    compared = SAME_EXPERIMENT if is_fit else EVALUATED
     different = {
         key: values
         for key, values in changes(there, here).items()
         if f"{key}.".startswith(compared)
         and not f"{key}.".startswith(FREE)
-        and not (key == "data.path" and _is_same_place(*values))
+        and not (key == "data.path" and _is_same_path(*values))
     }
     if different:
-        told = ", ".join(
+        differences = ", ".join(
             f"{key.replace('.init_args', '').replace('.class_path', '')} is {now} here and "
             f"{then} there"
             for key, (then, now) in different.items()
         )
         raise UserError(
-            f"ckpt_path: the newest run is that in {str(last.parent.parent)!r}, which is another "
-            f"experiment: {told}; give the path of the checkpoint that is meant, such as {last}"
+            f"ckpt_path: the newest run, {str(last.parent.parent)!r}, is another experiment: "
+            f"{differences}; give the path of the checkpoint that is meant, such as {last}"
         )
 
 
-def _is_same_place(then: Any, now: Any) -> bool:
+def _is_same_path(then: Any, now: Any) -> bool:
     return None not in (then, now) and Path(str(then)).resolve() == Path(str(now)).resolve()
 
 
 def _run_folders(trainer: Any) -> Path:
-    """Where the first logger puts the folders of its runs."""
+    """Return the folder in which the first logger creates its run folders."""
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     settings = loggers[0].get("init_args", {}) if hasattr(loggers[0], "get") else {}
     folder = settings.get("save_dir") or settings.get("dir") or trainer.default_root_dir or "."
@@ -121,19 +127,19 @@ def _best(last: Path) -> Path:
         if isinstance(state, dict) and state.get("monitor") and state.get("best_model_path")
     }
     if len(best) != 1:
-        found = f"those of {', '.join(sorted(best))}" if best else "none"
+        monitors = f"those of {', '.join(sorted(best))}" if best else "none"
         raise UserError(
             f"ckpt_path: 'best' needs one ModelCheckpoint with a monitor in the run of "
-            f"{str(last)!r}, which has {found}; give the checkpoint's path"
+            f"{str(last)!r}, which has {monitors}; give the checkpoint's path"
         )
     (file,) = best.values()
-    # Beside the other if the run's folder was moved, or was given relative to another place.
+    # The stored path is wrong if the run folder was moved, or is relative to another working
+    # directory. So try the folder of last.ckpt first.
     for candidate in (last.parent / file.name, file):
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"ckpt_path: the best checkpoint of the run is {str(file)!r}, which is not there; give "
-        "another"
+        f"ckpt_path: the best checkpoint of the run, {str(file)!r}, does not exist; give another"
     )
 
 
@@ -146,6 +152,6 @@ def _hpc(folder: Path) -> Path:
     if not numbered:
         raise UserError(
             f"ckpt_path: there is no {str(folder / 'hpc_ckpt_*.ckpt')!r}; give the checkpoint's "
-            "path, or leave ckpt_path out to start anew"
+            "path, or leave ckpt_path out to train from the start"
         )
     return numbered[max(numbered)]

@@ -1,4 +1,4 @@
-"""The argument parser of every command."""
+"""The argument parsers of all commands, and the networks that can be named on the command line."""
 
 import inspect
 import pkgutil
@@ -14,8 +14,8 @@ from segformer_pl.models.segmenter import Segmenter
 
 PROG = "python -m segformer_pl"
 
-# Options as the project's own commands had them in the release before, and as they have them now:
-# with underscores, and by the names that `fit` has for the same thing.
+# Option names of the previous release -> present ones, which have underscores and agree with the
+# options of `fit`. The old names are still accepted.
 OLD_SPELLINGS = {
     "--batch-size": "--batch_size",
     "--block-size": "--block_size",
@@ -28,7 +28,7 @@ OLD_SPELLINGS = {
 
 
 def current_spelling(arguments: list[str]) -> list[str]:
-    """Replace old spellings of options in the arguments of a command, with a notice for each."""
+    """Replace old option names in the arguments of a command, with a notice on stderr for each."""
     current = []
     for argument in arguments:
         option, equals, value = argument.partition("=")
@@ -39,7 +39,7 @@ def current_spelling(arguments: list[str]) -> list[str]:
 
 
 def segmenter_names() -> list[str]:
-    """The networks that can be named on the command line: functions that take ``num_classes``."""
+    """Return the names in :mod:`segformer_pl.models` of functions that take ``num_classes``."""
     return [
         name
         for name in models.__all__
@@ -55,7 +55,8 @@ def find_segmenter(name: str) -> Callable[..., Segmenter]:
         name: One of :func:`segmenter_names`, or an import path such as ``package.module.Class``.
 
     Raises:
-        UserError: There is nothing of that name, or it cannot be called with ``num_classes``.
+        UserError: The name does not exist, or its function or class has no argument
+            ``num_classes``.
     """
     if name in segmenter_names():
         return getattr(models, name)
@@ -69,8 +70,8 @@ def find_segmenter(name: str) -> Callable[..., Segmenter]:
         ) from error
     if "num_classes" not in parameters:
         raise UserError(
-            f"{name!r} has no argument num_classes and is no segmentation network of this package; "
-            "see segformer_pl.models.segmenter"
+            f"{name!r} has no argument num_classes, so it is not a segmentation network of this "
+            "package; see segformer_pl.models.segmenter"
         )
     return build
 
@@ -78,11 +79,11 @@ def find_segmenter(name: str) -> Callable[..., Segmenter]:
 class RunArgumentParser(LightningArgumentParser):
     """The parser of ``fit``, ``validate``, ``test`` and ``doctor``.
 
-    It says what is wrong in one sentence, and lets links reach into a function's arguments.
+    Errors are one sentence, and links can set arguments of a function as well as of a class.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # With abbreviations, --trainer.max_step would pass for trainer.max_steps.
+        # Abbreviations would accept a misspelt --trainer.max_step as trainer.max_steps.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -93,8 +94,8 @@ class RunArgumentParser(LightningArgumentParser):
         sys.stderr.write(f"error: {sentence} (what is accepted: {self.prog} --help)\n")
         self.exit(2)
 
-    # jsonargparse 4.53 passes linked_targets on to this method as it does to
-    # add_class_arguments, but only the latter takes it.
+    # jsonargparse 4.53 passes linked_targets to this method as it does to add_class_arguments, but
+    # only the latter accepts it. So drop it here.
     def add_function_arguments(
         self, *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
     ) -> list[str]:
@@ -102,7 +103,7 @@ class RunArgumentParser(LightningArgumentParser):
 
 
 class SegformerArgumentParser(RunArgumentParser):
-    """The parser of the project's own commands, which accepts the old spellings of options too."""
+    """The parser of the other commands, which also accepts old option names."""
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any

@@ -1,4 +1,4 @@
-"""``predict``: masks, overlays and probabilities for pictures of your own."""
+"""``predict``: masks, overlays and probabilities of image files."""
 
 import ctypes
 import glob
@@ -27,57 +27,66 @@ from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, Predictor
 
 MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
-INTERRUPTED = 130  # what shells report for Ctrl-C
-M_MMAP_THRESHOLD = -3  # glibc, malloc.h
-LARGE_BLOCK = 4 << 20  # bytes
+INTERRUPTED = 130  # exit status of shells for Ctrl-C
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+MMAP_THRESHOLD = 4 << 20  # bytes
 
 TrainIds = npt.NDArray[np.uint8 | np.uint16]
 
 
 def predict(arguments: list[str]) -> None:
-    """``predict --ckpt FILE --input PICTURES --output FOLDER``: what a network says of pictures.
+    """Run ``predict --ckpt FILE --input IMAGES --output FOLDER`` and write the predictions.
 
-    Exits with 1 if a picture was skipped, with 2 if an argument is wrong.
+    The exit status is 1 if an image was skipped and 2 if an argument is wrong.
+
+    Args:
+        arguments: Command-line arguments after ``predict``.
+
+    Raises:
+        WriteError: The output folder cannot be written to.
     """
     parser = SegformerArgumentParser(
         prog=f"{PROG} predict",
-        description="Segment pictures with the network of a run. Writes masks/NAME.png, the train "
-        "id of every pixel at full size, with the data set's palette (from 257 classes on 16-bit "
-        "grey without one), and overlays/NAME.png for the eye; small pictures are enlarged there. "
-        "NAME is the picture's path below the folder or below the fixed part of the pattern, "
-        "without suffix; pictures that differ in nothing else keep it (a.jpg.png). Pictures are "
-        "turned upright by their EXIF data, and so are the masks; transparency is ignored; of 16 "
-        "bits the upper 8 count; of several frames the first. What cannot be read, or written "
-        "under its name, is reported and skipped, and the exit code is then 1. Files that are "
-        "there already are written anew. Of --inference, whatever defaults are listed, what is "
-        "not given is as in the run.",
+        description="Segment images with the network of a run. For every image, two files are "
+        "written: masks/NAME.png holds the train id of every pixel at the image's own size, with "
+        "the palette of the data set (with more than 256 classes: 16-bit grey, no palette); "
+        "overlays/NAME.png shows the prediction over the image, small images enlarged. NAME is "
+        "the image's path relative to the input folder, or to the part of the pattern before its "
+        "first wildcard, without suffix; images that differ only in the suffix keep it "
+        "(a.jpg.png). Images are rotated as their EXIF orientation says, transparency is ignored, "
+        "16-bit images are reduced to their upper 8 bits, and of several frames the first is "
+        "used. Images that cannot be read or written are reported and skipped, and the exit "
+        "status is 1. Existing files are overwritten. The evaluation protocol is that of the "
+        "run's validation, except for the --inference options that are given; the defaults listed "
+        "for these options do not apply.",
     )
-    parser.add_argument("--ckpt", required=True, help="checkpoint of a run")
+    parser.add_argument("--ckpt", required=True, help="checkpoint of a run of `fit`")
     parser.add_argument(
         "--input",
         required=True,
-        help="a picture; a folder, searched with all below it for pictures "
-        f"({', '.join(PICTURES)}); or a pattern in quotes, such as 'photos/**/*.jpg'",
+        help="images to segment: one file; a folder, searched recursively for images "
+        f"({', '.join(PICTURES)}); or a quoted pattern, such as 'photos/**/*.jpg'",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--output", required=True, help="folder that the files are written to")
     parser.add_argument(
         "--probabilities",
         action="store_true",
-        help="also write probabilities/NAME.npz: `probabilities`, float16 of shape (classes, "
-        "height, width), and `class_names`; takes memory for every class of every pixel",
+        help="also write probabilities/NAME.npz with the arrays `probabilities`, float16 of shape "
+        "(classes, height, width), and `class_names`; memory grows with classes times pixels",
     )
     parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="where the network runs; auto is CUDA where there is some",
+        help="device of the network; auto is cuda if available, else cpu",
     )
-    # Their defaults are the run's own, known once the checkpoint is read.
+    # The checkpoint, which is read later, provides the defaults of these options.
     parser.add_class_arguments(Inference, "inference")
     options = parser.parse_args(arguments)
     changes = parser.parse_args(arguments, defaults=False).get("inference")
     try:
-        pictures = find_pictures(options.input, options.output)
+        output = Path(options.output)
+        images = find_images(options.input, output)
         device = resolve_device(options.device)
         _return_large_blocks()
         predictor = Predictor.from_weights(RunCheckpoint.read(options.ckpt).weights()).to(device)
@@ -88,11 +97,11 @@ def predict(arguments: list[str]) -> None:
     except ValueError as error:
         parser.error(str(error))
     kinds = (MASKS, OVERLAYS, *([PROBABILITIES] if options.probabilities else []))
-    for folder in (options.output, *(options.output / kind for kind in kinds)):
+    for folder in (output, *(output / kind for kind in kinds)):
         make_writable_folder(folder, "--output")
-    writer = PredictionFiles(options.output, predictor.class_names, predictor.palette or [])
+    writer = PredictionFiles(output, predictor.class_names, predictor.palette or [])
     num_written = num_skipped = 0
-    progress = tqdm(pictures.items(), "predicting", unit="picture")
+    progress = tqdm(images.items(), "predicting", unit="image")
     try:
         for file, name in progress:
             try:
@@ -107,7 +116,7 @@ def predict(arguments: list[str]) -> None:
             try:
                 writer.write(name, pixels, labels, probabilities)
             except WriteError as error:
-                if not error.is_of_the_name:  # but of the disk or the folder, as of all others
+                if not error.is_of_the_name:  # a full disk, say, stops all other files as well
                     raise
                 num_skipped += 1
                 tqdm.write(f"skipped: {file}: {error}", file=sys.stderr)
@@ -115,69 +124,79 @@ def predict(arguments: list[str]) -> None:
             num_written += 1
     except KeyboardInterrupt:
         progress.close()
-        sys.stderr.write(f"interrupted after {num_written} pictures; what is written is whole\n")
+        sys.stderr.write(f"interrupted after {num_written} images; their files are complete\n")
         sys.exit(INTERRUPTED)
     sys.stdout.write(
-        f"{num_written} masks in {options.output / MASKS}, overlays in "
-        f"{options.output / OVERLAYS}; skipped: {num_skipped}\n"
+        f"{num_written} masks in {output / MASKS}, overlays in {output / OVERLAYS}; "
+        f"skipped: {num_skipped}\n"
     )
     if num_skipped:
         sys.exit(1)
 
 
-def find_pictures(pattern: str, output: Path) -> dict[Path, Path]:
-    """The files that a path or a pattern means, in sorted order, each with the name of its outputs.
+def find_images(pattern: str, output: Path) -> dict[Path, Path]:
+    """Return the image files of a path or a pattern, sorted, with the names of their outputs.
 
-    Hidden files, and what an earlier call wrote to ``output``, belong to no folder and no pattern.
+    Hidden files, and files that an earlier call wrote to ``output``, are left out::
+
+        in/a.jpg, in/b.jpg, in/b.png, in/sub/a.png    input "in"
+        a         b.jpg     b.png     sub/a           names of the outputs
+
+    Args:
+        pattern: A file, a folder that is searched recursively, or a glob pattern.
+        output: Folder of the outputs.
 
     Returns:
-        Relative path of the outputs, without the suffix that they get, by file. No two are equal.
+        Input file -> relative path of its outputs, without the suffix that each of them gets. No
+        two of these paths are equal.
 
     Raises:
-        UserError: There is no such file or folder, or nothing matches.
+        UserError: There is no such file or folder, or nothing matches the pattern.
     """
     if not pattern:
-        raise UserError("--input is empty; give a picture, a folder or a pattern")
+        raise UserError("--input is empty; give an image, a folder or a pattern")
     path = Path(pattern).expanduser()
-    remedy = "give a picture, a folder of pictures, or a pattern in quotes like 'photos/**/*.jpg'"
+    remedy = "give an image, a folder of images, or a quoted pattern like 'photos/**/*.jpg'"
     if path.is_file():
-        return _named([path], path.parent)
+        return _with_output_names([path], path.parent)
     if path.is_dir():
-        base, found = path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
-        found = [file for file in found if Path(file).suffix.lower() in PICTURES]
-        missing = f"folder {pattern!r} holds no picture ({', '.join(PICTURES)})"
+        base, matches = path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
+        matches = [file for file in matches if Path(file).suffix.lower() in PICTURES]
+        missing = f"folder {pattern!r} contains no image ({', '.join(PICTURES)})"
     elif glob.has_magic(pattern):
         fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
-        base, found = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)
+        base, matches = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)
         missing = f"no file matches {pattern!r}"
     else:
         raise UserError(f"--input: there is no file or folder {pattern!r}; {remedy}")
-    ours = [(output / folder).resolve() for folder in (MASKS, OVERLAYS, PROBABILITIES)]
+    own_folders = [(output / folder).resolve() for folder in (MASKS, OVERLAYS, PROBABILITIES)]
     files = [
         file
-        for file in sorted(Path(os.path.normpath(file)) for file in found)
-        # A link to nowhere counts: it is reported, not passed over in silence.
+        for file in sorted(Path(os.path.normpath(file)) for file in matches)
+        # A dangling link is kept, so that it is reported when it cannot be read.
         if (file.is_file() or not file.exists())
-        and not any(file.resolve().is_relative_to(folder) for folder in ours)
+        and not any(file.resolve().is_relative_to(folder) for folder in own_folders)
     ]
     if not files:
         raise UserError(f"--input: {missing}; {remedy}")
-    return _named(files, Path(os.path.normpath(base)))
+    return _with_output_names(files, Path(os.path.normpath(base)))
 
 
-def _named(files: list[Path], base: Path) -> dict[Path, Path]:
-    """Without suffix, unless another picture has or would get the same name."""
+def _with_output_names(files: list[Path], base: Path) -> dict[Path, Path]:
+    """Map files to their paths below ``base``, without suffix where that is unambiguous."""
     relative = {file: Path(os.path.relpath(file, base)) for file in files}
     outside = next((file for file, name in relative.items() if ".." in name.parts), None)
     if outside is not None:
         raise UserError(
             f"--input: '{outside}' is not below '{base}', where the pattern starts; use '..' "
-            "before its first wildcard only"
+            "only before the first wildcard"
         )
-    whole = set(relative.values())
-    count = Counter(name.with_suffix("") for name in whole)
+    full_names = set(relative.values())
+    count = Counter(name.with_suffix("") for name in full_names)
     return {
-        file: name if count[short := name.with_suffix("")] > 1 or short in whole - {name} else short
+        file: name
+        if count[stem := name.with_suffix("")] > 1 or stem in full_names - {name}
+        else stem
         for file, name in relative.items()
     }
 
@@ -186,34 +205,37 @@ def _check_channels(predictor: Predictor) -> None:
     num_channels = predictor.network.in_channels
     if num_channels != 3:
         raise UserError(
-            f"--ckpt: the network takes {num_channels} channels, but pictures are read with 3 "
+            f"--ckpt: the network takes {num_channels} channels, but images are read with 3 "
             "(RGB); give a checkpoint of a network with in_channels 3"
         )
 
 
-def changed_protocol(of_the_run: Inference, changes: dict[str, Any]) -> Inference:
-    """Return a run's own protocol with some arguments changed."""
-    arguments = {field.name: getattr(of_the_run, field.name) for field in fields(of_the_run)}
-    if "window" in changes:  # these belong to the run's windows
+def changed_protocol(protocol: Inference, changes: dict[str, Any]) -> Inference:
+    """Return an evaluation protocol with some arguments changed.
+
+    Another window has the default stride and weights, unless these are among the changes.
+    """
+    arguments = {field.name: getattr(protocol, field.name) for field in fields(protocol)}
+    if "window" in changes:
         del arguments["stride"], arguments["window_weights"]
     return Inference(**arguments | changes)
 
 
 def _return_large_blocks() -> None:
-    """Have the C library return freed memory of large blocks to the system at once.
+    """Make the C library return freed blocks of 4 MiB and more to the system at once.
 
-    By default glibc keeps freed blocks of up to 32 MiB for later. The activations of window after
-    window leave holes between them, and the process grows to several times what it uses.
+    By default glibc keeps freed blocks of up to 32 MiB for reuse. The activations of one window
+    after another fragment that memory, and the process grows to several times what it uses.
     """
     if sys.platform == "linux":
         with suppress(AttributeError):  # a C library other than glibc
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def _segment(
-    predictor: Predictor, pixels: Pixels, with_probabilities: bool, where: str
+    predictor: Predictor, pixels: Pixels, with_probabilities: bool, file: str
 ) -> tuple[TrainIds, npt.NDArray[np.float16] | None]:
-    """Train ids (H, W) and, if asked for, probabilities (num_classes, H, W)."""
+    """Return train ids (H, W), and probabilities (num_classes, H, W) or None."""
     height, width = pixels.shape[:2]
     try:
         if with_probabilities:
@@ -221,20 +243,20 @@ def _segment(
         return predictor(pixels), None
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{where}: {height}x{width} pixels need more memory than the device has; give "
+            f"{file}: {height}x{width} pixels need more memory than the device has; give "
             "--inference.window and --inference.stride, or --device cpu"
         ) from error
-    except ValueError as error:  # such as: smaller than the network can take
-        raise UserError(f"{where}: {error}") from error
+    except ValueError as error:  # such as an image smaller than the network accepts
+        raise UserError(f"{file}: {error}") from error
 
 
 class PredictionFiles:
-    """Writes what the network says of a picture, each file whole or not at all.
+    """Writes the predictions of images, each file completely or not at all.
 
     Args:
-        folder: Where to.
-        class_names: By train id.
-        palette: RGB 0-255 by train id.
+        folder: Folder that contains the folders of masks, overlays and probabilities.
+        class_names: Name of each class, in the order of train ids.
+        palette: RGB colour of each class, 0 to 255, in the order of train ids.
     """
 
     def __init__(self, folder: Path, class_names: list[str], palette: Palette) -> None:
@@ -249,18 +271,18 @@ class PredictionFiles:
         labels: TrainIds,
         probabilities: npt.NDArray[np.float16] | None,
     ) -> None:
-        """Write overlay, probabilities if there are any, and mask.
+        """Write the overlay, the probabilities if given, and the mask of an image.
 
-        The mask comes last: where there is one, the picture is done.
+        The mask is written last, so an image with a mask is complete.
 
         Args:
-            name: Relative path, without the suffix of its own that each file gets.
-            pixels: (H, W, 3) RGB.
-            labels: Train ids (H, W); uint16 becomes 16-bit grey, uint8 indices of the palette.
-            probabilities: (num_classes, H, W).
+            name: Relative path of the files, without their suffixes.
+            pixels: Image, (H, W, 3) RGB.
+            labels: Train ids (H, W): uint8 is written as palette indices, uint16 as 16-bit grey.
+            probabilities: Probabilities (num_classes, H, W), or None.
 
         Raises:
-            WriteError: a file cannot be written, in one sentence.
+            WriteError: A file cannot be written.
         """
         with atomic_write(self._file(OVERLAYS, name, ".png")) as stream:
             write_overlay(stream, pixels, labels, self.class_names, self.palette)

@@ -1,4 +1,4 @@
-"""``profile MODEL``: what a network costs."""
+"""``profile MODEL``: parameters, multiply-adds, memory and latency of a network."""
 
 import inspect
 import json
@@ -19,13 +19,20 @@ from segformer_pl.models.segmenter import Segmenter
 
 
 def profile(arguments: list[str]) -> None:
-    """``profile MODEL``: parameters, multiply-adds, activation memory and latency of a network."""
+    """Run ``profile MODEL`` and print parameters, multiply-adds, activation memory and latency.
+
+    Args:
+        arguments: Command-line arguments after ``profile``, the model first.
+
+    Raises:
+        UserError: There is no such network, or an argument does not fit it.
+    """
     parser = SegformerArgumentParser(
         prog=f"{PROG} profile",
-        description="Parameters, multiply-adds (executed, and as the network's paper counts them), "
-        "activation memory and latency of a network, in total and part by part. After MODEL, every "
-        "argument of the model can be given too, such as --sr_ratios [4,4,2,1]; profile MODEL "
-        "--help lists them.",
+        description="Count the parameters, multiply-adds (as executed, and as the network's paper "
+        "counts them) and activation memory of a network, in total and by part, and measure its "
+        "latency. Arguments of the network follow MODEL as options, such as --sr_ratios [4,4,2,1]; "
+        "profile MODEL --help lists them.",
     )
     parser.add_argument(
         "model",
@@ -39,21 +46,26 @@ def profile(arguments: list[str]) -> None:
         nargs=2,
         default=[512, 512],
         metavar=("H", "W"),
-        help="image in pixels",
+        help="height and width of the image in pixels",
     )
-    parser.add_argument("--num_classes", type=int, default=150, help="the paper's tables have 150")
+    parser.add_argument(
+        "--num_classes",
+        type=int,
+        default=150,
+        help="number of classes (150 in the paper's tables, for ADE20K)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where latency is measured",
+        help="device on which latency is measured; all else is counted",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         default="float32",
-        help="of weights and image while latency is measured",
+        help="data type of weights and image when latency is measured",
     )
     build = None
     if arguments and not arguments[0].startswith("-"):
@@ -74,7 +86,7 @@ def profile(arguments: list[str]) -> None:
     if not isinstance(network, Segmenter):
         raise UserError(
             f"{name} builds a {type(network).__name__}, which does not inherit from "
-            "segformer_pl.models.segmenter.Segmenter; let it"
+            "segformer_pl.models.segmenter.Segmenter; make that its base class"
         )
     cost = complexity(network, height, width)
     sys.stderr.write("measuring latency ...\n")

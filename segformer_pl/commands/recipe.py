@@ -1,4 +1,4 @@
-"""``recipe diff RUN_OR_YAML [YAML ...]``: how far a run departs from the paper's recipe."""
+"""``recipe diff RUN_OR_YAML [YAML ...]``: departures of a run from the paper's recipe."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -14,32 +14,32 @@ Resolve = Callable[[list[str]], dict[str, Any]]
 
 
 def recipe(arguments: list[str], resolve: Resolve) -> None:
-    """``recipe diff RUN_OR_YAML [YAML ...]``: how far a run departs from the paper's recipe.
+    """Run ``recipe diff RUN_OR_YAML [YAML ...]`` and print the departures from the paper's recipe.
 
     Args:
-        arguments: Those of the command.
-        resolve: Function of YAML files -> the configuration that a run of them would have; the
-            command line's.
+        arguments: Command-line arguments after ``recipe``.
+        resolve: Function that maps YAML files to the complete settings of a ``fit`` with them.
 
     Raises:
-        UserError: A folder holds no configuration, or it cannot be read; one sentence says which.
+        UserError: A folder contains no configuration, or a configuration cannot be read.
     """
     parser = SegformerArgumentParser(
         prog=f"{PROG} recipe",
-        description="List every setting in which a run departs from the paper's recipe for its "
-        "network and data set, with the place that states the paper's value.",
+        description="List every setting of a run that differs from the paper's training recipe for "
+        "the same network and data set, with the section or file that states the paper's value.",
     )
-    parser.add_argument("what", choices=["diff"], help="list the departures")
+    parser.add_argument("what", choices=["diff"], help="list the departures from the recipe")
     parser.add_argument(
         "sources",
         nargs="+",
-        help="run folder, or a checkpoint in one; or YAML files, merged in this order as --config "
-        "merges them",
+        help="run to compare with the recipe: a run folder, or a checkpoint in one; or YAML files "
+        "of settings, merged in this order as `fit --config` merges them",
     )
     sources = [Path(source) for source in parser.parse_args(arguments).sources]
     runs = [_run_of(source) for source in sources]
     if len(runs) == 1 and runs[0] is not None:
-        # A run's own file is complete. The command line would fill in what it did not know then.
+        # The file of a run is complete. Parsing it again would add today's defaults of settings
+        # that did not exist when the run was trained.
         config = runs[0].configs[0]
     else:
         files = [str(run.config_file if run else file) for run, file in zip(runs, sources)]
@@ -54,28 +54,28 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
 
 
 def table(config: Mapping[str, Any]) -> str:
-    """The departures of a run as text, one line for each."""
-    found = departures(config)
+    """Return the departures of a run from the recipe as a table, one line for each."""
+    listed = departures(config)
     rows = [("setting", "paper", "here", "source")]
-    rows += [(one.setting, one.paper, one.here, one.source) for one in found]
+    rows += [(one.setting, one.paper, one.here, one.source) for one in listed]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [scope(config)]
-    if found:
+    if listed:
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    count = "1 departure" if len(found) == 1 else f"{len(found)} departures"
-    if known := remarks(config):
-        lines += [f"{count}; and what no setting changes:", *(f"- {remark}" for remark in known)]
+    count = "1 departure" if len(listed) == 1 else f"{len(listed)} departures"
+    if notes := remarks(config):
+        lines += [f"{count}; independent of the settings:", *(f"- {note}" for note in notes)]
     return "\n".join(lines)
 
 
 def _run_of(source: Path) -> Run | None:
-    """The run of a folder, or of a checkpoint in one; None for any other file."""
+    """Return the run of a folder, or of a checkpoint in one; None for any other file."""
     if not source.is_dir():
         return Run.of(source) if source.is_file() else None
     run = Run(source)
     if not run.config_file.is_file():
         raise UserError(
-            f"{str(source)!r} holds no {run.config_file.name}; give the folder of one run, such as "
-            "runs/demo/version_0, or YAML files"
+            f"{str(source)!r} contains no {run.config_file.name}; give the folder of one run, such "
+            "as runs/demo/version_0, or YAML files"
         )
     return run

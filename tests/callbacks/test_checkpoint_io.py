@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, whatever file system the temporary folder is on."""
+"""Checkpoints are written atomically, whatever file system the temporary folder is on."""
 
 import os
 import signal
@@ -18,17 +18,17 @@ from segformer_pl.data import shapes
 pytestmark = pytest.mark.slow
 
 
-def test_the_temporary_folder_plays_no_part(tmp_path, monkeypatch):
+def test_the_temporary_folder_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     file = tmp_path / "new" / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, str(file))
     AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(3)}, file)
     assert torch.load(file, weights_only=True)["a"].tolist() == [0, 0, 0]
-    assert [one.name for one in file.parent.iterdir()] == ["last.ckpt"]
+    assert [child.name for child in file.parent.iterdir()] == ["last.ckpt"]
     assert AtomicCheckpointIO().load_checkpoint(file, weights_only=True)["a"].sum() == 0
 
 
-def test_other_file_systems_are_left_to_lightning():
+def test_remote_paths_are_left_to_lightning():
     import fsspec
 
     AtomicCheckpointIO().save_checkpoint({"a": 1}, "memory://folder/last.ckpt")
@@ -36,7 +36,7 @@ def test_other_file_systems_are_left_to_lightning():
         assert torch.load(stream, weights_only=True) == {"a": 1}
 
 
-def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_an_unwritable_path_is_one_error_message(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(WriteError, match=r"cannot write '.*last.ckpt': .*; give a folder that"):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
@@ -44,8 +44,8 @@ def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
-def test_kills_in_mid_write_leave_the_previous_checkpoint(tmp_path):
-    """Lightning's own writer left a part of a file under the real name in 4 of 4 kills."""
+def test_a_kill_during_writing_leaves_the_previous_checkpoint(tmp_path):
+    """With Lightning's own writer, 4 of 4 kills left a truncated checkpoint."""
     program = (
         "import sys, torch\n"
         "from segformer_pl.callbacks import AtomicCheckpointIO\n"
@@ -60,8 +60,8 @@ def test_kills_in_mid_write_leave_the_previous_checkpoint(tmp_path):
             environment = os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
             writer = subprocess.Popen([sys.executable, "-c", program, file], env=environment)
             deadline = time.monotonic() + 120
-            known = set(os.listdir(folder))
-            while not (os.path.exists(file) and set(os.listdir(folder)) - known - {"last.ckpt"}):
+            before = set(os.listdir(folder))
+            while not (os.path.exists(file) and set(os.listdir(folder)) - before - {"last.ckpt"}):
                 assert writer.poll() is None
                 assert time.monotonic() < deadline
             time.sleep(delay)
@@ -92,7 +92,7 @@ def fit(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_in_one_sentence(fit, start_command, tmp_path):
+def test_a_full_disk_ends_the_run_with_one_error_message(fit, start_command, tmp_path):
     """A limit on the size of a file stands in for the disk."""
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert start_command([*fit, "--trainer.max_steps=1"]).wait() == 0
@@ -103,7 +103,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence(fit, start_command, tmp_path):
     sentence, command = full.output.splitlines()[-2:]
     assert sentence == (
         f"error: cannot write {str(last)!r}: File too large; free space or give a folder that can "
-        "be written; then go on with"
+        "be written; then resume with"
     )
     assert command.startswith("python -m segformer_pl fit ")
     assert command.count("--ckpt_path") == 1
@@ -113,9 +113,9 @@ def test_a_full_disk_ends_the_run_in_one_sentence(fit, start_command, tmp_path):
     assert os.listdir(last.parent) == ["last.ckpt"]
 
 
-def test_what_a_killed_writer_left_is_removed_at_the_next_start(fit, tmp_path):
-    left = tmp_path / "checkpoints" / ".0123456789abcdef.partial"
-    left.parent.mkdir()
-    left.write_bytes(b"half")
+def test_partial_files_of_a_killed_writer_are_removed_at_the_next_start(fit, tmp_path):
+    partial = tmp_path / "checkpoints" / ".0123456789abcdef.partial"
+    partial.parent.mkdir()
+    partial.write_bytes(b"half")
     main([*fit, "--trainer.max_steps=1"])
-    assert os.listdir(left.parent) == ["last.ckpt"]
+    assert os.listdir(partial.parent) == ["last.ckpt"]

@@ -1,4 +1,4 @@
-"""Receptive fields over a training: the same pictures each time, of all ranks, as curves."""
+"""The ERF callback: the same images at each validation, all ranks, logged curves."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def samples(count):
         {
             "image": torch.rand(3, 32, 48, generator=generator),
             "label": torch.randint(0, 2, (32, 48), generator=generator),
-            "id": f"picture-{number}",
+            "id": f"image-{number}",
         }
         for number in range(count)
     ]
@@ -54,7 +54,7 @@ def fit(callback, folder, max_steps=4):
 
 
 @pytest.mark.slow
-def test_curves_are_those_of_the_network_on_the_first_pictures(tmp_path):
+def test_curves_are_those_of_the_network_on_the_first_images(tmp_path):
     task, run = fit(EffectiveReceptiveField(3), tmp_path)
     columns = Run(run).metrics
     images = torch.stack([sample["image"] for sample in samples(3)])
@@ -65,7 +65,7 @@ def test_curves_are_those_of_the_network_on_the_first_pictures(tmp_path):
         assert series.last == pytest.approx(erf[layer].radius(0.5))
         radius95 = columns[f"val/erf/{layer}/radius95"].last
         assert radius95 == pytest.approx(erf[layer].radius(0.95))
-        area50 = erf[layer].interval(lambda field: field.area_ratio(0.5)).value
+        area50 = erf[layer].interval(lambda erf: erf.area_ratio(0.5)).value
         assert columns[f"val/erf/{layer}/area50"].last == pytest.approx(area50)
     titles = [chart["title"] for chart in draw_charts(columns, "CrossEntropy")]
     assert "Effective receptive field" in titles
@@ -77,34 +77,34 @@ def test_curves_are_those_of_the_network_on_the_first_pictures(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_n_steps_thins_it_out(tmp_path):
+def test_every_n_steps_skips_validations(tmp_path):
     callback = EffectiveReceptiveField(2, every_n_steps=3)
     _, run = fit(callback, tmp_path, max_steps=8)
     assert sorted(file.name for file in (run / "erf").iterdir()) == [
         *("step_0000002.png", "step_0000006.png")
     ]
     assert [name for batch in callback.batches for name in batch["id"]] == [
-        "picture-0",
-        "picture-1",
+        "image-0",
+        "image-1",
     ]
 
 
 def batch(numbers):
-    chosen = [samples(6)[number] for number in numbers]
+    selected = [samples(6)[number] for number in numbers]
     return {
-        "image": torch.stack([one["image"] for one in chosen]),
-        "id": [one["id"] for one in chosen],
-        "skipped": {"picture-1": "damaged"},
+        "image": torch.stack([sample["image"] for sample in selected]),
+        "id": [sample["id"] for sample in selected],
+        "skipped": {"image-1": "damaged"},
     }
 
 
-def test_ranks_are_summed_up_and_one_without_a_picture_is_none(monkeypatch):
+def test_ranks_are_merged_also_if_one_has_no_image(monkeypatch):
     task = make_task()
     callback = EffectiveReceptiveField(4)
     trainer = SimpleNamespace(world_size=3, sanity_checking=False)
-    # Of four pictures two fall to each of three ranks; a damaged one does not count.
+    # ceil(4 images / 3 ranks) = 2 images for each rank; a damaged one is replaced by the next.
     callback.on_validation_batch_end(trainer, task, None, batch([0, 1, 2, 3]), 0)
-    assert [name for kept in callback.batches for name in kept["id"]] == ["picture-0", "picture-2"]
+    assert [name for kept in callback.batches for name in kept["id"]] == ["image-0", "image-2"]
     other = effective_receptive_field(
         task.network, batch([4, 5])["image"], preprocess=task.normalize
     )
@@ -113,17 +113,17 @@ def test_ranks_are_summed_up_and_one_without_a_picture_is_none(monkeypatch):
         parts[:] = [own, other, None]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    found = callback._measure(trainer, task)
+    merged = callback._measure(trainer, task)
     whole = effective_receptive_field(
         task.network, batch([0, 2, 4, 5])["image"], preprocess=task.normalize
     )
-    assert found.num_images == 4
+    assert merged.num_images == 4
     for layer in LAYERS:
-        np.testing.assert_allclose(found[layer].mean, whole[layer].mean, rtol=1e-5)
-        np.testing.assert_allclose(found[layer].variance, whole[layer].variance, rtol=1e-3)
+        np.testing.assert_allclose(merged[layer].mean, whole[layer].mean, rtol=1e-5)
+        np.testing.assert_allclose(merged[layer].variance, whole[layer].variance, rtol=1e-3)
 
 
-def test_ranks_whose_first_pictures_differ_in_size_take_that_of_the_most(monkeypatch):
+def test_ranks_with_different_image_sizes_use_the_most_frequent_size(monkeypatch):
     task = make_task()
     callback = EffectiveReceptiveField(6)
     trainer = SimpleNamespace(world_size=3, sanity_checking=False)
@@ -140,23 +140,23 @@ def test_ranks_whose_first_pictures_differ_in_size_take_that_of_the_most(monkeyp
             parts[:] = [*others[:rank], own, *others[rank:]]
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        with pytest.warns(UserWarning, match="2 sizes.*the 3 of 32x48 pixels are taken"):
-            found = callback._measure(trainer, task)
-        assert found.num_images == 3
-        assert found.settings["image_size"] == [32, 48]
+        with pytest.warns(UserWarning, match="2 sizes.*only the 3 of 32x48 pixels are used"):
+            merged = callback._measure(trainer, task)
+        assert merged.num_images == 3
+        assert merged.settings["image_size"] == [32, 48]
 
 
-def test_a_picture_of_another_size_is_passed_over_aloud():
+def test_an_image_of_another_size_is_left_out_with_a_warning():
     callback = EffectiveReceptiveField(4)
     trainer = SimpleNamespace(world_size=1, sanity_checking=False)
     callback.on_validation_batch_end(trainer, None, None, batch([0]), 0)
     other = batch([2]) | {"image": torch.rand(1, 3, 64, 64)}
-    with pytest.warns(UserWarning, match="'picture-2' is of another size"):
+    with pytest.warns(UserWarning, match="'image-2' has another size"):
         callback.on_validation_batch_end(trainer, None, None, other, 1)
     assert len(callback.batches) == 1
 
 
-def test_a_run_that_diverged_goes_on():
+def test_a_diverged_run_continues():
     task = make_task()
     with torch.no_grad():
         task.network.head.bn.weight.fill_(torch.nan)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: the same numbers as the log, image by image."""
+"""The record of an evaluation: counts and losses per image that agree with the log."""
 
 import csv
 
@@ -14,7 +14,7 @@ from segformer_pl.callbacks import EvaluationRecord
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
 
-NAMES = ["background", "object", "never there"]
+NAMES = ["background", "object", "absent"]
 PALETTE = [[10, 20, 30], [200, 100, 0], [0, 0, 0]]
 IGNORED = 255
 
@@ -50,7 +50,7 @@ def make_trainer(tmp_path, callback, **arguments):
 
 
 def only_record(run_dir, name):
-    """The one evaluation of a run folder, whose file has this name."""
+    """Load the only evaluation of a run folder, whose file must have this name."""
     (file,) = (run_dir / "evaluation").iterdir()
     assert file.name == f"{name}.npz"
     return load_evaluation(file)
@@ -79,21 +79,21 @@ def test_record_holds_what_was_logged(tmp_path, task, split, batch_size):
     np.testing.assert_array_equal(
         total, np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)], axis=1)
     )
-    assert np.isnan(record.loss[2])  # nothing is labelled in it
+    assert np.isnan(record.loss[2])  # it has no labelled pixels
     pixels = record.counts[:, :, 1].sum(1)
     mean = np.nansum(record.loss * pixels) / pixels.sum()
     assert mean == pytest.approx(logged[f"{split}/loss"].item(), rel=1e-6)
-    count, confidence, right = record.calibration.T
+    count, confidence, correct = record.calibration.T
     assert count.sum() == pixels.sum()
-    assert abs(confidence - right).sum() / count.sum() == pytest.approx(
+    assert abs(confidence - correct).sum() / count.sum() == pytest.approx(
         logged[f"{split}/ece"].item()
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_an_evaluation_of_a_checkpoint_has_the_checkpoints_step(tmp_path, task, split):
-    """In the record, in the names of file and figure, and in the row of the log."""
+def test_an_evaluation_of_a_checkpoint_has_the_step_of_the_checkpoint(tmp_path, task, split):
+    """In the record, in the names of files and figures, and in metrics.csv."""
     loader = DataLoader(samples(4), batch_size=2)
     trainer = make_trainer(tmp_path, EvaluationRecord(), max_steps=3, limit_val_batches=0)
     trainer.fit(task, DataLoader(samples(8), batch_size=2))
@@ -106,13 +106,13 @@ def test_an_evaluation_of_a_checkpoint_has_the_checkpoints_step(tmp_path, task, 
     figures = [file.name for file in run_dir.glob("worst/*")]
     assert figures == (["step_0000003.png"] if split == "val" else [])
     (row,) = logged_rows(run_dir)
-    assert row["step"] == "2"  # as in training, the index of the last step made
+    assert row["step"] == "2"  # as in training, the index of the last completed step
     assert float(row[f"{split}/miou"]) == pytest.approx(again.callback_metrics[f"{split}/miou"])
 
 
 @pytest.mark.slow
 def test_an_evaluation_after_a_training_has_the_step_of_its_weights(tmp_path, task):
-    """Those of the training, or those of a checkpoint that is loaded into it."""
+    """Of the training, or of a checkpoint that is loaded afterwards."""
     loader = DataLoader(samples(4), batch_size=2)
     trainer = make_trainer(
         tmp_path, EvaluationRecord(0), max_steps=4, val_check_interval=2, limit_val_batches=1
@@ -153,7 +153,7 @@ def test_skipped_images_are_left_out(tmp_path, task):
 
 
 @pytest.mark.slow
-def test_a_file_for_each_validation_of_a_training(tmp_path, task):
+def test_every_validation_of_a_training_has_a_record(tmp_path, task):
     trainer = make_trainer(
         tmp_path, EvaluationRecord(2), max_steps=4, val_check_interval=2, num_sanity_val_steps=1
     )
@@ -167,7 +167,7 @@ def test_a_file_for_each_validation_of_a_training(tmp_path, task):
         file = tmp_path / "run" / "version_0" / "evaluation" / f"val_step_000000{step}.npz"
         record = load_evaluation(file)
         assert record.step == step
-        # Neither the sanity check nor another validation is counted in.
+        # The sanity check and other validations are not included.
         assert record.confusion.sum() == record.counts[..., 1].sum() == 2 * 28 * 48
 
 
@@ -188,13 +188,13 @@ def test_the_worst_images_are_shown_worst_first(tmp_path, task, monkeypatch):
     record = only_record(tmp_path / "run" / "version_0", "val_step_0000000")
     order = np.argsort(-np.nan_to_num(record.loss, nan=-1))[:3]
     assert [title.split(":")[0] for title, *_ in shown] == [record.ids[index] for index in order]
-    for _, image, label, prediction in shown:
-        assert image.shape == (3, 512, 32)  # large ones are shown smaller
-        assert label.shape == prediction.shape == (512, 32)
-        assert set(label.unique().tolist()) <= {0, 1, IGNORED}
+    for _, image, target, pred in shown:
+        assert image.shape == (3, 512, 32)  # shrunk from (3, 1024, 64)
+        assert target.shape == pred.shape == (512, 32)
+        assert set(target.unique().tolist()) <= {0, 1, IGNORED}
 
 
-def test_none_of_the_worst_if_none_are_asked_for(tmp_path, task):
+def test_there_is_no_figure_with_num_worst_0(tmp_path, task):
     loader = DataLoader(samples(3), batch_size=3)
     make_trainer(tmp_path, EvaluationRecord(0)).validate(task, loader, verbose=False)
     assert not (tmp_path / "run" / "version_0" / "worst").exists()

@@ -1,4 +1,4 @@
-"""The figures of a run: where they go, and that drawing them changes nothing."""
+"""The figures of a run: files, loggers, and no effect on the training."""
 
 import lightning.pytorch as pl
 import numpy as np
@@ -34,7 +34,7 @@ def samples(count):
         {
             "image": torch.rand(3, 32, 48, generator=generator),
             "label": torch.randint(0, 2, (32, 48), generator=generator),
-            "id": f"picture-{number}",
+            "id": f"image-{number}",
         }
         for number in range(count)
     ]
@@ -60,7 +60,7 @@ def fit(logger, callbacks, tmp_path):
 
 
 def test_a_figure_that_fails_is_a_warning(tmp_path):
-    """Whatever is wrong with it: the drawing, or the place."""
+    """Both when drawing fails and when the file cannot be written."""
 
     def broken():
         raise RuntimeError("no such glyph")
@@ -75,7 +75,7 @@ def test_a_figure_that_fails_is_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-def test_png_files_lie_beside_the_run_one_for_each_validation(tmp_path):
+def test_every_validation_writes_a_png_file_to_the_run_folder(tmp_path):
     logger = CSVLogger(tmp_path, name="run")
     fit(logger, [EffectiveReceptiveField(3), PredictionPanel(3)], tmp_path)
     for name in ("erf", "predictions"):
@@ -85,7 +85,7 @@ def test_png_files_lie_beside_the_run_one_for_each_validation(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_where_its_figures_cannot_be_written(tmp_path):
+def test_a_training_continues_when_its_figures_cannot_be_written(tmp_path):
     run_dir = tmp_path / "run" / "version_0"
     run_dir.mkdir(parents=True)
     for name in ("predictions", "worst", "evaluation"):
@@ -95,7 +95,7 @@ def test_a_training_goes_on_where_its_figures_cannot_be_written(tmp_path):
         task = fit(logger, [EvaluationRecord(), PredictionPanel(3), RunReport()], tmp_path)
     assert task.trainer.global_step == 4
     text = " ".join(str(warning.message) for warning in warned)
-    assert "This evaluation is lost; the run goes on" in text
+    assert "This evaluation is lost; the run continues" in text
     assert "no figure" in text
     assert (run_dir / "report.html").is_file()
 
@@ -109,7 +109,7 @@ def test_drawing_does_not_change_the_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_figures_reach_an_offline_wandb_run(tmp_path):
+def test_figures_are_logged_to_an_offline_wandb_run(tmp_path):
     import wandb
 
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)

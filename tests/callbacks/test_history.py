@@ -1,4 +1,4 @@
-"""One run, one history: a run that was killed and resumed leaves what it would have left whole."""
+"""The history of a run that is killed and resumed equals that of an uninterrupted run."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from segformer_pl.data import shapes
 
 
 class KillAt(pl.Callback):
-    """Ends the process without a chance to tidy up, once a step is done."""
+    """Kills the process after a step, without any cleanup."""
 
     def __init__(self, step):
         self.step = step
@@ -66,7 +66,7 @@ def options(data, runs, **changes):
 
 
 def killed_run(data, runs, step):
-    """A run whose process is killed after a step; its folder."""
+    """Start a run whose process is killed after a step; return the run folder."""
     kill = {"class_path": "test_history.KillAt", "init_args": {"step": step}}
     process = subprocess.run(
         [
@@ -82,7 +82,7 @@ def killed_run(data, runs, step):
 
 
 def rows(run_dir):
-    """All rows of metrics.csv as numbers, without the epoch, which a stream does not have."""
+    """The rows of metrics.csv as numbers, without the column of the epoch."""
     with (run_dir / "metrics.csv").open(newline="") as stream:
         return [
             {key: float(cell) for key, cell in row.items() if cell and key != "epoch"}
@@ -91,25 +91,25 @@ def rows(run_dir):
 
 
 def files(run_dir):
-    kept = (file for file in run_dir.glob("[!s]*/*") if file.suffix in (".png", ".npz"))
-    return sorted(str(file.relative_to(run_dir)) for file in kept)
+    outputs = (file for file in run_dir.glob("[!s]*/*") if file.suffix in (".png", ".npz"))
+    return sorted(str(file.relative_to(run_dir)) for file in outputs)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, tmp_path, caplog):
+def test_a_killed_and_resumed_run_leaves_what_an_uninterrupted_one_leaves(data, tmp_path, caplog):
     main(["fit", *options(data, tmp_path / "whole")])
     whole = tmp_path / "whole" / "unnamed" / "version_0"
     run_dir = killed_run(data, tmp_path / "killed", step=5)
     last = run_dir / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
-    # What was logged up to the checkpoint was on the disk, although nothing was flushed.
+    # All values up to the checkpoint are on the disk, although the logger was not flushed.
     assert Run(run_dir).metrics["train/loss"].step.tolist()[:4] == [1, 2, 3, 4]
     assert (run_dir / "predictions" / "step_0000004.png").is_file()
 
     resumed = options(data, tmp_path / "killed", trainer__val_check_interval=3)
     with caplog.at_level("INFO"):
         main(["fit", *resumed, f"--ckpt_path={last}"])
-    assert f"the run in {run_dir} goes on from step 4" in caplog.text
+    assert f"the run in {run_dir} continues from step 4" in caplog.text
     assert [child.name for child in run_dir.parent.iterdir()] == ["version_0"]
     assert files(run_dir) == [
         f"{folder}/{prefix}step_{step:07d}.{suffix}"
@@ -121,8 +121,8 @@ def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, 
         for step in (2, 4, 6)
     ]
     assert Run(run_dir).metrics["val/miou"].step.tolist() == [2, 4, 6]
-    of_training = [[row for row in rows(run) if "val/miou" not in row] for run in (run_dir, whole)]
-    assert of_training[0] == [pytest.approx(row, rel=1e-6) for row in of_training[1]]
+    train_rows = [[row for row in rows(run) if "val/miou" not in row] for run in (run_dir, whole)]
+    assert train_rows[0] == [pytest.approx(row, rel=1e-6) for row in train_rows[1]]
     first = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert first["ckpt_path"] is None
     (resumption,) = Run(run_dir).resumptions
@@ -131,16 +131,16 @@ def test_a_run_that_was_killed_and_resumed_leaves_what_a_whole_one_leaves(data, 
         "trainer.callbacks.KillAt": ("test_history.KillAt", None),
         "trainer.val_check_interval": (2, 3),
     }
-    of_checkpoint = torch.load(last, weights_only=True)["StreamingSegmentationData"]
-    known = json.loads((run_dir / "training_data.json").read_text())
-    assert known == {key: of_checkpoint[key] for key in ("dataset", "num_rows", "fingerprint")}
+    data_state = torch.load(last, weights_only=True)["StreamingSegmentationData"]
+    training_data = json.loads((run_dir / "training_data.json").read_text())
+    assert training_data == {key: data_state[key] for key in ("dataset", "num_rows", "fingerprint")}
     page = (run_dir / "report.html").read_text()
     assert "dotted: resumed at 4" in page
     assert "trainer.val_check_interval" in page
 
 
 @pytest.mark.slow
-def test_another_place_and_a_branch_are_runs_of_their_own(data, tmp_path, caplog):
+def test_another_folder_or_an_earlier_checkpoint_starts_a_new_run_folder(data, tmp_path, caplog):
     arguments = options(data, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=4)
     every = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}
     keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every}
@@ -153,9 +153,9 @@ def test_another_place_and_a_branch_are_runs_of_their_own(data, tmp_path, caplog
     earlier = last.with_name("step=2.ckpt")
     arguments = options(data, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=5)
     for ckpt_path, changes, sentence in (
-        (moved, [], "does not lie in the folder of a run"),
-        (last, ["--trainer.logger.name=other"], "trainer.logger names another place"),
-        (earlier, [], "is of step 2, and its run has gone on to step 4"),
+        (moved, [], "is not in a run folder"),
+        (last, ["--trainer.logger.name=other"], "trainer.logger names another folder"),
+        (earlier, [], "is of step 2, but its run has continued to step 4"),
     ):
         caplog.clear()
         with caplog.at_level("INFO"):
@@ -168,16 +168,16 @@ def test_another_place_and_a_branch_are_runs_of_their_own(data, tmp_path, caplog
     assert after == before
 
 
-def test_a_used_folder_is_not_written_to_by_another_run(data, tmp_path):
+def test_a_folder_with_a_history_is_refused_to_another_run(data, tmp_path):
     run_dir = tmp_path / "unnamed" / "version_0"
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
     for command in ("fit", "validate"):
-        with pytest.raises(SystemExit, match="holds the history of a run already"):
+        with pytest.raises(SystemExit, match="already holds the history of a run"):
             main([command, *options(data, tmp_path, trainer__logger__version=0)])
 
 
-def test_a_logger_goes_on_with_the_file_that_is_there(tmp_path):
+def test_a_logger_appends_to_an_existing_file(tmp_path):
     logger = RunLogger(tmp_path, name="demo", version=0)
     logger.log_metrics({"b": 1.0}, step=0)
     logger.save()
@@ -193,7 +193,7 @@ def test_a_logger_goes_on_with_the_file_that_is_there(tmp_path):
     assert columns["a"].step.tolist() == [4]
 
 
-def test_values_wait_for_room_on_the_disk(tmp_path):
+def test_values_are_kept_until_the_disk_has_room(tmp_path):
     logger = RunLogger(tmp_path, name="demo", version=0)
     logger.log_metrics({"b": 1.0}, step=0)
     logger.save()
@@ -202,7 +202,7 @@ def test_values_wait_for_room_on_the_disk(tmp_path):
     logger.log_metrics({"b": 2.0}, step=1)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 2, hard))  # as a disk that is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 2, hard))  # stands in for a full disk
     try:
         with pytest.warns(UserWarning, match="File too large"):
             logger.save()
@@ -213,7 +213,7 @@ def test_values_wait_for_room_on_the_disk(tmp_path):
     assert Run(file.parent).metrics["b"].value.tolist() == [1, 2]
 
 
-def test_rewinding_sets_aside_what_comes_after_a_step(tmp_path):
+def test_rewinding_sets_aside_rows_and_files_of_later_steps(tmp_path):
     (tmp_path / "metrics.csv").write_text('step,"a,\nb"\r\n0,1\r\n1,2\r\n2,3\r\n1,9\r\n2,0.12')
     kept = ["evaluation/val_step_0000002.npz", "worst/notes.png", "config.yaml"]
     removed = ["evaluation/test_step_0000003.npz", "worst/step_0000003.png"]
@@ -221,24 +221,28 @@ def test_rewinding_sets_aside_what_comes_after_a_step(tmp_path):
     for name in kept + removed:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert Run(tmp_path).metrics["a,\nb"].value.tolist() == [1, 9, 3]  # 0.12 was cut short
+    assert Run(tmp_path).metrics["a,\nb"].value.tolist() == [
+        1,
+        9,
+        3,
+    ]  # the row of 0.12 is truncated
     aside = tmp_path / "superseded_after_step_0000002"
     assert rewind(tmp_path, 2) == aside
     assert Run(tmp_path).metrics["a,\nb"].value.tolist() == [1, 9]
     assert Run(aside).metrics["a,\nb"].value.tolist() == [3]
     moved = {"metrics.csv", *removed}
-    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
-    assert left == {"metrics.csv", *kept, *(f"{aside.name}/{name}" for name in moved)}
+    remaining = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert remaining == {"metrics.csv", *kept, *(f"{aside.name}/{name}" for name in moved)}
     assert rewind(tmp_path, 2) is None
     rewind(tmp_path, 1)
-    # Again at the same step: what was set aside first stays.
+    # A second time at the same step, the first folder is kept.
     (tmp_path / removed[0]).touch()
     assert rewind(tmp_path, 2) == tmp_path / "superseded_after_step_0000002_2"
     assert Run(aside).metrics["a,\nb"].value.tolist() == [3]
 
 
 class Line(pl.LightningModule):
-    """One weight, which logs in training and in validation."""
+    """A model with one weight that logs in training and validation."""
 
     def __init__(self):
         super().__init__()
@@ -255,8 +259,8 @@ class Line(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def test_a_validation_in_the_midst_of_an_accumulation_has_the_steps_done(tmp_path):
-    """It was recorded one step too high; validations come after 4, 8 and 12 batches of 3 a step."""
+def test_a_validation_during_accumulation_has_the_number_of_completed_steps(tmp_path):
+    """A regression: one step too many. Validations follow 4, 8 and 12 batches; a step takes 3."""
     trainer = pl.Trainer(
         max_steps=5,
         accumulate_grad_batches=3,
@@ -279,7 +283,7 @@ def test_a_validation_in_the_midst_of_an_accumulation_has_the_steps_done(tmp_pat
 
 
 class Score(pl.Callback):
-    """A validation whose result is given: it is best after the second step."""
+    """Logs a fixed metric, which is best after the second step."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
         pl_module.log("val/score", float(-abs(trainer.global_step - 2)))
@@ -288,7 +292,7 @@ class Score(pl.Callback):
 @pytest.mark.slow
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, moved):
-    """The folder is relative by default; Lightning forgot the best one and overwrote it."""
+    """The default folder is a relative path, with which Lightning overwrote the best checkpoint."""
     monkeypatch.chdir(tmp_path)
     best = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -298,8 +302,8 @@ def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, mo
         },
     }
     callbacks = [
-        f"--trainer.callbacks+={json.dumps(one)}"
-        for one in ({"class_path": f"{__name__}.Score"}, best)
+        f"--trainer.callbacks+={json.dumps(callback)}"
+        for callback in ({"class_path": f"{__name__}.Score"}, best)
     ]
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     first = options(data, "runs", trainer__max_steps=4)[:-2]
@@ -318,6 +322,6 @@ def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, mo
     assert Path(cli.trainer.log_dir).resolve() == run_dir.resolve()
     assert cli.trainer.global_step == 6
     assert (run_dir / "checkpoints" / "best.ckpt").read_bytes() == kept
-    (callback,) = (one for one in cli.trainer.checkpoint_callbacks if one.monitor)
+    (callback,) = (c for c in cli.trainer.checkpoint_callbacks if c.monitor)
     assert Path(callback.best_model_path) == (run_dir / "checkpoints" / "best.ckpt").absolute()
     assert list(callback.best_k_models) == [callback.best_model_path]

@@ -1,4 +1,4 @@
-"""The progress bar tells the optimiser steps of the whole run."""
+"""The progress bar counts the optimiser steps of the whole run."""
 
 import lightning.pytorch as pl
 import pytest
@@ -26,7 +26,7 @@ def fit(folder, max_steps, ckpt_path=None):
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
-def test_a_resumed_run_shows_its_true_step_of_max_steps(tmp_path, capsys):
+def test_a_resumed_run_shows_its_step_out_of_max_steps(tmp_path, capsys):
     trainer, bar = fit(tmp_path, 3)
     assert (bar.n, bar.total) == (3, 3)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

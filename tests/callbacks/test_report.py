@@ -1,4 +1,4 @@
-"""The report that a run leaves, however it ends, and what it does not stand in the way of."""
+"""The report of a run that ends, fails or is interrupted."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def metrics(split: str, miou: float) -> dict[str, float]:
 
 
 def text_of(report: Path) -> str:
-    """What a reader sees of a page."""
+    """Text of a page without tags."""
     return " ".join(re.sub("<[^>]+>", " ", report.read_text()).replace("\u00a0", " ").split())
 
 
@@ -71,61 +71,63 @@ def trainer(tmp_path: Path, **arguments: Any) -> pl.Trainer:
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     monkeypatch.setattr("segformer_pl.callbacks.report.rank_zero_info", lines.append)
     return lines
 
 
-def test_fit_writes_a_report(tmp_path: Path, said: list[str]) -> None:
+def test_fit_writes_a_report(tmp_path: Path, messages: list[str]) -> None:
     trainer(tmp_path).fit(TinyTask(), data(), data())
     report = tmp_path / "demo" / "version_0" / "report.html"
     page = text_of(report)
-    assert "last, at step 2" in page  # not 1, which is what Lightning writes into the file
+    assert "last, at step 2" in page  # Lightning writes the index, 1, to metrics.csv
     assert "steps trained 2" in page
-    assert said == [f"mIoU 83.1 % (locality ceiling 77.8 %)   report: {report}"]
+    assert messages == [f"mIoU 83.1 % (locality ceiling 77.8 %)   report: {report}"]
 
 
-def test_validate_and_test_write_a_report(tmp_path: Path, said: list[str]) -> None:
+def test_validate_and_test_write_a_report(tmp_path: Path, messages: list[str]) -> None:
     trainer(tmp_path).validate(TinyTask(), data(), verbose=False)
     trainer(tmp_path).test(TinyTask(), data(), verbose=False)
     assert "mIoU 83.1 %" in text_of(tmp_path / "demo" / "version_0" / "report.html")
     assert "mIoU 50.0 %" in text_of(tmp_path / "demo" / "version_1" / "report.html")
-    assert [line.split("   ")[0] for line in said] == [
+    assert [line.split("   ")[0] for line in messages] == [
         "mIoU 83.1 % (locality ceiling 77.8 %)",
         "test mIoU 50.0 %",
     ]
 
 
-def test_without_a_report_the_advice_is_that_of_the_command(
-    tmp_path: Path, said: list[str]
+def test_without_a_report_the_message_depends_on_the_command(
+    tmp_path: Path, messages: list[str]
 ) -> None:
     none = {"limit_val_batches": 0, "limit_test_batches": 0, "log_every_n_steps": 50}
     trainer(tmp_path, **none).validate(TinyTask(), data(), verbose=False)
     trainer(tmp_path, **none).test(TinyTask(), data(), verbose=False)
     trainer(tmp_path, **none).fit(TinyTask(), data())
-    assert [line.split("; ")[1].split(", with")[0] for line in said] == [
-        "score at least one batch (trainer.limit_val_batches)",
-        "score at least one batch (trainer.limit_test_batches)",
+    assert [line.split("; ")[1].split(", with")[0] for line in messages] == [
+        "evaluate at least one batch (trainer.limit_val_batches)",
+        "evaluate at least one batch (trainer.limit_test_batches)",
         "train for at least trainer.log_every_n_steps steps",
     ]
 
 
-def test_failing_run_keeps_its_report_and_its_exception(tmp_path: Path, said: list[str]) -> None:
+def test_a_failed_run_has_a_report_and_raises_its_exception(
+    tmp_path: Path, messages: list[str]
+) -> None:
     with pytest.raises(RuntimeError, match="the run's own failure"):
         trainer(tmp_path, max_steps=4).fit(TinyTask(fail_at=3), data(), data())
     report = tmp_path / "demo" / "version_0" / "report.html"
     assert "steps trained 3" in text_of(report)
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
-def test_interrupted_run_leaves_a_report(tmp_path: Path, said: list[str]) -> None:
+def test_an_interrupted_run_has_a_report(tmp_path: Path, messages: list[str]) -> None:
     with pytest.raises(SystemExit):
         trainer(tmp_path).fit(TinyTask(fail_at=1, failure=KeyboardInterrupt), data(), data())
     assert "No validation" in text_of(tmp_path / "demo" / "version_0" / "report.html")
 
 
-def test_failure_of_the_report_does_not_hide_the_failure_of_the_run(
+def test_an_error_in_the_report_does_not_hide_that_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(run: Run) -> Path:
@@ -139,22 +141,26 @@ def test_failure_of_the_report_does_not_hide_the_failure_of_the_run(
         trainer(tmp_path).fit(TinyTask(fail_at=1), data(), data())
 
 
-def test_failure_before_the_first_value_is_left_to_speak(tmp_path: Path, said: list[str]) -> None:
+def test_a_failure_before_the_first_logged_value_has_no_report(
+    tmp_path: Path, messages: list[str]
+) -> None:
     with pytest.raises(RuntimeError, match="the run's own failure"):
         trainer(tmp_path).fit(TinyTask(fail_at=0), data(), data())
     assert list(tmp_path.rglob("report.html")) == []
-    assert said == []
+    assert messages == []
 
 
-def test_without_csv_logger_the_run_goes_on(tmp_path: Path, said: list[str]) -> None:
+def test_a_run_without_csv_logger_has_a_message_and_no_report(
+    tmp_path: Path, messages: list[str]
+) -> None:
     trainer(tmp_path, logger=False, default_root_dir=tmp_path).fit(TinyTask(), data(), data())
     assert not (tmp_path / "report.html").exists()
-    assert len(said) == 1
-    assert "nothing was logged to" in said[0]
-    assert "with a CSVLogger as the first logger" in said[0]
+    assert len(messages) == 1
+    assert "nothing was logged to" in messages[0]
+    assert "with a CSVLogger as the first logger" in messages[0]
 
 
-def test_a_report_that_fails_does_not_end_the_run(
+def test_an_error_in_the_report_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(run: Run) -> Path:
@@ -165,7 +171,7 @@ def test_a_report_that_fails_does_not_end_the_run(
         trainer(tmp_path).fit(TinyTask(), data(), data())
 
 
-def test_fast_dev_run_leaves_nothing(tmp_path: Path, said: list[str]) -> None:
+def test_fast_dev_run_writes_no_report(tmp_path: Path, messages: list[str]) -> None:
     trainer(tmp_path, fast_dev_run=True, default_root_dir=tmp_path).fit(TinyTask(), data(), data())
-    assert said == []
+    assert messages == []
     assert list(tmp_path.iterdir()) == []

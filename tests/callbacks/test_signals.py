@@ -1,4 +1,4 @@
-"""Real processes get real signals: what they leave, what they say, how they end."""
+"""Signals to running processes: their checkpoints, messages and exit statuses."""
 
 import csv
 import json
@@ -20,20 +20,20 @@ pytestmark = pytest.mark.slow
 
 
 class Slow(pl.Callback):
-    """Says in a file what is going on, and takes its time."""
+    """Writes events to a file, and slows validations down."""
 
     def __init__(self, file, validation=0.0):
         self.file, self.validation = Path(file), validation
 
-    def say(self, trainer, what):
+    def write(self, trainer, event):
         with self.file.open("a") as file:
-            file.write(f"{what} {trainer.global_step}\n")
+            file.write(f"{event} {trainer.global_step}\n")
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.say(trainer, "batch")
+        self.write(trainer, "batch")
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
-        self.say(trainer, "validation")
+        self.write(trainer, "validation")
         time.sleep(self.validation)
 
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(start_command, folder, tmp_path):
-    """Function that starts a command on the data with a callback of this file."""
+    """Function that starts a command with the callback ``Slow``."""
 
     def start(command, *arguments, environment=(), validation=0.0, **settings):
         settings = {
@@ -65,7 +65,7 @@ def run(start_command, folder, tmp_path):
             "trainer.logger.save_dir": tmp_path / "runs",
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
-        slow = {"file": str(tmp_path / "said"), "validation": validation}
+        slow = {"file": str(tmp_path / "events"), "validation": validation}
         callback = {"class_path": "test_signals.Slow", "init_args": slow}
         arguments = [command, *(f"--{key}={value}" for key, value in settings.items()), *arguments]
         if command == "fit":
@@ -76,10 +76,10 @@ def run(start_command, folder, tmp_path):
 
 
 @pytest.fixture
-def said(tmp_path):
-    """Function: whether the callback has said this."""
-    file = tmp_path / "said"
-    return lambda what: file.exists() and f"{what}\n" in file.read_text()
+def has_event(tmp_path):
+    """Function that returns whether the callback has written an event."""
+    file = tmp_path / "events"
+    return lambda event: file.exists() and f"{event}\n" in file.read_text()
 
 
 def last(tmp_path):
@@ -91,40 +91,40 @@ def last(tmp_path):
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
 )
-def test_fit_ends_after_the_step_and_says_how_to_go_on(run, said, tmp_path, signum, status):
+def test_fit_ends_after_the_step_and_prints_how_to_resume(run, has_event, tmp_path, signum, status):
     command = run("fit", trainer__accumulate_grad_batches=3)
-    command.wait_for(lambda: said("batch 2"))
-    os.killpg(command.pid, signum)  # the loaders get it too, as from a terminal or a scheduler
+    command.wait_for(lambda: has_event("batch 2"))
+    os.killpg(command.pid, signum)  # to the workers too, as a terminal or a scheduler does
     assert command.wait() == status
     file, step, consumed = last(tmp_path)
     assert step >= 2
     assert consumed == step * 6
     assert "Traceback" not in command.output
-    told, how = command.output.splitlines()[-2:]
+    message, how = command.output.splitlines()[-2:]
     name = "SIGTERM" if signum == signal.SIGTERM else "Ctrl-C"
-    assert told == f"{name}: stopped after step {step}, saved in {file}; go on with"
+    assert message == f"{name}: stopped after step {step}, saved in {file}; resume with"
     assert how.startswith("python -m segformer_pl fit --model.network=")
     if signum == signal.SIGTERM:
         again = run("fit", *shlex.split(how)[4:], f"--trainer.max_steps={step + 1}")
         assert again.wait() == 0, again.output
 
 
-def test_a_second_ctrl_c_ends_at_once(run, said, tmp_path):
+def test_a_second_ctrl_c_ends_at_once(run, has_event, tmp_path):
     command = run("fit", validation=30.0, trainer__val_check_interval=2)
-    command.wait_for(lambda: said("validation 2"))
+    command.wait_for(lambda: has_event("validation 2"))
     os.killpg(command.pid, signal.SIGINT)
     command.wait_for(lambda: "Ctrl-C now stops at once" in command.output)
     os.killpg(command.pid, signal.SIGINT)
-    assert command.wait(20) == 130  # a picture takes 30 s
+    assert command.wait(20) == 130  # an image takes 30 s
     assert "Traceback" not in command.output
 
 
-def test_a_validation_is_cut_short_and_made_again(run, said, tmp_path):
+def test_an_interrupted_validation_is_repeated_after_resuming(run, has_event, tmp_path):
     command = run("fit", validation=0.5, trainer__val_check_interval=2)
-    command.wait_for(lambda: said("validation 2"))
+    command.wait_for(lambda: has_event("validation 2"))
     os.kill(command.pid, signal.SIGTERM)
     assert command.wait() == 143
-    cut = (tmp_path / "said").read_text().count("validation 2\n")
+    cut = (tmp_path / "events").read_text().count("validation 2\n")
     assert cut < 5  # of 21
     file, step, consumed = last(tmp_path)
     assert (step, consumed) == (2, 4)
@@ -133,24 +133,24 @@ def test_a_validation_is_cut_short_and_made_again(run, said, tmp_path):
     resumed = ["fit", f"--ckpt_path={file}", "--last_checkpoint.dirpath", str(file.parent)]
     again = run(*resumed, trainer__val_check_interval=2, trainer__max_steps=5)
     assert again.wait() == 0, again.output
-    text = (tmp_path / "said").read_text()
+    text = (tmp_path / "events").read_text()
     assert text.count("validation 2\n") == cut + 21
     assert text.count("validation 4\n") == 21
     assert last(tmp_path)[1:] == (5, 10)
 
 
 class SignalIn(pl.Callback):
-    """Sends SIGTERM to its process in the first validation after a step."""
+    """Sends SIGTERM to its own process in every validation."""
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
         if batch_idx == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_end_of_an_epoch_of_batches_is_not_that_of_the_training(
+def test_the_end_of_an_epoch_is_not_the_end_of_the_training(
     folder, tmp_path, capsys, caplog, monkeypatch
 ):
-    """All steps were said to be made, and such epochs to have no validation."""
+    """A regression with limit_train_batches: messages said that all steps were done."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = {
         "model.network": "segformer_pl.models.segformer_b0",
@@ -169,38 +169,38 @@ def test_the_end_of_an_epoch_of_batches_is_not_that_of_the_training(
     }
     with caplog.at_level("INFO"), pytest.raises(SystemExit, match="143"):
         main(["fit", *(f"--{key}={value}" for key, value in settings.items())])
-    told, how = capsys.readouterr().err.splitlines()[-2:]
-    assert told.startswith("SIGTERM: stopped after step 2, saved in ")
-    assert told.endswith("; go on with")
+    message, how = capsys.readouterr().err.splitlines()[-2:]
+    assert message.startswith("SIGTERM: stopped after step 2, saved in ")
+    assert message.endswith("; resume with")
     assert how.startswith("python -m segformer_pl fit ")
     assert "validation never runs" not in caplog.text
 
 
 def test_a_signal_before_the_first_step_ends_at_once(run, tmp_path):
-    nothing = run("fit", trainer__num_sanity_val_steps=20, validation=1.0)
-    nothing.wait_for(lambda: (tmp_path / "said").exists())
-    os.kill(nothing.pid, signal.SIGTERM)
-    assert nothing.wait() == 143
-    assert nothing.output.splitlines()[-1] == "SIGTERM: stopped, nothing was trained"
+    command = run("fit", trainer__num_sanity_val_steps=20, validation=1.0)
+    command.wait_for(lambda: (tmp_path / "events").exists())
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait() == 143
+    assert command.output.splitlines()[-1] == "SIGTERM: stopped, nothing was trained"
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
 )
-def test_validate_ends_at_once_in_one_line(run, said, tmp_path, signum, status):
+def test_validate_ends_at_once_with_one_line(run, has_event, tmp_path, signum, status):
     callback = {"class_path": "test_signals.Slow"}
-    callback["init_args"] = {"file": str(tmp_path / "said"), "validation": 0.5}
+    callback["init_args"] = {"file": str(tmp_path / "events"), "validation": 0.5}
     command = run("validate", f"--trainer.callbacks+={json.dumps(callback)}")
-    command.wait_for(lambda: said("validation 0"))
+    command.wait_for(lambda: has_event("validation 0"))
     os.kill(command.pid, signum)
     assert command.wait() == status
-    assert (tmp_path / "said").read_text().count("validation") < 10  # of 21
+    assert (tmp_path / "events").read_text().count("validation") < 10  # of 21
     assert command.output.splitlines()[-1].endswith(": stopped")
     assert "Traceback" not in command.output
 
 
-def test_other_commands_end_in_one_line_on_ctrl_c(start_command, folder):
+def test_other_commands_end_with_one_line_on_ctrl_c(start_command, folder):
     command = start_command(
         [
             "erf",
@@ -233,31 +233,31 @@ def ranks(run, *arguments, **settings):
     ]
 
 
-def test_two_ranks_end_after_the_same_step(run, said, tmp_path):
+def test_two_ranks_end_after_the_same_step(run, has_event, tmp_path):
     commands = ranks(run, "fit", trainer__accumulate_grad_batches=2)
-    commands[0].wait_for(lambda: said("batch 2"))
+    commands[0].wait_for(lambda: has_event("batch 2"))
     os.kill(commands[1].pid, signal.SIGTERM)
     assert [command.wait() for command in commands] == [143, 143]
     _, step, consumed = last(tmp_path)
     assert step >= 2
     assert consumed == step * 8
-    assert "go on with" in commands[0].output
-    assert "go on with" not in commands[1].output
+    assert "resume with" in commands[0].output
+    assert "resume with" not in commands[1].output
 
 
-def test_two_ranks_end_a_validation_of_11_and_10_pictures(run, said, tmp_path):
+def test_two_ranks_end_a_validation_of_11_and_10_images(run, has_event, tmp_path):
     commands = ranks(run, "fit", validation=0.3, trainer__val_check_interval=2)
-    commands[0].wait_for(lambda: said("validation 2"))
+    commands[0].wait_for(lambda: has_event("validation 2"))
     os.kill(commands[1].pid, signal.SIGTERM)
     assert [command.wait() for command in commands] == [143, 143]
     assert last(tmp_path)[1:] == (2, 8)
 
 
-def test_slurm_requeues_from_a_whole_step(run, said, tmp_path):
-    """Lightning's own requeuing saves wherever the signal arrives, and dies with loaders."""
-    tools, asked = tmp_path / "bin", tmp_path / "asked"
+def test_slurm_requeues_after_a_complete_step(run, has_event, tmp_path):
+    """Lightning's own requeuing saves in the middle of a step, and fails with worker processes."""
+    tools, calls = tmp_path / "bin", tmp_path / "calls"
     tools.mkdir()
-    (tools / "scontrol").write_text(f"#!/bin/sh\necho $* >> {asked}\n")
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho $* >> {calls}\n")
     (tools / "scontrol").chmod(0o755)
     environment = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1"}
     environment |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost"}
@@ -267,12 +267,12 @@ def test_slurm_requeues_from_a_whole_step(run, said, tmp_path):
     settings["trainer__default_root_dir"] = tmp_path / "root"
     settings["trainer__logger__save_dir"] = tmp_path / "root" / "runs"
     command = run("fit", **settings)
-    command.wait_for(lambda: said("batch 2"))
+    command.wait_for(lambda: has_event("batch 2"))
     os.killpg(command.pid, signal.SIGUSR1)
-    command.wait_for(asked.exists)
+    command.wait_for(calls.exists)
     os.killpg(command.pid, signal.SIGTERM)
     assert command.wait() == 143
-    assert asked.read_text() == "requeue 77\n"
+    assert calls.read_text() == "requeue 77\n"
     checkpoint = torch.load(tmp_path / "root" / "hpc_ckpt_1.ckpt", weights_only=True)
     step, consumed = (
         checkpoint["global_step"],

@@ -1,4 +1,4 @@
-"""What the tests of the commands share."""
+"""Fixtures of the tests of the commands."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-_watched = {}  # path -> counts, of the files whose reading is being counted
+_watched = {}  # path -> counts of a file whose reads are counted
 
 
 def _hook(event, arguments):
@@ -17,12 +17,12 @@ def _hook(event, arguments):
             counts["opened"] += 1
 
 
-sys.addaudithook(_hook)  # for good, so it does nothing unless a test counts
+sys.addaudithook(_hook)  # hooks cannot be removed, so it does nothing outside of reads_of
 
 
 @pytest.fixture
 def reads_of(monkeypatch):
-    """Context manager (file) -> how often it is opened, and anything loaded by torch."""
+    """Context manager that counts how often a file is opened, and the calls of torch.load."""
 
     @contextmanager
     def count(file):

@@ -1,4 +1,4 @@
-"""compare as its user meets it: run folders, what it does not say, and then what it does."""
+"""The command ``compare``: run folders and files, caveats, tests and groups of seeds."""
 
 import json
 from pathlib import Path
@@ -13,21 +13,31 @@ from segformer_pl.commands.compare import compare
 NAMES = ["road", "traffic light", "wall"]
 
 
-def plant(folder, right, num_pictures=40, step=1600, labelled=100, names=NAMES):
-    """A run folder; ``right`` of the labelled pixels of each class, give or take a tenth."""
-    shape = (num_pictures, len(names))
+def plant(folder, accuracy, num_images=40, step=1600, labelled=100, names=NAMES):
+    """Write an evaluation to a run folder.
+
+    Args:
+        folder: Run folder.
+        accuracy: Share of the pixels of each class that are predicted right, before a jitter of
+            up to 0.1 in each image.
+        num_images: Number of images.
+        step: Training steps of the evaluated network.
+        labelled: Number of pixels of each class in each image.
+        names: Names of the classes.
+    """
+    shape = (num_images, len(names))
     labels = np.full(shape, labelled)
     jitter = np.random.default_rng(0).uniform(-0.1, 0.1, shape)
-    intersection = (labels * (np.array(right) + jitter)).astype(np.int64)
+    intersection = (labels * (np.array(accuracy) + jitter)).astype(np.int64)
     wrong = labels - intersection
     counts = np.stack([intersection, labels, intersection + np.roll(wrong, 1, axis=1)], axis=-1)
     evaluation = Evaluation(
         split="val",
         step=step,
         class_names=names,
-        ids=[f"picture {n}" for n in range(num_pictures)],
+        ids=[f"image {n}" for n in range(num_images)],
         counts=counts,
-        loss=np.full(num_pictures, 0.5),
+        loss=np.full(num_images, 0.5),
         confusion=np.zeros((len(names), len(names)), np.int64),
         calibration=np.zeros((15, 3)),
     )
@@ -36,7 +46,7 @@ def plant(folder, right, num_pictures=40, step=1600, labelled=100, names=NAMES):
 
 
 def configure(folder, seed=0, lr=3e-3, **changes):
-    """The config.yaml of a ``fit`` in the folder, in what matters here as Lightning writes it."""
+    """Write the part of a ``fit``'s config.yaml that is compared, as Lightning writes it."""
     config = {
         "seed_everything": seed,
         "trainer": {
@@ -54,9 +64,9 @@ def configure(folder, seed=0, lr=3e-3, **changes):
 
 
 def trained_on(folder, num_rows=16, fingerprint="names-contents"):
-    """What a ``fit`` says of its training data, in the folder."""
-    known = {"dataset": "shapes", "num_rows": num_rows, "fingerprint": fingerprint}
-    (folder / "training_data.json").write_text(json.dumps(known))
+    """Write the training_data.json of a ``fit``."""
+    training_data = {"dataset": "shapes", "num_rows": num_rows, "fingerprint": fingerprint}
+    (folder / "training_data.json").write_text(json.dumps(training_data))
     return folder
 
 
@@ -69,7 +79,7 @@ def runs(tmp_path):
 
 @pytest.fixture
 def run(capsys):
-    """Function: run the command, return what it prints."""
+    """Function that runs the command and returns its output."""
 
     def call(*arguments):
         compare([str(argument) for argument in arguments])
@@ -84,52 +94,52 @@ def test_two_run_folders(run, runs):
     assert all(len(line) <= 100 for line in lines[2:])
     assert lines[0] == f"A  {runs[0]}: val, step 1,600"
     assert lines[1] == f"B  {runs[1]}: val, step 800"
-    # What it cannot say comes before what it says.
+    # The caveat comes before the results.
     assert lines[3].startswith(
-        "What A and B was trained with is not known: there is no config.yaml"
+        "The training configuration of A and B is unknown: there is no config.yaml"
     )
     assert "not whether one way of training is better" in " ".join(lines[3:8])
     start = lines.index("", 3) + 1
     assert lines[start].startswith("B scores higher than A on images like these: B - A = +")
     start = lines.index("", start) + 1
-    assert lines[start].endswith("95 % interval, 40 images")
+    assert lines[start].endswith("95 % CI, 40 images")
     assert lines[start + 1].startswith("A ")
     rows = [line for line in lines if line.startswith(tuple(NAMES))]
     assert rows[0].startswith("traffic light")
     assert " * " in rows[0]
     assert all(row.endswith(" 40") for row in rows)
-    said = " ".join(text.split())
-    assert "is better:" not in said
-    assert "give --block_size; otherwise intervals are too narrow" in said
+    text = " ".join(text.split())
+    assert "is better:" not in text
+    assert "give --block_size; otherwise intervals are too narrow" in text
 
 
 def test_json_holds_fractions(run, runs):
-    known = json.loads(run(*runs, "--json"))
-    assert known["a"] == {"path": str(runs[0]), "split": "val", "step": 1600, "seed": None}
-    assert "not of training seeds" in known["caveat"]
-    assert known["b"]["step"] == 800
-    assert 0 < known["difference"]["low"] < known["difference"]["value"] < 1
-    assert known["verdict"].startswith("B scores higher than A")
-    assert known["classes"][0]["name"] == "traffic light"
-    assert known["num_blocks"] == known["num_images"] == 40
+    results = json.loads(run(*runs, "--json"))
+    assert results["a"] == {"path": str(runs[0]), "split": "val", "step": 1600, "seed": None}
+    assert "not of training seeds" in results["caveat"]
+    assert results["b"]["step"] == 800
+    assert 0 < results["difference"]["low"] < results["difference"]["value"] < 1
+    assert results["verdict"].startswith("B scores higher than A")
+    assert results["classes"][0]["name"] == "traffic light"
+    assert results["num_blocks"] == results["num_images"] == 40
 
 
 def test_files_and_blocks(run, runs):
     files = [next(folder.glob("evaluation/*.npz")) for folder in runs]
     text = run(*files, "--block_size", 4)
     assert "40 images in 10 blocks of 4" in text
-    said = " ".join(text.split())
-    assert "There are only 10 blocks, so that every interval and p is rough." in said
-    assert "Blocks of neighbouring images are taken for independent" in said
+    text = " ".join(text.split())
+    assert "There are only 10 blocks, so every interval and p is rough." in text
+    assert "Blocks of neighbouring images are treated as independent" in text
     assert json.loads(run(*files, "--block_size", 4, "--json"))["num_blocks"] == 10
 
 
 def test_run_with_itself(run, runs):
     text = run(runs[0], runs[0])
     assert "A and B are the same: every count of every image agrees." in text
-    known = json.loads(run(runs[0], runs[0], "--json"))
-    assert known["difference"] == {"value": 0, "low": 0, "high": 0}
-    assert known["p_value"] == 1
+    results = json.loads(run(runs[0], runs[0], "--json"))
+    assert results["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert results["p_value"] == 1
 
 
 def test_absent_and_rare_classes_are_named(run, runs, tmp_path):
@@ -147,17 +157,17 @@ def test_absent_and_rare_classes_are_named(run, runs, tmp_path):
             arrays["counts"][3, 4, 2] = 7
         changed.append(tmp_path / f"{folder.parent.name}.npz")
         np.savez(changed[-1], **arrays)
-    said = " ".join(run(*changed).split())
-    assert "Absent in both: boat." in said
-    assert "<ghost> is labelled nowhere and predicted by B alone, so that it counts as 0" in said
-    assert "1 of 6 classes have labels in fewer than 10 images" in said
+    text = " ".join(run(*changed).split())
+    assert "Absent in both: boat." in text
+    assert "<ghost> has no labels and is predicted by B alone, so it counts as 0" in text
+    assert "1 of 6 classes have labels in fewer than 10 images" in text
     json.loads(run(*changed, "--json"), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_pictures": 39}, "39 images in common, but 1 of A are missing in B"),
+        ({"num_images": 39}, "39 images in common, but 1 of A are missing in B"),
         ({"labelled": 99}, "labels of 40 of 40 images are not the same"),
         ({"names": ["road", "wall", "sky"]}, "only A has 'traffic light', only B 'sky'"),
     ],
@@ -181,11 +191,11 @@ def test_wrong_arguments_in_one_sentence(capsys, runs, arguments, message):
     given = [*map(str, runs), *arguments] if arguments else []
     with pytest.raises(SystemExit) as exit_:
         compare(given)
-    said = capsys.readouterr().err
+    text = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert said.startswith("error: ")
-    assert message in said
-    assert said.count("\n") == 1
+    assert text.startswith("error: ")
+    assert message in text
+    assert text.count("\n") == 1
 
 
 def test_missing_run(runs, tmp_path):
@@ -198,31 +208,31 @@ def test_missing_run(runs, tmp_path):
 def test_help_mentions_videos_and_seeds(capsys):
     with pytest.raises(SystemExit):
         compare(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Neighbouring images of a video" in said
-    assert "the spread between training seeds" in said
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Neighbouring images of a video" in text
+    assert "the spread between training seeds" in text
 
 
 # Configurations and seeds
 
 
 def test_two_seeds_of_one_configuration_are_called_that(run, runs):
-    """The second network scores higher beyond doubt, and no better configuration is claimed."""
+    """The difference is significant, but neither configuration is called better."""
     for seed, folder in enumerate(runs):
         configure(folder, seed)
     lines = run(*runs).splitlines()
     assert lines[0] == f"A  {runs[0]}: val, step 1,600, seed 0"
-    said = " ".join(lines[2:5])
-    assert said.startswith(" A and B are two seeds of one configuration (seed 0, seed 1): ")
-    assert "neither is a better way of training" in said
-    known = json.loads(run(*runs, "--json"))
-    assert (known["a"]["seed"], known["b"]["seed"]) == (0, 1)
-    assert known["caveat"].startswith("A and B are two seeds of one configuration")
-    assert known["p_value"] < 0.01
-    assert "better" not in known["verdict"]
+    text = " ".join(lines[2:5])
+    assert text.startswith(" A and B are two seeds of one configuration (seed 0, seed 1): ")
+    assert "neither is a better way of training" in text
+    results = json.loads(run(*runs, "--json"))
+    assert (results["a"]["seed"], results["b"]["seed"]) == (0, 1)
+    assert results["caveat"].startswith("A and B are two seeds of one configuration")
+    assert results["p_value"] < 0.01
+    assert "better" not in results["verdict"]
 
 
-def test_two_configurations_are_told_apart_by_their_settings(run, runs):
+def test_two_configurations_are_distinguished_by_their_settings(run, runs):
     configure(runs[0], lr=3e-3)
     configure(runs[1], seed=1, lr=6e-3)
     caveat = json.loads(run(*runs, "--json"))["caveat"]
@@ -234,8 +244,8 @@ def test_a_run_with_itself_has_one_seed(run, runs):
     assert "have one configuration and one seed (0)" in run(runs[0], runs[0])
 
 
-def test_what_a_validation_scored_is_sought_where_its_checkpoint_lies(run, runs, tmp_path):
-    """The seed of ``validate`` is no seed of a training, and its protocol counts."""
+def test_the_configuration_of_a_validation_is_that_of_its_checkpoints_run(run, runs, tmp_path):
+    """``validate`` has a seed of its own that is ignored; its evaluation protocol counts."""
     (tmp_path / "trained").mkdir()
     trained = configure(tmp_path / "trained", seed=7)
     checkpoint = str(trained / "checkpoints" / "last.ckpt")
@@ -247,48 +257,48 @@ def test_what_a_validation_scored_is_sought_where_its_checkpoint_lies(run, runs,
     configure(runs[1], model=slide, **evaluates)
     assert "A and B differ in model.inference" in run(*runs)
     configure(runs[1], verbose=True, ckpt_path=str(tmp_path / "gone" / "checkpoints" / "x.ckpt"))
-    assert "What B was trained with is not known" in " ".join(run(*runs).split())
+    assert "The training configuration of B is unknown" in " ".join(run(*runs).split())
     configure(runs[1], verbose=True)  # weights of unknown origin
-    assert "What B was trained with is not known" in " ".join(run(*runs).split())
+    assert "The training configuration of B is unknown" in " ".join(run(*runs).split())
 
 
-def test_other_training_data_are_no_other_seed(run, runs):
-    """Whether data were moved or are others, their contents tell, and nothing else does."""
+def test_runs_with_different_training_data_differ_in_more_than_the_seed(run, runs):
+    """Training data are compared by the fingerprint of their contents, not by name or path."""
     for seed, folder in enumerate(runs):
         configure(folder, seed)
     trained_on(runs[1], fingerprint="moved-contents")
     assert "two seeds of one configuration" in run(*runs)
     trained_on(runs[1], num_rows=4, fingerprint="names-others")
-    said = " ".join(run(*runs).split())
+    text = " ".join(run(*runs).split())
     assert (
         "A and B differ in training data (16 images of shapes, fingerprint contents; 4 images of "
-        "shapes, fingerprint others). With one run of each" in said
+        "shapes, fingerprint others). With one run of each" in text
     )
 
 
-def test_unknown_training_data_at_another_path_may_be_others(run, runs, study):
+def test_unknown_training_data_at_another_path_may_differ(run, runs, study):
     for seed, folder in enumerate(runs):
         configure(folder, seed)
     (runs[1] / "training_data.json").unlink()
-    said = " ".join(run(*runs).split())
-    assert "two seeds" not in said
+    text = " ".join(run(*runs).split())
+    assert "two seeds" not in text
     assert (
-        "A and B differ in data.path (/scratch/0; /scratch/1). Whether runs with different" in said
+        "A and B differ in data.path (/scratch/0; /scratch/1). Whether runs with different" in text
     )
-    assert "trained on the same data cannot be told" in said
+    assert "trained on the same data is unknown" in text
     configure(runs[1], seed=1, data=yaml.safe_load((runs[0] / "config.yaml").read_text())["data"])
     (runs[1] / "training_data.json").unlink()
     assert "two seeds of one configuration" in run(*runs)  # of one path
     few = [study["a", seed] for seed in range(3)]
     (few[2] / "training_data.json").unlink()
-    said = " ".join(run(*few).split())
-    assert said.startswith("3 runs of 2 configurations")
-    assert "trained on the same data cannot be told" in said
-    assert "B data.path /scratch/2" in said
+    text = " ".join(run(*few).split())
+    assert text.startswith("3 runs of 2 configurations")
+    assert "trained on the same data is unknown" in text
+    assert "B data.path /scratch/2" in text
 
 
-def test_settings_that_a_resumption_changed_count(run, runs):
-    """Those after the step that was scored do not: here 1600 and 800."""
+def test_settings_that_a_resumption_changed_are_compared(run, runs):
+    """Unless it came after the evaluated step, here 1600 and 800."""
     for seed, folder in enumerate(runs):
         configure(folder, seed)
     config = yaml.safe_load((runs[1] / "config.yaml").read_text())
@@ -299,16 +309,16 @@ def test_settings_that_a_resumption_changed_count(run, runs):
     config["model"]["lr"] = 0.5
     config["trainer"]["max_steps"] = 3200
     resumed.write_text(yaml.safe_dump(config))
-    said = " ".join(run(*runs).split())
+    text = " ".join(run(*runs).split())
     assert (
         "A and B differ in model.lr (0.003; 0.003, 0.5 from step 400 on), "
-        "trainer.max_steps (1600; 1600, 3200 from step 400 on). " in said
+        "trainer.max_steps (1600; 1600, 3200 from step 400 on). " in text
     )
     resumed.rename(runs[1] / "config_resumed_at_step_0000800.yaml")
     assert "two seeds of one configuration" in run(*runs)
 
 
-def test_a_run_that_went_on_from_another_is_not_one_from_the_start(run, runs):
+def test_a_run_continued_from_another_differs_from_one_trained_from_the_start(run, runs):
     configure(runs[0])
     configure(runs[1], seed=1, ckpt_path="runs/other/version_0/checkpoints/last.ckpt")
     assert "A and B differ in ckpt_path (null; runs/other/" in " ".join(run(*runs).split())
@@ -319,11 +329,11 @@ def with_callbacks(*callbacks):
     return {"trainer": {"max_steps": 1600, "callbacks": given}}
 
 
-def test_callbacks_count_if_they_train(run, runs):
+def test_callbacks_that_affect_training_are_compared(run, runs):
     lightning = "lightning.pytorch.callbacks."
     monitor = (f"{lightning}LearningRateMonitor", {"logging_interval": "step"})
     best = (f"{lightning}ModelCheckpoint", dict.fromkeys("abcdefghijklmnop"))
-    panel = ("segformer_pl.callbacks.PredictionPanel", {"num_pictures": 4})
+    panel = ("segformer_pl.callbacks.PredictionPanel", {"num_images": 4})
     ema = (f"{lightning}EMAWeightAveraging", {"decay": 0.99, "device": None})
 
     def differ(one, other):
@@ -357,35 +367,37 @@ def test_few_settings_are_shown(run, study):
 
 @pytest.fixture
 def study(tmp_path):
-    """Three seeds with a learning rate of 0.003 and two with 0.006, which lie higher."""
-    shares = {("a", 0): 0.50, ("a", 2): 0.54, ("a", 1): 0.52, ("b", 0): 0.60, ("b", 1): 0.57}
+    """Three seeds with a learning rate of 0.003 and two with 0.006, whose mIoU is higher."""
+    accuracies = {("a", 0): 0.50, ("a", 2): 0.54, ("a", 1): 0.52, ("b", 0): 0.60, ("b", 1): 0.57}
     folders = {}
-    for (name, seed), share in shares.items():
-        folder = plant(tmp_path / f"{name}{seed}" / "version_0", [0.8, share, 0.5])
+    for (name, seed), accuracy in accuracies.items():
+        folder = plant(tmp_path / f"{name}{seed}" / "version_0", [0.8, accuracy, 0.5])
         folders[name, seed] = configure(folder, seed, {"a": 3e-3, "b": 6e-3}[name])
     return folders
 
 
 def test_runs_are_grouped_by_configuration(run, study):
-    known = json.loads(run(*study.values(), "--json"))
-    a, b = known["groups"]
+    results = json.loads(run(*study.values(), "--json"))
+    a, b = results["groups"]
     assert (a["settings"], b["settings"]) == ({"model.lr": 0.003}, {"model.lr": 0.006})
     assert [one["seed"] for one in a["runs"]] == [0, 1, 2]
     assert [Path(one["path"]).parent.name for one in b["runs"]] == ["b0", "b1"]
     mious = [one["miou"]["value"] for one in a["runs"]]
     assert a["mean"] == pytest.approx(sum(mious) / 3)
-    # np.std(ddof=1) by hand: for two runs the difference over the root of two
+    # np.std(ddof=1) of two values is their difference divided by sqrt(2)
     first, second = (one["miou"]["value"] for one in b["runs"])
     assert b["standard_deviation"] == pytest.approx(abs(first - second) / np.sqrt(2))
     assert all(one["miou"]["low"] < one["miou"]["value"] < one["miou"]["high"] for one in a["runs"])
-    assert known["caveat"].startswith("Nothing is tested here: ")
-    assert known["differences"] == {"B - A": pytest.approx(b["mean"] - a["mean"])}
+    assert results["caveat"].startswith("Nothing is tested here: ")
+    assert results["differences"] == {"B - A": pytest.approx(b["mean"] - a["mean"])}
     text = run(*study.values())
-    assert text.startswith("5 runs of 2 configurations, scored on 40 images\n\nNothing is tested")
+    assert text.startswith(
+        "5 runs of 2 configurations, evaluated on 40 images\n\nNothing is tested"
+    )
     assert "A  model.lr 0.003\n" in text
     assert " over 3 seeds\n" in text
-    assert "Every run of B scores higher than every run of A." in " ".join(text.split())
-    assert "better." in text.split("\n\n")[1]  # in what it does not say, and nowhere else
+    assert "Every run of B has a higher mIoU than every run of A." in " ".join(text.split())
+    assert "better." in text.split("\n\n")[1]  # in the caveat, and nowhere else
     assert text.count("better") == 1
     assert "in blocks of 4" in run(*study.values(), "--block_size", 4)
 
@@ -394,10 +406,10 @@ def test_groups_that_overlap_or_have_one_run(run, study, tmp_path):
     low = configure(plant(tmp_path / "b9" / "version_0", [0.8, 0.51, 0.5]), 9, 6e-3)
     assert "Their runs overlap." in run(*study.values(), low)
     few = [study["a", 0], study["a", 1], study["b", 0]]
-    said = " ".join(run(*few).split())
-    assert "There is one run of B, so that nothing is known of the spread between its seeds" in said
-    assert "runs overlap" not in said
-    assert "Every run" not in said
+    text = " ".join(run(*few).split())
+    assert "There is only one run of B, so the spread between its seeds is unknown" in text
+    assert "runs overlap" not in text
+    assert "Every run" not in text
     assert json.loads(run(*few, "--json"))["groups"][1]["standard_deviation"] is None
     three = [study["a", seed] for seed in range(3)]
     text = run(*three)
@@ -409,7 +421,7 @@ def test_groups_that_overlap_or_have_one_run(run, study, tmp_path):
     ("changes", "message"),
     [
         ({"names": ["road", "wall", "sky"]}, "version_0' has 3 classes and "),
-        ({"num_pictures": 39}, "39 images in common"),
+        ({"num_images": 39}, "39 images in common"),
         ({"labelled": 99}, "with the same labels and label mapping"),
         ({"step": 800}, "after 800, but they are runs of one configuration"),
     ],
@@ -448,7 +460,7 @@ def test_one_run_is_nothing_to_compare(runs):
 
 @pytest.mark.slow
 def test_configurations_as_the_command_line_writes_them(run, runs, tmp_path):
-    """Real ones, complete: another seed, logger, folder and loader are no other configuration."""
+    """In complete files, seed, logger, folder and loader do not distinguish configurations."""
     from segformer_pl.cli import resolve
 
     file = tmp_path / "run.yaml"

@@ -1,4 +1,4 @@
-"""The command erf as its user meets it."""
+"""The command ``erf``: files, table, refusals."""
 
 import json
 import shutil
@@ -18,8 +18,8 @@ FIGURES = ("png", "pdf")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of pictures in the layout of a data set, six of them for validation."""
+def images(tmp_path_factory):
+    """A folder with six training and six validation images and their labels."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for split in ("train", "validation"):
@@ -36,13 +36,13 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def run(pictures, tmp_path, capsys, monkeypatch):
-    """Function: run the command on these pictures; returns what it prints and its folder."""
+def run(images, tmp_path, capsys, monkeypatch):
+    """Function that runs the command on these images; returns its output and its folder."""
     monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "DPI", 40)
 
     def call(*arguments):
-        given = ["--data", "shapes", "--path", str(pictures), "--output", str(tmp_path / "out")]
-        main(["erf", *given, *arguments])
+        data = ["--data.dataset", "shapes", "--data.path", str(images)]
+        main(["erf", *data, "--output", str(tmp_path / "out"), *arguments])
         return capsys.readouterr().out, tmp_path / "out"
 
     return call
@@ -55,31 +55,48 @@ def test_random_weights(run):
         *(f"{name}.{kind}" for name in ("erf", "erf_profile", "erf_area") for kind in FIGURES),
         *("erf.npz", "erf.json"),
     }
-    known = json.loads((folder / "erf.json").read_text())
-    assert known["num_images"] == 3
-    assert known["about"]["weights"] == "random weights"
-    assert known["about"]["data"] == "shapes"
-    assert list(known["numbers"]) == ["stage1", "stage2", "stage3", "stage4", "head"]
-    assert known["numbers"]["stage4"]["radius_50"][0] > known["numbers"]["stage1"]["radius_50"][0]
+    description = json.loads((folder / "erf.json").read_text())
+    assert description["num_images"] == 3
+    assert description["about"]["weights"] == "random weights"
+    assert description["about"]["data"] == "shapes"
+    assert list(description["numbers"]) == ["stage1", "stage2", "stage3", "stage4", "head"]
+    assert (
+        description["numbers"]["stage4"]["radius_50"][0]
+        > description["numbers"]["stage1"]["radius_50"][0]
+    )
     assert load_erf(folder / "erf")["head"].mean.shape == (64, 96)
-    assert "segformer_b0 (random weights), 3 pictures of 64x96 pixels" in text
-    assert "stage4, head are wider than the picture" in text
-    assert "95 % intervals" in text
-    numbers = [name.split("/")[-1].split(".")[0] for name in known["image_ids"]]
+    assert "segformer_b0 (random weights), 3 images of 64x96 pixels" in text
+    assert "stage4, head are wider than the image" in text
+    assert "radius of 50 % (px)" in text
+    assert "[95 % CI over images]" in text
+    numbers = [name.split("/")[-1].split(".")[0] for name in description["image_ids"]]
     assert numbers == ["0", "2", "4"]
-    assert known["about"]["source"] == "segformer_b0"
-    assert known["about"]["segformer_pl"] == __version__
-    assert known["about"]["mean"] == list(IMAGENET_MEAN)
-    assert known["about"]["std"] == list(IMAGENET_STD)
+    assert description["about"]["source"] == "segformer_b0"
+    assert description["about"]["segformer_pl"] == __version__
+    assert description["about"]["mean"] == list(IMAGENET_MEAN)
+    assert description["about"]["std"] == list(IMAGENET_STD)
     assert np.asarray(Image.open(folder / "erf.png").convert("RGB")).std() > 10
 
 
+def test_a_model_can_be_an_import_path(run, tmp_path, monkeypatch):
+    (tmp_path / "network_of_erf.py").write_text(
+        "from segformer_pl.models import segformer_b0\n\n\n"
+        "def small(num_classes):\n"
+        "    return segformer_b0(num_classes, decoder_dim=16)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--num_images", "1", "--layers", "stage1"]
+    text, folder = run("--model", "network_of_erf.small", *options)
+    assert text.startswith("network_of_erf.small (random weights), 1 image of 64x96 pixels")
+    assert load_erf(folder / "erf").about["source"] == "network_of_erf.small"
+
+
 @pytest.mark.slow
-def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures, reads_of):
+def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, images, reads_of):
     main(
         [
             *("fit", "--model.network", "segformer_pl.models.segformer_b0"),
-            *("--data.dataset", "shapes", "--data.path", str(pictures), "--data.num_workers", "0"),
+            *("--data.dataset", "shapes", "--data.path", str(images), "--data.num_workers", "0"),
             *("--trainer.max_steps", "1", "--trainer.accelerator", "cpu"),
             *("--trainer.logger.init_args.save_dir", str(tmp_path / "runs")),
             *("--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0"),
@@ -103,21 +120,21 @@ def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, pictures, reads_o
     assert "timm resnet18 (random weights)" in text
 
 
-def test_pictures_are_spread_over_the_split(run, monkeypatch):
-    """The first ones may all show one class or one street."""
-    names = []
+def test_images_are_evenly_spaced_over_the_split(run, monkeypatch):
+    """The first images of a split may all show one class or one street."""
+    ids = []
 
     def measure(network, batches, **settings):
         for batch in batches:
-            names.extend(batch["id"])
+            ids.extend(batch["id"])
         raise NoFieldError("enough")
 
     module = sys.modules["segformer_pl.commands.erf"]
     monkeypatch.setattr(module, "effective_receptive_field", measure)
     with pytest.raises(SystemExit, match="enough"):
         run("--model", "segformer_b0", "--num_images", "3")
-    # The first one was tried before.
-    assert [name.split("/")[-1].split(".")[0] for name in names] == ["0", "0", "2", "4"]
+    # The command measures the first image alone before the others.
+    assert [name.split("/")[-1].split(".")[0] for name in ids] == ["0", "0", "2", "4"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +143,8 @@ def test_pictures_are_spread_over_the_split(run, monkeypatch):
         ([], "give one of --ckpt, --weights and --model"),
         (["--model", "segformer_b0", "--ckpt", "x"], "give one of --ckpt, --weights and --model"),
         (["--ckpt", "nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
+        (["--model", "segformer_b9"], "there is no network 'segformer_b9'"),
+        (["--model", "segformer_pl.models.SegFormer"], "cannot be built from num_classes alone"),
         (["--model", "segformer_b0", "--against", "timm:resnet1"], "no network 'resnet1'"),
         (["--model", "segformer_b0", "--num_images", "0"], "an integer of at least 1"),
         (["--model", "segformer_b0", "--reduction", "mean"], "give one of relu, l1, sum, random"),
@@ -146,15 +165,15 @@ def test_refusals_are_one_sentence(run, arguments, message):
 
 
 def refusal_before_measuring(run, monkeypatch, *arguments):
-    """What the command says, no more than one picture of each network being measured."""
+    """The error message of the command, which measures at most one image of each network."""
     module = sys.modules["segformer_pl.commands.erf"]
     measure = module._measure
 
-    def only_one(subject, data, options, num_images):
+    def measure_one(subject, data, options, num_images):
         assert num_images == 1
         return measure(subject, data, options, num_images)
 
-    monkeypatch.setattr(module, "_measure", only_one)
+    monkeypatch.setattr(module, "_measure", measure_one)
     with pytest.raises(SystemExit) as exit_:
         run("--model", "segformer_b0", "--num_images", "5", *arguments)
     return exit_.value.code
@@ -172,12 +191,12 @@ def refusal_before_measuring(run, monkeypatch, *arguments):
         (["--reduction", "40", "--layers", "stage4", "stage1"], "has channels 0 to 31"),
     ],
 )
-def test_what_cannot_be_measured_is_found_on_one_picture(run, monkeypatch, arguments, message):
+def test_what_cannot_be_measured_is_refused_after_one_image(run, monkeypatch, arguments, message):
     assert message in refusal_before_measuring(run, monkeypatch, *arguments)
 
 
 @pytest.mark.parametrize("inside", ["", "folder"])
-def test_a_file_in_the_place_of_the_folder_is_found_before_measuring(
+def test_a_file_in_place_of_the_output_folder_is_refused_before_measuring(
     run, monkeypatch, tmp_path, inside
 ):
     (tmp_path / "file").write_text("x")
@@ -190,37 +209,57 @@ def test_a_file_in_the_place_of_the_folder_is_found_before_measuring(
     assert "cannot write to the folder" in exit_.value.code
 
 
-def test_a_data_set_without_a_place_asks_for_this_commands_own_argument(tmp_path):
+def test_a_data_set_without_a_path_asks_for_the_option_of_this_command(tmp_path):
     with pytest.raises(SystemExit) as exit_:
-        main(["erf", "--model", "segformer_b0", "--data", "camvid", "--output", str(tmp_path)])
+        main(
+            [
+                "erf",
+                "--model",
+                "segformer_b0",
+                "--data.dataset",
+                "camvid",
+                "--output",
+                str(tmp_path),
+            ]
+        )
     assert "give --data.path with a folder" in exit_.value.code
     assert "--path" not in exit_.value.code
 
 
 @pytest.mark.slow
-def test_one_picture_has_no_intervals(run):
+def test_one_image_has_no_intervals(run):
     text, _ = run("--model", "segformer_b0", "--num_images", "1", "--layers", "stage1")
-    assert "1 picture of 64x96 pixels, no intervals" in text
+    assert "1 image of 64x96 pixels, no intervals" in text
     assert "nan" not in text
 
 
 @pytest.mark.slow
-def test_pictures_of_several_sizes_need_one(run, pictures, tmp_path):
+def test_images_of_different_sizes_need_the_option_size(run, images, tmp_path):
     other = tmp_path / "mixed"
-    shutil.copytree(pictures, other)
+    shutil.copytree(images, other)
     for kind, shape in (("images", (32, 64, 3)), ("labels", (32, 64))):
         Image.fromarray(np.zeros(shape, np.uint8)).save(other / kind / "validation" / "0.png")
     with pytest.raises(SystemExit) as exit_:
-        run("--path", str(other), "--model", "segformer_b0")
+        run("--data.path", str(other), "--model", "segformer_b0")
     assert "have different sizes" in exit_.value.code
-    run("--path", str(other), "--model", "segformer_b0", "--size", "64", "64", "--num_images", "2")
+    run(
+        "--data.path",
+        str(other),
+        "--model",
+        "segformer_b0",
+        "--size",
+        "64",
+        "64",
+        "--num_images",
+        "2",
+    )
 
 
 @pytest.mark.slow
 def test_random_weights_are_the_same_each_time(run):
-    known = []
+    hashes = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         _, folder = run("--model", "segformer_b0", "--num_images", "1", "--layers", "stage1")
-        known.append(load_erf(folder / "erf").about["weights_hash"])
-    assert known[0] == known[1]
+        hashes.append(load_erf(folder / "erf").about["weights_hash"])
+    assert hashes[0] == hashes[1]

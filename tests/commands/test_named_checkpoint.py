@@ -1,4 +1,4 @@
-"""``--ckpt_path last``, ``best`` and ``hpc`` are files, or errors."""
+"""``--ckpt_path last``, ``best`` and ``hpc``: the file they stand for, or an error."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
 @pytest.mark.parametrize("name", ["last", "best", "hpc"])
 def test_a_name_without_a_file_is_refused(capsys, arguments, tmp_path, command, name):
-    """``last`` started from step 0 without a word."""
+    """A regression: ``last`` started from step 0 without an error."""
     error = refused(capsys, command, *arguments, "--trainer.max_steps=2", f"--ckpt_path={name}")
     assert error.startswith("error: ckpt_path: ")
     expected = "hpc_ckpt_" if name == "hpc" else "runs/unnamed/*/checkpoints/last.ckpt"
@@ -48,16 +48,16 @@ def test_a_name_without_a_file_is_refused(capsys, arguments, tmp_path, command, 
     assert not list(tmp_path.rglob("version_*"))
 
 
-def test_other_words_are_files(capsys, arguments):
-    for word in ("Last", "latest"):
-        error = refused(capsys, "validate", *arguments, f"--ckpt_path={word}")
-        assert f"there is no file {word!r}" in error
+def test_other_names_are_paths(capsys, arguments):
+    for name in ("Last", "latest"):
+        error = refused(capsys, "validate", *arguments, f"--ckpt_path={name}")
+        assert f"there is no file {name!r}" in error
     error = refused(capsys, "validate", *arguments, "--ckpt_path=")
     assert "ckpt_path is empty" in error
 
 
 @pytest.mark.slow
-def test_names_mean_the_newest_run_of_the_configuration(capsys, arguments, tmp_path, caplog):
+def test_names_stand_for_the_newest_run_of_the_configuration(capsys, arguments, tmp_path, caplog):
     monitor = [
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         "--trainer.callbacks.monitor=val/miou",
@@ -70,7 +70,7 @@ def test_names_mean_the_newest_run_of_the_configuration(capsys, arguments, tmp_p
     caplog.set_level("INFO")
     assert main([*fit, "--trainer.max_steps=3", "--ckpt_path=last"]).trainer.global_step == 3
     assert "last is runs/unnamed/version_0/checkpoints/last.ckpt" in caplog.text
-    # A moved folder: the paths inside its checkpoints are those of before.
+    # In a moved folder, the paths inside the checkpoints are outdated.
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "runs", tmp_path / "elsewhere" / "runs")
     moved = f"--trainer.logger.save_dir={tmp_path / 'elsewhere' / 'runs'}"
@@ -81,7 +81,7 @@ def test_names_mean_the_newest_run_of_the_configuration(capsys, arguments, tmp_p
     assert cli.model.trained_steps == 2
 
 
-def test_the_newest_requeued_job(capsys, arguments, tmp_path):
+def test_hpc_is_the_checkpoint_of_the_newest_requeued_job(capsys, arguments, tmp_path):
     for number in (2, 10):
         torch.save({"state_dict": {}}, tmp_path / f"hpc_ckpt_{number}.ckpt")
     (tmp_path / "hpc_ckpt_old.ckpt").touch()
@@ -92,11 +92,11 @@ def test_the_newest_requeued_job(capsys, arguments, tmp_path):
 
 
 @pytest.fixture
-def begun(arguments, tmp_path):
-    """A run of the arguments that has a configuration and a checkpoint, below two folders."""
+def earlier_runs(arguments, tmp_path):
+    """Two runs of the arguments, each with a configuration and a checkpoint, in two folders."""
     cli = main([*arguments, "--trainer.max_steps=2"], run=False)
     text = cli.parser.dump(cli.config, skip_none=False)
-    for number, folder in enumerate(("root", "runs")):  # the newest in the default folder
+    for number, folder in enumerate(("root", "runs")):  # the newer one in the default folder
         run_dir = tmp_path / folder / "unnamed" / "version_0"
         last = run_dir / "checkpoints" / "last.ckpt"
         last.parent.mkdir(parents=True)
@@ -105,10 +105,10 @@ def begun(arguments, tmp_path):
         os.utime(last, (number, number))
 
 
-def test_another_experiment_of_the_same_name_is_not_gone_on_with(
-    capsys, arguments, begun, tmp_path, monkeypatch
+def test_another_experiment_of_the_same_name_is_not_resumed(
+    capsys, arguments, earlier_runs, tmp_path, monkeypatch
 ):
-    """Its folder and history were gone on with as if it were this one."""
+    """A regression: its folder and history were continued."""
     monkeypatch.setattr(
         "segformer_pl.cli.training.read_checkpoint", lambda file, _: sys.exit(f"is {file}")
     )
@@ -128,13 +128,13 @@ def test_another_experiment_of_the_same_name_is_not_gone_on_with(
     assert "segformer_b1 here" in refused(capsys, "validate", *arguments, b1)
 
 
-def test_names_are_looked_up_below_the_root(capsys, arguments, begun, tmp_path, monkeypatch):
-    """They were looked up in the default folder, which may hold another run."""
+def test_names_are_looked_up_below_the_root(capsys, arguments, earlier_runs, tmp_path, monkeypatch):
+    """A regression: they were looked up in the default folder, which may hold another run."""
     monkeypatch.setattr(
         "segformer_pl.cli.training.read_checkpoint", lambda file, _: sys.exit(f"is {file}")
     )
     root = tmp_path / "root"
     for command in ("fit", "validate"):
         given = [f"--trainer.default_root_dir={root}", "--ckpt_path=last"]
-        said = refused(capsys, command, *arguments, *given)
-        assert said == f"is {root}/unnamed/version_0/checkpoints/last.ckpt"
+        error = refused(capsys, command, *arguments, *given)
+        assert error == f"is {root}/unnamed/version_0/checkpoints/last.ckpt"

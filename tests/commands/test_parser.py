@@ -1,4 +1,4 @@
-"""What the options of the project's own commands are called."""
+"""Names of the commands' options, old and new."""
 
 import re
 
@@ -9,7 +9,7 @@ from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.parser import OLD_SPELLINGS, current_spelling
 
 
-def test_old_spellings_are_replaced_with_one_notice_each(capsys):
+def test_old_option_names_are_replaced_with_one_notice_each(capsys):
     old = ["x", "--data", "shapes", "--path=a-b/--path", "--num-images", "2", "--num_classes=3"]
     new = ["x", "--data.dataset", "shapes", "--data.path=a-b/--path", "--num_images", "2"]
     assert current_spelling(old) == [*new, "--num_classes=3"]
@@ -35,7 +35,7 @@ def test_old_spellings_are_replaced_with_one_notice_each(capsys):
         (["compare", "x", "y", "--block-size=0"], ["--block-size"], "block_size"),
     ],
 )
-def test_commands_accept_old_spellings_and_say_the_new(
+def test_commands_accept_old_option_names_and_print_the_new(
     capsys, tmp_path, monkeypatch, arguments, old, sentence
 ):
     monkeypatch.chdir(tmp_path)
@@ -47,7 +47,7 @@ def test_commands_accept_old_spellings_and_say_the_new(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_the_new_spellings_alone(capsys, command):
+def test_help_shows_only_new_option_names(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     options = re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)

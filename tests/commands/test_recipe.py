@@ -1,4 +1,4 @@
-"""``recipe diff`` as its user meets it."""
+"""The command ``recipe diff``: files, run folders, refusals."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ BASE, DELTA = RECIPES / "ade20k.yaml", RECIPES / "segformer_b0_ade20k_512_160k.y
 
 @pytest.fixture
 def diff(capsys):
-    """Function: the lines that ``recipe diff`` prints."""
+    """Function that runs ``recipe diff`` and returns the printed lines."""
 
     def call(*sources):
         assert main(["recipe", "diff", *map(str, sources)]) is None
@@ -25,7 +25,7 @@ def diff(capsys):
 
 @pytest.fixture
 def fail(capsys):
-    """Function: run a command that must fail, return the one sentence."""
+    """Function that runs a command that must fail and returns its error message."""
 
     def call(*arguments):
         with pytest.raises(SystemExit) as exit_:
@@ -49,34 +49,34 @@ def test_files_are_merged_as_the_command_line_merges_them(diff, tmp_path):
     assert lines[1].split() == ["setting", "paper", "here", "source"]
     assert lines[2].split()[:3] == ["model.lr", "6e-05", "0.0001"]
     assert lines[3].startswith("data.batch_size  16 samples per step  batch_size 2 x devices auto")
-    assert lines[4] == "2 departures; and what no setting changes:"
+    assert lines[4] == "2 departures; independent of the settings:"
     assert all(line.startswith("- ") for line in lines[5:])
 
 
-def test_a_run_folder_is_taken_as_it_is(tmp_path, capsys):
-    asked = []
+def test_the_file_of_a_run_folder_is_not_completed_with_todays_defaults(tmp_path, capsys):
+    resolved = []
 
-    def complete(files):
-        asked.append(files)
+    def resolve(files):
+        resolved.append(files)
         return yaml.safe_load(Path(files[0]).read_text())
 
     run = tmp_path / "version_0"
     run.mkdir()
     network = {"class_path": "segformer_pl.models.segformer_b0"}
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"network": network, "lr": 1e-3}}))
-    recipe(["diff", str(run)], complete)
+    recipe(["diff", str(run)], resolve)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["model.lr", "6e-05", "0.001"] in [line[:3] for line in lines]
-    # Of a version that did not know the setting: what it did then is not what is done now.
+    # The version that trained this run did not have the setting, and may have behaved differently.
     assert ["model.schedule", "paper", "not", "stated"] in [line[:4] for line in lines]
-    assert asked == []
-    # With another file it is a new run, and the command line fills in what is missing.
-    recipe(["diff", str(run), "mine.yaml"], complete)
-    assert asked == [[str(run / "config.yaml"), "mine.yaml"]]
+    assert resolved == []
+    # With another file the settings are those of a new run, completed by the command line.
+    recipe(["diff", str(run), "mine.yaml"], resolve)
+    assert resolved == [[str(run / "config.yaml"), "mine.yaml"]]
 
 
 def test_bad_input_gets_one_sentence(fail, tmp_path):
-    assert f"'{tmp_path}' holds no config.yaml; give the folder of one run" in fail(
+    assert f"'{tmp_path}' contains no config.yaml; give the folder of one run" in fail(
         "diff", tmp_path
     )
     assert "nowhere.yaml" in fail("diff", tmp_path / "nowhere.yaml")
@@ -93,7 +93,7 @@ def test_bad_input_gets_one_sentence(fail, tmp_path):
 TOY = """
 from torch import nn
 
-from segformer_pl.models import Segmenter
+from segformer_pl.models.segmenter import Segmenter
 
 
 class ToySegmenter(Segmenter):
@@ -112,7 +112,7 @@ class ToySegmenter(Segmenter):
 """
 
 
-def test_a_network_that_the_paper_does_not_have_is_said_in_words(diff, tmp_path, monkeypatch):
+def test_a_network_that_is_not_in_the_paper_has_no_recipe(diff, tmp_path, monkeypatch):
     (tmp_path / "toy_of_recipe.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     toy = {"class_path": "toy_of_recipe.ToySegmenter", "init_args": {"width": 4}}
@@ -135,7 +135,7 @@ def test_a_network_that_the_paper_does_not_have_is_said_in_words(diff, tmp_path,
     assert diff(run) == [sentence.replace("toy_of_recipe.ToySegmenter", custom["class_path"])]
 
 
-def test_a_checkpoint_outside_of_a_run_tells_no_recipe(fail, tmp_path):
+def test_a_checkpoint_outside_of_a_run_folder_is_refused(fail, tmp_path):
     file = tmp_path / "last.ckpt"
     file.write_bytes(b"PK\x03\x04\x80\xff")
     assert "not all are YAML files" in fail("diff", file)

@@ -1,4 +1,4 @@
-"""robustness as its user meets it: the scores of validate, interrupted and gone on with."""
+"""The command ``robustness``: agreement with validate, interruption, refusals."""
 
 import csv
 import importlib
@@ -37,7 +37,7 @@ FEW = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of a run of one step; the classifier drawn anew, so that pictures have several classes."""
+    """A checkpoint after one step, with a random classifier so that predictions vary."""
     folder = tmp_path_factory.mktemp("run")
     shapes.generate(folder / "data", {"train": 2, "validation": 6})
     settings = {
@@ -65,7 +65,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Only four of the settings, and no time spent on the figure."""
+    """Only four of the settings, and an empty figure to save time."""
     monkeypatch.setattr(command, "SETTINGS", FEW)
     monkeypatch.setattr(command, "plot", lambda result: Figure())
 
@@ -87,7 +87,7 @@ def test_settings_are_the_papers():
     assert ("noise", "shot_noise", 4) not in SETTINGS
 
 
-def test_clean_is_what_validate_says(few, checkpoint, tmp_path, capsys):
+def test_the_clean_miou_is_that_of_validate(few, checkpoint, tmp_path, capsys):
     run(checkpoint, tmp_path / "out")
     printed = capsys.readouterr().out
     trainer = pl.Trainer(
@@ -95,19 +95,19 @@ def test_clean_is_what_validate_says(few, checkpoint, tmp_path, capsys):
     )
     task = SegmentationTask.load_from_checkpoint(checkpoint, weights_only=True)
     data = load_data(RunCheckpoint.read(checkpoint))
-    known = trainer.validate(task, datamodule=data, verbose=False)[0]
-    found = rows(tmp_path / "out")
-    assert [(r["group"], r["corruption"], int(r["severity"])) for r in found] == FEW
-    assert float(found[0]["miou"]) == pytest.approx(known["val/miou"], abs=1e-7)
-    assert 0 < float(found[0]["miou"]) < 1
-    assert len({r["miou"] for r in found}) == 4
-    assert {r["num_images"] for r in found} == {"6"}
+    metrics = trainer.validate(task, datamodule=data, verbose=False)[0]
+    results = rows(tmp_path / "out")
+    assert [(r["group"], r["corruption"], int(r["severity"])) for r in results] == FEW
+    assert float(results[0]["miou"]) == pytest.approx(metrics["val/miou"], abs=1e-7)
+    assert 0 < float(results[0]["miou"]) < 1
+    assert len({r["miou"] for r in results}) == 4
+    assert {r["num_images"] for r in results} == {"6"}
     out = tmp_path / "out"
     assert printed.endswith(f"table: {out / 'robustness.md'}\n")
     assert "mIoU in percent: clean " in printed
     numbers = json.loads((out / "robustness.json").read_text())
-    assert numbers["clean"] == float(found[0]["miou"])
-    assert numbers["severities"]["weather"]["fog"]["5"] == float(found[3]["miou"])
+    assert numbers["clean"] == float(results[0]["miou"])
+    assert numbers["severities"]["weather"]["fog"]["5"] == float(results[3]["miou"])
     assert (out / "robustness.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "robustness.md").read_text().count("| fog |") == 2
 
@@ -119,49 +119,51 @@ def test_the_checkpoint_is_read_once(few, checkpoint, tmp_path, reads_of):
 
 
 @pytest.mark.slow
-def test_loader_processes_change_nothing(few, checkpoint, tmp_path):
+def test_the_number_of_workers_changes_nothing(few, checkpoint, tmp_path):
     run(checkpoint, tmp_path / "a", "--num_images=5")
     run(checkpoint, tmp_path / "b", "--num_images=5", "--data.num_workers=2")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
-def test_interrupted_and_gone_on_with(few, checkpoint, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_command_continues(few, checkpoint, tmp_path, monkeypatch, capsys):
     run(checkpoint, tmp_path / "whole", "--num_images=3")
-    score, scored = command._score, []
+    miou, evaluated = command._miou, []
 
     def interrupted(*arguments):
-        if len(scored) == 2:
+        if len(evaluated) == 2:
             raise KeyboardInterrupt
-        scored.append(score(*arguments))
-        return scored[-1]
+        evaluated.append(miou(*arguments))
+        return evaluated[-1]
 
-    monkeypatch.setattr(command, "_score", interrupted)
+    monkeypatch.setattr(command, "_miou", interrupted)
     options = [f"--ckpt={checkpoint}", f"--output={tmp_path / 'part'}", "--num_images=3"]
     with pytest.raises(SystemExit, match=r"^130$"):
         main(["robustness", *options, "--device=cpu"])
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"interrupted: 2 of 4 passes are in .*; the same command goes on", told)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        r"interrupted: 2 of 4 evaluations are in .*; the same command continue", message
+    )
     assert rows(tmp_path / "part") == rows(tmp_path / "whole")[:2]
     assert not (tmp_path / "part" / "robustness.md").exists()
-    # A row lost from the middle is made again, in its place.
+    # A missing row in the middle is evaluated again and put back in its place.
     file = tmp_path / "part" / "robustness.csv"
     header, _, last = file.read_text().splitlines()
     file.write_text(f"{header}\n{last}\n")
-    scored.clear()
-    monkeypatch.setattr(command, "_score", lambda *a: scored.append(score(*a)) or scored[-1])
+    evaluated.clear()
+    monkeypatch.setattr(command, "_miou", lambda *a: evaluated.append(miou(*a)) or evaluated[-1])
     run(checkpoint, tmp_path / "part", "--num_images=3")
-    assert len(scored) == 3
+    assert len(evaluated) == 3
     for name in ("robustness.csv", "robustness.md", "robustness.json"):
         assert (tmp_path / "part" / name).read_text() == (tmp_path / "whole" / name).read_text()
-    scored.clear()
+    evaluated.clear()
     run(checkpoint, tmp_path / "part", "--num_images=3")
-    assert scored == []
+    assert evaluated == []
 
 
 def test_another_checkpoint_or_number_is_not_mixed_in(few, checkpoint, tmp_path):
     run(checkpoint, tmp_path / "out", "--num_images=2")
     before = rows(tmp_path / "out")
-    with pytest.raises(ValueError, match="its number of pictures is 2, here it is 6; give another"):
+    with pytest.raises(ValueError, match="its number of images is 2, here it is 6; give another"):
         run(checkpoint, tmp_path / "out")
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["network.head.classifier.bias"] += 1
@@ -174,7 +176,7 @@ def test_another_checkpoint_or_number_is_not_mixed_in(few, checkpoint, tmp_path)
     assert rows(tmp_path / "out") == before
 
 
-def test_a_picture_is_corrupted_alike_whatever_else_is_read(checkpoint):
+def test_the_corruption_of_an_image_depends_on_the_seed_alone(checkpoint):
     data = load_data(RunCheckpoint.read(checkpoint))
     source = data.open("validation")
     samples = Samples(data.entry, source, StoredOrder(source.group_rows), to_tensors)
@@ -191,18 +193,20 @@ def test_a_picture_is_corrupted_alike_whatever_else_is_read(checkpoint):
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.2
 
 
-def test_pictures_are_spread_over_the_split(few, checkpoint, tmp_path, monkeypatch):
-    seen = []
+def test_images_are_evenly_spaced_over_the_split(few, checkpoint, tmp_path, monkeypatch):
+    positions = []
     getitem = Samples.__getitem__
-    monkeypatch.setattr(Samples, "__getitem__", lambda self, p: seen.append(p) or getitem(self, p))
+    monkeypatch.setattr(
+        Samples, "__getitem__", lambda self, p: positions.append(p) or getitem(self, p)
+    )
     run(checkpoint, tmp_path / "out", "--num_images=3")
-    assert seen == [0, 2, 4] * 4
+    assert positions == [0, 2, 4] * 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num_images=7"], "--num_images 7: the validation split has 6 pictures; give at most"),
+        (["--num_images=7"], "--num_images 7: the validation split has 6 images; give at most"),
         (["--ckpt=nowhere.ckpt"], "--ckpt: there is no file 'nowhere.ckpt'"),
         (["--data.path=nowhere"], "data.path: there is no folder 'nowhere'"),
     ],

@@ -1,4 +1,4 @@
-"""Whether a run goes on in the folder of its checkpoint."""
+"""Whether a resumed run continues in the folder of its checkpoint."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from segformer_pl.commands.run_folder import DEFAULT_LOGGER, find_continuation
 
 
 @pytest.mark.parametrize("is_elsewhere", [True, False])
-def test_an_older_checkpoint_does_not_go_on_in_the_folder_of_its_run(tmp_path, is_elsewhere):
-    """The rows of the steps after it were deleted: the last one was elsewhere, or unreadable."""
+def test_a_checkpoint_that_is_not_the_newest_starts_a_folder_of_its_own(tmp_path, is_elsewhere):
+    """Also where the newest one is in another folder or unreadable; later rows would be deleted."""
     run_dir, elsewhere = tmp_path / "runs" / "unnamed" / "version_0", tmp_path / "elsewhere"
     for folder in (run_dir / "checkpoints", elsewhere):
         folder.mkdir(parents=True)
@@ -21,22 +21,22 @@ def test_an_older_checkpoint_does_not_go_on_in_the_folder_of_its_run(tmp_path, i
     last = (elsewhere if is_elsewhere else best.parent) / "last.ckpt"
     assert find_continuation(str(best), 2, DEFAULT_LOGGER).run_dir == run_dir
     torch.save({"global_step": 9}, last)
-    answer = find_continuation(str(best), 2, DEFAULT_LOGGER)
-    assert answer.run_dir is None
-    assert "its run has gone on to step 9" in answer.sentence
+    continuation = find_continuation(str(best), 2, DEFAULT_LOGGER)
+    assert continuation.run_dir is None
+    assert "its run has continued to step 9" in continuation.sentence
     last.write_bytes(last.read_bytes()[:99])
-    answer = find_continuation(str(best), 2, DEFAULT_LOGGER)
-    assert answer.run_dir is None
-    assert f"{last} cannot be read" in answer.sentence
+    continuation = find_continuation(str(best), 2, DEFAULT_LOGGER)
+    assert continuation.run_dir is None
+    assert f"{last} cannot be read" in continuation.sentence
 
 
-def test_a_run_whose_configuration_cannot_be_read_is_not_gone_on_with(tmp_path):
-    """Where it was kept is not known, and neither is where its last checkpoint lies."""
+def test_a_run_with_an_unreadable_configuration_is_not_continued(tmp_path):
+    """Its logger and the folder of its last checkpoint are unknown."""
     last = tmp_path / "runs" / "unnamed" / "version_0" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     torch.save({"global_step": 2}, last)
     (last.parent.parent / "config.yaml").write_text("a: [")
-    answer = find_continuation(str(last), 2, DEFAULT_LOGGER)
-    assert answer.run_dir is None
-    assert "config.yaml' cannot be read as YAML" in answer.sentence
-    assert "a folder and a history of its own" in answer.sentence
+    continuation = find_continuation(str(last), 2, DEFAULT_LOGGER)
+    assert continuation.run_dir is None
+    assert "config.yaml' cannot be read as YAML" in continuation.sentence
+    assert "a folder and a history of its own" in continuation.sentence
