@@ -14,7 +14,7 @@ from segformer_pl.data.corruptions import (
     CORRUPTIONS,
     GROUPS,
     PAPER_SEVERITIES,
-    CorruptedPictures,
+    CorruptedImages,
     blur,
     corrupt,
     weather,
@@ -411,7 +411,7 @@ def test_spatter_covers_what_the_noise_says():
 def test_refused(name, severity, message):
     for call in (
         lambda: corrupt(flat(0), name, severity, np.random.default_rng(0)),
-        lambda: CorruptedPictures(name, severity, 0),
+        lambda: CorruptedImages(name, severity, 0),
     ):
         with pytest.raises(ValueError, match="there is no") as error:
             call()
@@ -437,7 +437,7 @@ def encoded(pixels):
 def sample(name, severity, seed=0, position=0):
     pixels = photograph(20, 30)
     label = np.random.default_rng(0).integers(0, 5, (20, 30)).astype(np.uint8)
-    transforms = CorruptedPictures(name, severity, seed)
+    transforms = CorruptedImages(name, severity, seed)
     # as Samples makes it
     rng = np.random.default_rng(np.random.SeedSequence([0, 0, position]))
     return pixels, label, *transforms(encoded(pixels), label, rng)
