@@ -133,7 +133,7 @@ class EncodedImage:
         try:
             encoded = file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file}: the file cannot be read ({error.strerror})") from error
+            raise UserError(f"{file}: it cannot be read ({error.strerror})") from error
         return cls(encoded, str(file))
 
     def decode(self, reduce: int = 1) -> npt.NDArray[np.uint8]:

@@ -50,8 +50,8 @@ class LabelSpec:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.colors):
             raise UserError(
-                f"there are {len(self.names)} class names but {len(self.colors)} colours; give "
-                "one colour for each class"
+                f"{len(self.names)} class names but {len(self.colors)} colours; give one colour "
+                "for each class"
             )
         if self.num_classes < 2:
             raise UserError(

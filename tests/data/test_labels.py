@@ -94,7 +94,7 @@ def test_one_bit_labels_are_the_values_0_and_1():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"colors": ((0, 0, 0),)}, "there are 2 class names but 1 colours; give one"),
+        ({"colors": ((0, 0, 0),)}, "2 class names but 1 colours; give one"),
         ({"names": ("a", "a")}, "two classes are named 'a'"),
         ({"raw_to_train": {5: 40}}, "raw value 5 maps to train id 40, which has no name"),
         ({"raw_to_train": {4: 1, 5: 0}, "ignored": frozenset({5})}, "raw value 5 is ignored and"),
