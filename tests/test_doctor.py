@@ -1,4 +1,4 @@
-"""The doctor names what is wrong, and finds nothing wrong with what is right."""
+"""The doctor reports every planted fault, and nothing about a sound run."""
 
 import json
 import re
@@ -24,7 +24,7 @@ NAMES = ["road", "car", "tree"]
 
 @pytest.fixture
 def healthy(tmp_path, png):
-    """Rows of both splits, with every class and some pixels without one."""
+    """Rows of both splits, with every class and some unlabelled pixels."""
     rng = np.random.default_rng(0)
 
     def row(split, number):
@@ -46,7 +46,7 @@ def network(num_classes=3):
 
 @pytest.fixture
 def visit(tmp_path, healthy, write_shards):
-    """Function (rows, settings ...) -> the doctor's findings about them."""
+    """Function (rows, settings ...) -> the doctor's examination of them."""
 
     def run(rows=healthy, data=(), model=(), trainer=(), spec=(), break_folder=None):
         folder = tmp_path / "set"
@@ -87,7 +87,7 @@ def visit(tmp_path, healthy, write_shards):
 
 
 @pytest.mark.slow
-def test_nothing_is_wrong_with_what_is_right(visit):
+def test_a_sound_run_has_no_findings(visit):
     examination = visit()
     assert examination.findings == []
     assert examination.facts["train"]["pictures"] == 60
@@ -110,10 +110,12 @@ def each(rows, split, column, change):
 
 
 def one(column, cell):
-    def breaking(rows):
+    """Replace one cell of the training split."""
+
+    def change(rows):
         rows["train"][20][column] = cell(rows["train"][20]) if callable(cell) else cell
 
-    return breaking
+    return change
 
 
 def constant(rows):
@@ -132,28 +134,32 @@ def small(rows):
 
 
 def mixed(split):
-    def breaking(rows):
+    """Make the first sample of a split smaller than the others."""
+
+    def change(rows):
         for column in ("image", "label"):
             array = np.array(Image.open(BytesIO(rows[split][0][column]["bytes"])))
             rows[split][0][column] = encode(array[:40], format="PNG")
 
-    return breaking
+    return change
 
 
-def relabel(change):
-    def breaking(rows):
+def relabel(function):
+    """Apply a function to every label image."""
+
+    def change(rows):
         for split in rows:
-            each(rows, split, "label", lambda a: encode(change(a).astype(np.uint8), format="PNG"))
+            each(rows, split, "label", lambda a: encode(function(a).astype(np.uint8), format="PNG"))
 
-    return breaking
+    return change
 
 
 def same_ids(rows):
     for row in rows["train"]:
-        row["id"] = "picture"
+        row["id"] = "image"
 
 
-def turned(row):
+def rotated(row):
     exif = Image.Exif()
     exif[0x0112] = 3
     array = np.array(Image.open(BytesIO(row["image"]["bytes"])))
@@ -161,7 +167,7 @@ def turned(row):
 
 
 def recolored(rows):
-    """Palettes that list the colours as they come, as some annotation tools write them."""
+    """Give every label image a palette in another order, as some annotation tools do."""
     rng = np.random.default_rng(0)
     for row in rows["train"]:
         label = Image.open(BytesIO(row["label"]["bytes"]))
@@ -192,7 +198,7 @@ def pages(row):
     return encode(label, format="TIFF", save_all=True, append_images=[Image.fromarray(label)])
 
 
-def cut(folder):
+def truncate(folder):
     shard = next(folder.glob("train*"))
     shard.write_bytes(shard.read_bytes()[:-50])
 
@@ -202,8 +208,8 @@ def without(split):
 
 
 FAULTS = {
-    # what is wrong: (how it is broken, which finding names it)
-    "a shard cut short": ({"folder": cut}, "error open .*is not a complete Parquet file"),
+    # fault: (how it is planted, pattern of the expected finding)
+    "a truncated shard": ({"folder": truncate}, "error open .*is not a complete Parquet file"),
     "no train shards": ({"folder": without("train")}, r"error open .*holds no train\*.parquet"),
     "no validation shards": (
         {"folder": without("validation")},
@@ -215,11 +221,11 @@ FAULTS = {
     ),
     "an empty label cell": (
         {"rows": one("label", None)},
-        r"error samples 1 of 60 train .*'train20', column 'label': the row holds no picture",
+        r"error samples 1 of 60 train .*'train20', column 'label': the row holds no image",
     ),
-    "a damaged picture": (
+    "a damaged image": (
         {"rows": one("image", lambda row: {"bytes": row["image"]["bytes"][:900], "path": None})},
-        "error samples .*'train20', column 'image': the 900 bytes are no picture, or a damaged",
+        "error samples .*'train20', column 'image': the 900 bytes are not an image, or a damaged",
     ),
     "a lossy label": (
         {"rows": one("label", lambda row: encode(np.zeros((48, 64), np.uint8), format="JPEG"))},
@@ -229,7 +235,7 @@ FAULTS = {
         {"rows": one("label", lambda row: encode(np.zeros((20, 64), np.uint8), format="PNG"))},
         "error samples .*the label is 20x64 but the image is 48x64",
     ),
-    "a picture of floating-point numbers": (
+    "an image of floating-point numbers": (
         {"rows": one("image", lambda row: encode(np.ones((48, 64), np.float32), format="TIFF"))},
         "error samples .*the image holds numbers without a known range",
     ),
@@ -247,31 +253,31 @@ FAULTS = {
     ),
     "a class that never occurs": (
         {"rows": relabel(lambda a: np.where(a == 2, 0, a))},
-        "warning classes 1 of 3 classes are in none of the 60 train pictures.*: tree;",
+        "warning classes 1 of 3 classes occur in none of the 60 examined train images: tree;",
     ),
     "labels of one class only": (
         {"rows": relabel(np.zeros_like)},
-        "error classes 2 of 3 classes are in none",
+        "error classes 2 of 3 classes occur in none",
     ),
     "no label at all": (
         {"rows": relabel(lambda a: np.full_like(a, 255))},
-        "error labels 60 of 60 train pictures have no labelled pixel",
+        "error labels 60 of 60 train images have no labelled pixel",
     ),
     "mostly unlabelled": (
         {"rows": relabel(lambda a: np.where(np.arange(64) < 40, 255, a))},
-        r"warning labels \d+% of the train pixels carry no label",
+        r"warning labels \d+% of the train pixels have no label",
     ),
     "one class in a small split": (
         {"rows": lambda rows: (rows.update(train=rows["train"][:5]), relabel(np.zeros_like)(rows))},
-        "error classes 2 of 3 classes are in none of the 5 train pictures",
+        "error classes 2 of 3 classes occur in none of the 5 examined train images",
     ),
-    "an image that alone is turned": (
-        {"rows": one("image", turned)},
-        "warning orientation 1 of 60 train samples, .*'train20': the image has the EXIF orientatio",
+    "a rotated image with an upright label": (
+        {"rows": one("image", rotated)},
+        "warning orientation 1 of 60 train samples; .*'train20': the image has the EXIF orientatio",
     ),
     "palettes that differ": (
         {"rows": recolored},
-        r"warning palette \d+ of 60 train samples, .*: index \d of the label's palette is the col",
+        r"warning palette \d+ of 60 train samples; .*: index \d of the label's palette is the col",
     ),
     "palettes that differ between the splits": (
         {"rows": recolored_validation},
@@ -281,52 +287,52 @@ FAULTS = {
         {"rows": one("label", pages)},
         "error samples 1 of 60 train .*'train20'.*the label file holds 2 frames or pages",
     ),
-    "a black picture among others": (
+    "a black image among others": (
         {"rows": one("image", lambda row: encode(np.zeros((48, 64, 3), np.uint8), format="PNG"))},
-        "warning pictures 1 of 60 train .*of one single colour, the first is 'train20'",
+        "warning pictures 1 of 60 train images have a single colour; the first is 'train20'",
     ),
-    "black pictures": ({"rows": constant}, "error pictures 60 of 60 .*of one single colour"),
-    "validation pictures in train": (
+    "black images": ({"rows": constant}, "error pictures 60 of 60 .*have a single colour"),
+    "validation images in train": (
         {"rows": leak},
-        r"error splits \d+ of the pictures looked at are in train and in validation",
+        r"error splits \d+ of the examined images are in both train and validation",
     ),
-    "one id for all": ({"rows": same_ids}, "warning ids 1 ids stand for several train samples"),
-    "pictures too small": (
+    "one id for all": ({"rows": same_ids}, "warning ids 1 ids are shared by several train samples"),
+    "images too small": (
         {"rows": small},
-        "error sizes train images are down to 20 pixels on a side, but SegFormer needs 29",
+        "error sizes train images have sides of 20 pixels, but SegFormer needs 29",
     ),
     "validation sizes in one batch": (
         {"rows": mixed("validation"), "data": {"eval_batch_size": 4}},
-        "error sizes validation pictures have 2 sizes.*eval_batch_size 1",
+        "error sizes validation images have 2 sizes.*eval_batch_size 1",
     ),
     "training sizes without a crop": (
         {"rows": mixed("train"), "data": {"crop_size": None}},
-        "error sizes training pictures of several sizes.*set --data.crop_size",
+        "error sizes training images of several sizes.*set --data.crop_size",
     ),
     "scales without a crop": (
         {"data": {"crop_size": None, "scale_range": (0.5, 2.0)}},
-        "error sizes training pictures of several scales",
+        "error sizes training images of several scales",
     ),
-    "crops of padding": (
+    "crops of mostly padding": (
         {"data": {"crop_size": (256, 256)}},
-        "warning sizes pictures at scale 1 fill 5% of the crops",
+        "warning sizes images at scale 1 fill 5% of crops of .256, 256. pixels",
     ),
     "crops too small": (
         {"data": {"crop_size": (28, 28)}},
         "error sizes crops of .28, 28. pixels are smaller than the 29 that SegFormer needs",
     ),
-    "fewer pictures than a batch": (
+    "fewer images than a global batch": (
         {"data": {"batch_size": 64}},
-        "warning plan one batch over all devices takes 64 samples, but there are 60",
+        "warning plan the global batch has 64 samples, but there are only 60",
     ),
     "no number of steps": ({"trainer": {"max_steps": -1}}, "error recipe trainer.max_steps is not"),
-    "a warm-up without end": (
+    "a warm-up longer than the training": (
         {"model": {"warmup_steps": 1500}},
         "error recipe the learning rate warms up for 1500 steps, but training ends after 50",
     ),
     "no validation before the end": (
         {"trainer": {"val_check_interval": 80}},
-        "warning recipe validation comes every 80 batches",
+        "warning recipe validation runs every 80 batches",
     ),
     "a learning rate of another optimiser": (
         {"model": {"lr": 0.05}},
@@ -334,13 +340,13 @@ FAULTS = {
     ),
     "a mean of 0 to 255": (
         {"model": {"image_mean": (123.7, 116.3, 103.5)}},
-        "error recipe model.image_mean and model.image_std are for pixels of 0 to 255",
+        "error recipe model.image_mean and model.image_std are for pixel values of 0 to 255",
     ),
-    "one picture a batch": (
+    "one image per batch": (
         {"data": {"batch_size": 1}},
-        "warning recipe BatchNorm sees one image at a time",
+        "warning recipe with --data.batch_size 1, BatchNorm computes its statistics over one image",
     ),
-    "weights that are not there": (
+    "weights that do not exist": (
         {"model": {"weights": "nowhere.pth"}},
         "error weights there is no file or folder 'nowhere.pth'",
     ),
@@ -352,50 +358,52 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_named(fault, visit, healthy):
-    broken, expected = FAULTS[fault]
-    if "rows" in broken:
-        broken["rows"](healthy)
+def test_a_planted_fault_is_reported(fault, visit, healthy):
+    planted, expected = FAULTS[fault]
+    if "rows" in planted:
+        planted["rows"](healthy)
     examination = visit(
-        break_folder=broken.get("folder"),
-        **{key: value for key, value in broken.items() if key not in ("rows", "folder")},
+        break_folder=planted.get("folder"),
+        **{key: value for key, value in planted.items() if key not in ("rows", "folder")},
     )
-    found = [f"{one.level} {one.check} {one.message}" for one in examination.findings]
-    assert any(re.match(expected, line) for line in found), found
-    assert examination.has_errors == any(line.startswith("error") for line in found)
+    findings = [f"{one.level} {one.check} {one.message}" for one in examination.findings]
+    assert any(re.match(expected, line) for line in findings), findings
+    assert examination.has_errors == any(line.startswith("error") for line in findings)
 
 
-def test_skipping_is_advised_where_it_helps(visit, healthy, monkeypatch):
-    """Not for a network that is down."""
+def test_skipping_is_advised_only_where_it_helps(visit, healthy, monkeypatch):
+    """A row with a bad label can be skipped, a network failure cannot."""
 
     def failing(self, group):
         raise UserError("the shard could not be read for 600 s")
 
     healthy["train"][3]["label"] = {"bytes": b"no image", "path": None}
     (finding,) = [one for one in visit(healthy).findings if one.check == "samples"]
-    assert finding.message.endswith("; or pass over them with --data.on_bad_sample skip")
+    assert finding.message.endswith("; or skip them with --data.on_bad_sample skip")
     monkeypatch.setattr("segformer_pl.data.parquet.ParquetSource.read", failing)
-    found = [one for one in visit(healthy).findings if one.check == "samples"]
-    assert found
-    assert all("could not be read for 600 s" in one.message for one in found)
-    assert not any("on_bad_sample" in one.message for one in found)
+    findings = [one for one in visit(healthy).findings if one.check == "samples"]
+    assert findings
+    assert all("could not be read for 600 s" in one.message for one in findings)
+    assert not any("on_bad_sample" in one.message for one in findings)
 
 
 @pytest.mark.slow
-def test_large_row_groups_are_named(visit, monkeypatch):
+def test_large_row_groups_are_reported(visit, monkeypatch):
     monkeypatch.setattr("segformer_pl.data.order.LANES_BYTES", 1 << 18)
     (finding,) = visit().findings
-    assert re.match(r"row groups of 0 MB leave memory for \d+ at a time", finding.message)
+    assert re.match(r"row groups of 0 MB leave memory for only \d+ at a time", finding.message)
 
 
 @pytest.mark.slow
-def test_loading_that_is_too_slow_is_named(visit, monkeypatch):
+def test_slow_loading_is_reported(visit, monkeypatch):
     monkeypatch.setattr("segformer_pl.doctor.cost._time_step", lambda *_: 1e-6)
     (finding,) = visit().findings
     assert finding.check == "throughput"
-    assert re.search(r"1 loader processes bring \d+; set --data.num_workers \d+", finding.message)
+    assert re.search(
+        r"1 data-loader workers deliver \d+; set --data.num_workers \d+", finding.message
+    )
     (finding,) = visit(data={"num_workers": 0}).findings
-    assert "without loader processes" in finding.message
+    assert "without data-loader workers" in finding.message
 
 
 @pytest.mark.slow
@@ -406,10 +414,10 @@ def test_the_command(tmp_path, capsys):
     arguments += ["--trainer.val_check_interval=100", "--json"]
     with pytest.raises(SystemExit) as exit:
         main(["doctor", *arguments])
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert exit.value.code == 0
-    assert {finding["check"] for finding in told["findings"]} <= {"splits"}  # a smaller copy
-    assert told["facts"]["train"]["pictures"] == 60
+    assert {finding["check"] for finding in report["findings"]} <= {"splits"}  # a smaller copy
+    assert report["facts"]["train"]["pictures"] == 60
 
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"data": {"path": str(folder)}, "trainer": {"max_steps": 3}}))

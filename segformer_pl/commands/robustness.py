@@ -34,7 +34,7 @@ from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.predict import INTERRUPTED
 from segformer_pl.data import StreamingSegmentationData
-from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedPictures
+from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedImages
 from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Sample, Samples, Transforms, collate
@@ -216,7 +216,7 @@ class CorruptedSamples(Dataset[Sample]):
     def __init__(self, samples: Samples, settings: list[Setting], seed: int) -> None:
         self.samples = samples
         self.transforms: list[Transforms] = [
-            CorruptedPictures(name, severity, seed) if severity else to_tensors
+            CorruptedImages(name, severity, seed) if severity else to_tensors
             for _, name, severity in settings
         ]
 

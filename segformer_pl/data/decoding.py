@@ -1,8 +1,8 @@
-"""From the cells of a data set to pixels: images and label images, as they were stored.
+"""Decoding of the cells of a data set: images to RGB, label images to the values they store.
 
-Images and labels are turned as their own EXIF orientation says, each by itself: a label without one
-is taken to be drawn on the upright image, as annotation tools show it. Where image and label
-differ, :func:`check_orientation` says so.
+An image and its label are each rotated by their own EXIF orientation. A label without an
+orientation is assumed to be drawn on the upright image, as annotation tools show it.
+:func:`check_orientation` reports pairs whose orientations differ.
 """
 
 import struct
@@ -21,9 +21,9 @@ from PIL import ExifTags, Image, ImageOps
 from segformer_pl.data.label_diagnosis import Coding
 from segformer_pl.errors import UserError
 
-LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP")  # those whose stored values can be told for sure
-LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # compressions, as Pillow names them
-TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP")  # formats whose stored values can be recovered
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # Pillow's names of lossy compressions
+TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 REDUCED = {
     1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -31,25 +31,25 @@ REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 
-# What Pillow's readers raise on damaged files, each in its own way.
+# Pillow's readers raise any of these on damaged files.
 DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
 
-cv2.setNumThreads(0)  # loader processes are the parallelism
+cv2.setNumThreads(0)  # samples are decoded in parallel by data-loader workers instead
 
 
 def cell_bytes(
     cell: dict[str, Any] | bytes | None, where: str, read_file: Callable[[str], bytes]
 ) -> bytes:
-    """The encoded picture of a cell: bytes, or what an ``Image`` column holds.
+    """Return the encoded image of a cell.
 
     Args:
-        cell: The cell.
-        where: Which it is, for messages.
-        read_file: Reads a file that the cell names in place of bytes, or raises
-            :class:`UserError`.
+        cell: Encoded bytes, or the dict of a ``datasets.Image`` column with ``bytes`` or ``path``.
+        where: Name of the cell in error messages.
+        read_file: Function that reads a file by its path; used if the cell holds a path and no
+            bytes. Raises :class:`UserError` if the file cannot be read.
 
     Raises:
-        UserError: There is none.
+        UserError: The cell is empty, or its file cannot be read.
     """
     encoded = cell.get("bytes") if isinstance(cell, dict) else cell
     if not encoded and isinstance(cell, dict) and cell.get("path"):
@@ -59,40 +59,44 @@ def cell_bytes(
             raise UserError(f"{where}: {error}") from error
     if not encoded:
         raise UserError(
-            f"{where}: the row holds no picture; remove the row from the shards or fill it in"
+            f"{where}: the row holds no image; remove the row from the shards or fill it in"
         )
     return encoded
 
 
 class EncodedImage:
-    """A picture that is decoded when its pixels are asked for, at the size that is needed.
+    """An encoded image, decoded on request and, for a JPEG, at a reduced size.
 
-    Any file becomes three channels of 8 bits. Grey is repeated; of 16 bits per channel the upper 8
-    are kept, so 0 to 65535 is the whole range, and what a camera of 12 bits stores without scaling
-    it comes out dark. Transparency is dropped: what counts is the colour below it. Of several
-    frames or pages the first is read. A picture is turned as its EXIF orientation says, which is
-    how viewers show it. Colour profiles are not applied.
+    Every file is decoded to three channels of 8 bits:
+
+    - Grey is repeated over the channels.
+    - Of 16 bits per channel, the upper 8 are kept: the range is taken to be 0 to 65535. A 12-bit
+      camera image that was stored without scaling is therefore dark.
+    - Alpha is dropped; the colour below it is kept.
+    - Only the first of several frames or pages is read.
+    - The image is rotated by its EXIF orientation, as image viewers do.
+    - Colour profiles are not applied.
 
     Args:
-        encoded: The file.
-        where: Which picture this is, for messages.
+        encoded: Contents of the image file.
+        where: Name of the image in error messages.
 
     Attributes:
-        size: Height and width in pixels, upright.
-        stored_size: The same before turning.
-        orientation: EXIF orientation, 1 to 8; 1, upright, where the file states none.
-        num_frames: Frames or pages in the file, of which the first is read.
+        size: Height and width in pixels of the upright image.
+        stored_size: Height and width in pixels before rotation.
+        orientation: EXIF orientation, 1 to 8; 1 (upright) if the file states none.
+        num_frames: Number of frames or pages in the file.
 
     Raises:
-        UserError: It is no picture, one whose values have no known range (32-bit integers,
-            floating point), or one with more pixels than Pillow opens.
+        UserError: The file is not an image, its values have no known range (32-bit integers,
+            floating point), or it has more pixels than Pillow opens.
     """
 
     def __init__(self, encoded: bytes, where: str) -> None:
         self.encoded = encoded
         self.where = where
         header = _open(encoded, where)
-        # Mode I holds the 16 bits of these formats, in others 32.
+        # Pillow opens 16-bit PNG and PPM in mode I, which holds 32 bits in other formats.
         self._is_deep = header.mode.startswith("I;16") or (
             header.mode == "I" and header.format in ("PNG", "PPM")
         )
@@ -107,7 +111,7 @@ class EncodedImage:
             self.stored_size = _stored_size(header)
         is_transposed = self.orientation in TRANSPOSED
         self.size = self.stored_size[::-1] if is_transposed else self.stored_size
-        # Pillow turns these negatives into positives, but not those of 16 bits.
+        # Pillow inverts white-is-zero images of 8 bits but not of 16, so decode() inverts those.
         self._is_negative = self._is_deep and _is_white_zero(header)
         self._is_jpeg = header.format == "JPEG"
         self._is_plain = (
@@ -120,8 +124,11 @@ class EncodedImage:
     def read(cls, file: Path) -> Self:
         """Read an image file.
 
+        Args:
+            file: Path of the file, also its name in error messages.
+
         Raises:
-            UserError: It cannot be read, or is no image; see the class.
+            UserError: The file cannot be read, or the class refuses it.
         """
         try:
             encoded = file.read_bytes()
@@ -130,12 +137,19 @@ class EncodedImage:
         return cls(encoded, str(file))
 
     def decode(self, reduce: int = 1) -> npt.NDArray[np.uint8]:
-        """The pixels, (H, W, 3) RGB, upright.
+        """Decode the image.
 
         Args:
-            reduce: 2, 4 or 8 for a JPEG of half the size and so on, rounded up, at a part of the
-                cost: each pixel is the mean of a square. Other formats, and turned pictures, come
-                in full size.
+            reduce: Divisor of height and width: 1, 2, 4 or 8. It applies to upright JPEG images,
+                which take less time to decode at a reduced size: each pixel is the mean of a
+                square of ``reduce`` pixels, and sizes are rounded up. Other images are decoded at
+                full size.
+
+        Returns:
+            The upright image, (H, W, 3) uint8 RGB.
+
+        Raises:
+            UserError: The file is damaged.
         """
         pixels = self._decode_fast(reduce)
         if pixels is None:
@@ -147,16 +161,16 @@ class EncodedImage:
         return pixels
 
     def frames_notice(self) -> str | None:
-        """A sentence about what is not read, if the file holds more than one frame."""
+        """Return a warning if the file holds several frames or pages, else None."""
         if self.num_frames == 1:
             return None
         return (
-            f"{self.where}: the image file holds {self.num_frames} frames or pages, of which the "
-            "first is read; store them one by one if the others count"
+            f"{self.where}: the image file holds {self.num_frames} frames or pages, of which only "
+            "the first is read; if the others matter, store each as its own image"
         )
 
     def _decode_fast(self, reduce: int) -> npt.NDArray[np.uint8] | None:
-        """By OpenCV, in less time than Pillow; None for what it does not know, or is damaged."""
+        """Decode with OpenCV, faster than Pillow; None for other kinds of file and damaged ones."""
         if not self._is_plain:
             return None
         size = REDUCED[reduce] if self._is_jpeg else REDUCED[1]
@@ -166,14 +180,15 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class RawLabel:
-    """A label image as it was stored, upright.
+    """The stored values of a label image, rotated upright.
 
     Attributes:
-        values: (H, W) whole numbers, of palette images the indices; or (H, W, 3) uint8 RGB where
-            the file holds colours, or colours were asked for.
-        palette: RGB of every index, (N, 3) uint8; None where there is none, or it was applied.
-        orientation: EXIF orientation, 1 to 8; 1, upright, where the file states none.
-        stored_size: Height and width in pixels before turning.
+        values: (H, W) integers, for palette images the indices; or (H, W, 3) uint8 RGB if the file
+            holds colours or was decoded with ``coding="colors"``.
+        palette: (N, 3) uint8 RGB of every index; None if the file has no palette or the palette
+            was applied.
+        orientation: EXIF orientation, 1 to 8; 1 (upright) if the file states none.
+        stored_size: Height and width in pixels before rotation.
     """
 
     values: npt.NDArray[Any]
@@ -183,21 +198,22 @@ class RawLabel:
 
 
 def decode_label(encoded: bytes, where: str, coding: Coding = "values") -> RawLabel:
-    """A label image, with the very numbers that the file stores.
+    """Decode a label image to exactly the values that the file stores.
 
-    Readers are made for images to look at: grey of 1, 2 and 4 bits is stretched to 0 to 255, 16
-    bits per colour are cut to 8, signed numbers are taken for unsigned. Here the stored values come
-    back, or the file is refused.
+    Image readers convert values for display: they stretch grey of 1, 2 and 4 bits to 0 to 255, cut
+    16 bits per colour to 8, and read signed integers as unsigned. This function undoes such a
+    conversion, or refuses the file if it cannot be undone.
 
     Args:
-        encoded: The file: PNG, TIFF, GIF or BMP.
-        where: Which label image this is, for messages.
-        coding: Whether its values or its colours stand for classes. With ``"colors"`` palettes are
-            applied, and alpha is dropped where it is opaque.
+        encoded: Contents of a PNG, TIFF, GIF or BMP file.
+        where: Name of the label image in error messages.
+        coding: Whether the values (``"values"``) or the colours (``"colors"``) stand for classes.
+            With ``"colors"``, palettes are applied and opaque alpha is dropped.
 
     Raises:
-        UserError: It is no image, a damaged one, of a lossy format or one that may rescale values,
-            has several frames or pages, or stores what classes cannot be read from.
+        UserError: The file is not an image or is damaged, its format is lossy or may rescale
+            values, it has several frames or pages, or it stores values that cannot stand for
+            classes.
     """
     image = _open(encoded, where)
     with _reading(encoded, where):
@@ -229,31 +245,35 @@ def decode_label(encoded: bytes, where: str, coding: Coding = "values") -> RawLa
     return RawLabel(values, palette, orientation, stored_size)
 
 
-# Palette index: its colour, and the label where that occurred first.
+# Palette index -> its colour and the label image that was the first to use the index.
 FirstColors = dict[int, tuple[tuple[int, ...], str]]
 
 
 class PaletteColors:
-    """The colours that indices of palette labels stand for, to notice when two files disagree.
+    """The colour of each palette index over many label images, to detect palettes that differ.
 
-    Indices are counted as they are, whatever their colours. Files that a program wrote each with a
-    palette of its own may use one index for different classes, and only the palettes tell.
+    With ``coding="values"``, the index alone stands for the class. If a program wrote each file
+    with its own palette, one index may mean different classes in two files, and only the palettes
+    show it::
+
+        label a: palette 0 black, 1 red     index 1 = car
+        label b: palette 0 black, 1 blue    index 1 = tree: compare() returns a warning
     """
 
     def __init__(self) -> None:
         self._first: FirstColors = {}
 
     def compare(self, label: RawLabel, where: str) -> tuple[str | None, FirstColors]:
-        """Compare a label with those before.
+        """Compare the palette of a label image with the palettes of earlier label images.
 
         Args:
-            label: Of any kind; only one with a palette is looked at, and of that the indices that
-                occur.
-            where: Which sample this is.
+            label: A label image. Without a palette it is ignored; with one, only the indices that
+                occur in the image are compared.
+            where: Name of the sample in the warning.
 
         Returns:
-            A sentence if an index has another colour than in a label before; and the indices that
-            occur for the first time, which another object can :meth:`merge`.
+            A warning if an index has another colour than in an earlier label image, else None; and
+            the indices that occur for the first time, as input of :meth:`merge`.
         """
         if label.palette is None:
             return None, {}
@@ -264,14 +284,14 @@ class PaletteColors:
         return self._merge(colors), new
 
     def merge(self, colors: FirstColors, split: str) -> str | None:
-        """Compare what other objects saw first, such as those of loader processes.
+        """Add colours that another object collected, such as that of a data-loader worker.
 
         Args:
-            colors: What :meth:`compare` returned there.
-            split: Of which split, for the sentence.
+            colors: Indices and colours that :meth:`compare` returned there.
+            split: Name of the split in the warning.
 
         Returns:
-            A sentence if an index has another colour than in a label before.
+            A warning if an index has another colour than in an earlier label image, else None.
         """
         return self._merge(
             {
@@ -286,20 +306,20 @@ class PaletteColors:
             if color != first_color:
                 return (
                     f"{where}: index {index} of the label's palette is the colour {color}, but "
-                    f"{first_color} in {first}; indices count as they are: if the colours stand "
-                    "for the classes, set labels.coding: colors"
+                    f"{first_color} in {first}; classes are read from the indices: if the colours "
+                    "stand for the classes, set labels.coding: colors"
                 )
         return None
 
 
 def _check_format(image: Image.Image, encoded: bytes, where: str, coding: Coding) -> None:
-    """Refuse label files whose values change on their way through a reader or a writer."""
+    """Refuse label files whose values may change when they are written or read."""
     cause = None
     bits = _bits(image, encoded)
     if image.format in ("JPEG", "MPO"):
         cause = "is a JPEG, which changes values along every border"
     elif image.format not in LABEL_FORMATS:
-        cause = f"is a {image.format} file, of a format that may change values"
+        cause = f"is a {image.format} file, a format that may change values"
     elif image.format == "TIFF" and image.info.get("compression") in LOSSY_TIFF:
         cause = "is a TIFF with lossy compression, which changes values along every border"
     elif _is_white_zero(image):
@@ -315,7 +335,7 @@ def _check_format(image: Image.Image, encoded: bytes, where: str, coding: Coding
         cause = f"is a BMP of {bits} bits per pixel, which programs read in different ways"
     elif image.mode not in ("1", "L", "P", "I", "F") and not image.mode.startswith("I;"):
         if bits == 16:
-            cause = f"has 16 bits in each channel (mode {image.mode}), and colours have 8"
+            cause = f"has 16 bits in each channel (mode {image.mode}), but colours need 8"
         elif image.mode not in ("LA", "La", "RGB", "RGBA", "PA"):
             cause = f"stores {image.mode}, neither values nor RGB"
     if cause:
@@ -323,28 +343,38 @@ def _check_format(image: Image.Image, encoded: bytes, where: str, coding: Coding
 
 
 def _opaque_colors(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image that hides nothing."""
+    """Return the (H, W, 3) RGB of an opaque image; refuse transparent pixels."""
     pixels = np.array(image.convert("RGBA"))
-    num_clear = np.count_nonzero(pixels[..., 3] != 255)
-    if num_clear:
+    num_transparent = np.count_nonzero(pixels[..., 3] != 255)
+    if num_transparent:
         raise UserError(
-            f"{where}: {num_clear} pixels of the label image are transparent or half transparent, "
-            "and what colour they stand for is not certain; store labels as RGB without alpha"
+            f"{where}: {num_transparent} pixels of the label image are transparent or half "
+            "transparent, so their colour is ambiguous; store labels as RGB without alpha"
         )
     return np.ascontiguousarray(pixels[..., :3])
 
 
 def check_orientation(image: EncodedImage, label: RawLabel, where: str) -> str | None:
-    """Whether image and label agree about which way is up.
+    """Check that an image and its label have the same EXIF orientation.
+
+    If only the image has one, the label may be drawn on the upright image (assumed) or on the
+    image as stored. Orientations that swap height and width show which, unless the image is
+    square::
+
+        image stored 4x6, orientation 6 (upright 6x4)    label 6x4: drawn on the upright image
+                                                         label 4x6: drawn on the stored one, refused
+
+    Args:
+        image: The image.
+        label: Its label image.
+        where: Name of the sample in messages.
 
     Returns:
-        None if they do. A sentence to warn with if only the image has an EXIF orientation and the
-        sizes do not tell whether the label was drawn on the upright image, as is assumed, or on
-        the stored one.
+        None if the two agree; a warning if the sizes do not show what the label was drawn on.
 
     Raises:
-        UserError: The label was drawn on the stored image, or has an orientation that the image
-            does not have.
+        UserError: The label was drawn on the image as stored, or its orientation is not that of
+            the image.
     """
     if label.orientation == image.orientation:
         return None
@@ -352,8 +382,8 @@ def check_orientation(image: EncodedImage, label: RawLabel, where: str) -> str |
     remedy = "write both upright and without an EXIF orientation"
     if label.orientation != 1:
         raise UserError(
-            f"{where}: {stated} and the label {label.orientation} (1 is upright), so they do not "
-            f"lie on each other; {remedy}"
+            f"{where}: {stated} and the label {label.orientation} (1 is upright), so they are not "
+            f"aligned; {remedy}"
         )
     if label.stored_size == image.size != image.stored_size:
         return None
@@ -361,12 +391,12 @@ def check_orientation(image: EncodedImage, label: RawLabel, where: str) -> str |
         (height, width), (upright_height, upright_width) = image.stored_size, image.size
         raise UserError(
             f"{where}: {stated} and is {upright_height}x{upright_width} when upright, but the "
-            f"label, which has none, is {height}x{width} (height x width): it was drawn on the "
-            f"image as stored; {remedy}"
+            f"label, which has no orientation, is {height}x{width} (height x width): it was drawn "
+            f"on the image as stored; {remedy}"
         )
     return (
-        f"{where}: {stated} and the label has none: it is taken to be drawn on the upright image; "
-        f"if it was drawn on the image as stored, {remedy}"
+        f"{where}: {stated} and the label has none: the label is assumed to be drawn on the "
+        f"upright image; if it was drawn on the image as stored, {remedy}"
     )
 
 
@@ -376,22 +406,23 @@ def _open(encoded: bytes, where: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    # Asking a PNG for EXIF data that its header does not announce would decode it.
-    announced = "exif" in image.info or image.format == "TIFF"
-    stated = image.getexif().get(ExifTags.Base.Orientation, 1) if announced else 1
+    # For a PNG without EXIF data in its header, getexif() would decode the whole file.
+    has_exif = "exif" in image.info or image.format == "TIFF"
+    stated = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
     return stated if stated in range(1, 9) else 1
 
 
 def _num_frames(image: Image.Image) -> int:
-    """Frames of an animation or pages of a TIFF; smaller copies of a page do not count."""
+    """Count the frames of an animation or the pages of a TIFF, without reduced copies of a page."""
     num_frames = getattr(image, "n_frames", 1)
-    # The images behind the first of a MPO, which cameras write, are previews and gain maps.
+    # In the MPO files of cameras, images after the first are previews and gain maps.
     if num_frames == 1 or image.format == "MPO":
         return 1
     if image.format == "TIFF":
         num_copies = 0
         for page in range(1, num_frames):
             image.seek(page)
+            # Bit 0 of NewSubfileType (tag 254) marks a reduced-resolution copy.
             num_copies += image.tag_v2.get(254, 0) & 1  # type: ignore[attr-defined]
         image.seek(0)
         num_frames -= num_copies
@@ -399,16 +430,16 @@ def _num_frames(image: Image.Image) -> int:
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width in pixels, before turning."""
-    if image.format == "TIFF":  # Pillow's size of it is that after turning
+    """Return height and width in pixels before rotation."""
+    if image.format == "TIFF":  # Pillow reports the size after rotation
         return image.tag_v2[257], image.tag_v2[256]  # type: ignore[attr-defined]
     return image.size[::-1]
 
 
 def _bits(image: Image.Image, encoded: bytes) -> int:
-    """Of a channel; of a pixel in BMP."""
+    """Return the bits per channel, for BMP the bits per pixel."""
     if image.format == "PNG":
-        return encoded[24]  # of the header, which comes first
+        return encoded[24]  # bit depth in the IHDR chunk, which always comes first
     if image.format == "TIFF":
         return image.tag_v2.get(258, (1,))[0]  # type: ignore[attr-defined]
     if image.format == "BMP":
@@ -426,24 +457,24 @@ def _is_white_zero(image: Image.Image) -> bool:
 
 def _upright(image: Image.Image, encoded: bytes, where: str) -> Image.Image:
     with _reading(encoded, where):
-        is_turned = _orientation(image) != 1
+        is_rotated = _orientation(image) != 1
         image.load()
-        return ImageOps.exif_transpose(image) if is_turned else image
+        return ImageOps.exif_transpose(image) if is_rotated else image
 
 
 @contextmanager
 def _reading(encoded: bytes, where: str) -> Iterator[None]:
-    """One sentence for whatever Pillow raises."""
+    """Turn every exception of Pillow into a :class:`UserError`."""
     try:
         yield
-    except UserError:  # has a better sentence; DAMAGED includes ValueError
+    except UserError:  # a ValueError, which DAMAGED would catch
         raise
     except Image.DecompressionBombError as error:
         raise UserError(
             f"{where}: the header announces more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} "
-            "pixels; cut the picture into parts, or replace it if it is damaged"
+            "pixels; cut the image into parts, or replace the file if it is damaged"
         ) from error
     except DAMAGED as error:
         raise UserError(
-            f"{where}: the {len(encoded)} bytes are no picture, or a damaged one; replace them"
+            f"{where}: the {len(encoded)} bytes are not an image, or a damaged one; replace them"
         ) from error

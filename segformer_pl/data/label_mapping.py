@@ -1,8 +1,8 @@
-"""What the raw values of label images meant to a training, kept in its checkpoints.
+"""The label mapping of a training, stored in its checkpoints and compared when they are loaded.
 
-A data set's description is a file that can be changed between two runs, under the same name. If a
-raw value meant another class before, going on with the training teaches the opposite of what it
-taught, and scoring compares with the wrong class.
+The description of a data set is a file that may change between two runs under the same name. If a
+raw value then stands for another class, resumed training contradicts what the network has learned,
+and evaluation compares predictions with the wrong class.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from segformer_pl.data.labels import LabelSpec
 from segformer_pl.errors import UserError
 
-SHOWN_VALUES = 8  # of those that differ, in a message
+SHOWN_VALUES = 8  # maximum number of differing values in a message
 
 
 def describe_labels(labels: LabelSpec) -> dict[str, Any]:
-    """A label mapping as plain data: ``coding``, and the raw values (for ``coding: colors`` the
-    colours) of each class and of the pixels without one."""
+    """Convert a label mapping to plain data for a checkpoint.
+
+    Args:
+        labels: The label specification.
+
+    Returns:
+        ``coding``; ``names``, the class names; ``raw``, a list of raw values (with
+        ``coding="colors"``, of RGB colours) per class; ``ignored``, the values without a class.
+    """
     if labels.coding == "colors":
         raw: list[list[Any]] = [[list(color)] for color in labels.colors]
     else:
@@ -38,52 +45,61 @@ def describe_labels(labels: LabelSpec) -> dict[str, Any]:
 
 
 def check_labels(trained: Mapping[str, Any], dataset: str, labels: LabelSpec) -> None:
-    """Compare what raw values meant to a training with what they mean in a data set.
+    """Compare the label mapping of a checkpoint with that of a data set.
 
-    In another data set they may mean anything. Where its classes are nevertheless those of the
-    training, a warning names the values that differ: it may be the same data under another name.
+    Under the same data set name, a difference is an error. Under another name it is allowed, but
+    if coding and class names agree, a warning lists the values that differ, since it may be the
+    same data under another name.
 
     Args:
-        trained: ``dataset`` and ``labels`` (:func:`describe_labels`) of the training, as its
-            checkpoints state them.
+        trained: ``dataset`` and ``labels`` (see :func:`describe_labels`) from the checkpoint.
         dataset: Name of the data set.
-        labels: Its labels.
+        labels: Label specification of the data set.
 
     Raises:
-        UserError: It has the name of the training's, and a raw value meant another class then.
+        UserError: The data set has the name of the training's data set, and a raw value stood for
+            another class in training.
     """
     before, now = trained.get("labels"), describe_labels(labels)
     if before is None or not (difference := compare_labels(before, now)):
         return
     if trained.get("dataset") == dataset:
         raise UserError(
-            f"the checkpoint was trained with another meaning of the labels of data set "
+            f"the checkpoint was trained with another label mapping of data set "
             f"{dataset!r}: {difference}; restore `labels` in its description, or, if these are "
-            "other labels to score on, give the description another `name`"
+            "other labels for evaluation, give the description another `name`"
         )
     if before["coding"] == now["coding"] and before["names"] == now["names"]:
         rank_zero_warn(
-            f"the checkpoint was trained on data set {trained.get('dataset')!r}, whose classes "
-            f"are those of {dataset!r}, but by another meaning of the labels: {difference}; if "
-            "the label files are the same, correct `labels` in the description"
+            f"the checkpoint was trained on data set {trained.get('dataset')!r}, which has the "
+            f"classes of {dataset!r} but another label mapping: {difference}; if the label files "
+            "are the same, correct `labels` in the description"
         )
 
 
-def compare_labels(there: Any, here: Mapping[str, Any]) -> str | None:
-    """Which raw values have a meaning in both and not the same, as part of a sentence.
+def compare_labels(trained: Any, current: Mapping[str, Any]) -> str | None:
+    """List the raw values that stand for different classes in two label mappings.
 
-    A value that only one of them knows is no difference: where such a value occurs, the other ends
-    with an error. ``ignored`` is one meaning, whatever number stands for it.
+    A value that only one mapping has is not a difference: where it occurs, reading the label fails
+    anyway. ``ignored`` counts as one class, independent of ``ignore_index``.
+
+    Args:
+        trained: Label mapping from a checkpoint, see :func:`describe_labels`.
+        current: Label mapping of a data set.
+
+    Returns:
+        A phrase such as "raw value 3 was 'car' and is 'tree'", or None if the mappings agree.
 
     Raises:
-        UserError: ``there`` is no description of labels.
+        UserError: ``trained`` is not a label mapping.
     """
     try:
-        before, now = _meanings(there), _meanings(here)
-        codings = there["coding"], here["coding"]
+        before, now = _meanings(trained), _meanings(current)
+        codings = trained["coding"], current["coding"]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            "the checkpoint does not describe its labels as this version does; give another"
+            "the checkpoint does not describe its labels in this version's form; give another "
+            "checkpoint"
         ) from error
     if codings[0] != codings[1]:
         return f"labels.coding was {codings[0]} and is {codings[1]}"
@@ -100,7 +116,7 @@ def compare_labels(there: Any, here: Mapping[str, Any]) -> str | None:
 
 
 def _meanings(labels: Mapping[str, Any]) -> dict[Any, tuple[int | None, str]]:
-    """Raw value -> train id (None: ignored), and what to call it."""
+    """Map every raw value to its train id (None if ignored) and its name in messages."""
     meanings: dict[Any, tuple[int | None, str]] = {
         _key(value): (None, "ignored") for value in labels["ignored"]
     }
@@ -110,4 +126,5 @@ def _meanings(labels: Mapping[str, Any]) -> dict[Any, tuple[int | None, str]]:
 
 
 def _key(value: Any) -> Any:
+    """Return a hashable form of a raw value or colour."""
     return tuple(value) if isinstance(value, list) else value

@@ -1,15 +1,22 @@
-"""``shapes``: an embedded segmentation data set that measures whether a network uses long context.
+"""``shapes``: a synthetic segmentation data set that tests whether a network uses long context.
 
-Pictures are generated from a seed and written as Parquet shards with the columns of a hub data
-set. Classes are told by shape, never by colour: objects and backgrounds have random muted colours
-and textures, may overlap, and come in small and large scales; all shapes have the same area at the
-same scale. Part of every second picture is unlabelled.
+Images are generated from a seed and written as Parquet shards with the columns of a hub data set.
+Classes differ in shape, never in colour: objects and backgrounds have random muted colours and
+textures, may overlap, and come in small and large scales. All shapes have the same area at the same
+scale. On average, every second image has an unlabelled region.
 
-Two classes are locally identical. A ring is a ``ring_blue`` if the beacon of its picture, a
-saturated dot at the border, is blue, and a ``ring_orange`` if it is orange; the beacon lies at
-least :data:`BEACON_DISTANCE` pixels away from every ring pixel and its colour is drawn
-independently of everything else. A network that does not see that far cannot do better than
-guess, which bounds its mIoU by :func:`locality_ceiling`.
+Two classes are locally identical: rings. The class of all rings of an image is the colour of its
+beacon, a saturated dot near the border::
+
+    +----------------------+
+    |                      |   b: beacon, blue or orange
+    | b <-- >= 24 px --> O |   O: ring; ring_blue if the beacon is blue,
+    |                      |      ring_orange if it is orange
+    +----------------------+
+
+The beacon is at least :data:`BEACON_DISTANCE` pixels away from every ring pixel, and its colour is
+independent of everything else. A network with a smaller receptive field can only guess the class,
+which bounds its mIoU by :func:`locality_ceiling`.
 """
 
 import json
@@ -45,14 +52,14 @@ COLORS = (
 )
 UNLABELLED = 255
 
-VERSION = 1  # raise it with every change of the pictures: cached folders are told apart by it
+VERSION = 1  # part of the cache folder's name; increase it with every change of the images
 SEED = 0
-IMAGE_SIZE = 64  # pixels a side
-BEACON_DISTANCE = 24  # pixels, the least between a ring pixel and a beacon pixel
+IMAGE_SIZE = 64  # height and width in pixels
+BEACON_DISTANCE = 24  # minimum distance in pixels between a ring and the beacon
 BEACON_RADIUS = 6.0
 BEACON_COLORS = {"ring_blue": (0.0, 0.35, 1.0), "ring_orange": (1.0, 0.55, 0.0)}
-RADII = (8.0, 16.0)  # pixels, of the disc with the shape's area; the logarithm is uniform
-MAX_OVERLAP = 0.2  # of a shape's area may cover shapes that were drawn before
+RADII = (8.0, 16.0)  # log-uniform radius in pixels of the disc with the shape's area
+MAX_OVERLAP = 0.2  # share of a shape's area that may cover shapes drawn before
 NUM_IMAGES = {"train": 6000, "validation": 500}
 IMAGES_PER_SHARD = 500
 ROW_GROUP_SIZE = 100
@@ -60,7 +67,7 @@ STATISTICS_FILE = "ring_distances.json"
 
 _TRIANGLE_INRADIUS = np.sqrt(np.pi / (3 * np.sqrt(3)))
 _CROSS_ARM = np.sqrt(np.pi * 9 / 20)
-_RING_HOLE = 0.45  # of the outer radius
+_RING_HOLE = 0.45  # inner radius divided by outer radius
 _RING_RADIUS = 1 / np.sqrt(1 - _RING_HOLE**2)
 
 
@@ -85,7 +92,7 @@ def _ring(x: Float, y: Float) -> Float:
     return np.maximum(radius - 1, _RING_HOLE - radius) * _RING_RADIUS
 
 
-# Signed distance to the outline, negative inside, of a shape with the area of the unit disc.
+# Signed distance to the outline (negative inside) of each shape, scaled to the unit disc's area.
 OUTLINES = {
     "disc": _disc,
     "triangle": _triangle,
@@ -95,12 +102,15 @@ OUTLINES = {
 }
 
 
-class Sample(NamedTuple):
-    """One picture.
+class GeneratedSample(NamedTuple):
+    """A generated image with its label.
 
-    image: (S, S, 3) uint8 RGB. label: (S, S) uint8, 255 where unlabelled.
-    ring: the class of this picture's rings, which its beacon tells.
-    ring_distances: for every labelled ring pixel its distance to the nearest beacon pixel, px.
+    Attributes:
+        image: (S, S, 3) uint8 RGB, where S is :data:`IMAGE_SIZE`.
+        label: (S, S) uint8 train ids, 255 for unlabelled pixels.
+        ring: Class name of the rings in this image.
+        ring_distances: (N,) distances in pixels from each of the N labelled ring pixels to the
+            edge of the beacon.
     """
 
     image: npt.NDArray[np.uint8]
@@ -109,8 +119,12 @@ class Sample(NamedTuple):
     ring_distances: Float
 
 
-def draw(rng: np.random.Generator) -> Sample:
-    """Draw one picture."""
+def draw(rng: np.random.Generator) -> GeneratedSample:
+    """Generate one image and its label.
+
+    Args:
+        rng: Source of all random numbers.
+    """
     size = IMAGE_SIZE
     y, x = np.mgrid[:size, :size].astype(np.float64)
     background = _muted_color(rng)
@@ -137,9 +151,9 @@ def draw(rng: np.random.Generator) -> Sample:
             is_clear = to_beacon[inside].min(initial=np.inf) >= gap
             if is_clear and (label[inside] > 0).mean() <= MAX_OVERLAP:
                 break
-            radius = max(0.95 * radius, RADII[0])
+            radius = max(0.95 * radius, RADII[0])  # a smaller shape is easier to place
         else:
-            continue
+            continue  # no free position after 100 tries: leave the shape out
         color = _muted_color(rng, away_from=background)
         _paint(canvas, _textured(rng, color, x, y), distance)
         label[inside] = CLASS_NAMES.index(name)
@@ -154,18 +168,18 @@ def draw(rng: np.random.Generator) -> Sample:
 
     canvas += rng.normal(0, 0.02, canvas.shape)
     image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
-    return Sample(image, label, ring, to_beacon[label == CLASS_NAMES.index(ring)])
+    return GeneratedSample(image, label, ring, to_beacon[label == CLASS_NAMES.index(ring)])
 
 
 def _beacon_center(rng: np.random.Generator) -> tuple[float, float]:
-    """A point along the picture's border, uniform, the whole beacon inside."""
+    """Draw the beacon's centre (x, y), uniformly along the border, with all of it inside."""
     low, high = BEACON_RADIUS + 1, IMAGE_SIZE - BEACON_RADIUS - 2
     along, across = rng.uniform(low, high), low if rng.random() < 0.5 else high
     return (along, across) if rng.random() < 0.5 else (across, along)
 
 
 def _muted_color(rng: np.random.Generator, away_from: Float | None = None) -> Float:
-    """RGB in 0.15-0.85 with little saturation, at least 0.3 away from ``away_from``."""
+    """Draw an RGB colour in 0.15 to 0.85 of low saturation, over 0.3 away from ``away_from``."""
     while True:
         grey = rng.uniform(0.25, 0.75)
         color = (grey + rng.uniform(-0.15, 0.15, 3)).clip(0.15, 0.85)
@@ -174,7 +188,7 @@ def _muted_color(rng: np.random.Generator, away_from: Float | None = None) -> Fl
 
 
 def _textured(rng: np.random.Generator, color: Float, x: Float, y: Float) -> Float:
-    """(S, S, 3): the colour, modulated by stripes, checks or blotches of a random scale."""
+    """Return (S, S, 3): the colour, modulated by stripes, checks or blotches of random scale."""
     kind = rng.integers(3)
     angle, phase = rng.uniform(0, 2 * np.pi, 2)
     frequency = 2 * np.pi / rng.uniform(4, 16)
@@ -185,19 +199,19 @@ def _textured(rng: np.random.Generator, color: Float, x: Float, y: Float) -> Flo
 
 
 def _paint(canvas: Float, color: Float, distance: Float) -> None:
-    """Blend ``color`` over the canvas, in place, with an anti-aliased edge at distance 0."""
+    """Blend ``color`` into the canvas in place, with an anti-aliased edge at distance 0."""
     opacity = (0.5 - distance).clip(0, 1)[..., None]
     canvas += opacity * (color - canvas)
 
 
 def cache_folder() -> Path:
-    """Where this version of the data set is kept: the user's cache folder of the platform."""
+    """Return the folder of this version of the data set in the user's cache folder."""
     name = f"shapes-v{VERSION}-seed{SEED}-{IMAGE_SIZE}px"
     return platformdirs.user_cache_path("segformer_pl") / name
 
 
 def prepare() -> Path:
-    """Generate the data set into the cache folder unless it is there, and return the folder."""
+    """Return the cache folder of the data set, after generating the data set if needed."""
     folder = cache_folder()
     if not folder.is_dir():
         generate(folder)
@@ -205,17 +219,18 @@ def prepare() -> Path:
 
 
 def generate(folder: Path, num_images: Mapping[str, int] | None = None) -> None:
-    """Write the Parquet shards and the statistics of every split.
+    """Generate the data set: Parquet shards and ring statistics of every split.
 
-    The same bytes every time with the same library versions. The folder appears under its name
-    only when it is complete, so an interrupted or concurrent call leaves nothing half-made.
+    The files are identical byte by byte for the same library versions. They are written to a
+    temporary folder, which is renamed once it is complete, so an interrupted or concurrent call
+    never leaves a partial data set.
 
     Args:
-        folder: Where to; must not exist.
-        num_images: Number of pictures of each split; default :data:`NUM_IMAGES`.
+        folder: Target folder; it must not exist.
+        num_images: Number of images of each split. Default: :data:`NUM_IMAGES`.
 
     Raises:
-        WriteError: The disk is full, the folder is read-only, or the like.
+        WriteError: The folder cannot be written, for example because the disk is full.
     """
     make_writable_folder(folder.parent)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -228,7 +243,8 @@ def generate(folder: Path, num_images: Mapping[str, int] | None = None) -> None:
         try:
             draft.rename(folder)
         except OSError:
-            if not folder.is_dir():  # another process was first, with the same bytes
+            # If the folder exists now, another process has written the same files.
+            if not folder.is_dir():
                 raise
     except OSError as error:
         raise WriteError(
@@ -239,10 +255,14 @@ def generate(folder: Path, num_images: Mapping[str, int] | None = None) -> None:
 
 
 def _write_split(folder: Path, split_index: int, split: str, count: int) -> dict[str, list[int]]:
-    """Write one split; returns its ring-pixel histograms, see :func:`locality_ceiling`."""
+    """Write the shards of one split.
+
+    Returns:
+        For each ring class, the number of ring pixels by whole distance to the beacon in pixels.
+    """
     histograms = {name: np.zeros(2 * IMAGE_SIZE, np.int64) for name in BEACON_COLORS}
     num_shards = math.ceil(count / IMAGES_PER_SHARD)
-    progress = tqdm(total=count, desc=f"generating shapes/{split}", unit="picture")
+    progress = tqdm(total=count, desc=f"generating shapes/{split}", unit="image")
     for shard in range(num_shards):
         rows = []
         for index in range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, count)):
@@ -269,41 +289,51 @@ def _write_split(folder: Path, split_index: int, split: str, count: int) -> dict
 
 
 def _png(image: npt.NDArray[np.uint8]) -> bytes:
+    """Encode an image as PNG."""
     buffer = BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def locality_ceiling(folder: Path, split: str, radius: float = BEACON_DISTANCE) -> float:
-    """Best mIoU, in expectation, of any predictor that sees ``radius`` pixels around a pixel.
+    """Return the best expected mIoU of a predictor with a receptive field of limited radius.
 
-    Everything but the rings is taken to be perfect. A ring pixel whose beacon is farther away
-    than ``radius`` looks the same in both classes, so the best that can be done is to call some
-    fraction of these pixels blue; the ceiling is the mIoU at the best fraction (with equal areas
-    one half, which gives each of the two classes an IoU of 1/3).
+    All pixels except ring pixels are assumed to be predicted correctly. A ring pixel that is at
+    least ``radius`` away from the beacon gives no evidence about its class, so the predictor can
+    only call some fraction f of these hidden pixels blue::
+
+        IoU of ring_blue   = (visible_blue + f * hidden_blue) / (blue + f * hidden_orange)
+        IoU of ring_orange = (visible_orange + (1 - f) * hidden_orange)
+                             / (orange + (1 - f) * hidden_blue)
+
+    The ceiling is the mIoU at the best fraction. With equal areas and no visible pixels, f is one
+    half and both classes have an IoU of 1/3.
 
     Args:
-        folder: A folder written by :func:`generate`.
-        split: Which split.
-        radius: Reach of the predictor in pixels, counted in whole pixels. The default is the
-            farthest reach that sees no beacon at all.
+        folder: Folder written by :func:`generate`.
+        split: Name of the split.
+        radius: Radius in pixels of the predictor's receptive field, rounded down. The default is
+            the largest radius at which no beacon is visible.
+
+    Returns:
+        mIoU in 0 to 1.
 
     Raises:
-        FileNotFoundError: the folder holds no such statistics.
+        FileNotFoundError: The folder holds no ring statistics.
     """
     histograms = json.loads((folder / STATISTICS_FILE).read_text())[split]
     blue, orange = (np.asarray(histograms[name]) for name in BEACON_COLORS)
     reach = math.floor(radius)
-    seen_blue, hidden_blue = blue[:reach].sum(), blue[reach:].sum()
-    seen_orange, hidden_orange = orange[:reach].sum(), orange[reach:].sum()
-    called_blue = np.linspace(0, 1, 1001)
+    visible_blue, hidden_blue = blue[:reach].sum(), blue[reach:].sum()
+    visible_orange, hidden_orange = orange[:reach].sum(), orange[reach:].sum()
+    fraction = np.linspace(0, 1, 1001)
     intersections = np.array(
-        [seen_blue + called_blue * hidden_blue, seen_orange + (1 - called_blue) * hidden_orange]
+        [visible_blue + fraction * hidden_blue, visible_orange + (1 - fraction) * hidden_orange]
     )
     unions = np.array(
-        [blue.sum() + called_blue * hidden_orange, orange.sum() + (1 - called_blue) * hidden_blue]
+        [blue.sum() + fraction * hidden_orange, orange.sum() + (1 - fraction) * hidden_blue]
     )
-    # A class that is neither there nor called is left out of the mean, as in the metric.
+    # As in the metric, a class that neither occurs nor is predicted is left out of the mean.
     present = unions > 0
     ious = np.divide(intersections, unions, out=np.zeros_like(unions), where=present)
     others = len(CLASS_NAMES) - len(BEACON_COLORS)
@@ -311,9 +341,14 @@ def locality_ceiling(folder: Path, split: str, radius: float = BEACON_DISTANCE) 
 
 
 def reference_scores(folder: Path, split: str) -> dict[str, float]:
-    """Scores that give a result its meaning: here the ceiling of a short-sighted network.
+    """Return reference values to compare a result with: the mIoU ceiling without long context.
 
-    Empty for a folder that :func:`generate` did not write.
+    Args:
+        folder: Folder of the data set.
+        split: Name of the split.
+
+    Returns:
+        ``{"locality_ceiling": mIoU}``; empty if :func:`generate` did not write the folder.
     """
     if not (folder / STATISTICS_FILE).is_file():
         return {}

@@ -1,8 +1,7 @@
-"""What is wrong with a run, said before its first step: data, labels, throughput, memory, recipe.
+"""Checks of a run before its first step: data, labels, throughput, memory and settings.
 
-:func:`examine` looks at a task, its data and its trainer as the command line builds them, reads a
-sample of every split, times a few training steps, and says in plain words what it found and what
-to do about it.
+:func:`examine` takes a task, its data and its trainer as the command line builds them. It reads a
+subset of every split, times a few training steps, and returns findings with remedies.
 """
 
 import lightning.pytorch as pl
@@ -20,31 +19,49 @@ __all__ = ["Examination", "Finding", "examine", "examine_settings"]
 def examine(
     task: SegmentationTask, data: StreamingSegmentationData, trainer: pl.Trainer
 ) -> Examination:
-    """Look for what would go wrong in ``trainer.fit(task, data)``, without training."""
-    found = Examination()
+    """Check ``trainer.fit(task, data)`` for errors and likely mistakes, without training.
+
+    Args:
+        task: The task that would be trained. It is not changed.
+        data: The data that it would be trained on.
+        trainer: The trainer.
+
+    Returns:
+        The findings, and figures about data, plan and cost.
+    """
+    examination = Examination()
     entry = data.entry
-    found.facts["data set"] = {
+    examination.facts["data set"] = {
         "name": entry.name,
-        "place": data.path or entry.hub or "made on this machine",
+        "place": data.path or entry.hub or "generated locally",
         "revision": entry.revision if data.path is None else None,
         "known about it": entry.verified,
     }
-    examine_recipe(found, task, data, trainer)
-    examine_weights(found, task, data)
-    train = examine_split(found, task.network, data, "train")
-    validation = examine_split(found, task.network, data, "validation")
+    examine_recipe(examination, task, data, trainer)
+    examine_weights(examination, task, data)
+    train = examine_split(examination, task.network, data, "train")
+    validation = examine_split(examination, task.network, data, "validation")
     if train and validation:
-        compare_splits(found, train, validation)
+        compare_splits(examination, train, validation)
     if train:
-        examine_plan(found, data, trainer, train)
-        examine_cost(found, task, data, trainer, train)
-    return found
+        examine_plan(examination, data, trainer, train)
+        examine_cost(examination, task, data, trainer, train)
+    return examination
 
 
 def examine_settings(
     task: SegmentationTask, data: StreamingSegmentationData, trainer: pl.Trainer
 ) -> Examination:
-    """The part of :func:`examine` that reads no data and takes no time: what ``fit`` says first."""
-    found = Examination()
-    examine_recipe(found, task, data, trainer)
-    return found
+    """Check the settings alone, without reading data; ``fit`` prints these findings first.
+
+    Args:
+        task: The task.
+        data: Its data.
+        trainer: The trainer.
+
+    Returns:
+        The findings about the settings.
+    """
+    examination = Examination()
+    examine_recipe(examination, task, data, trainer)
+    return examination

@@ -1,4 +1,4 @@
-"""Who reads what, how fast samples come and go, and how much memory training takes."""
+"""Checks of the reading plan, the data throughput and the memory of a training."""
 
 import copy
 import os
@@ -16,21 +16,32 @@ from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.order import EpochShuffle
 from segformer_pl.data.streaming import collate
 from segformer_pl.doctor.findings import Examination
-from segformer_pl.doctor.splits import Look, samples_of
+from segformer_pl.doctor.splits import SplitSummary, samples_of
 from segformer_pl.task import SegmentationTask
 
 TIMED_STEPS = 3
-FEW_LANES = 16
+FEW_LANES = 16  # below this number of lanes, a batch mixes few row groups
 GIB = 1 << 30
 
 
 def examine_plan(
-    found: Examination, data: StreamingSegmentationData, trainer: pl.Trainer, train: Look
+    examination: Examination,
+    data: StreamingSegmentationData,
+    trainer: pl.Trainer,
+    train: SplitSummary,
 ) -> None:
+    """Check how samples are read: row groups, lanes, workers and global batch.
+
+    Args:
+        examination: Receives findings and figures.
+        data: The data.
+        trainer: The trainer, for the number of devices.
+        train: Summary of the training split.
+    """
     source = train.source
     order = EpochShuffle(source.group_rows, source.group_bytes, data.seed)
     num_readers = trainer.world_size * max(data.num_workers, 1)
-    found.facts["plan"] = {
+    examination.facts["plan"] = {
         "devices": trainer.world_size,
         "loader processes per device": data.num_workers,
         "samples per step": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
@@ -39,39 +50,50 @@ def examine_plan(
         "lanes per reader": round(order.num_lanes / num_readers, 2),
     }
     if order.num_lanes < FEW_LANES:
-        found.warning(
+        examination.warning(
             "plan",
-            f"row groups of {max(source.group_bytes) / 1e6:.0f} MB leave memory for "
+            f"row groups of {max(source.group_bytes) / 1e6:.0f} MB leave memory for only "
             f"{order.num_lanes} at a time, so batches mix few of them; write the shards with "
             "smaller row groups (row_group_size in pyarrow.parquet.write_table)",
         )
     global_batch = data.batch_size * trainer.world_size
     if order.num_rows < global_batch:
-        found.warning(
+        examination.warning(
             "plan",
-            f"one batch over all devices takes {global_batch} samples, but there are "
-            f"{order.num_rows} training pictures; lower --data.batch_size",
+            f"the global batch has {global_batch} samples, but there are only {order.num_rows} "
+            "training images; lower --data.batch_size",
         )
 
 
 def examine_cost(
-    found: Examination,
+    examination: Examination,
     task: SegmentationTask,
     data: StreamingSegmentationData,
     trainer: pl.Trainer,
-    train: Look,
+    train: SplitSummary,
 ) -> None:
-    if found.has_errors:  # a batch of this data cannot be made, or would mean nothing
+    """Estimate memory, and compare the speed of loading with that of training.
+
+    Nothing is measured if the examination has errors already: a batch may be impossible to load.
+
+    Args:
+        examination: Receives findings and figures.
+        task: The task; a copy of it is trained for a few steps.
+        data: The data.
+        trainer: The trainer, for the device.
+        train: Summary of the training split.
+    """
+    if examination.has_errors:
         return
     samples = samples_of(data, train.source, data.train_transforms)
     begin = time.perf_counter()
-    loaded = [samples[position] for position in tqdm(train.sound, "loading", leave=False)]
+    loaded = [samples[position] for position in tqdm(train.usable, "loading", leave=False)]
     rate = len(loaded) / (time.perf_counter() - begin)
     batch = collate([loaded[index % len(loaded)] for index in range(min(data.batch_size, 8))])
     height, width = batch["image"].shape[2:]
     device = trainer.strategy.root_device
     cost = complexity(task.network, height, width)
-    # Parameters, their gradients and AdamW's two moments, four bytes each.
+    # 16 bytes per parameter: weight, gradient and AdamW's two moments, four bytes each.
     needed = data.batch_size * cost.activation_bytes + 16 * cost.num_parameters
     available = _memory(device)
     figures: dict[str, Any] = {
@@ -79,13 +101,13 @@ def examine_cost(
         "training memory at least (GiB)": round(needed / GIB, 2),
         "memory of the device (GiB)": round(available / GIB, 1),
     }
-    found.facts["cost"] = figures
+    examination.facts["cost"] = figures
     if needed > available:
-        found.error(
+        examination.error(
             "memory",
             f"training needs at least {needed / GIB:.1f} GiB for batches of {data.batch_size} at "
-            f"{height}x{width}, the device has {available / GIB:.1f}; lower --data.batch_size and "
-            "raise --trainer.accumulate_grad_batches in turn",
+            f"{height}x{width}, but the device has {available / GIB:.1f} GiB; lower "
+            "--data.batch_size and raise --trainer.accumulate_grad_batches in return",
         )
         return
     step = _time_step(task, batch, device) * data.batch_size / len(batch["id"])
@@ -93,27 +115,32 @@ def examine_cost(
     figures["a step takes (s)"] = round(step, 3)
     figures["it needs (samples/s)"] = round(wanted, 1)
     if data.num_workers == 0 and wanted > 2 * rate:
-        found.warning(
+        examination.warning(
             "throughput",
-            f"without loader processes a step of {step:.2f} s waits {data.batch_size / rate:.2f} s "
-            "for its samples; set --data.num_workers 1 or more",
+            f"without data-loader workers, a step of {step:.2f} s waits "
+            f"{data.batch_size / rate:.2f} s for its samples; set --data.num_workers 1 or more",
         )
     elif data.num_workers and wanted > rate * data.num_workers:
-        found.warning(
+        examination.warning(
             "throughput",
-            f"a step takes {wanted:.0f} samples/s and {data.num_workers} loader processes bring "
-            f"{rate * data.num_workers:.0f}; set --data.num_workers {-(-wanted // rate):.0f}",
+            f"training consumes {wanted:.0f} samples/s, but {data.num_workers} data-loader workers "
+            f"deliver {rate * data.num_workers:.0f}; set --data.num_workers "
+            f"{-(-wanted // rate):.0f}",
         )
 
 
 def _memory(device: torch.device) -> int:
+    """Return the free memory of a GPU, or the main memory, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _time_step(task: SegmentationTask, batch: Batch, device: torch.device) -> float:
-    """Median seconds of forward and backward on one device; the task is left as it was."""
+    """Return the median seconds of a forward and backward pass on one device.
+
+    A copy of the task is trained, so the task does not change.
+    """
     task = copy.deepcopy(task).to(device).train()
     images, target = batch["image"].to(device), batch["label"].to(device)
     times = []

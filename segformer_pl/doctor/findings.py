@@ -1,4 +1,4 @@
-"""What an examination brings: findings in plain words, and figures."""
+"""Result of an examination: findings and figures."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -8,12 +8,13 @@ Level = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong (``error``) or most likely is (``warning``).
+    """A problem of a run.
 
     Attributes:
-        level: An error ends the run or spoils its result.
-        check: Short name of what was looked at.
-        message: What, where, and what to do.
+        level: ``"error"`` if the run would fail or give a wrong result; ``"warning"`` for a likely
+            mistake.
+        check: Short name of the check.
+        message: What is wrong, where, and what to do.
     """
 
     level: Level
@@ -23,22 +24,31 @@ class Finding:
 
 @dataclass
 class Examination:
-    """What :func:`examine` found, and the figures it found on the way."""
+    """Findings and figures of :func:`~segformer_pl.doctor.examine`.
+
+    Attributes:
+        findings: The findings in the order of the checks.
+        facts: Figures by section and name.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def error(self, check: str, message: str) -> None:
+        """Add an error."""
         self.findings.append(Finding("error", check, message))
 
     def warning(self, check: str, message: str) -> None:
+        """Add a warning."""
         self.findings.append(Finding("warning", check, message))
 
     @property
     def has_errors(self) -> bool:
+        """Whether at least one finding is an error."""
         return any(finding.level == "error" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return findings and figures as plain data for JSON."""
         return {"findings": [asdict(finding) for finding in self.findings], "facts": self.facts}
 
     def __str__(self) -> str:

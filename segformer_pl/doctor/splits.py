@@ -1,4 +1,4 @@
-"""A look at each split: does it open, do labels and spec fit, which classes and sizes are there."""
+"""Checks of each split: files, labels, classes and image sizes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,151 +18,181 @@ from segformer_pl.doctor.findings import Examination
 from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import Segmenter
 
-NUM_SAMPLES = 200  # looked at in each split
-NUM_GROUPS = 20  # row groups that they are taken from
-GROUPS_BYTES = 512 << 20  # kept in memory meanwhile
+NUM_SAMPLES = 200  # samples examined per split
+NUM_GROUPS = 20  # row groups from which the samples are taken
+GROUPS_BYTES = 512 << 20  # limit of the row groups that are cached in memory
 
 
-class _Kept:
-    """A source whose row groups stay in memory once they are read."""
+class _CachedSource:
+    """A source that keeps every row group in memory once it has been read."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.kept: dict[int, Any] = {}
+        self.cache: dict[int, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
     def read(self, group: int) -> Any:
-        if group not in self.kept:
-            self.kept[group] = self.source.read(group)
-        return self.kept[group]
+        """Return the rows of a row group."""
+        if group not in self.cache:
+            self.cache[group] = self.source.read(group)
+        return self.cache[group]
 
 
 @dataclass
-class Look:
-    """What a look at a split brought."""
+class SplitSummary:
+    """Statistics of the examined samples of a split.
+
+    Attributes:
+        source: Source of the rows.
+        positions: Positions of the examined samples in the stored order.
+        usable: Positions of the samples that could be loaded.
+        sizes: Number of samples by (height, width) in pixels.
+        pixels: Number of pixels by train id.
+        images_with_class: Number of images in which a train id occurs.
+        digests: Sample id by hash of the image, to detect images that occur in two splits.
+        palettes: Colours of the palette indices of label images.
+    """
 
     source: Any
     positions: list[int]
-    sound: list[int] = field(default_factory=list)
+    usable: list[int] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    pixels: Counter[int] = field(default_factory=Counter)  # by train id
-    in_pictures: Counter[int] = field(default_factory=Counter)
-    digests: dict[int, str] = field(default_factory=dict)  # of the pictures: id
+    pixels: Counter[int] = field(default_factory=Counter)
+    images_with_class: Counter[int] = field(default_factory=Counter)
+    digests: dict[int, str] = field(default_factory=dict)
     palettes: FirstColors = field(default_factory=dict)
 
 
 def _spread(source: Source) -> list[int]:
-    """Positions all over the split, out of a few row groups."""
+    """Choose positions that are spread over the split but lie in few row groups.
+
+    With 3 of 9 row groups and 2 samples from each::
+
+        row groups   |....|....|....|....|....|....|....|....|....|
+        chosen       |x..x|    |    |    |x..x|    |    |    |x..x|
+    """
     rows = np.array(source.group_rows)
     num_groups = min(NUM_GROUPS, max(GROUPS_BYTES // max(*source.group_bytes, 1), 1))
     filled = np.flatnonzero(rows)
-    if rows.max() == 1:  # pictures in files
+    if rows.max() == 1:  # every image is its own group, in an image folder
         num_groups = NUM_SAMPLES
     chosen = filled[np.unique(np.linspace(0, len(filled) - 1, num_groups).round().astype(int))]
-    begins = np.cumsum(rows) - rows
-    share = -(-NUM_SAMPLES // len(chosen))
+    starts = np.cumsum(rows) - rows
+    per_group = -(-NUM_SAMPLES // len(chosen))
     return [
-        int(begins[group] + row)
+        int(starts[group] + row)
         for group in chosen
-        for row in np.unique(np.linspace(0, rows[group] - 1, share).round().astype(int))
+        for row in np.unique(np.linspace(0, rows[group] - 1, per_group).round().astype(int))
     ]
 
 
 def samples_of(data: StreamingSegmentationData, source: Any, transforms: Transforms) -> Samples:
+    """Return the samples of a source in the stored order."""
     return Samples(data.entry, source, StoredOrder(source.group_rows), transforms)
 
 
 def examine_split(
-    found: Examination, network: Segmenter, data: StreamingSegmentationData, split: Split
-) -> Look | None:
+    examination: Examination, network: Segmenter, data: StreamingSegmentationData, split: Split
+) -> SplitSummary | None:
+    """Examine up to :data:`NUM_SAMPLES` samples of a split.
+
+    Args:
+        examination: Receives findings and figures.
+        network: The network, for the smallest image that it accepts.
+        data: The data.
+        split: Name of the split.
+
+    Returns:
+        Statistics of the samples; None if the split cannot be opened or no sample can be loaded.
+    """
     try:
-        source = _Kept(data.open(split))
+        source = _CachedSource(data.open(split))
     except UserError as error:
-        found.error("open", str(error))
+        examination.error("open", str(error))
         return None
     for level, remark in source.remarks:
-        (found.error if level == "error" else found.warning)("files", remark)
-    look = Look(source, _spread(source))
+        (examination.error if level == "error" else examination.warning)("files", remark)
+    summary = SplitSummary(source, _spread(source))
     failed: list[str] = []
     num_skippable = 0
-    noticed: dict[str, list[str]] = {}  # by kind
+    notices: dict[str, list[str]] = {}  # by kind
     names: Counter[str] = Counter()
-    flat: list[str] = []
+    constant: list[str] = []
     unlabelled: list[str] = []
-    for position, sample, why in _read(data, look, split):
+    for position, sample, reason in _read(data, summary, split):
         if sample is None or sample["skipped"]:
-            failed.append(why)
+            failed.append(reason)
             num_skippable += sample is not None
             continue
-        look.sound.append(position)
-        for kind, sentence in sample["notices"].items():
-            noticed.setdefault(kind, []).append(sentence)
-        look.palettes.update(sample["palettes"])
+        summary.usable.append(position)
+        for kind, notice in sample["notices"].items():
+            notices.setdefault(kind, []).append(notice)
+        summary.palettes.update(sample["palettes"])
         name, label = sample["id"], sample["label"].numpy()
         names[name] += 1
-        look.sizes[label.shape] += 1
+        summary.sizes[label.shape] += 1
         values, counts = np.unique(label, return_counts=True)
-        look.pixels.update(dict(zip(values.tolist(), counts.tolist())))
-        look.in_pictures.update(values.tolist())
+        summary.pixels.update(dict(zip(values.tolist(), counts.tolist())))
+        summary.images_with_class.update(values.tolist())
         if values.tolist() == [data.entry.labels.ignore_index]:
             unlabelled.append(name)
         if sample["image"].std() < 1e-3:
-            flat.append(name)
+            constant.append(name)
         else:
-            look.digests[hash(sample["image"].numpy().tobytes())] = name
-    total = len(look.positions)
+            summary.digests[hash(sample["image"].numpy().tobytes())] = name
+    total = len(summary.positions)
     if failed:
-        skip = ""
+        advice = ""
         if num_skippable:
             which = "them" if num_skippable == len(failed) else f"{num_skippable} of them"
-            skip = f"; or pass over {which} with --data.on_bad_sample skip"
-        found.error(
+            advice = f"; or skip {which} with --data.on_bad_sample skip"
+        examination.error(
             "samples",
-            f"{len(failed)} of {total} {split} samples cannot be used, the first: {failed[0]}"
-            f"{skip}",
+            f"{len(failed)} of {total} {split} samples cannot be used; the first: {failed[0]}"
+            f"{advice}",
         )
-    if not look.sound:
+    if not summary.usable:
         return None
-    _report_split(found, data, split, look)
-    for kind, sentences in noticed.items():
-        found.warning(
-            kind, f"{len(sentences)} of {total} {split} samples, the first of them: {sentences[0]}"
-        )
-    if flat:
-        level = found.error if len(flat) == len(look.sound) else found.warning
+    _report_split(examination, data, split, summary)
+    for kind, texts in notices.items():
+        examination.warning(kind, f"{len(texts)} of {total} {split} samples; the first: {texts[0]}")
+    if constant:
+        level = examination.error if len(constant) == len(summary.usable) else examination.warning
         level(
             "pictures",
-            f"{len(flat)} of {total} {split} pictures are of one single colour, the first is "
-            f"{flat[0]!r}; check how they were written",
+            f"{len(constant)} of {total} {split} images have a single colour; the first is "
+            f"{constant[0]!r}; check how they were written",
         )
     if unlabelled:
-        level = found.error if len(unlabelled) == len(look.sound) else found.warning
+        level = examination.error if len(unlabelled) == len(summary.usable) else examination.warning
         level(
             "labels",
-            f"{len(unlabelled)} of {total} {split} pictures have no labelled pixel, the first is "
-            f"{unlabelled[0]!r}; check the label spec's ignored values, or take them out",
+            f"{len(unlabelled)} of {total} {split} images have no labelled pixel; the first is "
+            f"{unlabelled[0]!r}; check the label spec's ignored values, or remove these images",
         )
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
-        found.warning(
+        examination.warning(
             "ids",
-            f"{len(repeated)} ids stand for several {split} samples, such as {repeated[0]!r}; give "
-            "every row an id of its own, or none (id_column: null)",
+            f"{len(repeated)} ids are shared by several {split} samples, such as {repeated[0]!r}; "
+            "give every row a unique id, or none (id_column: null)",
         )
-    _examine_labels(found, data, split, look)
-    _examine_sizes(found, network, data, split, look)
-    return look
+    _examine_labels(examination, data, split, summary)
+    _examine_sizes(examination, network, data, split, summary)
+    return summary
 
 
 def _read(
-    data: StreamingSegmentationData, look: Look, split: Split
+    data: StreamingSegmentationData, summary: SplitSummary, split: Split
 ) -> Iterator[tuple[int, Sample | None, str]]:
-    # Skipping says which errors a run could pass over; others, as of a network, are raised.
-    order = StoredOrder(look.source.group_rows)
-    samples = Samples(data.entry, look.source, order, to_tensors, on_bad_sample="skip")
-    for position in tqdm(look.positions, f"looking at {split}", leave=False):
+    """Load the chosen samples; yield position, sample (None on failure) and the error message."""
+    # With "skip", errors that a run could skip are recorded in the sample. Others, such as a
+    # network failure, are raised.
+    order = StoredOrder(summary.source.group_rows)
+    samples = Samples(data.entry, summary.source, order, to_tensors, on_bad_sample="skip")
+    for position in tqdm(summary.positions, f"examining {split}", leave=False):
         try:
             sample = samples[position]
             yield position, sample, next(iter(sample["skipped"].values()), "")
@@ -171,83 +201,89 @@ def _read(
 
 
 def _report_split(
-    found: Examination, data: StreamingSegmentationData, split: Split, look: Look
+    examination: Examination, data: StreamingSegmentationData, split: Split, summary: SplitSummary
 ) -> None:
+    """Report the figures of a split, and a number of samples that is not the known one."""
     labels = data.entry.labels
-    num_rows, expected = sum(look.source.group_rows), data.entry.num_samples.get(split)
+    num_rows, expected = sum(summary.source.group_rows), data.entry.num_samples.get(split)
     if expected is not None and num_rows != expected:
-        found.warning(
+        examination.warning(
             "splits",
-            f"{split} has {num_rows} pictures, but data set {data.entry.name!r} is known with "
-            f"{expected}; check whether shards are missing, or are of another version",
+            f"{split} has {num_rows} images, but data set {data.entry.name!r} is listed with "
+            f"{expected}; check whether shards are missing or of another version",
         )
-    total = sum(look.pixels.values())
-    shares = {name: round(look.pixels[index] / total, 4) for index, name in enumerate(labels.names)}
-    found.facts[split] = {
+    total = sum(summary.pixels.values())
+    shares = {
+        name: round(summary.pixels[index] / total, 4) for index, name in enumerate(labels.names)
+    }
+    examination.facts[split] = {
         "pictures": num_rows,
-        "row groups": len(look.source.group_rows),
-        "looked at": len(look.positions),
-        "sizes (height, width)": [list(size) for size, _ in look.sizes.most_common(5)],
+        "row groups": len(summary.source.group_rows),
+        "looked at": len(summary.positions),
+        "sizes (height, width)": [list(size) for size, _ in summary.sizes.most_common(5)],
         "share of pixels": shares,
-        "share without label": round(look.pixels[labels.ignore_index] / total, 4),
+        "share without label": round(summary.pixels[labels.ignore_index] / total, 4),
     }
 
 
 def _examine_labels(
-    found: Examination, data: StreamingSegmentationData, split: Split, look: Look
+    examination: Examination, data: StreamingSegmentationData, split: Split, summary: SplitSummary
 ) -> None:
+    """Check the share of unlabelled pixels, missing classes and class imbalance."""
     labels = data.entry.labels
-    labelled = sum(look.pixels.values()) - look.pixels[labels.ignore_index]
+    labelled = sum(summary.pixels.values()) - summary.pixels[labels.ignore_index]
     if not labelled:
         return
-    ignored = 1 - labelled / sum(look.pixels.values())
+    ignored = 1 - labelled / sum(summary.pixels.values())
     if ignored > 0.5:
-        found.warning(
+        examination.warning(
             "labels",
-            f"{ignored:.0%} of the {split} pixels carry no label; check the label spec's ignored "
+            f"{ignored:.0%} of the {split} pixels have no label; check the label spec's ignored "
             "values",
         )
-    missing = [name for index, name in enumerate(labels.names) if not look.pixels[index]]
-    num_needed = min(NUM_SAMPLES // 4, sum(look.source.group_rows))
-    if missing and len(look.sound) >= num_needed:
-        level = found.error if len(missing) == labels.num_classes - 1 else found.warning
+    missing = [name for index, name in enumerate(labels.names) if not summary.pixels[index]]
+    num_needed = min(NUM_SAMPLES // 4, sum(summary.source.group_rows))
+    if missing and len(summary.usable) >= num_needed:
+        level = examination.error if len(missing) == labels.num_classes - 1 else examination.warning
         level(
             "classes",
-            f"{len(missing)} of {labels.num_classes} classes are in none of the {len(look.sound)} "
-            f"{split} pictures looked at: {', '.join(missing[:8])}; their IoU will be missing or "
-            "0: check the label values, or take the classes out of the spec",
+            f"{len(missing)} of {labels.num_classes} classes occur in none of the "
+            f"{len(summary.usable)} examined {split} images: {', '.join(missing[:8])}; their IoU "
+            "will be undefined or 0: check the label values, or remove the classes from the spec",
         )
-    commonest, count = max(
-        ((index, look.pixels[index]) for index in range(labels.num_classes)), key=lambda c: c[1]
+    most_frequent, count = max(
+        ((index, summary.pixels[index]) for index in range(labels.num_classes)), key=lambda c: c[1]
     )
     if count > 0.98 * labelled:
-        found.warning(
+        examination.warning(
             "classes",
-            f"{count / labelled:.1%} of the labelled {split} pixels are {labels.names[commonest]!r}"
-            "; a network that answers nothing else looks right: watch the IoU of the others",
+            f"{count / labelled:.1%} of the labelled {split} pixels are "
+            f"{labels.names[most_frequent]!r}, so always predicting this class gives a high aAcc; "
+            "compare the IoU of the other classes",
         )
 
 
 def _examine_sizes(
-    found: Examination,
+    examination: Examination,
     network: Segmenter,
     data: StreamingSegmentationData,
     split: Split,
-    look: Look,
+    summary: SplitSummary,
 ) -> None:
-    smallest = min(min(size) for size in look.sizes)
+    """Check that image sizes fit the network, the batches and the crop."""
+    smallest = min(min(size) for size in summary.sizes)
     if smallest < network.min_size:
-        found.error(
+        examination.error(
             "sizes",
-            f"{split} images are down to {smallest} pixels on a side, but "
-            f"{type(network).__name__} needs {network.min_size}; enlarge them",
+            f"{split} images have sides of {smallest} pixels, but {type(network).__name__} needs "
+            f"{network.min_size}; enlarge the images",
         )
-    several = len(look.sizes) > 1
+    several = len(summary.sizes) > 1
     if split != "train" and several and data.eval_batch_size > 1:
-        found.error(
+        examination.error(
             "sizes",
-            f"{split} pictures have {len(look.sizes)} sizes, which do not fit into batches of "
-            f"{data.eval_batch_size}; set --data.eval_batch_size 1",
+            f"{split} images have {len(summary.sizes)} sizes, which cannot be stacked into batches "
+            f"of {data.eval_batch_size}; set --data.eval_batch_size 1",
         )
     transforms = data.train_transforms
     scaled = transforms.scale_range is not None
@@ -255,21 +291,21 @@ def _examine_sizes(
         return
     if transforms.crop_size is None:
         if (several or scaled) and data.batch_size > 1:
-            found.error(
+            examination.error(
                 "sizes",
-                f"training pictures of several {'scales' if scaled else 'sizes'} do not fit into "
-                f"batches of {data.batch_size}; set --data.crop_size",
+                f"training images of several {'scales' if scaled else 'sizes'} cannot be stacked "
+                f"into batches of {data.batch_size}; set --data.crop_size",
             )
         return
     if min(transforms.crop_size) < network.min_size:
-        found.error(
+        examination.error(
             "sizes",
             f"crops of {list(transforms.crop_size)} pixels are smaller than the "
             f"{network.min_size} that {type(network).__name__} needs; enlarge --data.crop_size",
         )
     mean_scale = float(np.mean(transforms.scale_range or (1.0, 1.0)))
     covered = []
-    for size, count in look.sizes.items():
+    for size, count in summary.sizes.items():
         fit = 1.0
         if transforms.base_size is not None:
             long, short = transforms.base_size
@@ -280,25 +316,32 @@ def _examine_sizes(
         )
         covered += [float(np.prod(list(sides)))] * count
     if np.mean(covered) < 0.5:
-        found.warning(
+        examination.warning(
             "sizes",
-            f"pictures at scale {mean_scale:g} fill {np.mean(covered):.0%} of the crops of "
-            f"{list(transforms.crop_size)} pixels, the rest is padding; lower --data.crop_size or "
-            "raise --data.scale_range",
+            f"images at scale {mean_scale:g} fill {np.mean(covered):.0%} of crops of "
+            f"{list(transforms.crop_size)} pixels, and the rest is padding; lower --data.crop_size "
+            "or raise --data.scale_range",
         )
 
 
-def compare_splits(found: Examination, train: Look, validation: Look) -> None:
+def compare_splits(examination: Examination, train: SplitSummary, validation: SplitSummary) -> None:
+    """Check that palettes agree between splits and that no image is in both.
+
+    Args:
+        examination: Receives the findings.
+        train: Summary of the training split.
+        validation: Summary of the validation split.
+    """
     palettes = PaletteColors()
     palettes.merge(train.palettes, "train")
-    if sentence := palettes.merge(validation.palettes, "validation"):
-        found.warning("palette", f"the palettes of the splits differ: {sentence}")
+    if difference := palettes.merge(validation.palettes, "validation"):
+        examination.warning("palette", f"the palettes of the splits differ: {difference}")
     shared = train.digests.keys() & validation.digests.keys()
     if shared:
         digest = next(iter(shared))
-        found.error(
+        examination.error(
             "splits",
-            f"{len(shared)} of the pictures looked at are in train and in validation, such as "
-            f"{train.digests[digest]!r} and {validation.digests[digest]!r}; scores would say "
-            "nothing: take them out of one of the two",
+            f"{len(shared)} of the examined images are in both train and validation, such as "
+            f"{train.digests[digest]!r} and {validation.digests[digest]!r}; validation metrics "
+            "would be biased: remove these images from one of the two",
         )

@@ -171,9 +171,9 @@ def test_unusable_images_are_reported_and_skipped(run, images, tmp_path):
         f"{k}/{n}.png" for k in ("masks", "overlays") for n in "az"
     ]
     for name, sentence in {
-        "empty.png": "the 0 bytes are no picture, or a damaged one; replace them",
-        "text.jpg": "the 10 bytes are no picture, or a damaged one; replace them",
-        "truncated.jpg": f"the {len(whole) // 2} bytes are no picture, or a damaged one",
+        "empty.png": "the 0 bytes are not an image, or a damaged one; replace them",
+        "text.jpg": "the 10 bytes are not an image, or a damaged one; replace them",
+        "truncated.jpg": f"the {len(whole) // 2} bytes are not an image, or a damaged one",
         "link.jpg": "it cannot be read (No such file or directory)",
         "float.tif": "the image holds numbers without a known range",
         "small.png": "sr_ratio 8 is larger than the 5x16 token grid",

@@ -26,7 +26,7 @@ def test_generated_colors_are_a_function_of_the_class_alone():
     colors = distinct_colors(400)
     assert len(set(colors)) == 400
     assert distinct_colors(19) == colors[:19]
-    with pytest.raises(ValueError, match="5000 classes; give their colors"):
+    with pytest.raises(ValueError, match=r"5000 classes; give labels\.colors"):
         distinct_colors(5000)
 
 

@@ -1,4 +1,4 @@
-"""Corruptions are what they are called, as strong as their constants say, and repeatable."""
+"""Corruptions have the effect and strength that their constants define, and are reproducible."""
 
 import colorsys
 from io import BytesIO
@@ -14,7 +14,7 @@ from segformer_pl.data.corruptions import (
     CORRUPTIONS,
     GROUPS,
     PAPER_SEVERITIES,
-    CorruptedPictures,
+    CorruptedImages,
     blur,
     corrupt,
     weather,
@@ -63,9 +63,10 @@ def test_names_and_severities_are_those_of_table_5():
     assert list(PAPER_SEVERITIES["shot_noise"]) == [1, 2, 3]
 
 
-# Mean PSNR in dB against `photograph(96, 128, seed)`, seeds 0 to 3, by severity: measured with the
-# package imagecorruptions 1.1.2 itself, over 24 draws, 8 of glass, 200 of motion, 400 of snow,
-# spatter and fog. tests/references/test_corruptions.py runs it. frost is not comparable.
+# Mean PSNR in dB of corrupted copies of `photograph(96, 128, seed)`, seeds 0 to 3, by severity.
+# Measured with the package imagecorruptions 1.1.2 over 24 random draws; 8 for glass, 200 for
+# motion, 400 for snow, spatter and fog. tests/references/test_corruptions.py runs the package.
+# frost is not comparable.
 ORIGINAL_PSNR = {
     "motion_blur": (24.07, 20.78, 17.86, 15.82, 14.9),
     "defocus_blur": (27.72, 26.39, 24.29, 22.85, 21.33),
@@ -83,7 +84,7 @@ ORIGINAL_PSNR = {
     "spatter": (30.39, 23.87, 21.88, 18.6, 16.47),
     "fog": (14.49, 13.57, 12.87, 12.77, 12.34),
 }
-# By how much the mean over some draws may be off: rounding, and how much draws differ.
+# Tolerance in dB of a mean over few draws, for rounding and for the spread of the draws.
 TOLERANCE = {
     "brightness": 0.3,
     "glass_blur": 0.2,
@@ -97,20 +98,20 @@ TOLERANCE = {
 @pytest.mark.parametrize("name", ORIGINAL_PSNR)
 def test_as_strong_as_the_original(name):
     images = [photograph(96, 128, seed) for seed in range(4)]
-    number = {"motion_blur": 40, "spatter": 40, "fog": 50, "snow": 24}.get(name, 4)
+    num_draws = {"motion_blur": 40, "spatter": 40, "fog": 50, "snow": 24}.get(name, 4)
     for severity, expected in enumerate(ORIGINAL_PSNR[name], 1):
         values = [
             psnr(run(images[draw % 4], name, severity, draw), images[draw % 4])
-            for draw in range(number)
+            for draw in range(num_draws)
         ]
-        rare = (name, severity) == ("spatter", 1)  # a drop or two on an image
+        rare = (name, severity) == ("spatter", 1)  # one or two drops on an image
         tolerance = 1.5 if rare else TOLERANCE.get(name, 0.12)
         assert np.mean(values) == pytest.approx(expected, abs=tolerance), severity
 
 
-# What the constants themselves do not order: glass (shift and iterations change in turn), saturate
-# (two scales, paler and gaudier), fog and frost (density against detail). Then 5 is the worst of
-# those named.
+# Corruptions whose constants do not increase with every severity: glass (shift and iterations
+# change in turn), saturate (two scales, pale and vivid), fog and frost (density against detail).
+# Only the severities listed are compared, of which 5 is the strongest.
 UNORDERED = {"glass_blur": [1, 4, 5], "saturate": [3, 4, 5], "fog": [1, 5], "frost": [1, 2, 3]}
 
 
@@ -126,7 +127,7 @@ def test_severity_is_monotone(name):
     assert ratios[-1] < 30
 
 
-def test_pale_is_paler_and_gaudy_gaudier():
+def test_saturate_is_paler_at_1_and_2_and_more_vivid_from_3_on():
     image = photograph(64, 64)
 
     def saturation(pixels):
@@ -150,14 +151,14 @@ def test_any_size(name, size):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_the_generator_decides_and_nothing_else(name):
+def test_results_depend_on_the_generator_alone(name):
     image = photograph(48, 64)
-    np.random.seed(1)  # noqa: NPY002 - the global state must not matter
+    np.random.seed(1)  # noqa: NPY002 - the global state must have no effect
     first = run(image, name, 3, 7)
     np.random.seed(2)  # noqa: NPY002
     assert np.array_equal(run(image, name, 3, 7), first)
-    nothing_is_drawn = name in {*GROUPS["digital"], "defocus_blur", "gaussian_blur"}
-    assert np.array_equal(run(image, name, 3, 8), first) == nothing_is_drawn
+    is_deterministic = name in {*GROUPS["digital"], "defocus_blur", "gaussian_blur"}
+    assert np.array_equal(run(image, name, 3, 8), first) == is_deterministic
 
 
 @pytest.mark.parametrize("severity", range(1, 6))
@@ -168,7 +169,7 @@ def test_noise_is_as_strong_as_its_constants(severity):
     def values(name):
         return run(image, name, severity).astype(float) / 255
 
-    # Only where clipping at 0 and 1 is rare is the deviation that of the constant.
+    # At higher severities, clipping at 0 and 1 reduces the standard deviation.
     if severity <= 3:
         assert values("gaussian_noise").std() == pytest.approx(
             NOISE_STD["gaussian_noise"][severity - 1], rel=0.02
@@ -181,14 +182,14 @@ def test_noise_is_as_strong_as_its_constants(severity):
     if severity <= 2:
         assert shot.mean() == pytest.approx(grey, rel=0.01)
         assert shot.var() == pytest.approx(grey / rate, rel=0.03)
-    counts = np.unique(shot[shot < 1]) * rate  # photons are whole
+    counts = np.unique(shot[shot < 1]) * rate  # photon counts are integers
     assert np.abs(counts - np.rint(counts)).max() < rate / 255
     amount = (0.03, 0.06, 0.09, 0.17, 0.27)[severity - 1]
     impulse = run(image, "impulse_noise", severity)
     assert (impulse == 0).mean() == pytest.approx(amount / 2, rel=0.06)
     assert (impulse == 255).mean() == pytest.approx(amount / 2, rel=0.06)
     assert ((impulse == 0) | (impulse == 255) | (impulse == 128)).all()
-    # coloured specks: channels are hit independently
+    # channels are independent, so the specks are coloured
     hit = impulse != 128
     assert (hit[..., 0] & hit[..., 1]).mean() == pytest.approx(amount**2, rel=0.5)
 
@@ -221,8 +222,8 @@ def test_saturation_is_in_hsv(severity):
         image.reshape(-1, 3) / 255, run(image, "saturate", severity).reshape(-1, 3)
     ):
         hue, saturation, value = colorsys.rgb_to_hsv(*before)
-        wanted = min(saturation * factor + added, 1)
-        expected = colorsys.hsv_to_rgb(hue, wanted, value)
+        new_saturation = min(saturation * factor + added, 1)
+        expected = colorsys.hsv_to_rgb(hue, new_saturation, value)
         assert after == pytest.approx(np.array(expected) * 255, abs=0.51)
 
 
@@ -234,7 +235,7 @@ def test_contrast_is_about_the_mean_of_each_channel():
         assert np.abs(run(image, "contrast", severity) - expected).max() < 0.51
 
 
-def test_jpeg_is_pillows():
+def test_jpeg_equals_pillows():
     image = photograph(40, 60)
     for severity, quality in enumerate((25, 18, 15, 10, 7), 1):
         buffer = BytesIO()
@@ -244,19 +245,19 @@ def test_jpeg_is_pillows():
 
 
 def delta(side=201):
-    picture = np.zeros((side, side, 3), np.float32)
-    picture[side // 2, side // 2] = 1
-    return picture
+    image = np.zeros((side, side, 3), np.float32)
+    image[side // 2, side // 2] = 1
+    return image
 
 
 def moments(kernel):
-    """Sum, mean place and standard deviation along rows and columns, about the middle."""
+    """Sum, mean position and standard deviation along rows and columns, relative to the centre."""
     rows, columns = np.indices(kernel.shape) - np.array(kernel.shape).reshape(2, 1, 1) // 2
     total = kernel.sum()
-    means = [(kernel * at).sum() / total for at in (rows, columns)]
+    means = [(kernel * offsets).sum() / total for offsets in (rows, columns)]
     stds = [
-        np.sqrt((kernel * (at - mean) ** 2).sum() / total)
-        for at, mean in zip((rows, columns), means)
+        np.sqrt((kernel * (offsets - mean) ** 2).sum() / total)
+        for offsets, mean in zip((rows, columns), means)
     ]
     return total, means, stds
 
@@ -264,26 +265,26 @@ def moments(kernel):
 @pytest.mark.parametrize("severity", range(1, 6))
 def test_blurred_delta(severity):
     rng = np.random.default_rng(severity)
-    picture = delta()
+    image = delta()
     sigma = (1, 2, 3, 4, 6)[severity - 1]
-    total, means, stds = moments(blur.gaussian_blur(picture, severity, rng)[..., 1])
+    total, means, stds = moments(blur.gaussian_blur(image, severity, rng)[..., 1])
     assert total == pytest.approx(1, abs=1e-5)
     assert means == pytest.approx([0, 0], abs=1e-4)
     assert stds == pytest.approx([sigma, sigma], rel=0.01)
 
-    # A disk of radius r has the deviation r / 2 along each axis.
+    # A disk of radius r has a standard deviation of r / 2 along each axis.
     radius = (3, 4, 6, 8, 10)[severity - 1]
     alias = (0.1, 0.5, 0.5, 0.5, 0.5)[severity - 1]
     assert blur.disk(radius, alias).sum() == pytest.approx(1, abs=1e-6)
-    total, means, stds = moments(blur.defocus_blur(picture, severity, rng)[..., 0])
+    total, means, stds = moments(blur.defocus_blur(image, severity, rng)[..., 0])
     assert total == pytest.approx(1, abs=1e-5)
     assert means == pytest.approx([0, 0], abs=1e-4)
     assert stds == pytest.approx([radius / 2] * 2, rel=0.06)
 
-    # Half a Gaussian along a line, of which the picture is the sum over what follows.
+    # Each pixel is a mean of the pixels after it on a line, weighted by half a Gaussian.
     radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[severity - 1]
     for degrees in (-45, 0, 30):
-        blurred = blur.smear(picture, radius, sigma, degrees)[..., 2]
+        blurred = blur.smear(image, radius, sigma, degrees)[..., 2]
         total, means, _ = moments(blurred)
         steps = np.arange(2 * radius + 1)
         weights = np.exp(-(steps**2) / (2 * sigma**2))
@@ -295,16 +296,17 @@ def test_blurred_delta(severity):
 
 
 @pytest.mark.parametrize("name", GROUPS["blur"])
-def test_blur_keeps_an_even_picture(name):
+def test_blur_keeps_a_constant_image(name):
     for severity in range(1, 6):
         assert np.array_equal(run(flat((10, 120, 250)), name, severity), flat((10, 120, 250)))
 
 
 @pytest.mark.parametrize(("shift", "iterations"), [(1, 2), (2, 3), (4, 2)])
-def test_glass_replaces_pixels_one_after_the_other(shift, iterations):
+def test_replacements_equal_a_sequential_loop(shift, iterations):
     height, width = 30, 41
-    places = blur.replacements(height, width, shift, iterations, np.random.default_rng(0))
-    # NumPy's own: the rows of an array are views, so what looks like an exchange is none.
+    indices = blur.replacements(height, width, shift, iterations, np.random.default_rng(0))
+    # As in the original, `slow[here]` is a view, so this swap copies the neighbour and loses the
+    # pixel.
     rng = np.random.default_rng(0)
     slow = np.arange(height * width).reshape(height, width, 1)
     rows, columns = (range(side - shift, shift, -1) for side in (height, width))
@@ -314,29 +316,29 @@ def test_glass_replaces_pixels_one_after_the_other(shift, iterations):
             for j, column in enumerate(columns):
                 here, there = (row, column), (row + down[i, j], column + right[i, j])
                 slow[here], slow[there] = slow[there], slow[here]
-    assert np.array_equal(places, slow.ravel())
-    assert len(np.unique(places)) < height * width  # some colours are gone
+    assert np.array_equal(indices, slow.ravel())
+    assert len(np.unique(indices)) < height * width  # some colours are lost
 
 
-def test_too_small_for_a_replacement():
-    places = blur.replacements(3, 3, 4, 2, np.random.default_rng(0))
-    assert np.array_equal(places, np.arange(9))
+def test_an_image_too_small_for_replacements_is_unchanged():
+    indices = blur.replacements(3, 3, 4, 2, np.random.default_rng(0))
+    assert np.array_equal(indices, np.arange(9))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 90), (1, 3)])
 def test_plasma(size):
-    field = weather.plasma(*size, 2, np.random.default_rng(0))
-    assert field.shape == size
-    assert field.min() >= 0
-    assert field.max() <= 1
-    if size == (64, 64):  # all of the torus
-        assert (field.min(), field.max()) == (0, 1)
+    noise = weather.plasma(*size, 2, np.random.default_rng(0))
+    assert noise.shape == size
+    assert noise.min() >= 0
+    assert noise.max() <= 1
+    if size == (64, 64):  # the whole torus
+        assert (noise.min(), noise.max()) == (0, 1)
 
 
-def test_plasma_is_rougher_where_it_decays_slowly():
+def test_plasma_is_rougher_with_a_smaller_decay():
     def roughness(decay):
-        fields = [weather.plasma(128, 128, decay, np.random.default_rng(n)) for n in range(8)]
-        return np.mean([np.abs(np.diff(field)).mean() / field.std() for field in fields])
+        maps = [weather.plasma(128, 128, decay, np.random.default_rng(n)) for n in range(8)]
+        return np.mean([np.abs(np.diff(noise)).mean() / noise.std() for noise in maps])
 
     assert roughness(2) < roughness(1.7) < roughness(1.5) < roughness(1.4)
 
@@ -351,10 +353,10 @@ def test_fog_by_hand(monkeypatch):
 
 def test_frost_by_hand(monkeypatch):
     monkeypatch.setattr(weather, "ice", lambda h, w, rng: np.full((h, w, 3), 0.5, "f4"))
-    for severity, (seen, icy) in enumerate(
+    for severity, (image_weight, ice_weight) in enumerate(
         ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)), 1
     ):
-        expected = 255 * (seen * 0.2 + icy * 0.5)
+        expected = 255 * (image_weight * 0.2 + ice_weight * 0.5)
         assert run(flat(51), "frost", severity)[5, 5] == pytest.approx(expected, abs=0.51)
 
 
@@ -371,17 +373,17 @@ def test_ice_is_bluish_and_within_its_range():
     assert textures.mean(3).std((1, 2)).mean() == pytest.approx(weather.FROST_STD, rel=0.15)
 
 
-def test_snow_falls_on_black_and_lies_on_grey():
-    # Where no flake is, black turns to (1 - kept) * 0.5.
-    for severity, kept in enumerate((0.8, 0.7, 0.7, 0.65, 0.55), 1):
+def test_snow_brightens_black_and_adds_white_flakes():
+    # Without a flake, black turns to (1 - weight) * 0.5.
+    for severity, weight in enumerate((0.8, 0.7, 0.7, 0.65, 0.55), 1):
         snowy = run(flat(0), "snow", severity)
-        assert snowy.min() == pytest.approx(255 * (1 - kept) * 0.5, abs=0.51)
+        assert snowy.min() == pytest.approx(255 * (1 - weight) * 0.5, abs=0.51)
         assert snowy.max() > snowy.min() + 50
         assert np.ptp(snowy, axis=2).max() == 0  # white
 
 
-def test_spatter_covers_what_the_noise_says():
-    # Blurred by sigma, the deviation of white noise is std / (2 sigma sqrt(pi)).
+def test_spatter_covers_the_expected_share_of_the_image():
+    # A blur by sigma reduces the standard deviation of white noise to std / (2 sigma sqrt(pi)).
     size = (300, 300)
     for severity, (mean, std, sigma, threshold) in enumerate(
         ((0.65, 0.3, 4, 0.69), (0.65, 0.3, 3, 0.68), (0.65, 0.3, 2, 0.68)), 1
@@ -390,7 +392,7 @@ def test_spatter_covers_what_the_noise_says():
         normal = torch.distributions.Normal(0.0, 1.0)
         expected = 1 - normal.cdf(torch.tensor(deviations)).item()
         wet = run(flat(0, size), "spatter", severity)
-        # the faintest edges of drops are below half a level
+        # the faintest edges of drops are below half a level of 8 bits
         assert 0.6 * expected < (wet.max(2) > 0).mean() < 1.3 * expected
         assert wet[wet.sum(2) > 30].mean(0)[0] < wet[wet.sum(2) > 30].mean(0)[1]  # turquoise
     mud = run(flat(255, size), "spatter", 4)
@@ -408,10 +410,10 @@ def test_spatter_covers_what_the_noise_says():
         ("fog", 1.5, "fog: there is no severity 1.5"),
     ],
 )
-def test_refused(name, severity, message):
+def test_unknown_corruptions_and_severities_are_refused(name, severity, message):
     for call in (
         lambda: corrupt(flat(0), name, severity, np.random.default_rng(0)),
-        lambda: CorruptedPictures(name, severity, 0),
+        lambda: CorruptedImages(name, severity, 0),
     ):
         with pytest.raises(ValueError, match="there is no") as error:
             call()
@@ -420,12 +422,12 @@ def test_refused(name, severity, message):
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)])
-def test_only_pictures_of_8_bits(image):
+def test_other_than_8_bit_rgb_images_are_refused(image):
     with pytest.raises(ValueError, match=r"give \(H, W, 3\) uint8 RGB"):
         corrupt(image, "fog", 1, np.random.default_rng(0))
 
 
-# On the stream.
+# Corruption of samples in a stream.
 
 
 def encoded(pixels):
@@ -437,8 +439,8 @@ def encoded(pixels):
 def sample(name, severity, seed=0, position=0):
     pixels = photograph(20, 30)
     label = np.random.default_rng(0).integers(0, 5, (20, 30)).astype(np.uint8)
-    transforms = CorruptedPictures(name, severity, seed)
-    # as Samples makes it
+    transforms = CorruptedImages(name, severity, seed)
+    # the generator that Samples passes to its transforms
     rng = np.random.default_rng(np.random.SeedSequence([0, 0, position]))
     return pixels, label, *transforms(encoded(pixels), label, rng)
 
@@ -453,7 +455,7 @@ def test_a_sample_keeps_its_label(name):
     assert not np.array_equal(image.permute(1, 2, 0).numpy() * 255, pixels)
 
 
-def test_random_numbers_belong_to_seed_picture_corruption_and_severity(monkeypatch):
+def test_random_numbers_depend_on_seed_position_corruption_and_severity(monkeypatch):
     drawn = {}
 
     def spy(image, name, severity, rng):

@@ -1,4 +1,4 @@
-"""Pictures and label images of all kinds come out as what they mean, or are refused in words."""
+"""Images and label images of every kind decode to what they mean, or are refused with a message."""
 
 from io import BytesIO
 
@@ -25,7 +25,7 @@ def photograph(height=90, width=121):
     return np.clip(128 + 90 * np.stack(waves, -1) + noise, 0, 255).astype(np.uint8)
 
 
-def turned(orientation):
+def exif_with(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -43,7 +43,7 @@ def turned(orientation):
         ("1", (0, 0, 0)),
     ],
 )
-def test_every_kind_of_picture_becomes_rgb(mode, expected):
+def test_every_image_mode_becomes_rgb(mode, expected):
     image = Image.new("RGB", (3, 2), (200, 100, 50))
     image = image.convert(mode, dither=Image.Dither.NONE, palette=Image.Palette.ADAPTIVE)
     encoded = encode(image, "TIFF" if mode == "CMYK" else "PNG")
@@ -55,9 +55,9 @@ def test_every_kind_of_picture_becomes_rgb(mode, expected):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_and_labels_are_turned_upright(orientation):
+def test_images_and_labels_are_rotated_upright(orientation):
     upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
-    stored = {  # as a camera held that way stores it
+    stored = {  # as a camera in this orientation stores it
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -67,7 +67,7 @@ def test_pictures_and_labels_are_turned_upright(orientation):
         7: upright.T[::-1, ::-1],
         8: upright.T[:, ::-1],
     }[orientation]
-    encoded = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=turned(orientation))
+    encoded = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif_with(orientation))
     image = EncodedImage(encoded, "x")
     assert image.size == (2, 3)
     assert np.array_equal(image.decode()[..., 0], upright)
@@ -76,23 +76,23 @@ def test_pictures_and_labels_are_turned_upright(orientation):
 
 @pytest.mark.parametrize("reduce", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(90, 121), (97, 64)])
-def test_a_jpeg_is_decoded_small(reduce, size):
+def test_a_jpeg_is_decoded_at_a_reduced_size(reduce, size):
     encoded = encode(Image.fromarray(photograph(*size)), "JPEG", quality=95)
     image = EncodedImage(encoded, "x")
     small = image.decode(reduce)
     assert small.shape[:2] == tuple(-(-side // reduce) for side in size)
-    # the mean of squares, as far as these fit
+    # every pixel is the mean of a square that lies within the image
     height, width = (side // reduce for side in size)
     whole = image.decode()[: height * reduce, : width * reduce].astype(float)
     means = whole.reshape(height, reduce, width, reduce, 3).mean(axis=(1, 3))
     assert np.abs(small[:height, :width] - means).mean() < 2
 
 
-def test_other_formats_come_in_full_size():
+def test_other_formats_are_decoded_at_full_size():
     assert EncodedImage(encode(Image.new("RGB", (9, 7))), "x").decode(2).shape == (7, 9, 3)
 
 
-def test_label_values_are_those_that_are_stored():
+def test_label_values_are_the_stored_values():
     indices = np.array([[0, 1], [2, 255]], np.uint8)
     palette = Image.fromarray(indices, "P")
     palette.putpalette([7, 7, 7] * 256)
@@ -113,16 +113,16 @@ def test_a_lossy_label_is_refused():
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_a_truncated_file_is_refused(format):
     encoded = encode(Image.fromarray(photograph()), format)[:-400]
-    with pytest.raises(UserError, match=r"^here: the \d+ bytes are no picture, or a damaged one"):
+    with pytest.raises(UserError, match=r"^here: the \d+ bytes are not an image, or a damaged one"):
         EncodedImage(encoded, "here").decode()
     if format == "PNG":
-        with pytest.raises(UserError, match=r"^here: the \d+ bytes are no picture, or a damaged"):
+        with pytest.raises(UserError, match=r"^here: the \d+ bytes are not an image, or a damaged"):
             decode_label(encoded, "here")
 
 
-def test_what_is_no_picture_is_refused():
+def test_bytes_that_are_not_an_image_are_refused():
     for read in (EncodedImage, decode_label):
-        with pytest.raises(UserError, match=r"^here: the 4 bytes are no picture"):
+        with pytest.raises(UserError, match=r"^here: the 4 bytes are not an image"):
             read(b"what", "here")
 
 
@@ -130,7 +130,7 @@ def test_what_is_no_picture_is_refused():
     ("format", "arguments"),
     [("PNG", {}), ("TIFF", {}), ("TIFF", {"big_endian": True}), ("PPM", {}), ("JPEG2000", {})],
 )
-def test_of_16_bits_of_grey_the_upper_8_count(format, arguments):
+def test_the_upper_8_of_16_bits_of_grey_are_kept(format, arguments):
     deep = np.random.default_rng(0).integers(0, 1 << 16, (40, 50), dtype=np.uint16)
     deep[0, :2] = 0, 65535
     pixels = EncodedImage(encode(Image.fromarray(deep), format, **arguments), "x").decode()
@@ -138,7 +138,7 @@ def test_of_16_bits_of_grey_the_upper_8_count(format, arguments):
     assert np.array_equal(pixels, np.repeat(deep[..., None] // 256, 3, axis=2))
 
 
-def test_16_bits_of_colour_and_the_same_picture_with_8():
+def test_16_bits_of_colour_equal_the_same_image_with_8():
     deep = np.random.default_rng(0).integers(0, 1 << 16, (40, 50, 3), dtype=np.uint16)
     encoded = cv2.imencode(".png", deep[..., ::-1])[1].tobytes()
     assert np.array_equal(EncodedImage(encoded, "x").decode(), deep // 256)
@@ -148,39 +148,39 @@ def test_16_bits_of_colour_and_the_same_picture_with_8():
     assert np.array_equal(EncodedImage(doubled, "x").decode(), same)
 
 
-def test_16_bits_are_turned_upright_too():
+def test_images_of_16_bits_are_rotated_upright_too():
     deep = np.arange(6, dtype=np.uint16).reshape(2, 3) << 8
-    image = EncodedImage(encode(Image.fromarray(deep), exif=turned(6)), "x")
+    image = EncodedImage(encode(Image.fromarray(deep), exif=exif_with(6)), "x")
     assert image.size == (3, 2)
     assert np.array_equal(image.decode()[..., 0], np.rot90(deep >> 8, -1))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_numbers_without_a_known_range_are_refused(dtype):
+def test_values_without_a_known_range_are_refused(dtype):
     encoded = encode(Image.fromarray(np.full((4, 4), 300, dtype)), "TIFF")
     with pytest.raises(UserError, match=r"^here: .*without a known range .*; store it with 8 or"):
         EncodedImage(encoded, "here")
 
 
 @pytest.mark.parametrize("format", ["GIF", "TIFF"])
-def test_the_first_of_several_frames_counts(format):
+def test_the_first_of_several_frames_is_read(format):
     frames = [Image.new("L", (5, 4), grey) for grey in (200, 10, 90)]
     encoded = encode(frames[0], format, save_all=True, append_images=frames[1:])
     assert (EncodedImage(encoded, "x").decode() == 200).all()
 
 
-def test_more_pixels_than_are_opened(monkeypatch):
+def test_an_image_with_too_many_pixels_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match=r"^here: the header announces more than 2,000 pixels; cut"):
         EncodedImage(encode(Image.new("L", (50, 50))), "here")
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, about what is damaged
-def test_damage_of_any_kind_is_one_sentence():
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged files
+def test_any_damage_raises_a_message_of_one_line():
     rng = np.random.default_rng(0)
     image = Image.fromarray(photograph(20, 31))
     files = [
-        encode(image, format, **({} if format == "BMP" else {"exif": turned(6)}))
+        encode(image, format, **({} if format == "BMP" else {"exif": exif_with(6)}))
         for format in ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
     ]
     pages = [Image.new("L", (31, 20))] * 2
@@ -194,18 +194,18 @@ def test_damage_of_any_kind_is_one_sentence():
         damaged = bytearray(files[number % len(files)])
         if number % 2:
             del damaged[rng.integers(len(damaged)) :]
-        for place in rng.integers(min(len(damaged), 200) or 1, size=5):
-            damaged[place : place + 1] = rng.bytes(1)
+        for position in rng.integers(min(len(damaged), 200) or 1, size=5):
+            damaged[position : position + 1] = rng.bytes(1)
         for read in (lambda file: EncodedImage(file, "here").decode(), decode_here):
             try:
                 read(bytes(damaged))
             except UserError as error:
                 refused.append(str(error))
     assert len(refused) > 600
-    assert all(sentence.startswith("here: the ") for sentence in refused)
+    assert all(message.startswith("here: the ") for message in refused)
 
 
-def test_cells():
+def test_cell_bytes_come_from_the_cell_or_its_file():
     def read_file(path):
         if path != "inside":
             raise UserError(f"the row names the file {path!r}, which is elsewhere")
@@ -215,7 +215,7 @@ def test_cells():
     assert cell_bytes({"bytes": b"x", "path": "elsewhere"}, "here", read_file) == b"x"
     assert cell_bytes({"bytes": None, "path": "inside"}, "here", read_file) == b"y"
     for empty in (None, b"", {"bytes": None, "path": None}):
-        with pytest.raises(UserError, match=r"^here: the row holds no picture; remove the row"):
+        with pytest.raises(UserError, match=r"^here: the row holds no image; remove the row"):
             cell_bytes(empty, "here", read_file)
     with pytest.raises(UserError, match=r"^here: the row names the file '/gone', which is else"):
         cell_bytes({"bytes": None, "path": "/gone"}, "here", read_file)

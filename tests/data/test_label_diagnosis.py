@@ -22,22 +22,22 @@ STREET = LabelSpec(
 )
 
 
-def test_an_unknown_value_is_named_with_image_count_and_what_is_known():
+def test_an_unknown_value_is_reported_with_image_count_and_known_values():
     raw = np.array([[0, 9], [9, 3]], np.uint8)
     with pytest.raises(
         UserError,
-        match=r"^picture 5: label value 9 in 2 pixels \(and 1 other unknown values\) .*0-1, 7;",
+        match=r"^image 5: label value 9 in 2 pixels \(and 1 other unknown values\) .*\(0-1, 7\);",
     ):
-        SPEC.to_train_ids(raw, "picture 5")
+        SPEC.to_train_ids(raw, "image 5")
 
 
-def test_an_unknown_color_is_named_with_image_count_and_what_is_known():
+def test_an_unknown_color_is_reported_with_image_count_and_known_colors():
     raw = np.full((2, 3, 3), 9, np.uint8)
     with pytest.raises(
         UserError,
-        match=r"^picture 5: label colour \(9, 9, 9\) in 6 pixels .*\(128, 64, 128\), .*;",
+        match=r"^image 5: label colour \(9, 9, 9\) in 6 pixels .*\(128, 64, 128\), .*;",
     ):
-        STREET.to_train_ids(raw, "picture 5")
+        STREET.to_train_ids(raw, "image 5")
 
 
 def blocks(values):
@@ -50,25 +50,25 @@ def blocks(values):
     [
         (THREE, [0, 1, 255], r"usually marks unlabelled.* add it to labels\.ignored"),
         (THREE, [0, 1, 65535], r"usually marks unlabelled.* add it to labels\.ignored"),
-        # one above the last name: a class is missing, or they are shifted; nothing tells which
+        # One above the last name: a class is missing or the values are shifted. Both are possible.
         *(
             (
                 THREE,
                 [*values, 3],
                 r"it is one above the last of the 3 classes: if a class is missing, add its name "
-                rf"to labels\.names; if labels count from 1 \({zero}\), set labels\.offset: 1; if "
+                rf"to labels\.names; if labels start at 1 \({zero}\), set labels\.offset: 1; if "
                 r"it marks unlabelled pixels, add it to labels\.ignored",
             )
             for values, zero in (
                 ([0, 1, 2], "0 marks unlabelled pixels"),
-                ([1, 2], "there is no 0 here"),
+                ([1, 2], "this image has no 0"),
             )
         ),
         (THREE, [0, 3, 9], r"3 in 256 .*one above the last of the 3 classes"),
         (
             replace(FROM_1, ignored=frozenset({0})),
             [0, 1, 2, 255],
-            r"count from 0: leave labels\.offset out",
+            r"start at 0: if these do, leave labels\.offset out",
         ),
         (FROM_1, [0, 1], r"0 in 256.*unlabelled.*add it to labels\.ignored"),
         (
@@ -88,7 +88,10 @@ def test_an_unknown_value_comes_with_its_likely_cause(labels, values, cause):
 @pytest.mark.parametrize(
     ("color", "cause"),
     [
-        ((142, 0, 0), r"\(0, 0, 142\) is: if .* BGR, store them as RGB; otherwise add the colour"),
+        (
+            (142, 0, 0),
+            r"\(0, 0, 142\) is in the spec: if .* BGR, store them as RGB; otherwise add the colour",
+        ),
         ((255, 255, 255), r"usually marks unlabelled pixels: add it to labels\.ignored"),
         ((5, 6, 7), "correct the label image, or add the colour"),
     ],
@@ -111,14 +114,14 @@ def discs(size=128):
     return disc.astype(np.uint8)
 
 
-def test_lossy_storage_and_interpolation_are_told_from_a_wrong_spec():
-    apart = replace(THREE, raw_to_train={0: 0, 120: 1, 240: 2})
+def test_lossy_storage_and_interpolation_are_distinguished_from_a_wrong_spec():
+    spaced = replace(THREE, raw_to_train={0: 0, 120: 1, 240: 2})
     values = np.array([0, 120, 240], np.uint8)[discs()]
     resized = np.array(Image.fromarray(values).resize((200, 200), Image.Resampling.BILINEAR))
     colors = np.array(STREET.colors, np.uint8)[discs()]
-    for labels, raw in [(apart, jpeg(values)), (apart, resized), (STREET, jpeg(colors))]:
+    for labels, raw in [(spaced, jpeg(values)), (spaced, resized), (STREET, jpeg(colors))]:
         with pytest.raises(
-            UserError, match=r"lossy format \(JPEG\) or of resizing .*; otherwise the"
+            UserError, match=r"lossy format \(JPEG\) or resizing .*; otherwise add these"
         ):
             labels.to_train_ids(raw, "x")
 
@@ -126,13 +129,13 @@ def test_lossy_storage_and_interpolation_are_told_from_a_wrong_spec():
 @pytest.mark.parametrize(
     ("labels", "raw", "advice"),
     [
-        (SPEC, np.zeros((4, 6, 3), np.uint8), "one whole number per pixel; store .* one channel"),
-        (SPEC, np.zeros((4, 6), np.float32), "not one whole number per pixel; store"),
+        (SPEC, np.zeros((4, 6, 3), np.uint8), "one integer per pixel; store .* one channel"),
+        (SPEC, np.zeros((4, 6), np.float32), "not one integer per pixel; store"),
         (SPEC, np.arange(72, dtype=np.uint8).reshape(4, 6, 3), r"set labels\.coding: colors and"),
         (STREET, np.zeros((4, 6), np.uint8), r"set labels\.coding: values"),
         (STREET, np.zeros((4, 6, 4), np.uint8), "store RGB without alpha"),
     ],
 )
 def test_label_images_of_another_kind_are_refused(labels, raw, advice):
-    with pytest.raises(UserError, match=f"^picture 5: the label image is an array of .*{advice}"):
-        labels.to_train_ids(raw, "picture 5")
+    with pytest.raises(UserError, match=f"^image 5: the label image is an array of .*{advice}"):
+        labels.to_train_ids(raw, "image 5")

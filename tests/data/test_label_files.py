@@ -1,7 +1,7 @@
-"""Label files of every kind give the values that they store, or one sentence.
+"""Label files of every kind decode to the values that they store, or are refused with a message.
 
-The files are made byte by byte from the formats' specifications (PNG, ISO/IEC 15948; TIFF 6.0), so
-that no library's writer can make up for what its reader does.
+The files are written byte by byte from the format specifications (PNG, ISO/IEC 15948; TIFF 6.0), so
+that an error in a library's writer cannot hide the same error in its reader.
 """
 
 import struct
@@ -25,10 +25,10 @@ CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
 
 
 def packed(row, bits):
-    """Numbers as big-endian bit strings, filled up to whole bytes."""
-    string = "".join(f"{int(number) % (1 << bits):0{bits}b}" for number in row)
+    """Pack integers as big-endian bit strings, padded to whole bytes."""
+    string = "".join(f"{int(value) % (1 << bits):0{bits}b}" for value in row)
     string += "0" * (-len(string) % 8)
-    return bytes(int(string[at : at + 8], 2) for at in range(0, len(string), 8))
+    return bytes(int(string[start : start + 8], 2) for start in range(0, len(string), 8))
 
 
 def png(values, bits, color_type, palette=None, transparency=None, chunks=()):
@@ -51,7 +51,10 @@ UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # TIFF's sample formats
 
 
 def tiff(values, bits, sample_format=UNSIGNED, order="<", photometric=1, copies=(), **others):
-    """Uncompressed; ``copies`` are the NewSubfileType of further pages, ``others`` tags t123=..."""
+    """Write an uncompressed TIFF.
+
+    ``copies`` lists the NewSubfileType of further pages; ``others`` are tags such as ``t338=[2]``.
+    """
     values = np.asarray(values)
     height, width = values.shape[:2]
     channels = values.shape[2] if values.ndim == 3 else 1
@@ -79,18 +82,18 @@ def tiff(values, bits, sample_format=UNSIGNED, order="<", photometric=1, copies=
         tags |= {int(name[1:]): content for name, content in others.items()}
         if subfile is not None:
             tags[254] = [subfile]
-        behind = len(file) + 2 + 12 * len(tags) + 4
+        extra_offset = len(file) + 2 + 12 * len(tags) + 4
         entries, extra = b"", b""
-        for tag, numbers in sorted(tags.items()):
+        for tag, items in sorted(tags.items()):
             long = tag in (254, 256, 257, 273, 278, 279)
-            body = struct.pack(order + ("I" if long else "H") * len(numbers), *numbers)
+            body = struct.pack(order + ("I" if long else "H") * len(items), *items)
             if len(body) > 4:
-                body, extra = struct.pack(order + "I", behind + len(extra)), extra + body
-            entries += struct.pack(order + "HHI", tag, 4 if long else 3, len(numbers))
+                body, extra = struct.pack(order + "I", extra_offset + len(extra)), extra + body
+            entries += struct.pack(order + "HHI", tag, 4 if long else 3, len(items))
             entries += body.ljust(4, b"\0")
-        following = len(file) + 4096 + len(pixels) if number + 1 < len(pages) else 0
+        next_page = len(file) + 4096 + len(pixels) if number + 1 < len(pages) else 0
         page = struct.pack(order + "H", len(tags)) + entries
-        page += struct.pack(order + "I", following) + extra
+        page += struct.pack(order + "I", next_page) + extra
         file += page.ljust(4096, b"\0") + pixels
     return file
 
@@ -101,43 +104,54 @@ def written(array, format, **arguments):
     return buffer.getvalue()
 
 
-# Wider than what vector instructions take at once, and not a whole number of bytes.
-def numbers(bits, signed=False):
-    """All kinds of numbers of so many bits, the limits among them."""
+def random_values(bits, signed=False):
+    """Random integers of ``bits`` bits, (3, 149), including the smallest and the largest.
+
+    The width exceeds vector registers, and a row of less than 8 bits is not a whole number of
+    bytes.
+    """
     low = -(1 << bits - 1) if signed else 0
     limits = [low, low + (1 << bits) - 1, 0, 1]
-    drawn = np.random.default_rng(bits).integers(low, low + (1 << bits), (3, 149))
-    drawn[0, : len(limits)] = limits
-    return drawn
+    values = np.random.default_rng(bits).integers(low, low + (1 << bits), (3, 149))
+    values[0, : len(limits)] = limits
+    return values
 
 
 STORED = {
-    **{f"PNG, {bits} bits of grey": (png, numbers(bits), bits, GREY) for bits in (1, 2, 4, 8, 16)},
+    **{
+        f"PNG, {bits} bits of grey": (png, random_values(bits), bits, GREY)
+        for bits in (1, 2, 4, 8, 16)
+    },
     **{
         f"PNG, palette of {bits} bits": (
             png,
-            numbers(bits),
+            random_values(bits),
             bits,
             PALETTE,
             [c % 256 for c in range(3 << bits)],
         )
         for bits in (1, 2, 4, 8)
     },
-    **{f"TIFF, {bits} bits": (tiff, numbers(bits), bits) for bits in (1, 2, 4, 8, 12, 16, 32)},
     **{
-        f"TIFF, {bits} bits, signed": (tiff, numbers(bits, True), bits, SIGNED)
+        f"TIFF, {bits} bits": (tiff, random_values(bits), bits) for bits in (1, 2, 4, 8, 12, 16, 32)
+    },
+    **{
+        f"TIFF, {bits} bits, signed": (tiff, random_values(bits, True), bits, SIGNED)
         for bits in (8, 16, 32)
     },
-    **{f"TIFF, {bits} bits, MM": (tiff, numbers(bits), bits, UNSIGNED, ">") for bits in (4, 8, 16)},
     **{
-        f"TIFF, {bits} bits, signed, MM": (tiff, numbers(bits, True), bits, SIGNED, ">")
+        f"TIFF, {bits} bits, MM": (tiff, random_values(bits), bits, UNSIGNED, ">")
+        for bits in (4, 8, 16)
+    },
+    **{
+        f"TIFF, {bits} bits, signed, MM": (tiff, random_values(bits, True), bits, SIGNED, ">")
         for bits in (16, 32)
     },
 }
 
 
 @pytest.mark.parametrize("kind", STORED)
-def test_values_are_those_that_are_stored(kind):
+def test_values_are_the_stored_values(kind):
     write, values, *arguments = STORED[kind]
     label = decode_label(write(values, *arguments), "x")
     assert label.values.dtype.kind in "iu"
@@ -146,42 +160,42 @@ def test_values_are_those_that_are_stored(kind):
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_a_tiff_with_a_palette_gives_its_indices(bits):
-    encoded = tiff(numbers(bits), bits, photometric=3, t320=[257 * 9] * (3 << bits))
+    encoded = tiff(random_values(bits), bits, photometric=3, t320=[257 * 9] * (3 << bits))
     label = decode_label(encoded, "x")
-    np.testing.assert_array_equal(label.values, numbers(bits))
+    np.testing.assert_array_equal(label.values, random_values(bits))
     np.testing.assert_array_equal(label.palette[: 1 << bits], [[9, 9, 9]] * (1 << bits))
 
 
 @pytest.mark.parametrize("format", ["BMP", "GIF", "TIFF", "PNG"])
-def test_values_of_8_bits_come_back_from_what_pillow_writes(format):
+def test_8_bit_values_written_by_pillow_are_read_back(format):
     values = np.arange(512).reshape(16, 32).astype(np.uint8)
     np.testing.assert_array_equal(decode_label(written(values, format), "x").values, values)
 
 
-def test_a_gif_whose_palette_was_renumbered_has_colors_but_no_values():
+def test_a_gif_with_a_renumbered_palette_is_read_by_color_only():
     values = np.array([[0, 255, 7]], np.uint8)
-    encoded = written(values, "GIF")  # indices 0, 2 and 1
+    encoded = written(values, "GIF")  # Pillow stores the indices 0, 2 and 1
     with pytest.raises(UserError, match=r"^here: the label image is a GIF, whose writers renumber"):
         decode_label(encoded, "here")
     stored = decode_label(encoded, "here", "colors").values
     np.testing.assert_array_equal(stored, values[..., None].repeat(3, 2))
 
 
-def test_masks_of_one_bit_are_0_and_1_and_nothing_is_ignored():
+def test_one_bit_masks_hold_0_and_1_and_no_ignored_value():
     labels = LabelSpec(("ground", "house"), ((0, 0, 0), (1, 1, 1)), ignored=frozenset({255}))
-    for encoded in (png(numbers(1), 1, GREY), tiff(numbers(1), 1)):
+    for encoded in (png(random_values(1), 1, GREY), tiff(random_values(1), 1)):
         train_ids = labels.to_train_ids(decode_label(encoded, "x").values, "x")
-        np.testing.assert_array_equal(train_ids, numbers(1))
-    # a boolean is a truth, whatever byte it is stored as
-    truths = np.array([[0, 255, 1, 0] * 40], np.uint8).view(bool)
-    np.testing.assert_array_equal(labels.to_train_ids(truths, "x"), [[0, 1, 1, 0] * 40])
+        np.testing.assert_array_equal(train_ids, random_values(1))
+    # every non-zero byte of a boolean array means True
+    booleans = np.array([[0, 255, 1, 0] * 40], np.uint8).view(bool)
+    np.testing.assert_array_equal(labels.to_train_ids(booleans, "x"), [[0, 1, 1, 0] * 40])
 
 
 def colors(channels):
-    """Some colours, opaque."""
-    drawn = np.random.default_rng(0).integers(0, 256, (4, 7, 4))
-    drawn[..., 3] = 255
-    return drawn[..., :channels]
+    """Random opaque colours, (4, 7, channels)."""
+    values = np.random.default_rng(0).integers(0, 256, (4, 7, 4))
+    values[..., 3] = 255
+    return values[..., :channels]
 
 
 COLORED = {
@@ -198,7 +212,7 @@ COLORED = {
 
 
 @pytest.mark.parametrize("kind", COLORED)
-def test_colors_are_those_that_are_stored(kind):
+def test_colors_are_the_stored_colors(kind):
     expected = colors(3) if "4 bits" not in kind else colors(3)[:1, [0, 1, 2, 1]]
     label = decode_label(COLORED[kind], "x", "colors")
     assert label.values.dtype == np.uint8
@@ -208,12 +222,12 @@ def test_colors_are_those_that_are_stored(kind):
 
 REFUSED = {
     "PNG, grey and alpha": (
-        png(numbers(8).reshape(3, 149, 1).repeat(2, 2), 8, GREY_ALPHA),
+        png(random_values(8).reshape(3, 149, 1).repeat(2, 2), 8, GREY_ALPHA),
         r"shape \(3, 149, 2\).*store class numbers in one channel",
     ),
     "PNG, 16 bits of grey and alpha": (
         png(np.zeros((2, 2, 2)), 16, GREY_ALPHA),
-        r"has 16 bits in each channel \(mode RGBA\), and colours have 8; store labels as PNG",
+        r"has 16 bits in each channel \(mode RGBA\), but colours need 8; store labels as PNG",
     ),
     "PNG, 16 bits of colour": (png(np.zeros((2, 2, 3)), 16, RGB), "has 16 bits in each channel"),
     "PNG, 16 bits of colour and alpha": (
@@ -224,7 +238,7 @@ REFUSED = {
         tiff(np.zeros((2, 2, 3)), 16, photometric=2),
         "has 16 bits in each channel",
     ),
-    "TIFF, floating point": (tiff([[0, 1]], 32, FLOAT), "array of float32.*not one whole number"),
+    "TIFF, floating point": (tiff([[0, 1]], 32, FLOAT), "array of float32.*not one integer"),
     **{
         f"TIFF, white is zero, {bits} bits": (
             tiff([[0, 1]], bits, photometric=0),
@@ -235,33 +249,33 @@ REFUSED = {
     "TIFF, Lab": (tiff(colors(3), 8, photometric=8), "stores LAB, neither values nor RGB"),
     "TIFF, CMYK": (tiff(colors(4), 8, photometric=5), "stores CMYK, neither values nor RGB"),
     "TIFF, YCbCr": (tiff(colors(3), 8, photometric=6), "stores YCbCr, neither values nor RGB"),
-    "TIFF, signed, MM, which Pillow does not know": (
+    "TIFF, signed, MM, which Pillow cannot read": (
         tiff([[0, 1]], 64, SIGNED, ">"),
-        "are no picture, or a damaged one",
+        "are not an image, or a damaged one",
     ),
     "TIFF with JPEG inside": (
         written(colors(3).astype(np.uint8), "TIFF", compression="jpeg"),
         "is a TIFF with lossy compression, which changes values along every border",
     ),
-    "BMP of 1 bit": (written(numbers(1) > 0, "BMP"), "is a BMP of 1 bits per pixel"),
+    "BMP of 1 bit": (written(random_values(1) > 0, "BMP"), "is a BMP of 1 bits per pixel"),
     "WebP": (
         written(colors(3).astype(np.uint8), "WEBP"),
-        "is a WEBP file, of a format that may change values; store labels as PNG",
+        "is a WEBP file, a format that may change values; store labels as PNG",
     ),
     "JPEG 2000": (written(colors(3).astype(np.uint8), "JPEG2000"), "is a JPEG2000 file"),
-    "grey of 4 bits in PPM's family": (b"P5 2 1 15 \x01\x02", "is a PPM file"),
-    "JPEG": (written(numbers(8).astype(np.uint8), "JPEG"), "is a JPEG, which changes values"),
+    "PGM, 4 bits of grey": (b"P5 2 1 15 \x01\x02", "is a PPM file"),
+    "JPEG": (written(random_values(8).astype(np.uint8), "JPEG"), "is a JPEG, which changes values"),
 }
 
 
 @pytest.mark.parametrize("coding", ["values", "colors"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_values_cannot_be_told_of_is_refused(kind, coding):
-    encoded, sentence = REFUSED[kind]
+def test_files_with_ambiguous_values_are_refused(kind, coding):
+    encoded, message = REFUSED[kind]
     if coding == "colors" and ("float" in kind or kind == "PNG, grey and alpha"):
-        sentence = "is an array of .*three channels of 8 bits"
+        message = "is an array of .*three channels of 8 bits"
     labels = LabelSpec(("a", "b"), ((0, 0, 0), (1, 1, 1)), coding=coding)
-    with pytest.raises(UserError, match=f"^here: .*{sentence}") as raised:
+    with pytest.raises(UserError, match=f"^here: .*{message}") as raised:
         labels.to_train_ids(decode_label(encoded, "here", coding).values, "here")
     assert "\n" not in str(raised.value)
 
@@ -273,7 +287,7 @@ def test_what_values_cannot_be_told_of_is_refused(kind, coding):
         png([[0, 1]], 8, PALETTE, [9, 9, 9, 8, 8, 8], transparency=[255, 0]),
         png([[[9, 9, 9], [8, 8, 8]]], 8, RGB, transparency=[0, 8, 0, 8, 0, 8]),
     ],
-    ids=["alpha", "palette", "one colour is clear"],
+    ids=["alpha", "palette", "transparent colour"],
 )
 def test_colors_that_are_not_opaque_are_refused(encoded):
     with pytest.raises(UserError, match=r"^here: 1 pixels of the label image are transparent or"):
@@ -288,31 +302,34 @@ def animated(format):
 
 
 @pytest.mark.parametrize("format", ["TIFF", "PNG", "GIF"])
-def test_a_label_of_several_pages_is_refused_and_an_image_says_which_it_is(format):
+def test_several_pages_are_refused_in_a_label_and_reported_for_an_image(format):
     with pytest.raises(UserError, match=r"^here: the label file holds 3 frames or pages, of which"):
         decode_label(animated(format), "here", "colors")
     image = EncodedImage(animated(format), "here")
     assert image.num_frames == 3
     assert image.frames_notice().startswith("here: the image file holds 3 frames or pages, of w")
-    assert EncodedImage(written(numbers(8).astype(np.uint8), format), "x").frames_notice() is None
+    assert (
+        EncodedImage(written(random_values(8).astype(np.uint8), format), "x").frames_notice()
+        is None
+    )
 
 
-def test_smaller_copies_of_a_page_are_no_pages():
-    overviews = tiff(numbers(8), 8, copies=[1, 1])
-    np.testing.assert_array_equal(decode_label(overviews, "x").values, numbers(8))
+def test_reduced_copies_of_a_page_do_not_count_as_pages():
+    overviews = tiff(random_values(8), 8, copies=[1, 1])
+    np.testing.assert_array_equal(decode_label(overviews, "x").values, random_values(8))
     assert EncodedImage(overviews, "x").num_frames == 1
     with pytest.raises(UserError, match="holds 2 frames or pages"):
-        decode_label(tiff(numbers(8), 8, copies=[1, 0]), "here")
+        decode_label(tiff(random_values(8), 8, copies=[1, 0]), "here")
 
 
-def test_a_negative_of_16_bits_is_turned_like_one_of_8():
+def test_a_white_is_zero_image_of_16_bits_is_inverted_like_one_of_8():
     deep = EncodedImage(tiff([[0, 65535, 0x1234]], 16, photometric=0), "x").decode()
     shallow = EncodedImage(tiff([[0, 255, 0x12]], 8, photometric=0), "x").decode()
     np.testing.assert_array_equal(deep, shallow)
     np.testing.assert_array_equal(deep[0, :, 0], [255, 0, 255 - 0x12])
 
 
-# One of a pair is turned.
+# EXIF orientation of an image and its label.
 
 
 def oriented(array, orientation, format="PNG"):
@@ -331,7 +348,7 @@ def pair(image_orientation, label_orientation, label_size=(6, 9), format="PNG", 
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
-def test_sizes_are_those_after_turning(format):
+def test_sizes_are_those_of_the_upright_image(format):
     for orientation in (1, 3, 6, 8):
         image = EncodedImage(oriented(np.zeros((6, 9, 3), np.uint8), orientation, format), "x")
         assert image.size == image.decode().shape[:2]
@@ -340,52 +357,52 @@ def test_sizes_are_those_after_turning(format):
 
 
 @pytest.mark.parametrize("orientation", [None, 0, 1, 9])
-def test_an_image_that_is_upright_needs_nothing(orientation):
+def test_an_upright_pair_raises_no_warning(orientation):
     assert pair(orientation, None) is None
     assert pair(orientation, 1) is None
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_pair_that_is_turned_alike_needs_nothing(orientation):
+def test_a_pair_of_the_same_orientation_raises_no_warning(orientation):
     assert pair(orientation, orientation) is None
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_an_image_that_alone_is_turned_is_warned_of_or_refused(orientation, format):
-    swaps = orientation > 4
-    sentence = (
-        f"here: the image has the EXIF orientation {orientation} and the label has none: it is "
-        "taken to be drawn on the upright image; if it was drawn on the image as stored, write "
-        "both upright and without an EXIF orientation"
+def test_an_orientation_of_the_image_alone_is_warned_of_or_refused(orientation, format):
+    swaps_sides = orientation > 4
+    warning = (
+        f"here: the image has the EXIF orientation {orientation} and the label has none: the label "
+        "is assumed to be drawn on the upright image; if it was drawn on the image as stored, "
+        "write both upright and without an EXIF orientation"
     )
-    if not swaps:  # 180 degrees and mirrored
-        assert pair(orientation, None, format=format) == sentence
-        assert pair(orientation, 1, format=format) == sentence
+    if not swaps_sides:  # rotation by 180 degrees and mirroring keep the size
+        assert pair(orientation, None, format=format) == warning
+        assert pair(orientation, 1, format=format) == warning
         return
-    # the sizes tell
+    # the sizes show which of the two the label was drawn on
     assert pair(orientation, None, (9, 6), format) is None
     with pytest.raises(UserError, match=r"^here: .*EXIF orientation .* is 9x6 when upright, but t"):
         pair(orientation, None, (6, 9), format)
-    # a square does not
-    assert pair(orientation, None, (6, 6), format, (6, 6)) == sentence
+    # the sizes of a square do not
+    assert pair(orientation, None, (6, 6), format, (6, 6)) == warning
 
 
 @pytest.mark.parametrize(("image", "label"), [(None, 3), (1, 6), (6, 8), (3, 2)])
-def test_a_label_that_is_turned_otherwise_is_refused(image, label):
+def test_a_label_of_another_orientation_is_refused(image, label):
     with pytest.raises(UserError, match=r"^here: the image has the EXIF orientation \d and the la"):
         pair(image, label)
 
 
-def test_sizes_that_contradict_once_turned_name_the_orientation():
+def test_an_error_about_sizes_names_the_orientations():
     image = oriented(np.zeros((6, 9, 3), np.uint8), 6)
     label = oriented(np.zeros((9, 6), np.uint8), 6)
-    sentence = r"is 6x9 but the image is 9x6 .*as their EXIF orientations say \(image 6, label 6\)"
-    with pytest.raises(UserError, match=sentence):
+    message = r"is 6x9 but the image is 9x6 .*as their EXIF orientations say \(image 6, label 6\)"
+    with pytest.raises(UserError, match=message):
         samples([(image, label)])[0]
 
 
-# On the stream.
+# Label files in a stream of samples.
 
 
 class Rows:
@@ -418,18 +435,18 @@ def paletted(*palette, indices=(0, 1, 2)):
 A, B, C = (1, 1, 1), (2, 2, 2), (3, 3, 3)
 
 
-def test_palettes_that_differ_are_noticed_where_indices_count():
-    alike = samples([(IMAGE, paletted(A, B, C))] * 2)
-    assert alike[0]["notices"] == alike[1]["notices"] == {}
+def test_different_palettes_are_reported_if_indices_stand_for_classes():
+    same = samples([(IMAGE, paletted(A, B, C))] * 2)
+    assert same[0]["notices"] == same[1]["notices"] == {}
     mixed = samples([(IMAGE, paletted(A, B, C)), (IMAGE, paletted(A, C, B))])
     assert mixed[0]["notices"] == {}
     assert mixed[1]["notices"]["palette"] == (
         "data set 'mine', sample 's1': index 1 of the label's palette is the colour (3, 3, 3), but "
-        "(2, 2, 2) in data set 'mine', sample 's0'; indices count as they are: if the colours "
-        "stand for the classes, set labels.coding: colors"
+        "(2, 2, 2) in data set 'mine', sample 's0'; classes are read from the indices: if the "
+        "colours stand for the classes, set labels.coding: colors"
     )
     assert collate([mixed[0], mixed[1]])["notices"] == mixed[1]["notices"]
-    # an index that does not occur has no colour
+    # colours of unused indices are not compared
     unused = samples(
         [
             (IMAGE, paletted(A, B, C, indices=(0, 0, 1))),
@@ -438,13 +455,13 @@ def test_palettes_that_differ_are_noticed_where_indices_count():
         ]
     )
     assert [unused[n]["notices"] for n in range(3)] == [{}, {}, {}]
-    # and colours need no index
+    # indices do not matter if classes are coded by colour
     by_color = samples([(IMAGE, paletted(A, B, C)), (IMAGE, paletted(A, C, B))], coding="colors")
     assert [by_color[n]["notices"] for n in range(2)] == [{}, {}]
     assert by_color[1]["label"].tolist() == [[0, 2, 1]]
 
 
-def test_what_is_noticed_travels_with_the_sample():
+def test_notices_are_part_of_the_sample_and_the_batch():
     grey = np.zeros((1, 3), np.uint8)
     upside_down = oriented(grey, 3)
     pages = tiff(grey, 8, copies=[0])

@@ -48,7 +48,7 @@ def test_16_bit_values_reach_to_65535():
     np.testing.assert_array_equal(labels.to_train_ids(raw, "x"), [[0, 1, 255]])
 
 
-def test_a_negative_raw_value_is_not_taken_for_one_from_the_end():
+def test_a_negative_raw_value_is_not_confused_with_a_large_one():
     labels = spec(2, ignored=frozenset({-1}))
     np.testing.assert_array_equal(labels.to_train_ids(np.array([[-1, 0]]), "x"), [[255, 0]])
     with pytest.raises(UserError, match="label value 65535 in 1 pixels"):
@@ -81,7 +81,7 @@ def test_colors_map_to_train_ids_and_back():
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 16, (1 << 16) + 1, (1 << 31) - 1])
-def test_values_beyond_16_bits_are_unknown_not_wrapped_around(value):
+def test_values_beyond_16_bits_are_unknown_and_do_not_wrap_around(value):
     with pytest.raises(UserError, match=f"label value {value} in 1 pixels"):
         SPEC.to_train_ids(np.array([[value, 0]], np.int32), "x")
 
@@ -94,22 +94,25 @@ def test_one_bit_labels_are_the_values_0_and_1():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"colors": ((0, 0, 0),)}, "2 class names but 1 colours"),
+        ({"colors": ((0, 0, 0),)}, "2 class names but 1 colours; give one"),
         ({"names": ("a", "a")}, "two classes are named 'a'"),
         ({"raw_to_train": {5: 40}}, "raw value 5 maps to train id 40, which has no name"),
         ({"raw_to_train": {4: 1, 5: 0}, "ignored": frozenset({5})}, "raw value 5 is ignored and"),
-        ({"raw_to_train": {1 << 16: 0, 1: 1}}, "raw value 65536 is not among"),
+        ({"raw_to_train": {1 << 16: 0, 1: 1}}, "raw value 65536 is not among the supported"),
         ({"ignore_index": 0}, "ignore_index 0 is the train id of class 'a'"),
-        ({"ignore_index": -1}, "ignore_index -1 is negative; choose one of at least 2"),
+        ({"ignore_index": -1}, "ignore_index -1 is negative; choose a value of at least 2"),
         ({"coding": "colors", "raw_to_train": {0: 0, 1: 1}}, "leave raw_to_train and offset out"),
         (
             {"coding": "colors", "ignored": frozenset({(0, 0, 0)})},
             r"colour \(0, 0, 0\) has two meanings",
         ),
-        # any answer would be right
-        ({"names": ("a",), "colors": ((0, 0, 0),)}, "there is one class, 'a', and nothing to tell"),
-        ({"raw_to_train": {4: 1, 5: 1}}, "raw_to_train maps every raw value to class 'b', so that"),
-        # what is drawn and written line by line
+        # with one class every prediction is right
+        (
+            {"names": ("a",), "colors": ((0, 0, 0),)},
+            "there is one class, 'a', but segmentation needs two",
+        ),
+        ({"raw_to_train": {4: 1, 5: 1}}, "raw_to_train maps every raw value to class 'b'; map the"),
+        # names are printed line by line and drawn in figures
         *(
             ({"names": ("a", name)}, "class name .* holds a line break or control character; write")
             for name in ("two\nlines", "tab\t", "\x1b[31mred", "\u2028", "\ud800")
@@ -125,9 +128,9 @@ def test_a_contradictory_spec_is_refused(arguments, message):
 @pytest.mark.parametrize(
     "name", ["$x^2_{", "<b>", "道路 1", "نیم\u200cفاصله", "a\u00a0b", "%s {0} \\"]
 )
-def test_any_other_text_is_a_name(name):
+def test_any_other_text_is_a_valid_name(name):
     assert LabelSpec(("a", name), ((0, 0, 0), (1, 1, 1))).names[1] == name
 
 
-def test_two_classes_may_share_a_color_where_colors_only_draw():
+def test_two_classes_may_share_a_color_if_colors_do_not_code_classes():
     LabelSpec(names=("a", "b"), colors=((0, 0, 0), (0, 0, 0)))

@@ -46,7 +46,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_streams_like_a_hub_data_set(folder):
+def test_shards_stream_like_a_hub_data_set(folder):
     stream = datasets.load_dataset(
         "parquet", data_files=str(folder / "train*.parquet"), split="train", streaming=True
     )
@@ -82,7 +82,7 @@ def test_every_class_and_unlabelled_pixels_occur(samples):
     assert set(values) == {*range(NUM_CLASSES), shapes.UNLABELLED}
 
 
-def test_rings_of_one_picture_share_a_class_and_keep_their_distance_from_the_beacon(samples):
+def test_rings_of_one_image_share_a_class_and_keep_their_distance_from_the_beacon(samples):
     for sample in samples:
         present = set(np.unique(sample.label)) & {BLUE, ORANGE}
         assert present <= {shapes.CLASS_NAMES.index(sample.ring)}
@@ -90,8 +90,8 @@ def test_rings_of_one_picture_share_a_class_and_keep_their_distance_from_the_bea
         assert sample.ring_distances.size == np.isin(sample.label, list(present)).sum()
 
 
-def test_only_the_beacon_tells_the_two_rings_apart(monkeypatch):
-    """The same random draws with the beacons swapped give the same pixels but for the beacon."""
+def test_the_two_ring_classes_differ_only_in_the_beacon(monkeypatch):
+    """With beacon colours swapped, the same random numbers give other pixels in the beacon only."""
     swapped = dict(zip(shapes.BEACON_COLORS, reversed(shapes.BEACON_COLORS.values())))
     for seed in range(10):
         sample = shapes.draw(np.random.default_rng(seed))
@@ -102,7 +102,7 @@ def test_only_the_beacon_tells_the_two_rings_apart(monkeypatch):
         near_a_ring = np.isin(sample.label, [BLUE, ORANGE])
         assert differs.any()
         assert not (differs & near_a_ring).any()
-        # and the picture differs within the beacon only, which is a disc of known radius
+        # the differing pixels fit into the beacon, a disc of known radius
         assert differs.sum() <= np.pi * (shapes.BEACON_RADIUS + 1) ** 2
 
 
@@ -114,8 +114,8 @@ def test_shapes_have_the_area_of_the_unit_disc():
 
 
 @pytest.mark.slow
-def test_mean_colors_of_the_object_classes_do_not_tell_them_apart():
-    """Classes are told by shape: their mean colours agree within the noise of the draw."""
+def test_object_classes_have_the_same_mean_color():
+    """Classes differ in shape only: their mean colours agree up to sampling noise."""
     samples = [shapes.draw(np.random.default_rng([1, i])) for i in range(200)]
     images = np.stack([s.image for s in samples]) / 255
     labels = np.stack([s.label for s in samples])
@@ -123,8 +123,8 @@ def test_mean_colors_of_the_object_classes_do_not_tell_them_apart():
     assert np.ptp(means, axis=0).max() < 0.06
 
 
-def scores_of_local_guessing(folder, share_blue, seed=0):
-    """mIoU of a predictor that knows everything but calls a share of the ring pixels blue."""
+def miou_of_guessing(folder, share_blue, seed=0):
+    """mIoU of a predictor that is perfect except that it calls a random share of rings blue."""
     rng = np.random.default_rng(seed)
     stream = datasets.load_dataset(
         "parquet", data_files=str(folder / "validation*.parquet"), split="train", streaming=True
@@ -133,31 +133,31 @@ def scores_of_local_guessing(folder, share_blue, seed=0):
     for row in stream:
         label = np.asarray(row["label"]).astype(np.int64)
         rings = np.isin(label, [BLUE, ORANGE])
-        prediction = np.where(label == shapes.UNLABELLED, 0, label)
+        pred = np.where(label == shapes.UNLABELLED, 0, label)
         guess = np.where(rng.random(label.shape) < share_blue, BLUE, ORANGE)
-        prediction[rings] = guess[rings]
-        pair = torch.from_numpy(prediction)[None], torch.from_numpy(label)[None]
+        pred[rings] = guess[rings]
+        pair = torch.from_numpy(pred)[None], torch.from_numpy(label)[None]
         classes = as_classes(*pair, NUM_CLASSES, shapes.UNLABELLED)
         confusion += confusion_matrices(*classes, NUM_CLASSES)[0]
     return mean_present(class_iou(class_counts(confusion.double()))).item()
 
 
 @pytest.mark.slow
-def test_ceiling_is_what_the_best_guessing_reaches(folder):
+def test_ceiling_equals_the_best_guess(folder):
     ceiling = shapes.locality_ceiling(folder, "validation")
-    guessing = [scores_of_local_guessing(folder, share) for share in np.linspace(0, 1, 11)]
-    assert max(guessing) == pytest.approx(ceiling, abs=0.003)
+    mious = [miou_of_guessing(folder, share) for share in np.linspace(0, 1, 11)]
+    assert max(mious) == pytest.approx(ceiling, abs=0.003)
     assert ceiling == pytest.approx((NUM_CLASSES - 2 + 2 / 3) / NUM_CLASSES, abs=0.02)
 
 
-def test_ceiling_rises_with_the_reach_to_one(folder):
-    reaches = [0, shapes.BEACON_DISTANCE, 35, 50, 2 * shapes.IMAGE_SIZE]
-    ceilings = [shapes.locality_ceiling(folder, "validation", reach) for reach in reaches]
+def test_ceiling_rises_with_the_radius_to_one(folder):
+    radii = [0, shapes.BEACON_DISTANCE, 35, 50, 2 * shapes.IMAGE_SIZE]
+    ceilings = [shapes.locality_ceiling(folder, "validation", radius) for radius in radii]
     assert ceilings == sorted(ceilings)
     assert ceilings[0] == ceilings[1] < ceilings[2] < ceilings[3] <= ceilings[4] == 1
 
 
-def test_cache_folder_is_the_users(monkeypatch, tmp_path):
+def test_the_data_set_is_generated_once_into_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(shapes, "NUM_IMAGES", {"train": 2, "validation": 1})
     folder = shapes.prepare()

@@ -269,11 +269,11 @@ def _tiff(array):
 
 FLOATS = _tiff(np.zeros((8, 8), np.float32))
 BROKEN = [
-    ({"label": None}, r"sample 's001', column 'label': the row holds no picture; remove"),
-    ({"image": None}, r"sample 's001', column 'image': the row holds no picture"),
+    ({"label": None}, r"sample 's001', column 'label': the row holds no image; remove"),
+    ({"image": None}, r"sample 's001', column 'image': the row holds no image"),
     (
         {"image": {"bytes": b"not a picture", "path": None}},
-        r"sample 's001', column 'image': the 13 bytes are no picture, or a damaged one",
+        r"sample 's001', column 'image': the 13 bytes are not an image, or a damaged one",
     ),
     ({"label": np.full((8, 8), 77, np.uint8)}, r"sample 's001': label value 77 in 64 "),
     ({"label": np.zeros((4, 8), np.uint8)}, r"the label is 4x8 but the image is 8x8"),

@@ -1,4 +1,4 @@
-"""The training pipeline equals the reference's, written out step by step in its plain order."""
+"""The training transforms equal the reference's steps, written out in their original order."""
 
 from io import BytesIO
 
@@ -43,15 +43,15 @@ def pipeline(**arguments):
 
 
 def bilinear(pixels, height, width):
-    """Pixel centres, no antialiasing, in float64."""
+    """Resize bilinearly with aligned pixel centres, without antialiasing, in float64."""
     result = pixels.astype(np.float64)
     for axis, new in enumerate((height, width)):
         old = pixels.shape[axis]
-        at = (np.arange(new) + 0.5) * old / new - 0.5
-        low = np.floor(at).astype(int)
+        source = (np.arange(new) + 0.5) * old / new - 0.5
+        low = np.floor(source).astype(int)
         shape = [1, 1, 1]
         shape[axis] = new
-        weight = (at - low).reshape(shape)
+        weight = (source - low).reshape(shape)
         below, above = (np.clip(i, 0, old - 1) for i in (low, low + 1))
         result = result.take(below, axis) * (1 - weight) + result.take(above, axis) * weight
     return result
@@ -61,8 +61,8 @@ def nearest(label, height, width):
     return cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
-def plain_order(pixels, label, crop_size, scale_range, base_size, seed, ratio=0.75):
-    """The reference: scale everything, crop, flip, pad after the conversion."""
+def reference_order(pixels, label, crop_size, scale_range, base_size, seed, ratio=0.75):
+    """Reference order of steps: scale the whole image, crop, flip, pad after normalisation."""
     rng = np.random.default_rng(seed)
     scale = rng.uniform(*scale_range)
     height, width = label.shape
@@ -74,40 +74,42 @@ def plain_order(pixels, label, crop_size, scale_range, base_size, seed, ratio=0.
     for _ in range(11):
         top = rng.integers(max(height - crop_size[0], 0) + 1)
         left = rng.integers(max(width - crop_size[1], 0) + 1)
-        kept = label[top : top + crop_size[0], left : left + crop_size[1]]
-        values, counts = np.unique(kept[kept != 255], return_counts=True)
+        cropped = label[top : top + crop_size[0], left : left + crop_size[1]]
+        values, counts = np.unique(cropped[cropped != 255], return_counts=True)
         if len(values) > 1 and counts.max() / counts.sum() < ratio:
             break
     pixels = pixels[top : top + crop_size[0], left : left + crop_size[1]]
     if rng.random() < 0.5:
-        pixels, kept = pixels[:, ::-1], kept[:, ::-1]
-    below, right = crop_size[0] - kept.shape[0], crop_size[1] - kept.shape[1]
+        pixels, cropped = pixels[:, ::-1], cropped[:, ::-1]
+    below, right = crop_size[0] - cropped.shape[0], crop_size[1] - cropped.shape[1]
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     normalized = np.pad((pixels / 255 - mean) / std, ((0, below), (0, right), (0, 0)))
-    return normalized * std + mean, np.pad(kept, ((0, below), (0, right)), constant_values=255)
+    return normalized * std + mean, np.pad(cropped, ((0, below), (0, right)), constant_values=255)
 
 
 CASES = [
     ((60, 90), (32, 48), (0.5, 2.0), None),
     ((60, 90), (32, 48), (0.5, 2.0), (120, 50)),
     ((90, 60), (64, 64), (0.3, 1.0), None),  # often smaller than the crop
-    ((61, 83), (32, 32), (2.0, 8.0), None),  # far larger: only the kept region is computed
+    ((61, 83), (32, 32), (2.0, 8.0), None),  # much larger: only the pixels of the crop are computed
     ((64, 64), (64, 64), (1.0, 1.0), None),
 ]
 
 
 @pytest.mark.parametrize(("size", "crop_size", "scale_range", "base_size"), CASES)
-def test_equals_the_plain_order(size, crop_size, scale_range, base_size):
+def test_equals_the_reference_order_of_steps(size, crop_size, scale_range, base_size):
     pixels, label = photograph(*size), blocks(*size)
     label[:20, :30] = 255
     fused = pipeline(crop_size=crop_size, scale_range=scale_range, base_size=base_size)
     for seed in range(25):
         image, ids = fused(encoded(pixels), label, np.random.default_rng(seed))
-        expected, expected_ids = plain_order(pixels, label, crop_size, scale_range, base_size, seed)
+        expected, expected_ids = reference_order(
+            pixels, label, crop_size, scale_range, base_size, seed
+        )
         assert image.dtype == torch.float32
         assert ids.dtype == torch.int64
         assert np.array_equal(ids.numpy(), expected_ids)
-        # OpenCV rounds to whole levels, with weights of 11 bits where it scales the whole picture
+        # OpenCV rounds to whole levels, with weights of 11 bits when it resizes the whole image
         assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() * 255 < 0.8
 
 
@@ -139,19 +141,19 @@ def test_a_planted_fault_is_noticed(fault, monkeypatch):
     noticed = 0
     for case in CASES[:3]:
         try:
-            test_equals_the_plain_order(*case)
+            test_equals_the_reference_order_of_steps(*case)
         except AssertionError:
             noticed += 1
     assert noticed
 
 
 @pytest.mark.parametrize("old", [1, 90, 121, 683])
-def test_nearest_labels_are_those_of_opencv(old):
-    """Also at sizes such as 90 to 50, where OpenCV's rounding takes the pixel before."""
+def test_nearest_labels_equal_those_of_opencv(old):
+    """Includes sizes such as 90 to 50, where OpenCV's rounding selects the previous pixel."""
     label = np.arange(old, dtype=np.uint16)[None].repeat(2, 0)
     for new in range(1, 2 * old + 2):
-        found = transforms._nearest(label, 2, new, 0, 0, 2, new)
-        assert np.array_equal(found, nearest(label, 2, new)), new
+        resized = transforms._nearest(label, 2, new, 0, 0, 2, new)
+        assert np.array_equal(resized, nearest(label, 2, new)), new
 
 
 def test_the_limit_for_one_class_is_strict():
@@ -161,13 +163,13 @@ def test_the_limit_for_one_class_is_strict():
     assert not crop._is_mixed(label)
     assert crop._is_mixed(np.array([[0, 0], [1, 1]], np.uint8))
     assert not crop._is_mixed(np.array([[0, 255], [255, 255]], np.uint8))
-    # the share is of the pixels that count
+    # the share is that of labelled pixels
     assert not crop._is_mixed(np.array([[0, 0, 0, 1, 255, 255]], np.uint8))
     for dtype in (np.uint8, np.int32):
         assert crop._is_mixed(np.array([[0, 0, 1, 255]], dtype))
 
 
-def test_tries_look_for_a_mixed_crop_and_end():
+def test_tries_for_a_mixed_crop_succeed_and_end():
     label = np.zeros((64, 64), np.uint8)
     label[:, 60:] = 1
     crop = pipeline(crop_size=(8, 8))
@@ -175,48 +177,48 @@ def test_tries_look_for_a_mixed_crop_and_end():
     shares = [
         (crop(image, label, np.random.default_rng(seed))[1] == 1).any().item() for seed in range(60)
     ]
-    # one try finds the border with probability 11/57, of which 3/57 are mixed enough
+    # one try hits the border with probability 11/57, and is mixed enough with probability 3/57
     assert 0.25 < np.mean(shares) < 0.95
     only = crop(image, np.zeros((64, 64), np.uint8), np.random.default_rng(0))[1]
     assert only.shape == (8, 8)
 
 
-class Counted:
-    """A generator that counts the places it is asked for."""
+class RecordingGenerator:
+    """A generator that records the corners of the crops that it draws."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
-        self.places = []
+        self.corners = []
 
     def integers(self, *limits):
-        self.places.append(int(self.rng.integers(*limits)))
-        return self.places[-1]
+        self.corners.append(int(self.rng.integers(*limits)))
+        return self.corners[-1]
 
     def random(self):
         return 1.0  # no flip
 
 
 @pytest.mark.parametrize("mixed_at", [1, 2, 10, 11, None])
-def test_the_crop_after_ten_that_are_not_mixed_is_taken_as_it_is(mixed_at, monkeypatch):
+def test_the_crop_after_ten_that_are_not_mixed_is_used_unchecked(mixed_at, monkeypatch):
     checked = []
 
-    def is_mixed(self, kept):
-        checked.append(kept)
+    def is_mixed(self, cropped):
+        checked.append(cropped)
         return len(checked) == mixed_at
 
     monkeypatch.setattr(TrainTransforms, "_is_mixed", is_mixed)
     label = np.arange(64 * 64).reshape(64, 64) % 251
-    rng = Counted(0)
-    _, kept = pipeline(crop_size=(8, 8))(encoded(photograph(64, 64)), label, rng)
+    rng = RecordingGenerator(0)
+    _, cropped = pipeline(crop_size=(8, 8))(encoded(photograph(64, 64)), label, rng)
     num_draws = mixed_at if mixed_at and mixed_at <= 10 else 11
-    assert len(rng.places) == 2 * num_draws  # a row and a column each
+    assert len(rng.corners) == 2 * num_draws  # a row and a column each
     assert len(checked) == min(num_draws, 10)
-    top, left = rng.places[-2:]
-    assert np.array_equal(kept.numpy(), label[top : top + 8, left : left + 8])
+    top, left = rng.corners[-2:]
+    assert np.array_equal(cropped.numpy(), label[top : top + 8, left : left + 8])
 
 
-def plain_distortion(pixels, seed):
-    """Pixel by pixel conversions are OpenCV's; the order and the truncation are written out."""
+def reference_distortion(pixels, seed):
+    """The reference's distortion: OpenCV's conversions, with order and truncation written out."""
     rng = np.random.default_rng(seed)
 
     def convert(values, alpha=1.0, beta=0.0):
@@ -245,12 +247,12 @@ def test_photometric_distortion_equals_the_steps_written_out():
     changed = 0
     for seed in range(60):
         distorted = distort(pixels, np.random.default_rng(seed))
-        assert np.array_equal(distorted, plain_distortion(pixels, seed))
+        assert np.array_equal(distorted, reference_distortion(pixels, seed))
         changed += not np.array_equal(distorted, pixels)
-    assert 50 <= changed <= 60  # untouched with probability 1/16
+    assert 50 <= changed <= 60  # unchanged with probability 1/16
 
 
-def test_rounding_for_truncation_is_noticed(monkeypatch):
+def test_rounding_instead_of_truncation_is_noticed(monkeypatch):
     monkeypatch.setattr(transforms, "_truncate", lambda levels: np.rint(np.clip(levels, 0, 255)))
     with pytest.raises(AssertionError):
         test_photometric_distortion_equals_the_steps_written_out()
@@ -261,7 +263,8 @@ def test_distortion_is_part_of_the_pipeline_between_flip_and_padding():
     plain, distorted = pipeline(crop_size=(24, 24)), pipeline(crop_size=(24, 24), photometric=True)
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        expected, _ = plain(encoded(pixels), label, rng)  # leaves the generator where it continues
+        # leaves the generator in the state in which the distortion starts
+        expected, _ = plain(encoded(pixels), label, rng)
         levels = (expected[:, :20, :20] * 255).round().byte().permute(1, 2, 0).numpy()
         image, _ = distorted(encoded(pixels), label, np.random.default_rng(seed))
         inner = torch.from_numpy(distort(np.ascontiguousarray(levels), rng)).permute(2, 0, 1) / 255
@@ -270,7 +273,7 @@ def test_distortion_is_part_of_the_pipeline_between_flip_and_padding():
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.3, 0.2, 0.11])
-def test_a_small_jpeg_is_the_plain_one_with_less_aliasing(factor):
+def test_a_reduced_jpeg_equals_the_full_one_with_less_aliasing(factor):
     size = (480, 643)
     image = encoded(photograph(*size), "JPEG")
     small = pipeline(scale_range=(factor, factor))
@@ -286,7 +289,7 @@ def test_a_small_jpeg_is_the_plain_one_with_less_aliasing(factor):
     if flipped.random() < 0.5:
         got = got.flip(2)
     levels = got.permute(1, 2, 0).numpy() * 255
-    # texture of +-6 levels is what plain sampling picks single pixels of
+    # plain sampling picks single pixels of the texture of +-6 levels
     assert np.abs(levels - plain).mean() < 5.0
     assert np.abs(levels - filtered).mean() < 2.5
     assert np.abs(levels - filtered).mean() < np.abs(plain - filtered).mean()
@@ -318,16 +321,16 @@ def test_scales_are_uniform_over_the_range_and_reach_its_limits():
     ("size", "base_size", "expected"),
     [
         ((1024, 2048), (2048, 1024), (1024, 2048)),  # Cityscapes
-        ((512, 683), (2048, 512), (512, 683)),  # ADE20K, by its short side
-        ((300, 1500), (2048, 512), (410, 2048)),  # by its long side
-        ((683, 512), (2048, 512), (683, 512)),  # upright
+        ((512, 683), (2048, 512), (512, 683)),  # ADE20K, limited by its short side
+        ((300, 1500), (2048, 512), (410, 2048)),  # limited by its long side
+        ((683, 512), (2048, 512), (683, 512)),  # portrait format
     ],
 )
-def test_base_size_is_fitted_into_whatever_the_format(size, base_size, expected):
+def test_images_of_any_format_are_fitted_into_the_base_size(size, base_size, expected):
     assert pipeline(base_size=base_size)._draw_size(size, np.random.default_rng(0)) == expected
 
 
-def test_evaluation_takes_the_picture_as_it_is():
+def test_evaluation_does_not_change_the_image():
     pixels, label = photograph(5, 7), blocks(5, 7)
     image, ids = to_tensors(encoded(pixels), label, np.random.default_rng(0))
     assert torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
@@ -337,6 +340,6 @@ def test_evaluation_takes_the_picture_as_it_is():
 
 
 @pytest.mark.parametrize("scale_range", [(0.0, 1.0), (2.0, 0.5), (-1.0, 1.0)])
-def test_scales_that_make_no_sense_are_refused(scale_range):
+def test_invalid_scale_ranges_are_refused(scale_range):
     with pytest.raises(ValueError, match=r"data.scale_range .*: give two factors above 0"):
         pipeline(scale_range=scale_range)

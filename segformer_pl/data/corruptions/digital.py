@@ -1,9 +1,8 @@
-"""Digital: what a camera's processing does. Functions of
-:data:`segformer_pl.data.corruptions.GROUPS`; nothing is drawn.
+"""Digital processing in a camera: corruptions of :data:`segformer_pl.data.corruptions.GROUPS`.
 
-Brightness and saturation are changed in HSV. Hue stays and the conversion is linear in the rest, so
-both are written in RGB: V is the largest channel, S the distance of the smallest one from it, over
-V.
+All are deterministic. Brightness and saturation are changed in HSV without a conversion: hue does
+not change, so the result is a simple function of RGB. V is the largest channel, and S is the
+difference between the largest and the smallest channel, divided by V.
 """
 
 from io import BytesIO
@@ -13,46 +12,47 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Picture = npt.NDArray[np.float32]  # (H, W, 3) RGB in 0 to 1
+FloatImage = npt.NDArray[np.float32]  # (H, W, 3) RGB in 0 to 1
 
 
-def brightness(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """V + 0.1 to 0.5 in HSV, at most 1; hue and saturation stay."""
+def brightness(image: FloatImage, severity: int, rng: np.random.Generator) -> FloatImage:
+    """Add 0.1 to 0.5 to V in HSV, at most 1; hue and saturation do not change."""
     added = (0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1]
-    value = np.maximum.reduce(cv2.split(picture))[..., None]
+    value = np.maximum.reduce(cv2.split(image))[..., None]
     brighter = np.minimum(value + np.float32(added), 1)
-    # Black has no hue: it becomes grey.
+    # Black has no hue, so it becomes grey.
     factor = np.divide(brighter, value, where=value > 0, out=np.zeros_like(value))
-    return np.where(value > 0, picture * factor, brighter)
+    return np.where(value > 0, image * factor, brighter)
 
 
-def contrast(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """Every channel's distance from its mean over the picture, times 0.4 to 0.05."""
+def contrast(image: FloatImage, severity: int, rng: np.random.Generator) -> FloatImage:
+    """Scale each channel's deviation from its mean over the image by 0.4 to 0.05."""
     factor = (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
-    mean = picture.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
-    return (picture - mean) * np.float32(factor) + mean
+    mean = image.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
+    return (image - mean) * np.float32(factor) + mean
 
 
-def saturate(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """S times a factor plus a constant in HSV: pale at severity 1 and 2, gaudy from 3 on.
+def saturate(image: FloatImage, severity: int, rng: np.random.Generator) -> FloatImage:
+    """Multiply S in HSV by a factor and add a constant: pale at severity 1 and 2, vivid from 3 on.
 
-    Those are two scales: how 2 compares with 3 depends on how colourful the picture is.
-    Grey has hue 0, as in the original: what is added at severity 4 and 5 makes it reddish.
+    Pale and vivid are two scales: whether 2 or 3 is the stronger depends on the image. Grey has
+    hue 0, as in the original, so the constant added at severity 4 and 5 makes it reddish.
     """
     factor, added = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))[severity - 1]
-    value = np.maximum.reduce(cv2.split(picture))[..., None]
-    chroma = value - np.minimum.reduce(cv2.split(picture))[..., None]
+    value = np.maximum.reduce(cv2.split(image))[..., None]
+    chroma = value - np.minimum.reduce(cv2.split(image))[..., None]
     saturation = np.divide(chroma, value, where=value > 0, out=np.zeros_like(value))
-    wanted = np.clip(saturation * np.float32(factor) + np.float32(added), 0, 1)
-    # How far each channel lies below V, over the chroma: 0 for red and 1 for the others in grey.
+    new_saturation = np.clip(saturation * np.float32(factor) + np.float32(added), 0, 1)
+    # Distance of each channel from V, relative to the chroma. For grey it is that of hue 0 (red):
+    # 0 for red, 1 for green and blue.
     below = np.tile(np.array([0, 1, 1], np.float32), (*value.shape[:2], 1))
-    np.divide(value - picture, chroma, where=chroma > 0, out=below)
-    return value * (1 - wanted * below)
+    np.divide(value - image, chroma, where=chroma > 0, out=below)
+    return value * (1 - new_saturation * below)
 
 
-def jpeg_compression(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """JPEG of quality 25 to 7 by Pillow's encoder, colours at half the size (4:2:0)."""
+def jpeg_compression(image: FloatImage, severity: int, rng: np.random.Generator) -> FloatImage:
+    """Compress as JPEG of quality 25 to 7 with Pillow's encoder and chroma subsampling 4:2:0."""
     buffer = BytesIO()
-    levels = np.rint(picture * 255).astype(np.uint8)
+    levels = np.rint(image * 255).astype(np.uint8)
     Image.fromarray(levels).save(buffer, "JPEG", quality=(25, 18, 15, 10, 7)[severity - 1])
     return np.asarray(Image.open(buffer), np.float32) / np.float32(255)

@@ -1,8 +1,7 @@
-"""Weather: what lies between the camera and the street. Functions of
-:data:`segformer_pl.data.corruptions.GROUPS`.
+"""Weather and dirt on the lens: corruptions of :data:`segformer_pl.data.corruptions.GROUPS`.
 
-Apart from fog, which grows with the picture, everything has its size in pixels: on large pictures
-flakes, drops and crystals are small, as in the original.
+Flakes, drops and crystals have a fixed size in pixels, as in the original, so they are relatively
+smaller in large images. Only fog scales with the image.
 """
 
 import math
@@ -13,52 +12,52 @@ import numpy.typing as npt
 
 from segformer_pl.data.corruptions.blur import gaussian, smear
 
-Picture = npt.NDArray[np.float32]  # (H, W, 3) RGB in 0 to 1
+FloatImage = npt.NDArray[np.float32]  # (H, W, 3) RGB in 0 to 1
 Map = npt.NDArray[np.float32]  # (H, W)
 
 WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise
 MUD = (63 / 255, 42 / 255, 20 / 255)
-WATER_DEPTH = 20  # pixels from its edge after which a drop is no thicker
-# Of the photographs in imagecorruptions 1.1.2, measured: mean colour, how far the brightness of one
-# of them may be from it, and the deviation of brightness within one.
+WATER_DEPTH = 20  # distance in pixels from its edge beyond which a drop has constant thickness
+# Measured on the frost photographs of imagecorruptions 1.1.2: mean colour, maximum deviation of one
+# photograph's brightness from it, and standard deviation of brightness within one photograph.
 FROST_COLOR = (0.57, 0.65, 0.69)
 FROST_RANGE = 0.16
 FROST_STD = 0.11
-STEMS_AREA = 250  # pixels of picture for each crystal
+STEMS_AREA = 250  # image area in pixels per crystal
 
 
-def snow(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """Falling flakes over a picture that is paler and brighter for the snow that lies.
+def snow(image: FloatImage, severity: int, rng: np.random.Generator) -> FloatImage:
+    """Falling flakes over an image that is paler and brighter, as if covered with snow.
 
-    Flakes are normal noise, enlarged and cut at a threshold, drawn out downwards at an angle from
-    45 to 135 degrees, and added twice, the second time turned by 180 degrees.
+    Flakes are normal noise that is enlarged, thresholded and blurred along a line at 45 to 135
+    degrees. They are added twice, the second time rotated by 180 degrees.
     """
-    mean, std, zoom, threshold, radius, sigma, kept = (
+    mean, std, zoom, threshold, radius, sigma, weight = (
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
         (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
         (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
         (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
         (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
     )[severity - 1]
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     small = (math.ceil(height / zoom), math.ceil(width / zoom))
     flakes = _enlarge(_normal(small, mean, std, rng), zoom, height, width)
     flakes = np.where(flakes < threshold, 0, np.minimum(flakes, 1)).astype(np.float32)
     flakes = smear(flakes, int(radius), sigma, rng.uniform(-135, -45))
-    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None]
-    covered = np.float32(kept) * picture + np.float32(1 - kept) * np.maximum(
-        picture, grey * 1.5 + 0.5
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+    covered = np.float32(weight) * image + np.float32(1 - weight) * np.maximum(
+        image, grey * 1.5 + 0.5
     )
     return covered + (flakes + flakes[::-1, ::-1])[..., None]
 
 
-def spatter(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
+def spatter(image: FloatImage, severity: int, rng: np.random.Generator) -> FloatImage:
     """Drops on the lens: water at severity 1 to 3, mud at 4 and 5.
 
-    Where blurred normal noise exceeds a threshold there is liquid. Mud hides what is behind it.
-    Water adds light, by the original's steps: see :func:`_shine`. Its brightest place is as bright
-    on any picture, and it lies farther above the mean on a larger one, so that the light depends on
-    the picture's size, most at severity 1.
+    Drops are the pixels where blurred normal noise exceeds a threshold. Mud covers the image.
+    Water adds light by the original's steps, see :func:`_shine`. The light is normalised by its
+    maximum, which rises with the number of pixels, so the mean light depends on the image's size,
+    most at severity 1.
     """
     mean, std, sigma, threshold, strength, is_mud = (
         (0.65, 0.3, 4, 0.69, 0.6, False),
@@ -67,49 +66,59 @@ def spatter(picture: Picture, severity: int, rng: np.random.Generator) -> Pictur
         (0.65, 0.3, 1, 0.65, 1.5, True),
         (0.67, 0.4, 1, 0.65, 1.5, True),
     )[severity - 1]
-    noise = gaussian(_normal(picture.shape[:2], mean, std, rng), sigma)
+    noise = gaussian(_normal(image.shape[:2], mean, std, rng), sigma)
     wet = noise > threshold
-    if is_mud:  # its strength is the blur of its edges, in pixels
+    if is_mud:  # for mud, `strength` is the blur of its edges in pixels
         mud = gaussian(wet.astype(np.float32), strength)
         mud = np.where(mud < 0.8, 0, mud).astype(np.float32)[..., None]
-        return picture * (1 - mud) + mud * np.array(MUD, np.float32)
+        return image * (1 - mud) + mud * np.array(MUD, np.float32)
     light = np.float32(strength) * _shine(np.where(wet, noise, 0))[..., None]
-    return picture + light * np.array(WATER, np.float32)
+    return image + light * np.array(WATER, np.float32)
 
 
-def fog(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """Adds a plasma fractal, and scales the result so that the brightest value stays."""
+def fog(image: FloatImage, severity: int, rng: np.random.Generator) -> FloatImage:
+    """Add a plasma fractal, then scale the result so that the maximum possible value stays."""
     density, decay = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))[severity - 1]
-    height, width = picture.shape[:2]
-    brightest = picture.max()
+    height, width = image.shape[:2]
+    brightest = image.max()
     haze = np.float32(density) * plasma(height, width, decay, rng)
-    return (picture + haze[..., None]) * (brightest / (brightest + np.float32(density)))
+    return (image + haze[..., None]) * (brightest / (brightest + np.float32(density)))
 
 
-def frost(picture: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """Ice crystals over the picture: a weighted sum of the two.
+def frost(image: FloatImage, severity: int, rng: np.random.Generator) -> FloatImage:
+    """Weighted sum of the image and ice crystals.
 
-    **Not comparable with published results.** The original lays one of its photographs of frost
-    over the picture; here :func:`ice` draws the frost. Weights are the original's, mean colour and
-    deviation are like those of its photographs; the crystals' shapes are our own.
+    **Not comparable with published results.** The original overlays one of its photographs of
+    frost; here :func:`ice` renders the frost. The weights are the original's; mean colour and
+    standard deviation match its photographs; the shapes of the crystals are our own.
     """
-    height, width = picture.shape[:2]
-    seen, icy = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[severity - 1]
-    return np.float32(seen) * picture + np.float32(icy) * ice(height, width, rng)
+    height, width = image.shape[:2]
+    image_weight, ice_weight = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[
+        severity - 1
+    ]
+    return np.float32(image_weight) * image + np.float32(ice_weight) * ice(height, width, rng)
 
 
 def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> Map:
-    """Diamond-square noise in 0 to 1.
+    """Generate diamond-square noise in 0 to 1.
 
-    Drawn on a torus whose side is the next power of two, of which the upper left part is returned:
-    any size, and features that grow with the picture.
+    The noise is generated on a torus whose side is the next power of two, and cropped to the upper
+    left part. Its features therefore scale with the image. Each octave doubles the grid::
+
+        g . g .        g: previous grid
+        . c . c        c: centre, mean of 4 grid points + noise   (diamond step)
+        g . g .        .: mean of 2 grid points and 2 centres + noise   (square step)
+        . c . c
 
     Args:
-        height: In pixels.
-        width: In pixels.
-        decay: From one octave to the next the amplitude is divided by its square, as in the
-            original.
-        rng: Where the numbers come from.
+        height: Height in pixels.
+        width: Width in pixels.
+        decay: Square root of the factor by which the amplitude falls from one octave to the next,
+            as in the original.
+        rng: Source of the random numbers.
+
+    Returns:
+        (height, width) float32.
     """
     grid, amplitude = np.zeros((1, 1), np.float32), 1.0
     while len(grid) < max(height, width, 2):
@@ -127,21 +136,26 @@ def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> M
     return (grid / grid.max())[:height, :width]
 
 
-def ice(height: int, width: int, rng: np.random.Generator) -> Picture:
-    """Frost on a pane: straight crystals with side branches at 60 degrees, over thin ice.
+def ice(height: int, width: int, rng: np.random.Generator) -> FloatImage:
+    """Render frost on a pane: straight crystals with side branches at 60 degrees, over thin ice.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        rng: Source of the random numbers.
 
     Returns:
-        (H, W, 3) in 0 to 1, bluish; mean and deviation are drawn or set by :data:`FROST_COLOR`,
-        :data:`FROST_RANGE` and :data:`FROST_STD`.
+        (height, width, 3) in 0 to 1. Mean colour :data:`FROST_COLOR`, plus a random brightness of
+        up to :data:`FROST_RANGE`; standard deviation :data:`FROST_STD`.
     """
     layer = np.zeros((height, width), np.uint8)
     stems = _crystals(height, width, rng)
-    # Faint ones first: bright crystals lie on top. 4 bits behind the point place them.
+    # Faint crystals first, so that bright ones lie on top. Coordinates have 4 fractional bits.
     for part, brightness in zip(np.array_split(stems, 4), (50, 90, 140, 240)):
         lines = np.rint(part * 16).astype(np.int32)
         cv2.polylines(layer, list(lines), False, brightness, 1, cv2.LINE_AA, 4)
-    drawn = gaussian(layer.astype(np.float32) / np.float32(255), 0.7)
-    relief = drawn + 0.6 * gaussian(drawn, 4) + 0.8 * plasma(height, width, 1.4, rng)
+    crystals = gaussian(layer.astype(np.float32) / np.float32(255), 0.7)
+    relief = crystals + 0.6 * gaussian(crystals, 4) + 0.8 * plasma(height, width, 1.4, rng)
     relief += _normal((height, width), 0, 0.08, rng)
     relief -= relief.mean()
     relief *= FROST_STD / max(float(relief.std()), 1e-6)
@@ -150,7 +164,7 @@ def ice(height: int, width: int, rng: np.random.Generator) -> Picture:
 
 
 def _crystals(height: int, width: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """(N, 2, 2) ends (x, y) of lines: stems, and along each of them branches on both sides."""
+    """Return the ends (x, y) of N lines, (N, 2, 2): stems, and branches on both sides of each."""
     number, branches = -(-height * width // STEMS_AREA), 7
     roots = rng.random((number, 2)) * (width, height)
     angles = rng.uniform(0, 2 * math.pi, number)
@@ -159,9 +173,9 @@ def _crystals(height: int, width: int, rng: np.random.Generator) -> npt.NDArray[
     along = np.sort(rng.uniform(0.1, 1, (number, branches)))
     starts = roots[:, None] + along[..., None] * (ends - roots)[:, None]
     sides = angles[:, None] + np.resize((math.pi / 3, -math.pi / 3), branches)
-    # Young branches, near the tip, are short.
-    reach = lengths[:, None] * (1.05 - along) * rng.uniform(0.1, 0.5, along.shape)
-    tips = starts + reach[..., None] * _directions(sides)
+    # Branches get shorter towards the tip of the stem.
+    branch_lengths = lengths[:, None] * (1.05 - along) * rng.uniform(0.1, 0.5, along.shape)
+    tips = starts + branch_lengths[..., None] * _directions(sides)
     lines = np.concatenate(
         [
             np.stack([roots, ends], 1)[:, None],
@@ -177,10 +191,10 @@ def _directions(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _shine(water: Map) -> Map:
-    """Light of water drops, 0 to 1: their thickness as a relief that is lit from the upper left.
+    """Return the light of water drops, in 0 to 1: their relief, lit from the upper left.
 
     Args:
-        water: Thickness, 0 where it is dry.
+        water: (H, W) thickness of the water, 0 where the lens is dry.
     """
     levels = (water * 255).astype(np.uint8)
     edges = cv2.Canny(levels, 50, 150)
@@ -192,7 +206,7 @@ def _shine(water: Map) -> Map:
 
 
 def _enlarge(noise: Map, zoom: float, height: int, width: int) -> Map:
-    """Bilinear, first and last pixels on each other; the upper left of what comes out."""
+    """Enlarge noise bilinearly with aligned corner pixels, and crop the upper left part."""
     steps = [(side - 1) / max(round(side * zoom) - 1, 1) for side in noise.shape]
     matrix = np.array([[steps[1], 0, 0], [0, steps[0], 0]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
