@@ -204,10 +204,13 @@ def without(split):
 FAULTS = {
     # what is wrong: (how it is broken, which finding names it)
     "a shard cut short": ({"folder": cut}, "error open .*is not a complete Parquet file"),
-    "no train shards": ({"folder": without("train")}, r"error open .*holds no train\*.parquet"),
+    "no train shards": (
+        {"folder": without("train")},
+        r"error open .*no train\*.parquet or ",
+    ),
     "no validation shards": (
         {"folder": without("validation")},
-        r"error open .*holds no validation\*.parquet",
+        r"error open .*no validation\*.parquet or images/validation/ in",
     ),
     "a missing column": (
         {"spec": {"label_column": "mask"}},

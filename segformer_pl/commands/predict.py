@@ -22,7 +22,7 @@ from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data.decoding import EncodedImage
-from segformer_pl.data.image_folder import PICTURES
+from segformer_pl.data.image_folder import IMAGE_SUFFIXES
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, Predictor
 
@@ -57,7 +57,7 @@ def predict(arguments: list[str]) -> None:
         "--input",
         required=True,
         help="a picture; a folder, searched with all below it for pictures "
-        f"({', '.join(PICTURES)}); or a pattern in quotes, such as 'photos/**/*.jpg'",
+        f"({', '.join(IMAGE_SUFFIXES)}); or a pattern in quotes, such as 'photos/**/*.jpg'",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument(
@@ -144,8 +144,8 @@ def find_pictures(pattern: str, output: Path) -> dict[Path, Path]:
         return _named([path], path.parent)
     if path.is_dir():
         base, found = path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
-        found = [file for file in found if Path(file).suffix.lower() in PICTURES]
-        missing = f"folder {pattern!r} holds no picture ({', '.join(PICTURES)})"
+        found = [file for file in found if Path(file).suffix.lower() in IMAGE_SUFFIXES]
+        missing = f"folder {pattern!r} holds no picture ({', '.join(IMAGE_SUFFIXES)})"
     elif glob.has_magic(pattern):
         fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
         base, found = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)

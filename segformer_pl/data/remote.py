@@ -1,8 +1,8 @@
 """Network reads that retry with exponential back-off.
 
-A failed read is retried for up to :data:`RETRY_SECONDS` if another attempt may succeed: after a read
-timeout, a dropped connection or a busy server. Errors that would repeat, such as a missing file, a
-server without range requests or a redirect loop, are raised at once.
+A failed read is retried for up to :data:`RETRY_SECONDS` if another attempt may succeed: after a
+read timeout, a dropped connection or a busy server. Errors that would repeat, such as a missing
+file, a server without range requests or a redirect loop, are raised at once.
 """
 
 import asyncio
