@@ -1,13 +1,16 @@
-"""What the tests of the sources share: an empty cache, loaded samples, image folders, shards."""
+"""Fixtures of the tests of sources: an empty cache, samples, image folders, shards, findings."""
 
 import pytest
 
-from segformer_pl.data import sources
+from segformer_pl.data import StreamingSegmentationData, sources
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import open_split
 from segformer_pl.data.streaming import Samples
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.doctor.findings import Examination
+from segformer_pl.doctor.splits import examine_split
+from segformer_pl.models import segformer_b0
 
 
 @pytest.fixture
@@ -38,6 +41,24 @@ def ids_of(samples_of):
         return [samples[position]["id"] for position in range(samples.order.num_rows)]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def findings_of():
+    """Function folder -> findings of ``doctor`` about its files, as (level, message)."""
+
+    def examine(folder):
+        examination = Examination()
+        data = StreamingSegmentationData(path=str(folder), num_workers=0)
+        network = segformer_b0(num_classes=data.entry.labels.num_classes)
+        examine_split(examination, network, data, "train")
+        return [
+            (finding.level, finding.message)
+            for finding in examination.findings
+            if finding.check in ("files", "open")
+        ]
+
+    return examine
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_unambiguous_patterns(tmp_path, pattern, ours, others, ids_of, write_nam
         (["train.parquet", "train_0.parquet"], "are either two copies of the split 'train' or"),
         (["train_0.parquet", "train-00000-of-00001.parquet"], "are either two copies of the spl"),
         (["train_256.parquet", "train_512.parquet"], "no part lies between 'train_256"),
-        (["train_00001.parquet", "train_00003.parquet"], "so either parts are missing or these a"),
+        (["train_00001.parquet", "train_00003.parquet"], "so either parts are missing or these f"),
         (["train-1-of-2.parquet"], "1 of the 2 shards of '.*/train' are missing, the first is -0-"),
         (["train.parquet", "data/train.parquet"], "the split 'train' is in '.*' and in '.*/data/t"),
     ],

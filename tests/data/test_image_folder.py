@@ -7,10 +7,7 @@ import warnings
 import pytest
 from PIL import Image
 
-from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.image_folder import IMAGE_SUFFIXES
-from segformer_pl.doctor.findings import Examination
-from segformer_pl.doctor.splits import examine_split
 from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -34,18 +31,7 @@ def test_rare_image_suffixes_are_read(make_image_folder, ids_of):
     assert ids_of(make_image_folder(dict.fromkeys(names, 1))) == ["a", "b", "c", "d", "e"]
 
 
-def findings_of(folder):
-    """Findings of ``doctor`` about the files of a folder, as (level, message)."""
-    examination = Examination()
-    examine_split(examination, StreamingSegmentationData(path=str(folder), num_workers=0), "train")
-    return [
-        (finding.level, finding.message)
-        for finding in examination.findings
-        if finding.check in ("files", "open")
-    ]
-
-
-def test_labels_without_an_image_are_reported_once(make_image_folder, ids_of):
+def test_labels_without_an_image_are_reported_once(make_image_folder, ids_of, findings_of):
     folder = make_image_folder({"a.png": 1, "b.heic": 1}, labels=["c.png"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

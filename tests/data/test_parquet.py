@@ -7,14 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from segformer_pl.data import StreamingSegmentationData, files
+from segformer_pl.data import files
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.sources import open_split
 from segformer_pl.data.streaming import Samples, collate
 from segformer_pl.data.transforms import to_tensors
-from segformer_pl.doctor.findings import Examination
-from segformer_pl.doctor.splits import examine_split
 from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -35,18 +33,7 @@ def write_columns(file, columns):
     pq.write_table(pa.table(columns), file)
 
 
-def findings_of(folder):
-    """Findings of ``doctor`` about the files of a folder, as (level, message)."""
-    examination = Examination()
-    examine_split(examination, StreamingSegmentationData(path=str(folder), num_workers=0), "train")
-    return [
-        (finding.level, finding.message)
-        for finding in examination.findings
-        if finding.check in ("files", "open")
-    ]
-
-
-def test_every_shard_must_have_the_columns(tmp_path, row, write_shards, ids_of):
+def test_every_shard_must_have_the_columns(tmp_path, row, write_shards, ids_of, findings_of):
     write_shards(tmp_path, "train", [[row("a")], [row("b")]])
     write_columns(tmp_path / "train-00000-of-00002.parquet", {"image": [b"x"], "mask": [b"x"]})
     sentence = r"00000-of-00002.parquet' has no column 'label', which .*; it has: image, mask"
