@@ -12,12 +12,9 @@ from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.sources import ImageFolder, ParquetSource, StreamedSource, open_split
 from segformer_pl.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
 ENTRY = find_dataset("shapes")
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def ids(source):
