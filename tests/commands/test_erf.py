@@ -114,7 +114,7 @@ def test_pictures_are_spread_over_the_split(run, monkeypatch):
 
     module = sys.modules["segformer_pl.commands.erf"]
     monkeypatch.setattr(module, "effective_receptive_field", measure)
-    with pytest.raises(ValueError, match="enough"):
+    with pytest.raises(SystemExit, match="enough"):
         run("--model", "segformer_b0", "--num_images", "3")
     # The first one was tried before.
     assert [name.split("/")[-1].split(".")[0] for name in names] == ["0", "0", "2", "4"]

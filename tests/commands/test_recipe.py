@@ -93,11 +93,22 @@ def test_bad_input_gets_one_sentence(fail, tmp_path):
 TOY = """
 from torch import nn
 
+from segformer_pl.models import Segmenter
 
-class ToySegmenter(nn.Module):
+
+class ToySegmenter(Segmenter):
     def __init__(self, num_classes: int, width: int = 8) -> None:
         super().__init__()
         self.layer = nn.Conv2d(3, num_classes, 3, stride=4)
+
+    def forward(self, images):
+        return self.layer(images)
+
+    def feature_maps(self, images):
+        return {"images": images}
+
+    def init_args(self):
+        return {"num_classes": self.layer.out_channels}
 """
 
 

@@ -84,6 +84,8 @@ def texts_of(figure):
 def assert_readable(figure):
     width, height = figure.get_size_inches()
     assert NARROW <= width <= WIDTH
+    # Draw first: ticks depend on the size that the layout gives the axes.
+    texts = texts_of(figure)
     ticks = {
         label
         for axes in figure.axes
@@ -97,7 +99,7 @@ def assert_readable(figure):
         for tick in axis._update_ticks()
         if tick.label1.get_visible()
     }
-    texts = [(text, box) for text, box in texts_of(figure) if text not in ticks or text in drawn]
+    texts = [(text, box) for text, box in texts if text not in ticks or text in drawn]
     for text, box in texts:
         assert text.get_fontsize() >= 7, text
         assert box.x0 > -0.01, (text, box)
