@@ -1,4 +1,4 @@
-"""What the tests share: a fixed seed, one thread, networks that hide nothing, small shards."""
+"""Shared fixtures: seed and threads, random parameters, small shards, command processes."""
 
 import json
 import os
@@ -15,9 +15,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _repeatable():
+def _deterministic():
     torch.manual_seed(0)
-    # Threads cost more than they bring on tensors this small, most of all on a busy machine.
+    # On tensors this small, threads cost more time than they save.
     torch.set_num_threads(1)
 
 
@@ -25,9 +25,9 @@ def _repeatable():
 def randomize():
     """Function module -> the same module in float64 with random parameters and buffers.
 
-    A fresh network hides faults: with biases at 0, norm weights at 1 and running statistics at
-    their start, leaving one of them out changes nothing. Matrices keep the variance of what they
-    multiply, so that softmax and the norms stay away from saturation.
+    A newly initialised network hides errors: with biases at 0, norm weights at 1 and initial
+    running statistics, leaving one of them out changes nothing. Random matrices are scaled to
+    preserve the variance of their input, so that softmax and norms do not saturate.
     """
 
     def fill(module):
@@ -49,7 +49,7 @@ def randomize():
 
 @pytest.fixture(scope="session")
 def png():
-    """Function array -> the cell that an ``Image`` column holds for it."""
+    """Function array -> cell of an ``Image`` column with the array as a PNG."""
     from PIL import Image
 
     def encode(array):
@@ -62,7 +62,7 @@ def png():
 
 @pytest.fixture(scope="session")
 def row(png):
-    """Function (id, label value, (height, width)) -> a row of shards."""
+    """Function (id, label value, (height, width)) -> row of a shard."""
     import numpy as np
 
     def make(name, label_value=1, size=(8, 8)):
@@ -77,7 +77,7 @@ def row(png):
 
 @pytest.fixture(scope="session")
 def write_shards():
-    """Function that writes rows as the Parquet shards of a hub data set; returns the folder."""
+    """Function that writes rows as Parquet shards with hub names, and returns the folder."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -99,9 +99,9 @@ def write_shards():
     return write
 
 
-# Forks one process for every line of its input, which then is a command line of its own: the
-# imports, which take longer than a small training, are made once.
-FORKING = """
+# A server that reads one JSON request per line and forks a process for each command line. The
+# imports, which take longer than a small training, happen only once.
+FORK_SERVER = """
 import json, os, resource, sys
 from segformer_pl.cli import main
 
@@ -130,28 +130,28 @@ for line in sys.stdin:
 
 
 class Command:
-    """A command line that runs in a process of its own."""
+    """A command line that runs in its own process; ``output`` is what it has printed."""
 
     def __init__(self, pid, log, status):
         self.pid, self.log, self._status = pid, log, status
 
     def wait(self, timeout=120):
-        """Exit status, negative for a signal; what it printed is in ``output``."""
+        """Wait for the end of the process; return its exit status, negative for a signal."""
         deadline = time.monotonic() + timeout
         while (status := self._status(self.pid)) is None:
             if time.monotonic() > deadline:
                 os.killpg(self.pid, signal.SIGKILL)
-                pytest.fail(f"has not ended within {timeout} s:\n{self.output}")
+                pytest.fail(f"the command has not ended within {timeout} s:\n{self.output}")
             time.sleep(0.02)
         return status
 
     def wait_for(self, condition, timeout=120):
-        """Until the condition holds; the process must not end before."""
+        """Wait until a condition holds; fail if the process ends before."""
         deadline = time.monotonic() + timeout
         while not condition():
             status = self._status(self.pid)
             if status is not None or time.monotonic() > deadline:
-                pytest.fail(f"ended early or hangs, status {status}:\n{self.output}")
+                pytest.fail(f"the command ended early or hangs, status {status}:\n{self.output}")
             time.sleep(0.02)
 
     @property
@@ -161,13 +161,13 @@ class Command:
 
 @pytest.fixture(scope="module")
 def start_command(request, tmp_path_factory):
-    """Function that starts ``python -m segformer_pl`` with arguments, quickly; see Command."""
+    """Function (arguments) that starts ``python -m segformer_pl`` and returns its Command."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     folder = tmp_path_factory.mktemp("commands")
-    # The test's own folder, for callbacks that it names.
+    # The server can import callbacks from the folder of the test.
     server = subprocess.Popen(
-        [sys.executable, "-c", FORKING, str(request.path.parent)],
+        [sys.executable, "-c", FORK_SERVER, str(request.path.parent)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -175,17 +175,17 @@ def start_command(request, tmp_path_factory):
     )
     started = []
 
-    def ask(request):
+    def request_server(request):
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
     def start(arguments, folder=folder, largest_file=None, **environment):
         log = folder / f"log{len(started)}"
-        job = {"arguments": [str(one) for one in arguments], "folder": str(folder)}
+        job = {"arguments": [str(argument) for argument in arguments], "folder": str(folder)}
         job |= {"log": str(log), "largest_file": largest_file, "environment": environment}
-        started.append(ask(job))
-        return Command(started[-1], log, lambda pid: ask({"wait": pid}))
+        started.append(request_server(job))
+        return Command(started[-1], log, lambda pid: request_server({"wait": pid}))
 
     yield start
     server.stdin.close()

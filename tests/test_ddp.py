@@ -1,4 +1,4 @@
-"""Two real processes score and train as one does."""
+"""Two ranks give the same metrics as one, and train."""
 
 import csv
 import subprocess
@@ -12,7 +12,7 @@ from segformer_pl.data import shapes
 
 pytestmark = pytest.mark.slow
 
-# All images, wherever they are: the maps are averaged over the ranks.
+# ERFs of all images; the maps are averaged over the ranks.
 ERF = (
     "--trainer.callbacks+=segformer_pl.callbacks.EffectiveReceptiveField",
     "--trainer.callbacks.num_images=16",
@@ -22,7 +22,7 @@ ERF = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.generate(folder, {"train": 24, "validation": 7})  # 7 on two ranks: 4 and 3
+    shapes.generate(folder, {"train": 24, "validation": 7})  # 7 images on two ranks: 3 and 4
     return folder
 
 
@@ -42,15 +42,15 @@ def run(subcommand, folder, runs, devices, *arguments, timeout=300):
     }
     command = [sys.executable, "-m", "segformer_pl", subcommand]
     command += [f"--{key}={value}" for key, value in settings.items()]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=timeout, cwd=folder.parent
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     (metrics,) = runs.glob("*/version_0/metrics.csv")
     return list(csv.DictReader(metrics.open()))
 
 
-def record_of(runs):
+def evaluation_of(runs):
     (file,) = runs.glob("*/version_0/evaluation/*.npz")
     return load_evaluation(file)
 
@@ -63,8 +63,8 @@ def test_validation_on_two_ranks_equals_one(folder, tmp_path):
     for key in compared:
         expected = pytest.approx(float(rows[0][key]), rel=1e-5, nan_ok=True)
         assert float(rows[1][key]) == expected, key
-    one, two = (record_of(tmp_path / str(n)) for n in (1, 2))
-    assert one.ids == two.ids  # in stored order, whichever rank had them
+    one, two = (evaluation_of(tmp_path / str(n)) for n in (1, 2))
+    assert one.ids == two.ids  # in stored order, independent of the ranks
     assert (one.counts == two.counts).all()
     assert (one.confusion == two.confusion).all()
     np.testing.assert_allclose(one.loss, two.loss, rtol=1e-5)
@@ -76,7 +76,7 @@ def test_a_rank_without_an_image_does_not_hang_validation(tmp_path):
     rows = [run("validate", tmp_path / "one", tmp_path / str(n), n, *ERF)[-1] for n in (1, 2)]
     assert float(rows[1]["val/erf/head/radius50"]) > 0
     assert float(rows[1]["val/loss"]) == pytest.approx(float(rows[0]["val/loss"]), rel=1e-5)
-    one, two = (record_of(tmp_path / str(n)) for n in (1, 2))
+    one, two = (evaluation_of(tmp_path / str(n)) for n in (1, 2))
     assert one.ids == two.ids
     assert (one.counts == two.counts).all()
     assert (one.confusion == two.confusion).all()
@@ -85,18 +85,18 @@ def test_a_rank_without_an_image_does_not_hang_validation(tmp_path):
 
 
 def test_a_rank_without_an_image_does_not_hang_fit(tmp_path):
-    """In ``fit`` a validation step is one of DDP's module, whose first pass waits for all ranks."""
+    """In ``fit``, a validation step calls DDP's forward, whose first call waits for all ranks."""
     shapes.generate(tmp_path / "one", {"train": 1, "validation": 1})
     steps = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", *ERF]
     rows = run("fit", tmp_path / "one", tmp_path / "2", 2, *steps, timeout=120)
-    scored = [row for row in rows if row["val/loss"]]
-    assert [int(row["step"]) for row in scored] == [1, 3]
-    # Scored with the running statistics that the checkpoint holds.
+    evaluated = [row for row in rows if row["val/loss"]]
+    assert [int(row["step"]) for row in evaluated] == [1, 3]
+    # The validation must have used the running statistics that the checkpoint holds.
     (last,) = tmp_path.glob("2/*/version_0/checkpoints/last.ckpt")
-    alone = run("validate", tmp_path / "one", tmp_path / "1", 1, f"--ckpt_path={last}")[-1]
-    assert alone["step"] == scored[-1]["step"]
-    assert record_of(tmp_path / "1").step == 4
-    assert float(scored[-1]["val/loss"]) == pytest.approx(float(alone["val/loss"]), rel=1e-5)
+    one_rank = run("validate", tmp_path / "one", tmp_path / "1", 1, f"--ckpt_path={last}")[-1]
+    assert one_rank["step"] == evaluated[-1]["step"]
+    assert evaluation_of(tmp_path / "1").step == 4
+    assert float(evaluated[-1]["val/loss"]) == pytest.approx(float(one_rank["val/loss"]), rel=1e-5)
 
 
 def test_training_on_two_ranks_runs_without_unused_parameters(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""A run that is killed goes on, on other ranks and workers, as if nothing had happened."""
+"""A killed run resumes, also on another world size, with the samples of an uninterrupted run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 class WriteIds(pl.Callback):
-    """Appends every training batch's ids to a file of this rank; each line is on disk at once."""
+    """Appends ids, seeds and loss of each training batch to a file per rank, without buffering."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -85,13 +85,13 @@ def finish(process):
     assert process.returncode == 0, output[-3000:]
 
 
-def written(run, world_size):
-    """What the run trained on, batch by batch over all ranks: (ids, seeds), and the losses."""
+def trained_samples(run, world_size):
+    """Read (id, seed) of all samples, by batch and rank, and the losses of the batches."""
     ranks = []
     for rank in range(world_size):
         lines = [json.loads(line) for line in (run / f"rank{rank}.jsonl").open()]
         ranks.append({line["batch"]: line for line in lines})
-    batches = sorted(set.intersection(*map(set, ranks)))  # one rank may have died a batch later
+    batches = sorted(set.intersection(*map(set, ranks)))  # a killed rank may be one batch ahead
     samples = [
         sample
         for batch in batches
@@ -101,10 +101,10 @@ def written(run, world_size):
     return samples, [rank[batch]["loss"] for batch in batches for rank in ranks]
 
 
-def test_two_ranks_are_killed_and_go_on_as_one_and_as_two(folder, tmp_path):
+def test_a_killed_run_on_two_ranks_resumes_on_one_and_on_two(folder, tmp_path):
     whole = tmp_path / "whole"
     finish(start(command(folder, whole, 2, 1, 16), folder))
-    samples, losses = written(whole, 2)
+    samples, losses = trained_samples(whole, 2)
     assert len(samples) == 16 * 4
     assert len(set(samples)) == 16 * 4
 
@@ -119,28 +119,28 @@ def test_two_ranks_are_killed_and_go_on_as_one_and_as_two(folder, tmp_path):
     consumed = torch.load(last, weights_only=True)["StreamingSegmentationData"]["consumed"]
     assert 0 < consumed < len(samples)
     assert consumed % 20 == 0
-    before, _ = written(killed, 2)
+    before, _ = trained_samples(killed, 2)
     assert before == samples[: len(before)]
 
     for devices in (2, 1):
         resumed = tmp_path / f"resumed_on_{devices}"
         arguments = command(folder, resumed, devices, 2 // devices, 16)
         finish(start([*arguments, f"--ckpt_path={last}"], folder))
-        again, their_losses = written(resumed, devices)
-        assert again == samples[consumed:]
-        # one process adds up in another order than two do
-        assert their_losses == pytest.approx(losses[-len(their_losses) :], rel=1e-5)
+        resumed_samples, resumed_losses = trained_samples(resumed, devices)
+        assert resumed_samples == samples[consumed:]
+        # One rank sums the gradients in another order than two, so rounding differs.
+        assert resumed_losses == pytest.approx(losses[-len(resumed_losses) :], rel=1e-5)
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
-def test_a_chain_of_random_kills_loses_and_repeats_nothing():
+def test_a_chain_of_random_kills_loses_and_repeats_no_samples():
     script = Path(__file__).parents[1] / "experiments" / "resilience" / "kill_chains.py"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, script, "--kills=4", "--seed=3"],
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("4 kills in 1 chains of 24 steps: nothing lost, nothing rep")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.startswith("4 kills in 1 chains of 24 steps: nothing lost, nothing rep")

@@ -22,7 +22,7 @@ from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data.decoding import EncodedImage
-from segformer_pl.data.image_folder import PICTURES
+from segformer_pl.data.image_folder import IMAGE_SUFFIXES
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, Predictor
 
@@ -65,7 +65,7 @@ def predict(arguments: list[str]) -> None:
         "--input",
         required=True,
         help="images to segment: one file; a folder, searched recursively for images "
-        f"({', '.join(PICTURES)}); or a quoted pattern, such as 'photos/**/*.jpg'",
+        f"({', '.join(IMAGE_SUFFIXES)}); or a quoted pattern, such as 'photos/**/*.jpg'",
     )
     parser.add_argument("--output", required=True, help="folder that the files are written to")
     parser.add_argument(
@@ -161,8 +161,8 @@ def find_images(pattern: str, output: Path) -> dict[Path, Path]:
         return _with_output_names([path], path.parent)
     if path.is_dir():
         base, matches = path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
-        matches = [file for file in matches if Path(file).suffix.lower() in PICTURES]
-        missing = f"folder {pattern!r} contains no image ({', '.join(PICTURES)})"
+        matches = [file for file in matches if Path(file).suffix.lower() in IMAGE_SUFFIXES]
+        missing = f"folder {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)})"
     elif glob.has_magic(pattern):
         fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
         base, matches = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)

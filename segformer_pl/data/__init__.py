@@ -1,4 +1,4 @@
-"""Data sets: catalogue entry -> stream -> joint transforms -> batches."""
+"""Data sets: from a catalogue entry through streamed rows and joint transforms to batches."""
 
 from segformer_pl.data.datamodule import StreamingSegmentationData
 from segformer_pl.data.labels import LabelSpec

@@ -1,21 +1,31 @@
-"""The data sets by name: where each streams from, its columns and what its labels mean.
+"""The catalogue of data sets: where each is stored, its columns and the meaning of its labels.
 
-An entry of the catalogue is a file ``datasets/<name>.yaml``; your own data set is one more such
-file. Its least is::
+Each entry is a file ``datasets/<name>.yaml``. A data set of your own is described by another such
+file, which needs at least::
 
     image_column: image
     label_column: label
     labels:
       names: [road, car]
 
-What else it may say: ``title`` and ``source``; ``hub`` (owner/name), ``config`` and ``revision``
-(a commit); ``splits``, the names of train, validation and test as stored; ``id_column``, without
-which samples are called by their place; ``size``, the usual height and width in pixels;
-``num_samples`` of each split; ``verified``, what of all this has been seen and what has not. In
-``labels``: ``colors``, one [r, g, b] a class; ``ignored``, the raw values without a class;
-``offset``, the raw value of the first class where the others follow it and all below are ignored,
-or ``raw_to_train``, {raw value: train id}; ``coding: colors`` where label images hold the colours
-themselves; ``ignore_index``. See :class:`~segformer_pl.data.labels.LabelSpec`.
+Optional keys:
+
+- ``name``, ``title`` and ``source``: how the data set is called, who made it.
+- ``hub`` (``owner/name``), ``config`` and ``revision`` (a commit): its location on the hub.
+- ``splits``: stored names of the train, validation and test splits.
+- ``id_column``: column with the ids of the samples; without it, a sample is named by shard and row.
+- ``size``: usual height and width in pixels.
+- ``num_samples``: number of samples of each split.
+- ``verified``: which of these facts were checked at the source.
+
+Optional keys of ``labels`` (see :class:`~segformer_pl.data.labels.LabelSpec`):
+
+- ``colors``: one colour ``[r, g, b]`` per class.
+- ``ignored``: raw values without a class.
+- ``offset``: raw value of the first class; the others follow it, and lower values are ignored.
+- ``raw_to_train``: mapping of raw values to train ids, instead of ``offset``.
+- ``coding: colors``: label images hold the colours of the classes instead of values.
+- ``ignore_index``: train id of pixels without a class.
 """
 
 import difflib
@@ -37,25 +47,27 @@ FOLDER = Path(__file__).parent / "datasets"
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One data set.
+    """Description of a data set.
 
     Args:
-        name: Its key in the catalogue, or the name of its file.
-        labels: What the label values mean.
-        image_column, label_column: Names of the columns.
-        id_column: The column with the names of the samples, if there is one.
-        title: What it is called.
-        source: Who made it and where it is described.
-        hub: Where it streams from, ``owner/name``.
-        config: The hub data set's configuration, where it has several.
+        name: Name in the catalogue, or of the YAML file.
+        labels: Classes and the meaning of the label values.
+        image_column: Name of the column with the images.
+        label_column: Name of the column with the label maps.
+        id_column: Name of the column with the ids of the samples, if there is one.
+        title: Full name of the data set.
+        source: Authors, publication and web site.
+        hub: Location on the hub, ``owner/name``.
+        config: Configuration of the hub data set, if it has several.
         revision: Commit on the hub.
-        splits: Names as stored, where they are not train, validation and test.
+        splits: Stored names of the splits that are not called train, validation and test.
         size: Usual height and width in pixels.
-        num_samples: Of each split.
-        verified: What of the entry has been seen at its source and what has not.
-        prepare: Makes the data set on this machine if need be and returns its folder, for a data
-            set that is not read from a folder of the user's.
-        reference_scores: ``(folder, split) -> {name: score}``, known scores to compare with.
+        num_samples: Number of samples of each split.
+        verified: Which facts of the entry were checked at the source and which were not.
+        prepare: Function that generates the data set if needed and returns its folder; for data
+            sets that are generated instead of read.
+        reference_scores: Function ``(folder, split) -> {name: score}`` that returns known scores
+            to compare with.
     """
 
     name: str
@@ -82,19 +94,19 @@ HOOKS: dict[str, dict[str, Any]] = {
 
 
 def dataset_names() -> list[str]:
-    """The names in the catalogue."""
+    """Return the names in the catalogue, sorted."""
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
 def find_dataset(dataset: str) -> DatasetEntry:
-    """The catalogue's entry of this name, or the one that a YAML file describes.
+    """Return the catalogue entry of a name, or the entry that a YAML file describes.
 
     Args:
-        dataset: A name, or a path that ends in ``.yaml`` or ``.yml``.
+        dataset: Name in the catalogue, or path that ends in ``.yaml`` or ``.yml``.
 
     Raises:
-        UserError: There is none, and the message lists the names; or the file has a mistake, and
-            the message says where.
+        UserError: The catalogue has no such name, or the file has a mistake. The message lists the
+            names, or states the file and the key.
     """
     if dataset.endswith((".yaml", ".yml")):
         return _read(Path(dataset))
@@ -104,7 +116,7 @@ def find_dataset(dataset: str) -> DatasetEntry:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"data.dataset: there is no data set {dataset!r} in the catalogue; {hint}"
-            f"It holds: {', '.join(names)}; a YAML file describes one of yours"
+            f"available: {', '.join(names)}; to use your own data set, give a YAML file"
         )
     return _read(FOLDER / f"{dataset}.yaml", **HOOKS.get(dataset, {}))
 
@@ -115,16 +127,16 @@ def _read(file: Path, **hooks: Any) -> DatasetEntry:
     except OSError as error:
         raise UserError(f"data.dataset: {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: it is not UTF-8 text; save it as such") from error
+        raise UserError(f"{file}: not UTF-8 text; save it in UTF-8") from error
     except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UserError(f"{file}{line}: this is not YAML: {problem}") from error
-    given = _checked(content, "", ENTRY_KEYS, str(file))
-    labels = _checked(given.pop("labels"), "labels", LABEL_KEYS, str(file))
+        raise UserError(f"{file}{line}: invalid YAML: {problem}") from error
+    given = _validate(content, "", ENTRY_KEYS, str(file))
+    labels = _validate(given.pop("labels"), "labels", LABEL_KEYS, str(file))
     try:
-        spec = _spec(**labels)
+        spec = _label_spec(**labels)
     except UserError as error:
         raise UserError(f"{file}, labels: {error}") from error
     if "size" in given:
@@ -132,7 +144,7 @@ def _read(file: Path, **hooks: Any) -> DatasetEntry:
     return DatasetEntry(**{"name": file.stem} | given, labels=spec, **hooks)
 
 
-def _spec(
+def _label_spec(
     names: list[str],
     colors: list[list[int]] | None = None,
     ignored: list[Any] | None = None,
@@ -140,24 +152,24 @@ def _spec(
     raw_to_train: dict[int, int] | None = None,
     **others: Any,
 ) -> LabelSpec:
-    """The YAML form of a spec -> the spec."""
+    """Build the label specification from the keys of ``labels``."""
     by_color = others.get("coding") == "colors"
     kind, wrong = (_is_color, "a colour [r, g, b]") if by_color else (_is_int, "a whole number")
     for value in ignored or []:
         if not kind(value):
             raise UserError(f"ignored holds {value!r}, which is not {wrong}")
     if by_color and colors is None:
-        raise UserError("coding is colors, but there are none; give one colour for each class")
-    without = {tuple(value) if by_color else value for value in ignored or []}
+        raise UserError("coding is colors, but colors is missing; give one colour for each class")
+    ignored_values = {tuple(value) if by_color else value for value in ignored or []}
     if offset is not None:
         if raw_to_train is not None:
-            raise UserError("offset and raw_to_train both say what raw values mean; keep one")
+            raise UserError("offset and raw_to_train both define the raw values; keep one")
         raw_to_train = {offset + train_id: train_id for train_id in range(len(names))}
-        without |= set(range(offset))
+        ignored_values |= set(range(offset))
     return LabelSpec(
         names=tuple(names),
         colors=tuple((r, g, b) for r, g, b in colors) if colors else distinct_colors(len(names)),
-        ignored=frozenset(without),
+        ignored=frozenset(ignored_values),
         raw_to_train=raw_to_train,
         **others,
     )
@@ -195,7 +207,7 @@ def _by_split(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     )
 
 
-Keys = dict[str, tuple[Callable[[Any], bool], str]]  # key -> (is it right?, what it has to be)
+Keys = dict[str, tuple[Callable[[Any], bool], str]]  # key -> (validator, expected value)
 
 TEXT = (_is_text, "a text")
 LINE = (_is_line, "a text of one line")
@@ -235,29 +247,33 @@ LABEL_KEYS: Keys = {
     "coding": (lambda value: value in ("values", "colors"), "values or colors"),
     "ignore_index": (_is_int, "a whole number"),
 }
-NEEDED = {"": ("image_column", "label_column", "labels"), "labels": ("names",)}
+REQUIRED = {"": ("image_column", "label_column", "labels"), "labels": ("names",)}
 
 
-def _checked(content: Any, place: str, keys: Keys, file: str) -> dict[str, Any]:
-    """What a mapping of the file says, without the keys that are null."""
-    prefix = f"{place}." if place else ""
+def _validate(content: Any, section: str, keys: Keys, file: str) -> dict[str, Any]:
+    """Return a mapping of the file without its null keys.
+
+    Raises:
+        UserError: The mapping has an unknown key, lacks a required one, or has a wrong value.
+    """
+    prefix = f"{section}." if section else ""
     if not isinstance(content, dict):
-        raise UserError(f"{file}: it holds no mapping; describe the data set by keys and values")
+        raise UserError(f"{file}: no mapping; describe the data set by keys and values")
     for key in content:
         if key not in keys:
             close = difflib.get_close_matches(str(key), keys, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise UserError(
-                f"{file}: there is no key {prefix}{key}; {hint}There are: {', '.join(keys)}"
+                f"{file}: unknown key {prefix}{key}; {hint}available: {', '.join(keys)}"
             )
     given = {key: value for key, value in content.items() if value is not None}
-    for key in NEEDED[place]:
+    for key in REQUIRED[section]:
         if key not in given:
-            raise UserError(f"{file}: {prefix}{key} is missing; it is {keys[key][1]}")
+            raise UserError(f"{file}: {prefix}{key} is missing; give {keys[key][1]}")
     for key, value in given.items():
-        right, what = keys[key]
-        if not right(value):
-            raise UserError(f"{file}: {prefix}{key} is {_brief(value)}; it has to be {what}")
+        is_valid, expected = keys[key]
+        if not is_valid(value):
+            raise UserError(f"{file}: {prefix}{key} is {_brief(value)}; it has to be {expected}")
     return given
 
 

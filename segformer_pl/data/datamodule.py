@@ -26,49 +26,52 @@ from segformer_pl.data.transforms import TrainTransforms, to_tensors
 from segformer_pl.errors import UserError
 from segformer_pl.lightning_workarounds import replaces_samplers, set_batches_that_stepped
 
-UNLABELLED_SAMPLES = 256  # on each device: without a label training ends, with one class it warns
-SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # in log keys, in file names
+# Samples per device after which training stops if no pixel had a label, or warns if all labelled
+# pixels had one class.
+UNLABELLED_SAMPLES = 256
+SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # log key -> split
 
 
 class StreamingSegmentationData(pl.LightningDataModule):
     """Streams a data set of the catalogue as batches of images, labels and ids.
 
-    Batches are as :class:`~segformer_pl.batch.Batch` describes them.
+    :class:`~segformer_pl.batch.Batch` describes the batches.
 
-    Training batches come without end: give the trainer ``max_steps``. Which samples a step takes,
-    and how they are augmented, depends on ``seed`` and on the number of samples consumed before,
-    not on the number of devices or workers. That number is in the checkpoints, and a run that
-    resumes from one goes on exactly there, also on other devices: keep ``batch_size`` times the
-    number of devices times ``trainer.accumulate_grad_batches`` and every step is that of an
-    uninterrupted run.
+    Training batches come without end, so set ``max_steps`` in the trainer. The samples of a step
+    and their augmentation depend on ``seed`` and on the number of samples consumed before, and not
+    on the number of devices or workers. Checkpoints store that number, so a resumed run continues
+    with the next sample, also on other devices. If ``batch_size`` times the number of devices times
+    ``trainer.accumulate_grad_batches`` stays the same, every step equals that of an uninterrupted
+    run.
 
-    Validation and test visit every picture exactly once over all ranks and workers; prediction
-    takes the validation pictures.
+    Validation and test read every image exactly once over all ranks and workers. Prediction reads
+    the validation images.
 
     Args:
-        dataset: Name in the catalogue (:mod:`segformer_pl.data.catalog`), or a YAML file that
-            describes a data set of yours in the same form.
-        path: Where it is stored, if not at the place on the hub that the catalogue knows: a
-            folder with Parquet shards ``train-00000-of-00002.parquet`` and so on; one with pictures
-            ``images/<split>/*`` and ``labels/<split>/*.png``; a hub name ``owner/name`` or
-            ``owner/name@revision``; a pattern with ``{split}`` of Parquet files, also ``hf://`` or
-            ``https://``; or a list of such files for each split.
-            ``shapes`` makes its own, in the user's cache folder.
-        batch_size: Training pictures per device and step.
-        eval_batch_size: Pictures per device and step in validation, test and prediction; 1 where
-            picture sizes differ.
-        num_workers: Loader processes per device.
-        crop_size: Height and width of training crops in pixels; the whole picture by default.
-        scale_range: Limits of the random scale factor in training; none by default.
-        base_size: Long and short side in pixels that pictures are fitted into at scale 1; their
-            own size by default.
-        photometric: Whether to distort colours in training.
-        on_bad_sample: Whether a damaged picture or label, or a label value that the data set does
-            not know, ends the run (``raise``) or is reported and passed over (``skip``).
-        seed: Of order and augmentation.
+        dataset: Name in the catalogue (:mod:`segformer_pl.data.catalog`), or path of a YAML file
+            that describes your own data set in the same form.
+        path: Location of the data; default: the hub location in the catalogue. A folder with
+            Parquet shards ``train-00000-of-00002.parquet`` and so on; a folder with images
+            ``images/<split>/*`` and labels ``labels/<split>/*.png``; a hub name ``owner/name`` or
+            ``owner/name@revision``; a pattern of Parquet files with ``{split}``, also ``hf://`` or
+            ``https://``; or a list of Parquet files for each split. The data set ``shapes`` is
+            generated in the user's cache folder.
+        batch_size: Training images per device and batch.
+        eval_batch_size: Images per device and batch in validation, test and prediction; must be 1
+            if image sizes differ.
+        num_workers: Data-loader workers per device.
+        crop_size: Height and width of the training crop in pixels; default: the whole image.
+        scale_range: Smallest and largest factor of random scaling in training; default: no scaling.
+        base_size: Long and short side in pixels of the box that images are fitted into at scale 1;
+            default: the image's own size.
+        photometric: Whether to apply photometric distortion in training.
+        on_bad_sample: Whether a damaged image or label, or an unknown label value, ends the run
+            (``raise``) or is reported and skipped (``skip``).
+        seed: Seed of the sampling order and of the augmentation.
 
     Raises:
-        UserError: What is asked for is not there, or a row is broken; one sentence says which.
+        UserError: The data set or its location does not exist, or a row is bad; the message is one
+            sentence.
     """
 
     def __init__(
@@ -86,8 +89,10 @@ class StreamingSegmentationData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        path = str(path) if isinstance(path, Path) else path  # checkpoints hold plain data
-        # Into checkpoints, so that a checkpoint alone says what to score it on.
+        path = (
+            str(path) if isinstance(path, Path) else path
+        )  # weights_only checkpoints take no Path
+        # Checkpoints store these arguments, so that one can be evaluated on the same data.
         self.save_hyperparameters(logger=False)
         self.entry = find_dataset(dataset)
         self.path = path
@@ -104,18 +109,18 @@ class StreamingSegmentationData(pl.LightningDataModule):
             ignore_index=self.entry.labels.ignore_index,
         )
         self.skipped: dict[str, str] = {}
-        self._notices: set[str] = set()  # kinds that were told
-        self._palettes = PaletteColors()  # of all splits and loader processes
-        # Samples before a second class was seen; None once it was, or if training goes on.
-        self._num_looked_at: int | None = None
-        self._only_class: int | None = None  # seen in them
-        self._consumed = 0  # before the training that is going on
-        self._counter: pl.Trainer | None = None  # counts the steps of the training that is going on
-        self._resumed: dict[str, Any] | None = None
-        self._here: dict[str, Any] = {}  # what a checkpoint must agree with, once training began
+        self._notices: set[str] = set()  # kinds of notice that were shown
+        self._palettes = PaletteColors()  # of all splits and workers
+        # Training samples checked for labels; None once two classes occurred, and in resumed runs.
+        self._num_checked: int | None = None
+        self._only_class: int | None = None  # the one class in these samples
+        self._consumed = 0  # samples before the current training
+        self._counter: pl.Trainer | None = None  # trainer of the current training; counts steps
+        self._saved: dict[str, Any] | None = None  # state of the checkpoint to resume from
+        self._description: dict[str, Any] = {}  # data and position of this training, once started
 
     def prepare_data(self) -> None:
-        # Row counts of remote data are fetched here, once on a machine, and kept in the cache.
+        # Fetch row counts of remote data into the cache, once per machine.
         command = self.trainer.state.fn if self.trainer else None
         needed: dict[str, Split] = {
             "validate": "validation",
@@ -125,21 +130,21 @@ class StreamingSegmentationData(pl.LightningDataModule):
         self.open(needed.get(command.value if command else "fit", "train"))
 
     def open(self, split: Split) -> Source:
-        """The rows of a split.
+        """Open the source of a split.
 
         Raises:
-            UserError: See :func:`~segformer_pl.data.sources.open_split`.
+            UserError: The data cannot be read; see :func:`~segformer_pl.data.sources.open_split`.
         """
         return open_split(self.entry, self.location(), split)
 
     def location(self) -> str | dict[str, list[str]] | None:
-        """``path``, or the folder of a data set that is made, made first if need be."""
+        """Return ``path``, or the folder of a generated data set, which is generated if missing."""
         if self.path is None and self.entry.prepare is not None:
             return str(self.entry.prepare())
         return self.path
 
     def reference_scores(self, split: Literal["val", "test"]) -> dict[str, float]:
-        """Scores of this split that give a result its meaning, such as a known ceiling."""
+        """Return known scores of a split to compare with, such as an upper bound."""
         location = self.location()
         if self.entry.reference_scores is None or not isinstance(location, str):
             return {}
@@ -147,8 +152,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         source = self.open("train")
-        self._take_position(source)
-        self._num_looked_at = None if self.consumed else 0
+        self._set_position(source)
+        self._num_checked = None if self.consumed else 0
         self._only_class = None
         order = EpochShuffle(source.group_rows, source.group_bytes, self.seed)
         samples = Samples(self.entry, source, order, self.train_transforms, self.on_bad_sample)
@@ -172,9 +177,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def _loader(self, samples: Samples, batch_size: int, **start: Any) -> DataLoader[Sample]:
         if self.trainer is not None and replaces_samplers(self.trainer):
             raise UserError(
-                "trainer.use_distributed_sampler is true, so the trainer would replace the sampler "
-                "that gives each rank its own samples, and read others in another order; give "
-                "Trainer(use_distributed_sampler=False)"
+                "trainer.use_distributed_sampler is true, so Lightning would replace the sampler "
+                "that gives each rank its samples; use Trainer(use_distributed_sampler=False)"
             )
         rank = self.trainer.global_rank if self.trainer else 0
         return DataLoader(
@@ -183,7 +187,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
             sampler=RankSampler(samples.order, rank, self._world_size, batch_size, **start),
             num_workers=self.num_workers,
             collate_fn=collate,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
@@ -192,22 +196,25 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    # Where the data stands. One counter says it: the trainer's optimiser steps.
+    # The position of the data is the number of samples consumed. It follows from the trainer's
+    # count of optimiser steps. For samples_per_step = 4, first_step = 2 and first_sample = 8:
     #
-    #     first_step                                global_step
-    #     |---- step ----|---- step ----|---- step ----|-- batches of a step to come --
-    #     first_sample   + samples_per_step each       consumed
+    #     global_step   2             3              4
+    #     steps         |-- step 3 ---|--- step 4 ---|-- batches of step 5 ...
+    #     consumed      8             12             16
     #
-    # Batches that loader processes have fetched ahead, or whose gradients wait for the rest of
-    # their step, are not consumed: no weight knows of them, so a resumed run trains on them again.
+    #     consumed = first_sample + (global_step - first_step) * samples_per_step
+    #
+    # Batches that workers have prefetched, or whose gradients wait for the rest of their step, do
+    # not count: they have not changed the weights, so a resumed run must train on them.
 
     @property
     def consumed(self) -> int:
-        """Samples in the optimiser steps so far, over all ranks: the whole state of the data."""
+        """Number of samples in all optimiser steps so far, over all ranks."""
         if self._counter is None:
             return self._consumed
-        num_steps = self._counter.global_step - self._here["first_step"]
-        return self._here["first_sample"] + num_steps * self._here["samples_per_step"]
+        num_steps = self._counter.global_step - self._description["first_step"]
+        return self._description["first_sample"] + num_steps * self._description["samples_per_step"]
 
     @property
     def _samples_per_step(self) -> int:
@@ -225,85 +232,104 @@ class StreamingSegmentationData(pl.LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        # Without a description nothing was trained. It outlives the training, for a checkpoint that
-        # is saved afterwards.
-        return self._here | {"consumed": self.consumed} if self._here else {}
+        # Empty before the first training. The description is kept after a training, so that a
+        # checkpoint saved afterwards has it as well.
+        return self._description | {"consumed": self.consumed} if self._description else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # The rest is compared when training starts: a checkpoint may be scored on other data.
+        # Compare only the labels now. A checkpoint may be evaluated on other data, so the rest is
+        # compared when training starts.
         self.check_labels(state_dict)
-        self._resumed = state_dict
+        self._saved = state_dict
 
     def check_labels(self, state_dict: Mapping[str, Any]) -> None:
-        """See :func:`~segformer_pl.data.label_mapping.check_labels`."""
-        check_labels(state_dict, self.entry.name, self.entry.labels)
-
-    def _take_position(self, source: Source) -> None:
-        """Go on where the checkpoint stands, if this is its data.
+        """Check that a checkpoint was trained with the label specification of this data set.
 
         Raises:
-            UserError: It is not, the checkpoint does not say, or its position is not that of whole
-                steps.
+            UserError: It was not; see :func:`~segformer_pl.data.label_mapping.check_labels`.
+        """
+        check_labels(state_dict, self.entry.name, self.entry.labels)
+
+    def _set_position(self, source: Source) -> None:
+        """Start at the position of the checkpoint, if there is one.
+
+        Raises:
+            UserError: The checkpoint was trained on other data, has no position, or its position
+                lies within a step.
         """
         self._check_steps()
         step = self.trainer.global_step if self.trainer else 0
-        here = self._describe(source) | {"first_step": step, "first_sample": self.consumed}
-        there, self._resumed = self._resumed, None
-        if there:
-            self._check(there, here, step)
-            if there["samples_per_step"] == here["samples_per_step"]:
-                here |= {key: there.get(key, 0) for key in ("first_step", "first_sample")}
+        current = self._describe(source) | {"first_step": step, "first_sample": self.consumed}
+        saved, self._saved = self._saved, None
+        if saved:
+            self._check_resumption(saved, current, step)
+            if saved["samples_per_step"] == current["samples_per_step"]:
+                current |= {key: saved.get(key, 0) for key in ("first_step", "first_sample")}
             else:
-                here["first_sample"] = there["consumed"]
+                current["first_sample"] = saved["consumed"]
             self._count_batches_of_steps()
-        elif step and not here["first_sample"]:
+        elif step and not current["first_sample"]:
             raise UserError(
-                "the checkpoint does not say how many samples were consumed, so training cannot go "
-                "on without repeating some; start a new run from it with --model.weights"
+                "the checkpoint does not say how many samples were consumed, so training cannot "
+                "resume without repeating some; start a new run from it with --model.weights"
             )
-        self._here, self._counter = here, self.trainer
+        self._description, self._counter = current, self.trainer
 
     def _check_steps(self) -> None:
-        """All steps must be of as many samples, or their number would not tell the position."""
+        """Check that every step has the same number of samples, so that steps give the position.
+
+        Raises:
+            UserError: The module optimises manually, or a limit would cut a step short.
+        """
         trainer = self.trainer
         if trainer is None or getattr(trainer, "fast_dev_run", False):
             return
         if trainer.lightning_module and not trainer.lightning_module.automatic_optimization:
             raise UserError(
-                f"{type(trainer.lightning_module).__name__} optimises by itself, so its steps do "
-                "not tell how many samples were consumed; use automatic optimisation"
+                f"{type(trainer.lightning_module).__name__} uses manual optimisation, so its steps "
+                "do not tell how many samples were consumed; use automatic optimisation"
             )
         limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
         if isinstance(limit, int) and limit % accumulate:
             raise UserError(
                 f"trainer.limit_train_batches is {limit}, which is no multiple of "
                 f"trainer.accumulate_grad_batches {accumulate}, so the last step before the limit "
-                "would be of fewer samples than the others; make it a multiple, or leave it out"
+                "would have fewer samples than the others; make it a multiple, or leave it out"
             )
 
     @staticmethod
-    def _check(there: dict[str, Any], here: dict[str, Any], step: int) -> None:
+    def _check_resumption(saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
+        """Check that a saved description is of the current data and of whole steps.
+
+        Args:
+            saved: State in the checkpoint.
+            current: Description of this training.
+            step: Optimiser steps of the checkpoint.
+
+        Raises:
+            UserError: The data, the seed or the position do not agree.
+        """
         for key, what in {
             "dataset": "data set",
-            "num_rows": "number of training pictures",
+            "num_rows": "number of training images",
             "fingerprint": "fingerprint of the shards (names, row groups and their sizes)",
             "seed": "seed of the training order",
         }.items():
             same = same_data if key == "fingerprint" else operator.eq
-            if key not in there or not same(there[key], here[key]):
+            if key not in saved or not same(saved[key], current[key]):
                 raise UserError(
-                    f"the checkpoint was trained on other data: its {what} is {there.get(key)}, "
-                    f"here it is {here[key]}; resume with the data and the seed of the "
+                    f"the checkpoint was trained on other data: its {what} is {saved.get(key)}, "
+                    f"here it is {current[key]}; resume with the data and the seed of the "
                     "interrupted run, or start a new one from its weights with --model.weights"
                 )
-        if "-" not in there["fingerprint"]:
+        if "-" not in saved["fingerprint"]:
             rank_zero_warn(
-                "the checkpoint is of an earlier version, which kept no hashes of the data: names, "
-                "row groups and their sizes are those of the interrupted run, the contents may "
-                "have changed"
+                "the checkpoint is of an earlier version, which stored no hashes of the contents: "
+                "names, row groups and their sizes are those of the interrupted run, but the "
+                "contents may have changed"
             )
-        first_step, first_sample = there.get("first_step", 0), there.get("first_sample", 0)
-        consumed, size = there.get("consumed"), there.get("samples_per_step")
+        first_step, first_sample = saved.get("first_step", 0), saved.get("first_sample", 0)
+        consumed, size = saved.get("consumed"), saved.get("samples_per_step")
         numbers = (first_step, first_sample, consumed, size)
         if not (
             all(type(number) is int and number >= 0 for number in numbers)
@@ -317,20 +343,20 @@ class StreamingSegmentationData(pl.LightningDataModule):
                 "lose or repeat samples: resume from another checkpoint, or start a new run from "
                 "its weights with --model.weights"
             )
-        if size != here["samples_per_step"]:
+        if size != current["samples_per_step"]:
             rank_zero_warn(
-                f"the interrupted run trained on {size} samples a step, this "
-                f"one trains on {here['samples_per_step']} (devices x data.batch_size x "
-                f"accumulate_grad_batches); it goes on at sample {consumed} exactly, but "
-                "its steps are no longer those of the interrupted run"
+                f"the interrupted run trained on {size} samples per step, this one trains on "
+                f"{current['samples_per_step']} (devices x data.batch_size x "
+                f"accumulate_grad_batches); it resumes at sample {consumed}, but its steps are no "
+                "longer those of the interrupted run"
             )
 
     def _count_batches_of_steps(self) -> None:
-        """Set the trainer's counts of batches to those of its steps.
+        """Set the trainer's counts of batches to whole steps.
 
-        The trainer makes a step whenever its count of batches is a multiple of
+        Lightning makes a step whenever its count of batches is a multiple of
         ``accumulate_grad_batches``. The count in a checkpoint may include batches of a step that
-        was never made, or be one of batches of another size.
+        was not completed, or may count batches of another size.
         """
         assert self.trainer is not None
         accumulate, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
@@ -339,8 +365,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
         total = steps.optimizer.step.total.completed * accumulate
         current = steps.optimizer.step.current.completed * accumulate
         if limit == current == progress.current.ready:
-            return  # the end of an epoch of limit_train_batches, which the trainer handles itself
-        # As if saved at the end of the step's last batch, which the trainer then completes.
+            return  # the end of an epoch of limit_train_batches, which Lightning handles itself
+        # The state at the end of a step's last batch, which Lightning completes on resuming.
         for count, num in ((progress.total, total), (progress.current, current)):
             count.ready = count.started = count.processed = num  # type: ignore[attr-defined]
             count.completed = max(num - 1, 0)
@@ -350,94 +376,98 @@ class StreamingSegmentationData(pl.LightningDataModule):
             self.trainer.fit_loop.restarting = False
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        in_training = self._here and self.trainer is not None and self.trainer.training
-        if in_training and self._samples_per_step != self._here["samples_per_step"]:
+        in_training = self._description and self.trainer is not None and self.trainer.training
+        if in_training and self._samples_per_step != self._description["samples_per_step"]:
             raise UserError(
-                f"the samples of a step changed from {self._here['samples_per_step']} to "
+                f"the samples of a step changed from {self._description['samples_per_step']} to "
                 f"{self._samples_per_step} while training, so the number of steps no longer tells "
-                "which were consumed; keep accumulate_grad_batches and data.batch_size as they are"
+                "how many were consumed; keep accumulate_grad_batches and data.batch_size fixed"
             )
         for name, why in batch.get("skipped", {}).items():
             if name not in self.skipped:
                 self.skipped[name] = why
                 rank_zero_warn(f"skipped, {len(self.skipped)} so far: {why}")
-        for kind, sentence in batch.get("notices", {}).items():
+        for kind, notice in batch.get("notices", {}).items():
             if kind not in self._notices:
                 self._notices.add(kind)
-                rank_zero_warn(f"{sentence} (told once; `doctor` counts such samples)")
+                rank_zero_warn(f"{notice} (shown once; `doctor` counts such samples)")
         self._compare_palettes(batch)
-        if self._num_looked_at is not None and self.trainer is not None and self.trainer.training:
-            self._expect_labels(batch)
+        if self._num_checked is not None and self.trainer is not None and self.trainer.training:
+            self._check_for_labels(batch)
         return batch
 
     def _compare_palettes(self, batch: Batch) -> None:
+        """Warn once if an index has different colours in label files of any split or worker."""
         palettes = batch.get("palettes")
         if not palettes or "palette" in self._notices:
             return
         split = "validation"
         if self.trainer is not None and (self.trainer.training or self.trainer.testing):
             split = "train" if self.trainer.training else "test"
-        if sentence := self._palettes.merge(palettes, split):
+        if notice := self._palettes.merge(palettes, split):
             self._notices.add("palette")
-            rank_zero_warn(f"{sentence} (told once)")
+            rank_zero_warn(f"{notice} (shown once)")
 
-    def _expect_labels(self, batch: Batch) -> None:
-        """Refuse to train on nothing. The batch is not on its device yet, so nothing waits."""
-        assert self._num_looked_at is not None
+    def _check_for_labels(self, batch: Batch) -> None:
+        """Count samples until a second class occurs, and judge the labels after enough of them.
+
+        The batch is still on the CPU here, so reading it does not synchronise with the device.
+        """
+        assert self._num_checked is not None
         labelled = batch["label"][batch["label"] != self.entry.labels.ignore_index]
         if labelled.numel():
             first, last = int(labelled.min()), int(labelled.max())
             if first != last or self._only_class not in (None, first):
-                self._num_looked_at = None  # from now on there is nothing to look for
+                self._num_checked = None  # two classes: no further checks
                 return
             self._only_class = first
-        self._num_looked_at += len(batch["id"])
-        if self._num_looked_at >= UNLABELLED_SAMPLES:
+        self._num_checked += len(batch["id"])
+        if self._num_checked >= UNLABELLED_SAMPLES:
             self._judge_labels()
 
     def _judge_labels(self) -> None:
-        """Refuse to train on nothing; warn of training on one class."""
-        labels, num_samples = self.entry.labels, self._num_looked_at
+        """Raise if no pixel was labelled; warn if all labelled pixels have one class."""
+        labels, num_samples = self.entry.labels, self._num_checked
         if self._only_class is None:
             raise UserError(
                 f"data set {self.entry.name!r}: none of the first {num_samples} training samples "
-                "has a labelled pixel, so nothing was learnt from them; check labels.ignored and "
-                "the label files"
+                "has a labelled pixel, so there is nothing to learn; check labels.ignored and the "
+                "label files"
             )
-        self._num_looked_at = None
+        self._num_checked = None
         remedy = ""
         if labels.coding == "values" and labels.num_classes == 2:
             remedy = " (masks of 0 and 255 need raw_to_train: {0: 0, 255: 1} and no 255 in ignored)"
         rank_zero_warn(
             f"data set {self.entry.name!r}: every labelled pixel of the first {num_samples} "
             f"training samples is {labels.names[self._only_class]!r}, so the network learns to "
-            "answer nothing else; check that no other class is in labels.ignored, and "
+            "predict nothing else; check that no other class is in labels.ignored, and "
             f"labels.raw_to_train{remedy}; `doctor` counts the classes"
         )
 
     def teardown(self, stage: str) -> None:
         self._consumed, self._counter = self.consumed, None
-        self._resumed = None
-        is_short = stage == "fit" and self._num_looked_at  # shorter than the limit
+        self._saved = None
+        is_short = stage == "fit" and self._num_checked  # ended before UNLABELLED_SAMPLES
         if is_short and self.trainer and not self.trainer.interrupted and self._world_size == 1:
-            self._judge_labels()  # of several ranks, another may have seen labels
+            self._judge_labels()  # not with several ranks, where another may have had labels
 
 
-def _outlive_signals(worker: int) -> None:
-    """Leave signals to the process that trains; only it may end a loader process.
+def _ignore_signals(worker: int) -> None:
+    """Ignore signals in a worker, except a SIGTERM that its parent sends.
 
-    Ctrl-C, and signals of job schedulers, reach a whole group of processes. A loader that ended
-    would take the step away that the training is about to finish.
+    Ctrl-C and the signals of job schedulers reach the whole process group. If a worker ended, the
+    training could not finish its current step.
     """
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # where it is missing, SIGTERM ends the loader
+    if hasattr(signal, "sigwaitinfo"):  # without it, any SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_for_parent(parent: int) -> None:
+def _exit_on_sigterm_of(parent: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)

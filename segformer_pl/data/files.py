@@ -1,4 +1,4 @@
-"""Files: which of them hold a split, whether all shards are there, and reading one safely."""
+"""File names and files: which of them hold a split, complete shards, safe reads."""
 
 import os
 import re
@@ -9,34 +9,36 @@ from pathlib import Path
 
 from segformer_pl.errors import UserError
 
-MAX_FILE_BYTES = 1 << 30  # of one image or label: more than Pillow would decode
+MAX_FILE_BYTES = 1 << 30  # largest image or label file, more than Pillow would decode
 
+# train-00000-of-00002, as datasets and other writers name shards.
 SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<rest>.*)")
+# What may follow the split in the name of a part: train2, train_07, train-part-1.
 NUMBERED = r"(?:[-._ ](?:part|shard|chunk|file|batch))?[-._ ]?(?P<number>\d+).*"
-SHOWN = 3  # names in a message
+MAX_LISTED = 3  # names in a message
 
 
 class UnreadableRows(UserError):
-    """Rows that are damaged on disk: reading them again does not help, others are not concerned.
+    """Raised for rows that are damaged on disk while other rows of the data set can be read.
 
-    ``on_bad_sample: skip`` skips them. It does not skip other errors of a source, such as a network
-    that is down: every row would be skipped.
+    ``on_bad_sample: skip`` skips such rows. It does not skip other errors of a source, such as a
+    network that is down, because then it would skip every row.
     """
 
 
 def read_file(file: Path) -> bytes:
-    """The content of a regular file of at most :data:`MAX_FILE_BYTES`.
+    """Return the content of a regular file of at most :data:`MAX_FILE_BYTES`.
 
-    Links are followed; a pipe or a device, which could block or never end, is not opened.
+    Links are followed. A pipe or a device is not opened, because it could block or never end.
 
     Raises:
-        UserError: There is no such file, it is not a regular one, too large, or cannot be read.
+        UserError: The file is missing, is no regular file, is too large, or cannot be read.
     """
     size = file_size(file)
     if size > MAX_FILE_BYTES:
         raise UserError(
-            f"{str(file)!r} has {size:,} bytes, but an image may have {MAX_FILE_BYTES:,}; "
-            "replace it"
+            f"{str(file)!r} has {size:,} bytes, but an image may have at most "
+            f"{MAX_FILE_BYTES:,}; store a smaller file"
         )
     try:
         return file.read_bytes()
@@ -45,18 +47,18 @@ def read_file(file: Path) -> bytes:
 
 
 def file_size(file: Path) -> int:
-    """The size in bytes of a regular file.
+    """Return the size of a regular file in bytes.
 
     Raises:
-        UserError: It is missing, a link to nowhere, a folder, a pipe or a device.
+        UserError: The file is missing, a broken link, a folder, a pipe or a device.
     """
     try:
         status = file.stat()
     except FileNotFoundError as error:
         if file.is_symlink():
             raise UserError(
-                f"{str(file)!r} is a link to {os.readlink(file)!r}, which is not there; restore "
-                "that file or remove the link"
+                f"{str(file)!r} is a link to {os.readlink(file)!r}, which does not exist; "
+                "restore that file or remove the link"
             ) from error
         raise UserError(f"there is no file {str(file)!r}; correct the path") from error
     except (OSError, ValueError) as error:
@@ -68,10 +70,10 @@ def file_size(file: Path) -> int:
 
 
 def is_folder(path: str) -> bool:
-    """Whether there is such a folder.
+    """Return whether a path is an existing folder.
 
     Raises:
-        UserError: The path cannot be one, such as one of more characters than the system allows.
+        UserError: The path cannot exist, for example because it is longer than the system allows.
     """
     try:
         return Path(path).is_dir()
@@ -82,22 +84,29 @@ def is_folder(path: str) -> bool:
 
 
 def file_below(path: str, folders: Sequence[Path]) -> Path:
-    """The file that a cell of a data set names, which has to lie in one of the data set's folders.
+    """Return the file that a cell names, which must lie in one of the data set's folders.
 
-    Otherwise a data set from the internet could have any file of this machine read. Links inside of
-    the folders are followed: whoever set them up has access to that machine.
+    Otherwise a data set from the internet could make the program read any file of the computer.
+    Links in the folders are followed: only a user of the computer can have made them.
+
+    Args:
+        path: Absolute path, or path relative to one of the folders.
+        folders: Folders of the data set.
+
+    Returns:
+        The first file that exists; the first candidate if none exists.
 
     Raises:
-        UserError: It lies elsewhere.
+        UserError: The path leads out of the folders.
     """
-    found = []
+    candidates = []
     for folder in folders:
         root = os.path.abspath(folder)
         file = os.path.normpath(os.path.join(root, path))
         if file.startswith(root + os.sep):
-            found.append(Path(file))
-    if found:
-        return next((file for file in found if os.path.lexists(file)), found[0])
+            candidates.append(Path(file))
+    if candidates:
+        return next((file for file in candidates if os.path.lexists(file)), candidates[0])
     where = " or ".join(sorted({repr(str(folder)) for folder in folders})) or "any folder"
     raise UserError(
         f"the row names the file {_brief(path)}, which is not in {where}; store the images in the "
@@ -106,77 +115,87 @@ def file_below(path: str, folders: Sequence[Path]) -> Path:
 
 
 def files_of_split(files: Sequence[str], split: str) -> list[str]:
-    """Those of the files that hold a split, told by their names.
+    """Return those files whose names belong to a split.
 
-    ``train-00000-of-00002`` belongs to the split ``train``, and ``train_extra-00000-of-00002`` to
-    ``train_extra``, which is the rule of ``datasets`` for shards. Other files belong to a split if
-    their name is that of the split, or that and a number: ``train``, ``train_07``,
-    ``train-part-1``.
+    Shards follow the rule of ``datasets``: ``train-00000-of-00002`` belongs to ``train`` and
+    ``train_extra-00000-of-00002`` to ``train_extra``. Any other file belongs to a split if its name
+    is that of the split, alone or with a number. For the split ``train``::
+
+        train.parquet                            belongs
+        train_07.parquet, train-part-1.parquet   belong
+        train-00000-of-00002.parquet             belongs
+        train_extra-00000-of-00002.parquet       does not belong
+        validation.parquet                       does not belong
+        train_extra.parquet                      ambiguous
 
     Args:
         files: Paths or URLs.
         split: Name of the split as stored.
 
     Raises:
-        UserError: Beside files of the split there is one like ``train_extra.parquet``. ``datasets``
-            would count it in, a reader of the names would not.
+        UserError: Some files belong to the split and others are ambiguous, such as
+            ``train_extra.parquet``, which ``datasets`` would include.
     """
-    ours, unclear = [], []
+    ours, ambiguous = [], []
     for file in files:
         belongs = _belongs(file_name(file), split)
         if belongs is None:
-            unclear.append(file)
+            ambiguous.append(file)
         elif belongs:
             ours.append(file)
-    if ours and unclear:
-        raise _unclear(file_name(ours[0]), file_name(unclear[0]), split)
+    if ours and ambiguous:
+        raise _ambiguous(file_name(ours[0]), file_name(ambiguous[0]), split)
     return ours
 
 
 def files_of_pattern(pattern: str, split: str, files: Sequence[str]) -> list[str]:
-    """Those of the files that hold a split, told by what stands where the pattern has ``{split}``.
+    """Return those files that belong to a split by what they have in the place of ``{split}``.
 
-    The rule of :func:`files_of_split` holds for the whole name of the file or folder in which
-    ``{split}`` stands, from there on: ``{split}*/*.parquet`` means ``train/`` and ``train-1/``, not
-    ``train_extra/``. If no name fits it, the pattern is taken at its word.
+    The rule of :func:`files_of_split` applies to the name of the file or folder that contains
+    ``{split}``, from ``{split}`` to its end. So ``{split}*/*.parquet`` means ``train/`` and
+    ``train-1/``, but not ``train_extra/``. If no file belongs by this rule, all files that match
+    the pattern are returned.
 
     Args:
-        pattern: With ``{split}`` and wildcards.
+        pattern: Pattern with ``{split}`` and wildcards.
         split: Name of the split as stored.
-        files: What matches the pattern once ``{split}`` is replaced.
+        files: Files that match the pattern with the split in the place of ``{split}``.
 
     Raises:
-        UserError: Names do not say whether they belong to the split.
+        UserError: Some files belong to the split and others are ambiguous.
     """
     parts = pattern.split("/")
     first = next(number for number, part in enumerate(parts) if "{split}" in part)
     expression = re.compile("/(" + _expression("/".join(parts[first:]), split) + ")$")
     ours: list[str] = []
-    plain: list[str] = []  # these three hold what the pattern matched, for messages
+    # For messages, the parts of the paths that the pattern matched: names that begin with the
+    # split, names with a prefix before it, and ambiguous names.
+    plain: list[str] = []
     prefixed: list[str] = []
-    unclear: list[str] = []
+    ambiguous: list[str] = []
     for file in files:
         match = expression.search("/" + file)
-        places = [_place(match, group, split) for group in match.groupdict()] if match else []
-        belongs = [_belongs(name, split.rpartition("/")[2]) for _, name in places]
-        if False in belongs or any(before[-1:].isalnum() for before, _ in places):
-            continue
+        names = [_split_name(match, group, split) for group in match.groupdict()] if match else []
+        belongs = [_belongs(name, split.rpartition("/")[2]) for _, name in names]
+        if False in belongs or any(prefix[-1:].isalnum() for prefix, _ in names):
+            continue  # such as pretrain.parquet, where the split is a part of another word
         shown = match[1] if match else file
         if None in belongs:
-            unclear.append(shown)
+            ambiguous.append(shown)
             continue
         ours.append(file)
-        (prefixed if any(before for before, _ in places) else plain).append(shown)
-    unclear += prefixed if plain else []  # *{split}* of train-0 and extra_train-0
-    if ours and unclear:
-        raise _unclear((plain or prefixed)[0], unclear[0], split)
+        (prefixed if any(prefix for prefix, _ in names) else plain).append(shown)
+    # *{split}* matches train-0 and extra_train-0, which may be another split.
+    ambiguous += prefixed if plain else []
+    if ours and ambiguous:
+        raise _ambiguous((plain or prefixed)[0], ambiguous[0], split)
     return ours or list(files)
 
 
 def _expression(pattern: str, split: str) -> str:
-    """A regular expression of a pattern, with a group for each ``{split}``.
+    """Return the regular expression of a pattern, with a named group for each ``{split}``.
 
-    A group is named after whether a wildcard stands before it.
+    The group's name begins with ``free`` after a wildcard, and with ``fixed`` otherwise.
     """
     tokens = re.findall(r"\{split\}|\*\*/|\*+|\?|\[[^\]]+\]|.", pattern, re.DOTALL)
     wild = {"**/": "(?:.*/)?", "?": "[^/]"}
@@ -194,16 +213,19 @@ def _expression(pattern: str, split: str) -> str:
     return expression
 
 
-def _place(match: re.Match[str], group: str, split: str) -> tuple[str, str]:
-    """What stands before the split in its file's or folder's name, if it is free; and from it."""
+def _split_name(match: re.Match[str], group: str, split: str) -> tuple[str, str]:
+    """Return prefix and rest of the file or folder name that contains a group's split.
+
+    The rest begins with the split. The prefix is empty unless a wildcard matched it.
+    """
     begin, text = match.end(group) - len(split.rpartition("/")[2]), match.string
     end = text.find("/", begin)
-    before = text[text.rfind("/", 0, begin) + 1 : begin] if group.startswith("free") else ""
-    return before, text[begin : end if end >= 0 else len(text)].split("?")[0]
+    prefix = text[text.rfind("/", 0, begin) + 1 : begin] if group.startswith("free") else ""
+    return prefix, text[begin : end if end >= 0 else len(text)].split("?")[0]
 
 
 def _belongs(name: str, split: str) -> bool | None:
-    """Whether a name is that of a file or folder of a split; None if it does not say."""
+    """Return whether a file or folder name belongs to a split; None if it is ambiguous."""
     stem = name.removesuffix(".parquet")
     shard = SHARD.fullmatch(stem)
     if shard:
@@ -213,24 +235,24 @@ def _belongs(name: str, split: str) -> bool | None:
     return None if re.match(f"{re.escape(split)}[-._ ]", stem) else False
 
 
-def _unclear(ours: str, other: str, split: str) -> UserError:
+def _ambiguous(ours: str, other: str, split: str) -> UserError:
     return UserError(
         f"data.path: beside {ours!r} there is {other!r}, and the name does not say whether it "
         f"belongs to the split {split!r}; rename it, or list the files of each split in data.path"
     )
 
 
-def check_one_reading(files: Sequence[str], split: str) -> None:
-    """Check that the files of a split are its parts, not the same rows several times.
+def check_no_duplicates(files: Sequence[str], split: str) -> None:
+    """Check that the files of a split are its parts, not several copies of it.
 
     Args:
-        files: Of one folder or pattern; only names that begin with the split are compared.
+        files: Files of one folder or pattern; only names that begin with the split are compared.
         split: Name of the split as stored.
 
     Raises:
-        UserError: A whole file stands beside parts, parts beside shards ``-00000-of-00002``, or
-            the numbers of parts have gaps, so that some are missing or the numbers mean something
-            else, such as sizes of images.
+        UserError: A folder mixes a whole file, numbered parts and shards ``-00000-of-00002``; or
+            the numbers of its parts have gaps, so that parts are missing or the numbers mean
+            something else, such as image sizes.
     """
     split = split.rpartition("/")[2]
     folders: dict[str, dict[str, list[tuple[int, str]]]] = {}
@@ -259,20 +281,20 @@ def check_one_reading(files: Sequence[str], split: str) -> None:
         for (number, one), (following, other) in pairwise(parts):
             if following > number + 1:
                 raise UserError(
-                    f"data.path: no number lies between those of {one!r} and {other!r}, so either "
-                    "parts are missing or these are versions of one set; fetch the missing ones, "
+                    f"data.path: no part lies between {one!r} and {other!r}, so either parts are "
+                    "missing or these files are versions of one split; fetch the missing parts, "
                     "or list the files of each split in data.path"
                 )
 
 
 def check_shards(files: Sequence[str]) -> None:
-    """Check that shards ``NAME-00000-of-00002`` are all there, once.
+    """Check that all shards ``NAME-00000-of-00002`` exist, each once.
 
     Raises:
-        UserError: Some are missing, or there are shards of two versions.
+        UserError: Shards are missing or repeated, or come from two versions of the split.
     """
     groups: dict[str, dict[int, list[int]]] = {}
-    width = 0  # of the numbers in names
+    width = 0  # digits of the numbers in names
     for file in files:
         shard = SHARD.fullmatch(file_name(file))
         if shard:
@@ -283,7 +305,7 @@ def check_shards(files: Sequence[str]) -> None:
         if len(totals) > 1:
             raise UserError(
                 f"data.path: {name!r} has shards of {' and of '.join(map(str, sorted(totals)))}, "
-                "so they are of two versions; remove the old ones"
+                "so they are of two versions; remove the old shards"
             )
         ((total, numbers),) = totals.items()
         first = int(0 not in numbers and total in numbers)  # some writers count from 1
@@ -295,21 +317,21 @@ def check_shards(files: Sequence[str]) -> None:
                 "files to read in data.path"
             )
         if len(numbers) > total:
-            twice = next(number for number in numbers if numbers.count(number) > 1)
+            repeated = next(number for number in numbers if numbers.count(number) > 1)
             raise UserError(
-                f"data.path: shard {twice} of {name!r} is there more than once; remove the others"
+                f"data.path: shard {repeated} of {name!r} exists more than once; remove the copies"
             )
 
 
 def file_name(file: str) -> str:
-    """The last part of a path or URL, without a query."""
+    """Return the last part of a path or URL, without a query."""
     return (file.split("?")[0] if "://" in file else file).rsplit("/", 1)[-1]
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of some names, for a message."""
-    shown = ", ".join(map(repr, names[:SHOWN]))
-    return shown if len(names) <= SHOWN else f"{shown} ..."
+    """Return up to :data:`MAX_LISTED` names as text, for a message."""
+    shown = ", ".join(map(repr, names[:MAX_LISTED]))
+    return shown if len(names) <= MAX_LISTED else f"{shown} ..."
 
 
 def _brief(path: object) -> str:

@@ -1,9 +1,9 @@
-"""What is known of a source: kept on this machine once it was read, and its fingerprint.
+"""Fingerprints of data sets, and the cache of their row counts.
 
-A fingerprint has two parts, ``layout-contents``. The layout is of names, row groups and sizes; it
-is all that checkpoints of earlier versions hold. The contents part hashes what is cheap to read:
-the footers of Parquet shards (offsets, sizes and statistics of every column), the sizes of image
-and label files, every row of a stream, which is read through anyway.
+A fingerprint has two parts, ``layout-contents``. The layout part hashes names, row groups and
+sizes; checkpoints of earlier versions hold this part alone. The contents part hashes what is cheap
+to read: the footers of Parquet shards (offsets, sizes and statistics of every column), the sizes of
+image and label files, or every row of a stream, which has to be read through anyway.
 """
 
 import hashlib
@@ -19,14 +19,15 @@ from segformer_pl.atomic import WriteError, atomic_write_text
 
 
 def fingerprint(layout: Any, contents: Any) -> str:
-    """The fingerprint of what JSON can hold of a source."""
+    """Return the fingerprint of a source from its layout and contents, both JSON values."""
     return f"{digest(layout)}-{digest(contents)}"
 
 
 def same_data(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same data.
+    """Return whether two fingerprints stand for the same data.
 
-    One of an earlier version has no contents part: then the layouts are compared.
+    Compares the contents parts, or the layout parts if a fingerprint of an earlier version has no
+    contents part.
     """
     (layout, _, contents), (other_layout, _, other_contents) = map(_parts, (one, other))
     if contents and other_contents:
@@ -39,19 +40,19 @@ def _parts(text: str) -> tuple[str, str, str]:
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a value that JSON can hold."""
+    """Return 16 hexadecimal digits of the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
 
 
 def cached(key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was computed for this key before, on this machine."""
+    """Return the value for a key from the user's cache folder; compute and store it if missing."""
     file = Path(platformdirs.user_cache_dir("segformer_pl")) / "indices" / f"{digest(key)}.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or not whole
+    except (OSError, ValueError):  # missing or incomplete
         value = compute()
     try:
         atomic_write_text(file, json.dumps(value))
     except WriteError as error:
-        rank_zero_warn(f"{error}; the row counts are read anew in every process and every run")
+        rank_zero_warn(f"{error}; every process and every run counts the rows again")
     return value

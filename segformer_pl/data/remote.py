@@ -1,7 +1,8 @@
-"""Reading over the network: silences, dropped connections and busy servers are waited out.
+"""Network reads that retry with exponential back-off.
 
-What a repetition may cure is repeated for :data:`PATIENCE` seconds; what it cannot, such as a
-missing file, a server without range requests or redirects in a circle, is said at once.
+A failed read is retried for up to :data:`RETRY_SECONDS` if another attempt may succeed: after a
+read timeout, a dropped connection or a busy server. Errors that would repeat, such as a missing
+file, a server without range requests or a redirect loop, are raised at once.
 """
 
 import asyncio
@@ -25,51 +26,55 @@ from segformer_pl.errors import UserError
 
 T = TypeVar("T")
 
-PATIENCE = 600.0  # seconds from the first failure until a run gives up, or a server asks for
-FIRST_WAIT = 1.0  # seconds, doubled from attempt to attempt
-LONGEST_WAIT = 60.0
-SILENCE = 60.0  # seconds without a byte after which a connection counts as lost
-MIN_RATE = 1024  # bytes per second, over SILENCE: a connection that brings less is lost too
+RETRY_SECONDS = 600.0  # from the first failure until reading is given up; also limits Retry-After
+FIRST_WAIT = 1.0  # seconds before the second attempt, doubled from attempt to attempt
+MAX_WAIT = 60.0  # seconds between two attempts
+READ_TIMEOUT = 60.0  # seconds without a byte after which a connection counts as lost
+MIN_RATE = 1024  # bytes per second over READ_TIMEOUT; a slower connection counts as lost, too
 
-PASSING_STATUS = {408, 425, 429}  # and those from 500 on, but for these:
-LASTING_STATUS = {501, 505}
+# HTTP statuses after which another attempt may succeed: these, and all from 500 on but for two.
+TRANSIENT_STATUS = {408, 425, 429}
+PERMANENT_STATUS = {501, 505}
 
 log = logging.getLogger(__name__)
 
-# Kept for good: a process forked from this one must not close the connections of these, which it
-# would if they were let go of there.
+# A forked process that garbage-collected its copy of a file system would close the connections of
+# its parent. Keep a reference to each file system, so that no process ever collects one.
 _file_systems: dict[int, Any] = {}
 _reached: set[str] = set()  # hosts that have answered
 
 
 def is_remote(file: str) -> bool:
+    """Return whether a path is a URL other than ``file://``."""
     return "://" in file and not file.startswith("file://")
 
 
 class _Response(aiohttp.ClientResponse):
-    """An answer that has to keep coming, and to be of the range that was asked for."""
+    """A response that checks its range and enforces a minimum transfer rate."""
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
-        async with asyncio.timeout(SILENCE):
+        async with asyncio.timeout(READ_TIMEOUT):
             await super().start(connection)
-        asked = self.request_info.headers.get("Range", "").removeprefix("bytes=")
-        first, _, last = asked.partition("-")
+        requested = self.request_info.headers.get("Range", "").removeprefix("bytes=")
+        first, _, last = requested.partition("-")
         if self.status == 200 and first.isdecimal() and last.isdecimal():
+            # 200 instead of 206: the server ignores ranges and sends the whole file.
             size = self.content_length
             if size is None or size > int(last) - int(first) + 1:
-                raise _without_ranges(str(self.url))
+                raise _no_ranges(str(self.url))
         return self
 
     async def read(self) -> bytes:
-        # The limits of aiohttp are on a pause between bytes, and on the whole, however large.
+        # aiohttp limits the pause between two bytes and the total time, but not the rate: a server
+        # that sends a byte every few seconds would pass for ever. So check the rate at intervals.
         reading = asyncio.ensure_future(super().read())
         try:
             while True:
                 before = self.content.total_bytes
-                done, _ = await asyncio.wait({reading}, timeout=SILENCE)
+                done, _ = await asyncio.wait({reading}, timeout=READ_TIMEOUT)
                 if done:
                     return reading.result()
-                rate = (self.content.total_bytes - before) / SILENCE
+                rate = (self.content.total_bytes - before) / READ_TIMEOUT
                 if rate < MIN_RATE:
                     self.close()
                     raise TimeoutError(f"{rate:.1f} bytes per second, less than {MIN_RATE}")
@@ -77,7 +82,7 @@ class _Response(aiohttp.ClientResponse):
             reading.cancel()
 
 
-def _without_ranges(url: str) -> UserError:
+def _no_ranges(url: str) -> UserError:
     return UserError(
         f"{url} cannot be read: its server does not answer requests for a part of a file (HTTP "
         "ranges); download the shards and give their folder"
@@ -85,47 +90,60 @@ def _without_ranges(url: str) -> UserError:
 
 
 def options(file: str) -> dict[str, Any]:
+    """Return the ``fsspec`` options for a URL: timeouts and response class over HTTP."""
     if not file.startswith(("http://", "https://")):
         return {}
-    # The library's own limit is five minutes for a whole file, however well it comes.
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    # aiohttp's default is five minutes for a whole file, which a large shard may exceed.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=READ_TIMEOUT)
     return {"client_kwargs": {"timeout": timeout, "response_class": _Response}}
 
 
 def file_system(file: str) -> tuple[Any, str]:
-    """The file system of a URL or pattern, and the path in it."""
+    """Return the ``fsspec`` file system of a URL or pattern, and the path within it."""
     fs, path = fsspec.core.url_to_fs(file, **options(file))
     _file_systems[id(fs)] = fs
     return fs, path
 
 
 def open_remote(file: str) -> Any:
-    """Open the file behind a URL, to be read in parts."""
+    """Open the file behind a URL for random access.
+
+    Raises:
+        UserError: The server does not support range requests.
+    """
     fs, path = file_system(file)
     handle = fs.open(path, "rb")
-    if isinstance(handle, HTTPStreamFile):  # the server says so, or does not say the size
-        raise _without_ranges(file)
+    if isinstance(handle, HTTPStreamFile):  # fsspec's fallback without ranges or without a size
+        raise _no_ranges(file)
     return handle
 
 
-def patiently(read: Callable[[], T], where: str) -> T:
-    """Read something over the network, again and again if need be.
+def read_with_retries(read: Callable[[], T], where: str) -> T:
+    """Call a function that reads over the network, and retry with exponential back-off.
+
+    Args:
+        read: Function to call; each attempt must start from the beginning.
+        where: URL or description of what is read, for messages.
+
+    Returns:
+        What ``read`` returns.
 
     Raises:
-        UserError: It is not there, is forbidden, or has failed for :data:`PATIENCE` seconds.
+        UserError: The file is missing or forbidden, or reading has failed for
+            :data:`RETRY_SECONDS`.
     """
     host = urlsplit(where).hostname or ""
-    begin: list[float] = []
+    first_failure: list[float] = []
 
-    def failing() -> float:
-        if not begin:
-            begin.append(time.monotonic())
-        return time.monotonic() - begin[0]
+    def seconds_of_failure() -> float:
+        if not first_failure:
+            first_failure.append(time.monotonic())
+        return time.monotonic() - first_failure[0]
 
     retrying = tenacity.Retrying(
-        stop=lambda _: failing() >= PATIENCE,
+        stop=lambda _: seconds_of_failure() >= RETRY_SECONDS,
         wait=_wait,
-        retry=tenacity.retry_if_exception(lambda error: _may_pass(error, host)),
+        retry=tenacity.retry_if_exception(lambda error: _is_transient(error, host)),
         before_sleep=lambda state: log.warning(
             "%s: %s; attempt %d in %.0f s",
             where,
@@ -140,34 +158,34 @@ def patiently(read: Callable[[], T], where: str) -> T:
     except UserError:
         raise
     except Exception as error:
-        if not _may_pass(error, host):
+        if not _is_transient(error, host):
             raise UserError(
                 f"{where} cannot be read ({first_line(error)}); correct the address or the "
                 "access rights"
             ) from error
         raise UserError(
-            f"{where} could not be read for {failing():.0f} s ({first_line(error)}); once the "
-            "network or the server is back, resume from the last checkpoint"
+            f"{where} could not be read for {seconds_of_failure():.0f} s ({first_line(error)}); "
+            "once the network or the server is back, resume from the last checkpoint"
         ) from error
     _reached.add(host)
     return value
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
-    """Longer from attempt to attempt, unless the server says how long."""
+    """Return the seconds until the next attempt: the server's ``Retry-After``, or back-off."""
     error = state.outcome.exception() if state.outcome else None
-    headers = _response(_cause(error), "headers") or {}
-    asked = _seconds(headers.get("Retry-After", ""))
-    if asked is not None:
-        return min(asked, PATIENCE) + random.uniform(0, FIRST_WAIT)
-    # With jitter, or all readers come back at one moment.
-    return tenacity.wait_exponential_jitter(
-        multiplier=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT
-    )(state)
+    headers = _response_attribute(_cause(error), "headers") or {}
+    retry_after = _seconds(headers.get("Retry-After", ""))
+    # Jitter, or all workers would come back at the same moment.
+    if retry_after is not None:
+        return min(retry_after, RETRY_SECONDS) + random.uniform(0, FIRST_WAIT)
+    return tenacity.wait_exponential_jitter(multiplier=FIRST_WAIT, max=MAX_WAIT, jitter=FIRST_WAIT)(
+        state
+    )
 
 
 def _seconds(retry_after: str) -> float | None:
-    """What ``Retry-After`` says: seconds, or a date (RFC 9110, 10.2.3)."""
+    """Parse ``Retry-After``, which holds seconds or a date (RFC 9110, section 10.2.3)."""
     if retry_after.strip().isdecimal():
         return float(retry_after)
     try:
@@ -179,59 +197,61 @@ def _seconds(retry_after: str) -> float | None:
     return max((date - datetime.now(UTC)).total_seconds(), 0.0)
 
 
-def _may_pass(error: BaseException, host: str) -> bool:
-    """Whether reading again may bring what failed."""
+def _is_transient(error: BaseException, host: str) -> bool:
+    """Return whether another attempt may succeed."""
     cause = _cause(error)
     if not isinstance(cause, Exception):
         return False
-    status = _response(cause, "status") or _response(cause, "status_code")
+    status = _response_attribute(cause, "status") or _response_attribute(cause, "status_code")
     if isinstance(status, int) and status >= 400:
-        return status in PASSING_STATUS or (status >= 500 and status not in LASTING_STATUS)
-    lasting = (
+        return status in TRANSIENT_STATUS or (status >= 500 and status not in PERMANENT_STATUS)
+    permanent = (
         UserError,
         FileNotFoundError,
         PermissionError,
         aiohttp.ClientConnectorCertificateError,
     )
-    if isinstance(cause, lasting) or type(cause).__name__ == "TooManyRedirects":  # of any library
+    # Every HTTP library has its own class TooManyRedirects.
+    if isinstance(cause, permanent) or type(cause).__name__ == "TooManyRedirects":
         return False
-    unresolved = getattr(cause, "os_error", None)
-    if isinstance(unresolved, socket.gaierror) and unresolved.errno == socket.EAI_NONAME:
-        return host in _reached  # else it is a slip in the address
+    dns_error = getattr(cause, "os_error", None)
+    if isinstance(dns_error, socket.gaierror) and dns_error.errno == socket.EAI_NONAME:
+        return host in _reached  # a host that has never answered is a mistake in the address
     if isinstance(cause, pa.ArrowException):
-        return True  # a proxy's idea of the content
+        return True  # a proxy may have cut or replaced the content
     return not isinstance(cause, ValueError | LookupError | TypeError | AttributeError)
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
-    """fsspec calls every failure to open a file one to find it."""
+    """Return the error behind fsspec's ``FileNotFoundError``, which wraps any failure to open."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def _response(error: Any, attribute: str) -> Any:
-    """An attribute of the answer that an HTTP library's exception is about."""
-    found = getattr(error, attribute, None)
-    return getattr(getattr(error, "response", None), attribute, None) if found is None else found
+def _response_attribute(error: Any, name: str) -> Any:
+    """Return an attribute of an HTTP exception, or of the response that it holds."""
+    value = getattr(error, name, None)
+    return getattr(getattr(error, "response", None), name, None) if value is None else value
 
 
 def first_line(error: BaseException | None) -> str:
+    """Return class and first line of an exception, for a message of one line."""
     error = _cause(error)
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def marks(files: Sequence[str]) -> list[Any]:
-    """Files and what tells their versions apart."""
-    marks = []
+def file_versions(files: Sequence[str]) -> list[Any]:
+    """Return URL, size and version (ETag or modification time) of each file."""
+    versions = []
     for file in files:
 
         def info(file: str = file) -> dict[str, Any]:
             fs, path = file_system(file)
             return fs.info(path)
 
-        found = patiently(info, file)
-        version = next(filter(None, map(found.get, ("ETag", "mtime", "Last-Modified"))), "")
-        marks.append([file, found.get("size"), str(version)])
-    return marks
+        entry = read_with_retries(info, file)
+        version = next(filter(None, map(entry.get, ("ETag", "mtime", "Last-Modified"))), "")
+        versions.append([file, entry.get("size"), str(version)])
+    return versions

@@ -1,4 +1,4 @@
-"""Any stream of ``datasets``: read through once, then read again from any of its row groups."""
+"""The source for formats without row counts: any stream of ``datasets``, indexed in one pass."""
 
 import json
 import zlib
@@ -15,25 +15,26 @@ from tqdm import tqdm
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.files import UnreadableRows, read_file
 from segformer_pl.data.index import cached, fingerprint
-from segformer_pl.data.remote import first_line, is_remote, patiently
+from segformer_pl.data.remote import first_line, is_remote, read_with_retries
 from segformer_pl.errors import UserError
 
 Row = Mapping[str, Any]
 
-STREAM_GROUP = 64  # rows that are read together from a source that has no row groups
+STREAM_GROUP = 64  # rows of a row group, for formats that have no row groups
 
 
 class StreamedSource:
-    """Any stream of ``datasets``, read through once to learn its length and its places.
+    """A stream of ``datasets``; implements :class:`~segformer_pl.data.sources.Source`.
 
-    Going to a place means what it means for the format: a seek, or reading from the beginning of
-    a shard. A checksum of every row group shows that it leads to the rows that were counted.
+    One pass counts the rows and stores the stream's state at the start of every row group. Loading
+    such a state costs what it costs in the format: a seek, or reading from the start of a shard. A
+    checksum of each row group verifies that it holds the rows that were counted.
 
     Args:
-        stream: The stream.
-        key: What identifies it, for the cache.
-        entry: The data set, for the columns to keep.
-        files: The files that it is made of: those that cells may name.
+        stream: Stream of one split.
+        key: JSON value that identifies the stream, for the cache.
+        entry: Catalogue entry with the names of the columns to keep.
+        files: Paths or URLs of the stream's files, which cells may name.
 
     Raises:
         UserError: The stream cannot be read.
@@ -54,7 +55,7 @@ class StreamedSource:
         self._is_remote = any(map(is_remote, files))
         wanted = (entry.image_column, entry.label_column, entry.id_column)
         self._wanted = [column for column in wanted if column is not None]
-        # The number is of the form of what is cached.
+        # 2 is the version of the cached format.
         index = cached([2, key, self._wanted], self._read_through)
         self.group_rows, self._states = index["rows"], index["states"]
         self._checks = index["checks"]
@@ -62,9 +63,10 @@ class StreamedSource:
         self.fingerprint = fingerprint([key, self.group_rows], [self.group_rows, self._checks])
 
     def _read_through(self) -> dict[str, Any]:
+        """Return rows, bytes, stream state and checksum of every row group."""
         rank_zero_info(
-            f"data set {self.entry.name!r} is stored in a format that does not say how many rows "
-            "it has: it is read through once to count them; convert it to Parquet to spare this"
+            f"data set {self.entry.name!r} is stored in a format without row counts: "
+            "it is read through once to count them; convert it to Parquet to avoid this"
         )
         index: dict[str, Any] = {"rows": [], "bytes": [], "states": [], "checks": []}
         state = self.stream.state_dict()
@@ -74,57 +76,65 @@ class StreamedSource:
             nonlocal rows
             try:
                 return list(islice(rows, STREAM_GROUP))
-            except Exception:
-                self._go_to(state)
+            except Exception:  # a retry starts at the row group's first row
+                self._load_state(state)
                 rows = self._rows()
                 raise
 
         with tqdm(desc="counting", unit=" rows", leave=False) as progress:
             while True:
-                group = self._retried(read, f"row group {len(index['rows'])} of the stream")
+                group = self._read_or_raise(read, f"row group {len(index['rows'])} of the stream")
                 if not group:
                     return index
                 index["states"].append(state)
                 index["rows"].append(len(group))
                 index["checks"].append(self._check(group))
                 index["bytes"].append(
-                    sum(len(cell["bytes"]) for row in group for cell in _pictures(row))
+                    sum(len(cell["bytes"]) for row in group for cell in _image_cells(row))
                 )
                 progress.update(len(group))
                 state = self.stream.state_dict()
 
-    def _go_to(self, state: Any) -> None:
-        self.stream.load_state_dict(json.loads(json.dumps(state)))  # it changes what it is given
+    def _load_state(self, state: Any) -> None:
+        # ``load_state_dict`` modifies its argument, so give it a copy.
+        self.stream.load_state_dict(json.loads(json.dumps(state)))
 
     def _rows(self) -> Iterator[Row]:
-        # Not iter(stream): in a loader process that would read the shards of this process alone, as
-        # ``datasets`` divides them, and the places of the whole stream would mean other rows.
+        # In a worker, iter(stream) would read only the shards that ``datasets`` assigns to this
+        # worker, and the states of the whole stream would lead to other rows. iter() of batches
+        # always reads the whole stream.
         for batch in self.stream.iter(batch_size=1):
             yield {name: values[0] for name, values in batch.items()}
 
     def read(self, group: int) -> Sequence[Row]:
+        """Return the rows of a row group; images stay encoded.
+
+        Raises:
+            UserError: The files were replaced, or cannot be read over the network.
+            UnreadableRows: The local files of the row group cannot be read.
+        """
         where = f"row group {group} of the stream"
 
         def read() -> list[Row]:
-            self._go_to(self._states[group])
+            self._load_state(self._states[group])
             rows = list(islice(self._rows(), self.group_rows[group]))
             if len(rows) < self.group_rows[group]:
                 raise EOFError("the stream ended early")
             return rows
 
-        rows = self._retried(read, where)
+        rows = self._read_or_raise(read, where)
         if self._check(rows) != self._checks[group]:
             raise UserError(
                 f"data.path: {where} of data set {self.entry.name!r} holds other rows than when "
-                "they were counted; the files were replaced meanwhile: start again"
+                "they were counted, so the files were replaced; start the run again"
             )
         return [{column: row.get(column) for column in self._wanted} for row in rows]
 
-    def _retried(self, read: Any, where: str) -> list[Row]:
-        """Over the network again and again; a fault on disk stays one."""
+    def _read_or_raise(self, read: Any, where: str) -> list[Row]:
+        """Call a function that reads rows, with retries if the stream is remote."""
         where = f"{where} of data set {self.entry.name!r}"
         if self._is_remote:
-            return patiently(read, where)
+            return read_with_retries(read, where)
         try:
             return read()
         except UserError:
@@ -136,7 +146,7 @@ class StreamedSource:
             ) from error
 
     def _check(self, rows: Sequence[Row]) -> int:
-        """A checksum of rows: of encoded images, of names of files, of ids."""
+        """Return a CRC-32 of rows: of their encoded images or file names, and their ids."""
         check = 0
         for row in rows:
             for column in self._wanted:
@@ -149,7 +159,11 @@ class StreamedSource:
         return check
 
     def read_file(self, path: str) -> bytes:
-        """A file that a cell names: one of the stream's own, or a member of an archive of them."""
+        """Return the content of a file that a cell names, which may be a member of an archive.
+
+        Raises:
+            UserError: The file is not one of the stream's, or cannot be read.
+        """
         if path.split("::")[-1] not in self._files:
             raise UserError(
                 f"the row names the file {path!r}, which is not one of the data set's; store the "
@@ -163,15 +177,16 @@ class StreamedSource:
                 return file.read()
 
         if self._is_remote:
-            return patiently(read, path)
+            return read_with_retries(read, path)
         try:
             return read()
         except Exception as error:
             raise UserError(f"{path!r} cannot be read ({first_line(error)})") from error
 
     def name(self, group: int, row: int) -> str:
+        """Return the index of a row in the stream."""
         return f"{group * STREAM_GROUP + row}"
 
 
-def _pictures(row: Row) -> Iterator[dict[str, Any]]:
+def _image_cells(row: Row) -> Iterator[dict[str, Any]]:
     return (cell for cell in row.values() if isinstance(cell, dict) and cell.get("bytes"))

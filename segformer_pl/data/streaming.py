@@ -1,10 +1,21 @@
-"""From positions to samples: who reads what, and what becomes of it.
+"""The dataset of samples by position, the sampler of each rank, and the collate function.
 
-A position is the number of a sample in the sequence that all ranks and workers consume together
-(order.py says which row stands there). Everything about a sample follows from ``(seed, position)``:
-which picture it is, and every random number that its augmentation draws. Ranks take their part of
-every global batch, :class:`RankSampler`; loader processes take the rank's batches in turn, as torch
-deals them out. So a run can go on from any position, on any number of ranks and workers.
+A position is the index of a sample in the sequence that all ranks and workers consume together;
+``order.py`` maps it to a stored row. A sample is a function of ``(seed, position)`` alone: which
+image it is, and every random number of its augmentation. Each rank takes its part of every global
+batch (:class:`RankSampler`), and torch's ``DataLoader`` gives the rank's batches to its workers in
+turn. A run can therefore resume from any position, with any world size and number of workers.
+
+Two ranks with ``batch_size=3`` and two workers each::
+
+    position          0  1  2    3  4  5    6  7  8    9 10 11   12 13 14   15 16 17
+    rank              |- 0 -|    |- 1 -|    |- 0 -|    |- 1 -|    |- 0 -|    |- 1 -|
+    worker of rank    |- 0 -|    |- 0 -|    |- 1 -|    |- 1 -|    |- 0 -|    |- 0 -|
+    global batch      |------ 0 -------|    |------ 1 -------|    |------ 2 -------|
+
+    resumed at 6 on one rank, accumulate_grad_batches=2:
+    batch                                   |- 0 -|    |- 1 -|    |- 2 -|    |- 3 -|
+    optimiser step                          |------ 1 -------|    |------ 2 -------|
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,21 +45,21 @@ Transforms = Callable[
 ]
 OnBadSample = Literal["raise", "skip"]
 
-SUBSTITUTES = 10  # tries to find a sound sample in place of a bad one
-BLANK = 32  # side in pixels of what stands for a bad picture in evaluation
+MAX_SUBSTITUTES = 10  # samples tried in place of a bad one
+BLANK_SIZE = 32  # side in pixels of the blank image that replaces a bad one in evaluation
 
 
 class Sample(TypedDict):
-    """One sample, see :class:`~segformer_pl.batch.Batch`.
+    """One sample; :class:`~segformer_pl.batch.Batch` stacks several.
 
     Attributes:
-        image: (3, H, W).
-        label: (H, W).
-        id: Its name.
-        seed: Its random number.
-        skipped: Samples that could not be used in its place, and why.
-        notices: What there is to notice about it.
-        palettes: Palette indices that this process met first in it.
+        image: Float32 tensor of shape (3, H, W), RGB in 0 to 1.
+        label: Int64 tensor of train ids, shape (H, W).
+        id: Id of the sample.
+        seed: Random number that depends on the data seed and the position alone.
+        skipped: Reason by id, for each bad sample that this sample replaces.
+        notices: Warning by kind, about this sample.
+        palettes: Colour by palette index, for the indices that are new to this worker.
     """
 
     image: torch.Tensor
@@ -61,17 +72,17 @@ class Sample(TypedDict):
 
 
 class Samples(torch.utils.data.Dataset[Sample]):
-    """The sample at a position.
+    """Map-style dataset whose index is a position.
 
     Args:
-        entry: The data set.
-        source: Its rows.
-        order: Which row stands at a position.
-        transforms: ``(picture, train ids (H, W), generator) -> (image, label)``, see
-            :mod:`segformer_pl.data.transforms`.
-        on_bad_sample: Whether a row that cannot be used ends the run or is skipped. Its position
-            counts all the same: in training another sample of the epoch takes it, in evaluation a
-            picture of which no pixel counts.
+        entry: Catalogue entry of the data set.
+        source: Stored rows of the split.
+        order: Order that maps positions to rows.
+        transforms: Joint transforms ``(encoded image, train ids (H, W), generator) -> (image,
+            label)``; see :mod:`segformer_pl.data.transforms`.
+        on_bad_sample: Whether a bad row raises an error or is skipped. A skipped row keeps its
+            position. In training another sample of the epoch replaces it, in evaluation a blank
+            image whose pixels are all ignored.
     """
 
     def __init__(
@@ -87,15 +98,16 @@ class Samples(torch.utils.data.Dataset[Sample]):
         self.order = order
         self.transforms = transforms
         self.on_bad_sample = on_bad_sample
+        # Lane -> the row group that is open for it, and its rows or the error on reading them.
         self._open: dict[int, tuple[int, Sequence[Row] | UnreadableRows]] = {}
-        self._palettes = PaletteColors()  # of the samples that this process reads
+        self._palettes = PaletteColors()  # of the samples that this worker has read
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at a position.
+        """Load, decode and augment the sample at a position.
 
         Raises:
-            UserError: The row cannot be used: unreadable, without picture or label, undecodable, or
-                with a label outside the spec. One sentence says which and why.
+            UserError: The row is bad: it is unreadable, has no image or label, cannot be decoded,
+                or its label has a value that the data set does not define.
         """
         order = self.order
         skipped: dict[str, str] = {}
@@ -104,7 +116,9 @@ class Samples(torch.utils.data.Dataset[Sample]):
         rng = np.random.default_rng(seeds)
         notices: dict[str, str] = {}
         palettes: FirstColors = {}
-        for _ in range(SUBSTITUTES):
+        # Each turn tries one row. The same generator draws the substitutes and the augmentation,
+        # so the sample remains a function of (seed, position).
+        for _ in range(MAX_SUBSTITUTES):
             row, name = None, self._name(None, location)
             try:
                 row = self._row(location)
@@ -113,19 +127,19 @@ class Samples(torch.utils.data.Dataset[Sample]):
                 break
             except UserError as error:
                 if row is None and not isinstance(error, UnreadableRows):
-                    raise  # such as a network that is down: no row can be had
+                    raise  # not about this row, such as a network that is down
                 if self.on_bad_sample == "raise":
                     raise
                 skipped[name] = last = str(error)
             if isinstance(order, StoredOrder):
-                image = torch.zeros(3, BLANK, BLANK)
-                label = torch.full((BLANK, BLANK), self.entry.labels.ignore_index)
+                image = torch.zeros(3, BLANK_SIZE, BLANK_SIZE)
+                label = torch.full((BLANK_SIZE, BLANK_SIZE), self.entry.labels.ignore_index)
                 break
-            other = location.epoch * order.num_rows + int(rng.integers(order.num_rows))
-            location = order.locate(other)
+            substitute = location.epoch * order.num_rows + int(rng.integers(order.num_rows))
+            location = order.locate(substitute)
         else:
             raise UserError(
-                f"{SUBSTITUTES} samples in a row cannot be used, the last because of: {last}"
+                f"{MAX_SUBSTITUTES} samples in a row cannot be used, the last because of: {last}"
             )
         seed = int(seeds.generate_state(1)[0])
         return {
@@ -140,12 +154,13 @@ class Samples(torch.utils.data.Dataset[Sample]):
 
     def _row(self, location: Location) -> Row:
         group = location.group
-        rows = next((rows for other, rows in self._open.values() if other == group), None)
+        # Two lanes may share a row group that the border between them cuts.
+        rows = next((rows for opened, rows in self._open.values() if opened == group), None)
         if rows is None:
             try:
                 rows = self.source.read(group)
-            except UnreadableRows as error:  # it would be read again for each of its rows
-                rows = error
+            except UnreadableRows as error:
+                rows = error  # keep it, or the row group would be read again for each of its rows
         self._open[location.lane] = (group, rows)
         if isinstance(rows, UnreadableRows):
             raise rows
@@ -155,7 +170,7 @@ class Samples(torch.utils.data.Dataset[Sample]):
         return self.source.read_file(path)
 
     def _name(self, row: Row | None, location: Location) -> str:
-        """The row's id; a data set without ids has the places of its rows."""
+        """Return the row's id; without one, the shard and the index of the row in it."""
         column = self.entry.id_column
         name = None if column is None or row is None else row[column]
         return self.source.name(location.group, location.row) if name is None else str(name)
@@ -163,7 +178,7 @@ class Samples(torch.utils.data.Dataset[Sample]):
     def _load(
         self, row: Row, name: str, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, str], FirstColors]:
-        """Decode, map labels to train ids, transform; what there is to notice; new colours."""
+        """Decode and augment a row; return image, label, warnings by kind, and new colours."""
         entry = self.entry
         where = f"data set {entry.name!r}, sample {name!r}"
         in_image = f"{where}, column {entry.image_column!r}"
@@ -178,43 +193,45 @@ class Samples(torch.utils.data.Dataset[Sample]):
         }
         if label.values.shape[:2] != image.size:
             (height, width), (image_height, image_width) = label.values.shape[:2], image.size
-            turned = ""
+            oriented = ""
             if image.orientation != 1 or label.orientation != 1:
-                turned = (
-                    f", once turned as their EXIF orientations say (image {image.orientation}, "
+                oriented = (
+                    f", after applying their EXIF orientations (image {image.orientation}, "
                     f"label {label.orientation})"
                 )
-            remedy = "upright, without an EXIF orientation and " if turned else ""
+            remedy = "upright, without an EXIF orientation and " if oriented else ""
             raise UserError(
                 f"{where}: the label is {height}x{width} but the image is "
-                f"{image_height}x{image_width} (height x width){turned}; store them {remedy}at one "
-                "size"
+                f"{image_height}x{image_width} (height x width){oriented}; store them {remedy}at "
+                "one size"
             )
         train_ids = entry.labels.to_train_ids(label.values, where)
-        # Last, because colours of a sample that is refused would reach no one.
+        # Compare palettes last: the new colours of a bad sample would be lost.
         notices["palette"], palettes = self._palettes.compare(label, where)
-        told = {kind: sentence for kind, sentence in notices.items() if sentence}
-        return *self.transforms(image, train_ids, rng), told, palettes
+        present = {kind: notice for kind, notice in notices.items() if notice}
+        return *self.transforms(image, train_ids, rng), present, palettes
 
 
 class RankSampler(Sampler[int]):
-    """The positions that one rank reads, in its order.
+    """Positions of one rank, in the order in which it reads them.
 
-    In training every global batch holds the next ``world_size * batch_size`` positions, and rank r
-    takes the r-th run of ``batch_size`` of them, without end. So the ranks' batches are also those
-    that a single process would take one after the other to accumulate their gradients. In
-    evaluation each rank takes one run of the rows; their lengths differ by one at most, and no
-    row is taken twice.
+    In training, each global batch holds the next ``world_size * batch_size`` positions, without
+    end. Rank r takes the r-th block of ``batch_size`` of them. One rank that accumulates gradients
+    over ``world_size`` batches reads the same blocks one after the other.
 
-    Give the trainer ``use_distributed_sampler=False``, as the command line does: by default it
-    would replace this sampler on several ranks.
+    In evaluation, each rank takes one contiguous block of the stored rows. The lengths differ by
+    one at most and no row is repeated. Seven rows on two ranks: 0-2 and 3-6.
+
+    Set ``use_distributed_sampler=False`` in the trainer, as the command line does. By default
+    Lightning replaces this sampler when there are several ranks.
 
     Args:
-        order: The order of the samples.
-        rank: This process.
-        world_size: Number of processes.
-        batch_size: Samples per batch of a rank.
-        start: Called whenever a pass begins: the first position, in training.
+        order: Order of the samples; a :class:`StoredOrder` means evaluation.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        batch_size: Samples per batch and rank.
+        start: Function that returns the first position of the global sequence; called at the start
+            of each training iterator.
     """
 
     def __init__(
@@ -233,7 +250,7 @@ class RankSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         if isinstance(self.order, StoredOrder):
-            return iter(self._share())
+            return iter(self._block())
         return self._endless(self.start())
 
     def _endless(self, position: int) -> Iterator[int]:
@@ -242,22 +259,24 @@ class RankSampler(Sampler[int]):
             yield from range(position, position + self.batch_size)
             position += self.world_size * self.batch_size
 
-    def _share(self) -> range:
-        first, last = (
+    def _block(self) -> range:
+        begin, end = (
             rank * self.order.num_rows // self.world_size for rank in (self.rank, self.rank + 1)
         )
-        return range(first, last)
+        return range(begin, end)
 
     def __len__(self) -> int:
-        # The longest share, on all ranks: one that finds its own to be empty would leave the
-        # validation, and the others waiting for its scores.
+        # Return the longest block on every rank. With length 0, a rank would skip validation while
+        # the others wait for its metrics.
         if isinstance(self.order, StoredOrder):
             return -(-self.order.num_rows // self.world_size)
         raise TypeError("training has no end; trainer.max_steps sets its length")
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples of one size; blank ones are left out where there are others.
+    """Stack samples of one size into a batch.
+
+    Blank images, which replace bad samples in evaluation, are dropped unless there is nothing else.
 
     Raises:
         UserError: The sizes differ.
@@ -277,7 +296,7 @@ def collate(samples: list[Sample]) -> Batch:
         "id": [sample["id"] for sample in kept],
         "seed": [sample["seed"] for sample in kept],
         "skipped": {name: why for sample in samples for name, why in sample["skipped"].items()},
-        "notices": {kind: told for sample in kept for kind, told in sample["notices"].items()},
+        "notices": {kind: text for sample in kept for kind, text in sample["notices"].items()},
         "palettes": {
             index: first for sample in kept for index, first in sample["palettes"].items()
         },

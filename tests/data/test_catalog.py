@@ -1,3 +1,5 @@
+"""The catalogue's entries, and the validation of YAML files of the user's own."""
+
 import re
 
 import numpy as np
@@ -21,7 +23,7 @@ NUM_CLASSES = {
     "sidewalk": 34,
 }
 MINIMAL = """
-image_column: picture
+image_column: photo
 label_column: mask
 labels:
   names: [road, car]
@@ -37,7 +39,7 @@ def names(name, *numbers):
 
 
 @pytest.fixture
-def mine(tmp_path):
+def yaml_file(tmp_path):
     """Function text -> path of a YAML file with it."""
 
     def write(text):
@@ -48,9 +50,9 @@ def mine(tmp_path):
     return write
 
 
-def test_the_catalogue_holds_these_data_sets_with_their_numbers_of_classes():
-    found = {name: find_dataset(name).labels.num_classes for name in dataset_names()}
-    assert found == NUM_CLASSES
+def test_the_catalogue_has_these_data_sets_and_numbers_of_classes():
+    num_classes = {name: find_dataset(name).labels.num_classes for name in dataset_names()}
+    assert num_classes == NUM_CLASSES
 
 
 @pytest.mark.parametrize("name", NUM_CLASSES)
@@ -68,12 +70,12 @@ def test_an_entry_is_complete(name):
         assert set(entry.labels.raw_to_train.values()) == ids
 
 
-def test_an_unknown_name_gets_a_suggestion_and_the_list():
+def test_an_unknown_name_lists_the_names_and_suggests_one():
     with pytest.raises(UserError, match=r"no data set 'camvd'.*did you mean 'camvid'.*shapes"):
         find_dataset("camvd")
 
 
-def test_a_name_reads_no_file_but_its_own(tmp_path, monkeypatch):
+def test_a_name_reads_only_its_own_file(tmp_path, monkeypatch):
     for file in FOLDER.glob("*.yaml"):
         text = file.read_text() if file.stem == "camvid" else "broken: ["
         (tmp_path / file.name).write_text(text)
@@ -88,7 +90,7 @@ def test_camvid_has_eleven_classes_and_an_unlabelled_value():
     assert labels.names[3] == "road"
 
 
-def test_shapes_is_described_as_it_is_drawn():
+def test_the_entry_of_shapes_matches_its_generator():
     entry = find_dataset("shapes")
     assert entry.labels.names == shapes.CLASS_NAMES
     assert entry.labels.colors == shapes.COLORS
@@ -99,12 +101,12 @@ def test_shapes_is_described_as_it_is_drawn():
     assert entry.reference_scores is shapes.reference_scores
 
 
-def test_cityscapes_scores_19_of_its_34_values():
-    # Left out are what is void, parking, rail track, guard rail, bridge, tunnel, pole group,
+def test_cityscapes_evaluates_19_of_its_34_ids():
+    # Ignored: the void classes, parking, rail track, guard rail, bridge, tunnel, pole group,
     # caravan and trailer.
-    scored = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
-    others = [value for value in range(-1, 34) if value not in scored]
-    assert train_ids("cityscapes", *scored) == list(range(19))
+    evaluated = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    others = [value for value in range(-1, 34) if value not in evaluated]
+    assert train_ids("cityscapes", *evaluated) == list(range(19))
     assert set(train_ids("cityscapes", *others, 255)) == {255}
     assert names("cityscapes", 0, 2, 10, 13, 18) == ["road", "building", "sky", "car", "bicycle"]
     assert find_dataset("cityscapes").labels.colors[13] == (0, 0, 142)
@@ -117,7 +119,7 @@ def test_ade20k_counts_from_one_and_ignores_zero():
         train_ids("ade20k", 255)
 
 
-def test_both_counts_of_coco_stuff_give_a_value_the_same_name():
+def test_both_coco_stuff_entries_name_a_value_alike():
     some, every = (find_dataset(f"coco_stuff{number}").labels for number in (171, 182))
     for raw, train_id in some.raw_to_train.items():
         assert some.names[train_id] == every.names[raw]
@@ -131,7 +133,7 @@ def test_both_counts_of_coco_stuff_give_a_value_the_same_name():
     assert names("coco_stuff171", 0, 11, 79, 170) == ["person", "stop sign", "toothbrush", "wood"]
 
 
-def test_voc_has_the_palette_that_its_bits_make():
+def test_voc_has_the_palette_of_its_bit_pattern():
     entry = find_dataset("pascal_voc2012")
     numbers = range(21)
     palette = [
@@ -167,9 +169,9 @@ def test_first_and_last_names():
     assert names("foodseg103", 0, 103) == ["background", "other ingredients"]
 
 
-def test_a_file_needs_columns_and_names_only(mine):
-    entry = find_dataset(mine(MINIMAL))
-    assert (entry.name, entry.image_column, entry.label_column) == ("mine", "picture", "mask")
+def test_a_file_needs_only_columns_and_class_names(yaml_file):
+    entry = find_dataset(yaml_file(MINIMAL))
+    assert (entry.name, entry.image_column, entry.label_column) == ("mine", "photo", "mask")
     assert (entry.id_column, entry.hub, entry.size, entry.splits) == (None, None, None, {})
     assert entry.labels.names == ("road", "car")
     assert len(set(entry.labels.colors)) == 2
@@ -177,9 +179,9 @@ def test_a_file_needs_columns_and_names_only(mine):
     np.testing.assert_array_equal(train_ids, [[0, 1]])
 
 
-def test_a_file_may_say_all_that_an_entry_says(mine):
+def test_a_file_may_have_every_key_of_an_entry(yaml_file):
     entry = find_dataset(
-        mine(
+        yaml_file(
             MINIMAL
             + "  offset: 3\n  ignored: [255]\n  ignore_index: 9\n  colors: [[1, 2, 3], [4, 5, 6]]\n"
             + "hub: me/mine\nconfig: large\nsplits: {validation: val}\nsize: [480, 640]\n"
@@ -193,23 +195,29 @@ def test_a_file_may_say_all_that_an_entry_says(mine):
     np.testing.assert_array_equal(entry.labels.to_train_ids(raw, "x"), [[9, 9, 0, 1, 9]])
 
 
-def test_a_file_may_code_classes_by_color(mine):
+def test_a_file_may_code_classes_by_color(yaml_file):
     text = (
         MINIMAL + "  coding: colors\n  colors: [[9, 9, 9], [0, 0, 200]]\n  ignored: [[0, 0, 0]]\n"
     )
     raw = np.array([[[0, 0, 200], [9, 9, 9], [0, 0, 0]]], np.uint8)
-    labels = find_dataset(mine(text)).labels
+    labels = find_dataset(yaml_file(text)).labels
     np.testing.assert_array_equal(labels.to_train_ids(raw, "x"), [[1, 0, 255]])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "it holds no mapping"),
-        ("names: [a", "line 1: this is not YAML: expected ',' or ']'"),
-        (MINIMAL.replace("image_column", "image_colum"), "no key image_colum; did you mean image_"),
-        (MINIMAL.replace("names", "name"), "no key labels.name; did you mean names"),
-        (MINIMAL.replace("label_column: mask", ""), "label_column is missing; it is a text"),
+        ("", "no mapping; describe"),
+        ("names: [a", "line 1: invalid YAML: expected ',' or ']'"),
+        (
+            MINIMAL.replace("image_column", "image_colum"),
+            "unknown key image_colum; did you mean im",
+        ),
+        (MINIMAL.replace("names", "name"), "unknown key labels.name; did you mean names"),
+        (
+            MINIMAL.replace("label_column: mask", ""),
+            "label_column is missing; give a text",
+        ),
         (MINIMAL.replace("names: [road, car]", "offset: 1"), "labels.names is missing"),
         ("image_column: a\nlabel_column: b\nlabels:\n", "labels is missing"),
         (MINIMAL.replace("car]", "on]"), r"labels.names is ['road', True]; .* quote"),
@@ -226,9 +234,9 @@ def test_a_file_may_code_classes_by_color(mine):
         (MINIMAL + "  colors: [[0, 0, 0], [0, 0, 256]]", r"labels.colors is .*each 0 to 255"),
         (MINIMAL + "  colors: [[0, 0, 0]]", "labels: 2 class names but 1 colours"),
         (MINIMAL + "  coding: rgb", "labels.coding is 'rgb'; it has to be values or colors"),
-        (MINIMAL + "  coding: colors", "labels: coding is colors, but there are none"),
+        (MINIMAL + "  coding: colors", "labels: coding is colors, but colors is missing"),
         (MINIMAL + "  ignored: [[0, 0, 0]]", r"ignored holds [0, 0, 0], which is not a whole"),
-        (MINIMAL + "  offset: 1\n  raw_to_train: {1: 0}", "offset and raw_to_train both say"),
+        (MINIMAL + "  offset: 1\n  raw_to_train: {1: 0}", "offset and raw_to_train both define"),
         (MINIMAL + "  raw_to_train: {1: 7}", "raw value 1 maps to train id 7, which has no name"),
         (MINIMAL + "  ignore_index: 1", "ignore_index 1 is the train id of class 'car'"),
         (MINIMAL + "hub: mine", "hub is 'mine'; it has to be owner/name"),
@@ -237,8 +245,8 @@ def test_a_file_may_code_classes_by_color(mine):
         (MINIMAL + "splits: {val: val}", "splits is {'val': 'val'}; it has to be a mapping of"),
     ],
 )
-def test_a_mistake_in_a_file_gets_a_sentence_with_file_and_key(mine, text, message):
-    file = mine(text)
+def test_a_mistake_in_a_file_is_reported_with_file_and_key(yaml_file, text, message):
+    file = yaml_file(text)
     pattern = ".*".join(map(re.escape, message.split(".*")))
     with pytest.raises(UserError, match=pattern) as raised:
         find_dataset(file)
@@ -246,6 +254,6 @@ def test_a_mistake_in_a_file_gets_a_sentence_with_file_and_key(mine, text, messa
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_is_not_there_is_named():
+def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r"data\.dataset: nowhere\.yaml cannot be read: No such"):
         find_dataset("nowhere.yaml")

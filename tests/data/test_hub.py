@@ -1,4 +1,4 @@
-"""Streaming from the hub: the library's own client against a hub on this machine."""
+"""Streaming from the hub: the client of ``datasets`` against a local HTTP server."""
 
 import json
 import os
@@ -27,7 +27,7 @@ print(json.dumps([source.files, source.group_rows, [row["id"] for row in source.
 
 
 class Handler(BaseHTTPRequestHandler):
-    """As much of the hub's interface as its client asks for."""
+    """The part of the hub's HTTP interface that its client uses."""
 
     def do_GET(self):
         self.answer(with_body=True)
@@ -39,19 +39,19 @@ class Handler(BaseHTTPRequestHandler):
         path, files = unquote(self.path.split("?")[0]), self.server.files
         if tree := re.fullmatch(r"/api/datasets/owner/set/tree/\w+/?(.*)", path):
             folder = f"{tree[1]}/" if tree[1] else ""
-            inside = [name for name in files if name.startswith(folder)]
-            listed = [
+            members = [name for name in files if name.startswith(folder)]
+            listing = [
                 {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40}
-                for name in inside
+                for name in members
                 if "/" not in name.removeprefix(folder)
             ]
-            below = {name.removeprefix(folder).split("/")[0] for name in inside}
-            listed += [
+            folders = {name.removeprefix(folder).split("/")[0] for name in members}
+            listing += [
                 {"type": "directory", "path": folder + name, "size": 0, "oid": "0" * 40}
-                for name in below
+                for name in folders
                 if folder + name not in files
             ]
-            self.send(200 if inside else 404, json.dumps(listed).encode(), with_body)
+            self.send(200 if members else 404, json.dumps(listing).encode(), with_body)
         elif path.startswith("/api/datasets/owner/set"):
             siblings = [{"rfilename": name} for name in files]
             info = {"id": "owner/set", "sha": COMMIT, "siblings": siblings}
@@ -67,9 +67,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = files[name]
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"', "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-        if wanted:
-            first, last = int(wanted[1]), int(wanted[2])
+        requested = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if requested:
+            first, last = int(requested[1]), int(requested[2])
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             self.send(206, content[first : last + 1], with_body, headers)
         else:
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def read(tmp_path, row, write_shards):
-    """Function (path, revision) -> files, rows of groups, ids of the second group, and stderr."""
+    """Function (path, revision) -> files, group rows, ids of the second row group, stderr."""
     (tmp_path / "set").mkdir()
     write_shards(tmp_path / "set" / "data", "train", [[row(f"s{i}") for i in range(6)]], 2)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -106,18 +106,18 @@ def read(tmp_path, row, write_shards):
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
 
-    def run(path, revision=COMMIT):
-        done = subprocess.run(
+    def open_and_read(path, revision=COMMIT):
+        process = subprocess.run(
             [sys.executable, "-c", READ, json.dumps([path, revision])],
             env=environment,
             capture_output=True,
             text=True,
             timeout=120,
         )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return [*json.loads(done.stdout), done.stderr]
+        assert process.returncode == 0, process.stderr[-2000:]
+        return [*json.loads(process.stdout), process.stderr]
 
-    yield run
+    yield open_and_read
     server.shutdown()
     server.server_close()
 
@@ -128,16 +128,16 @@ FILE = f"hf://datasets/owner/set@{COMMIT}/data/train-00000-of-00001.parquet"
 @pytest.mark.parametrize(
     "path",
     [None, f"owner/set@{COMMIT}", f"hf://datasets/owner/set@{COMMIT}/data/{{split}}-*.parquet"],
-    ids=["the entry's", "by name", "by pattern"],
+    ids=["hub location of the entry", "name", "pattern"],
 )
 def test_row_groups_are_read_from_the_hub(read, path):
-    files, rows, ids, said = read(path)
+    files, rows, ids, stderr = read(path)
     assert (files, rows, ids) == ([FILE], [2, 2, 2], ["s2", "s3"])
-    assert "present commit" not in said
+    assert "latest commit" not in stderr
 
 
-def test_a_name_without_a_revision_means_its_present_commit(read):
-    files, rows, ids, said = read("owner/set", None)
+def test_a_name_without_a_revision_means_the_latest_commit(read):
+    files, rows, ids, stderr = read("owner/set", None)
     assert files == [FILE]
     assert (rows, ids) == ([2, 2, 2], ["s2", "s3"])
-    assert f"to stay with that, give --data.path owner/set@{COMMIT}" in said
+    assert f"to pin this commit, give --data.path owner/set@{COMMIT}" in stderr

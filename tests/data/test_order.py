@@ -1,4 +1,4 @@
-"""The order is a pure function, complete in every epoch, and cheap to read in."""
+"""The sampling order: a pure function, complete in every epoch, few row groups per reader."""
 
 import pickle
 from collections import Counter
@@ -34,18 +34,18 @@ def test_every_epoch_holds_every_row_once(group_rows, seed, epoch):
 @given(layouts)
 def test_stored_order_is_every_row_as_stored(group_rows):
     stored = StoredOrder(group_rows)
-    places = [stored.locate(i)[2:] for i in range(stored.num_rows)]
-    assert places == sorted(every_row(group_rows))
+    rows = [stored.locate(i)[2:] for i in range(stored.num_rows)]
+    assert rows == sorted(every_row(group_rows))
 
 
 @given(layouts, st.integers(0, 2**32), st.lists(st.integers(0, 500), min_size=1, max_size=30))
 @settings(deadline=None)
-def test_a_position_does_not_depend_on_what_was_asked_before(group_rows, seed, positions):
+def test_locate_does_not_depend_on_earlier_calls(group_rows, seed, positions):
     one = shuffle(group_rows, seed)
-    travelled = pickle.loads(pickle.dumps(shuffle(group_rows, seed)))
+    unpickled = pickle.loads(pickle.dumps(shuffle(group_rows, seed)))
     for position in positions:
         assert one.locate(position) == shuffle(group_rows, seed).locate(position)
-        assert one.locate(position) == travelled.locate(position)
+        assert one.locate(position) == unpickled.locate(position)
 
 
 def test_orders_differ_between_epochs_and_seeds():
@@ -60,8 +60,8 @@ def test_orders_differ_between_epochs_and_seeds():
     assert tuple(sorted(every_row(rows))) not in orders
 
 
-def test_order_of_this_version():
-    # Checkpoints hold a position in this order: a change of it makes resumed runs repeat samples.
+def test_order_is_the_one_of_earlier_checkpoints():
+    # Checkpoints hold a position in this order. If it changed, resumed runs would repeat samples.
     assert [shuffle([3, 5, 2], seed=7).locate(i)[2:] for i in range(11)] == [
         (0, 2),
         (0, 0),
@@ -77,13 +77,20 @@ def test_order_of_this_version():
     ]
 
 
-def test_every_row_is_as_likely_everywhere():
+def test_the_example_of_the_docstring():
+    one = shuffle([3, 5, 2], 5, [order.LANES_BYTES // 4] * 3)
+    rows = [f"{'ABC'[at.group]}{at.row}" for at in map(one.locate, range(10))]
+    assert one.num_lanes == 4
+    assert rows == ["B2", "A1", "B4", "C0", "B3", "A2", "B0", "C1", "B1", "A0"]
+
+
+def test_every_row_is_equally_likely_at_a_position():
     rows = [1, 5, 10]
     counts = Counter()
     one = shuffle(rows, 3)
     for epoch in range(2000):
         counts[one.locate(epoch * 16)[2:]] += 1
-    # 2000 draws of 16 rows: 125 of each, with a standard deviation of 11
+    # 2000 draws from 16 rows: 125 of each expected, with a standard deviation of 11.
     assert set(counts) == every_row(rows)
     assert min(counts.values()) > 80
     assert max(counts.values()) < 170
@@ -100,13 +107,13 @@ def test_large_row_groups_are_read_in_fewer_lanes(group_bytes, num_lanes):
     assert shuffle([1] * 9, 0, [group_bytes] * 9).num_lanes == num_lanes
 
 
-def test_a_row_group_larger_than_memory_allows_leaves_one_lane():
+def test_a_row_group_above_the_memory_limit_leaves_one_lane():
     assert shuffle([1], 0, [8 * order.LANES_BYTES]).num_lanes == 1
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (1, 4), (4, 1), (4, 4), (8, 2)])
-def test_readers_share_the_row_groups_without_reading_them_all(world_size, num_workers):
-    # 16 samples a step, dealt out as RankSampler and the loader do.
+def test_each_worker_reads_a_part_of_the_row_groups(world_size, num_workers):
+    # 16 samples per step, split as RankSampler and torch's DataLoader split them.
     one, batch = shuffle([100] * 200), 16 // world_size
     reads = 0
     for rank in range(world_size):
@@ -116,5 +123,5 @@ def test_readers_share_the_row_groups_without_reading_them_all(world_size, num_w
                 first = step * 16 + rank * batch
                 seen |= {one.locate(position).group for position in range(first, first + batch)}
             reads += len(seen)
-    # 200 groups in 64 lanes: a border inside a group is read from both sides
+    # 200 groups in 64 lanes: a row group that a border between lanes cuts is read twice.
     assert reads <= 200 + 63

@@ -1,4 +1,4 @@
-"""Shards behind a web server that fails in all the ways that web servers fail."""
+"""Reading shards from a web server that injects faults: retries, timeouts, permanent errors."""
 
 import contextlib
 import gc
@@ -28,7 +28,7 @@ ENTRY = find_dataset("shapes")
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves byte ranges; takes the server's next fault, if there is one, for the next GET."""
+    """Serves byte ranges; each GET takes the next fault of ``server.faults``, if any is left."""
 
     protocol_version = "HTTP/1.1"  # connections stay open for the next request
 
@@ -39,23 +39,23 @@ class Handler(SimpleHTTPRequestHandler):
             return self.send_error(404)
         content = file.read_bytes()
         first, last = 0, len(content) - 1
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(wanted[1]), min(int(wanted[2] or last), last)
+        if requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(requested[1]), min(int(requested[2] or last), last)
         body = content[first : last + 1]
         server.requests.append((time.monotonic(), self.path))
         fault = server.faults.pop(0) if server.faults else None
-        if fault == "in circles":
+        if fault == "redirect loop":
             self.send_response(302)
             self.send_header("Location", self.path)
             self.send_header("Content-Length", "0")
             self.end_headers()
             server.faults.append(fault)
             return None
-        if fault == "whole":  # as if no range had been asked for
+        if fault == "whole":  # ignores the range
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            with contextlib.suppress(OSError):  # the client has seen enough
+            with contextlib.suppress(OSError):  # the client has closed the connection
                 self.wfile.write(content)
             self.close_connection = True
             return None
@@ -66,7 +66,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None
-        if fault == "short":  # a proxy's idea of an answer
+        if fault == "short":  # a proxy that cuts the answer
             body = body[: len(body) // 2]
             last = first + len(body) - 1
         self.send_response(206)
@@ -81,13 +81,13 @@ class Handler(SimpleHTTPRequestHandler):
         elif fault == "slow":
             self.wfile.write(body[:10])
             self.wfile.flush()
-            server.patience.wait(5)
+            server.stopped.wait(5)
         elif fault == "drip":
             for byte in body:
                 with contextlib.suppress(OSError):
                     self.wfile.write(bytes([byte]))
                     self.wfile.flush()
-                if server.patience.wait(0.1):
+                if server.stopped.wait(0.1):
                     break
         elif fault == "corrupt":
             self.wfile.write(bytes(len(body)))
@@ -99,8 +99,8 @@ class Handler(SimpleHTTPRequestHandler):
         file = self.server.folder / self.path.lstrip("/")
         if not file.is_file():
             return self.send_error(404)
-        if self.server.busy_openings > 0:  # HEAD is followed by a GET, busy as well
-            self.server.busy_openings -= 1
+        if self.server.num_busy_heads > 0:  # the GET that follows a HEAD is refused as well
+            self.server.num_busy_heads -= 1
             self.server.faults.append(429)
             self.send_response(429)
             self.send_header("Content-Length", "0")
@@ -120,17 +120,17 @@ class Handler(SimpleHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(remote, "SILENCE", 0.5)
-    monkeypatch.setattr(remote, "PATIENCE", 3.0)
+    monkeypatch.setattr(remote, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 3.0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler))
     server.folder, server.faults, server.requests = tmp_path / "served", [], []
-    server.busy_openings, server.retry_after = 0, lambda: "1"
-    server.patience = threading.Event()
+    server.num_busy_heads, server.retry_after = 0, lambda: "1"
+    server.stopped = threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
-    server.patience.set()
+    server.stopped.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -160,7 +160,7 @@ def test_a_pattern_of_urls(server, shards, row, write_shards):
     assert ids(open_split(ENTRY, pattern, "validation")) == ["v"]
 
 
-def test_footers_are_read_once_on_a_machine(server, shards):
+def test_footers_are_cached(server, shards):
     open_split(ENTRY, shards, "train")
     before = len(server.requests)
     assert before > 0
@@ -168,14 +168,14 @@ def test_footers_are_read_once_on_a_machine(server, shards):
     assert len(server.requests) == before
 
 
-def test_the_fingerprint_does_not_depend_on_the_place(server, shards):
-    there = open_split(ENTRY, shards, "train").fingerprint
-    assert open_split(ENTRY, str(server.folder), "train").fingerprint == there
+def test_the_fingerprint_does_not_depend_on_the_location(server, shards):
+    remote_fingerprint = open_split(ENTRY, shards, "train").fingerprint
+    assert open_split(ENTRY, str(server.folder), "train").fingerprint == remote_fingerprint
 
 
 @pytest.mark.parametrize("fault", ["drop", "slow", "drip", "short", "corrupt", 429, 500, 503])
 @pytest.mark.parametrize("when", [pytest.param("footers", marks=pytest.mark.slow), "rows"])
-def test_a_passing_fault_is_waited_out(server, shards, fault, when, caplog):
+def test_transient_faults_are_retried(server, shards, fault, when, caplog):
     if when == "footers":
         server.faults[:] = [fault, fault]
     source = open_split(ENTRY, shards, "train")
@@ -186,7 +186,7 @@ def test_a_passing_fault_is_waited_out(server, shards, fault, when, caplog):
     assert "attempt 2" in caplog.text
 
 
-def test_the_server_says_how_long_to_wait(server, shards):
+def test_retry_after_sets_the_wait(server, shards):
     source = open_split(ENTRY, shards, "train")
     server.requests.clear()
     server.faults[:] = [429]
@@ -196,29 +196,29 @@ def test_the_server_says_how_long_to_wait(server, shards):
 
 
 def http_date():
-    return formatdate(time.time() + 2, usegmt=True)  # in whole seconds: 1 to 2 from now
+    return formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2 from now
 
 
 @pytest.mark.parametrize("retry_after", [lambda: "1", http_date], ids=["seconds", "date"])
-def test_the_server_says_how_long_to_wait_before_a_file_is_opened(server, shards, retry_after):
-    server.retry_after, server.busy_openings = retry_after, 1
+def test_retry_after_counts_when_a_file_is_opened(server, shards, retry_after):
+    server.retry_after, server.num_busy_heads = retry_after, 1
     assert ids(open_split(ENTRY, shards, "train")) == [f"s{i}" for i in range(6)]
     (refused, _), (answered, _), *_ = server.requests
     assert answered - refused >= 0.9
 
 
-def test_patience_is_a_time_and_not_a_number_of_attempts(server, shards, monkeypatch):
+def test_retries_are_limited_by_time_not_by_number(server, shards, monkeypatch):
     source = open_split(ENTRY, shards, "train")
     server.requests.clear()
-    server.faults[:] = [503] * 30  # of a server that says so at once
-    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.02)
+    server.faults[:] = [503] * 30  # answered at once
+    monkeypatch.setattr(remote, "MAX_WAIT", 0.02)
     assert [row["id"] for row in source.read(0)] == ["s0", "s1"]
     assert len(server.requests) > 30
 
 
-def test_a_lasting_fault_ends_in_one_sentence(server, shards, monkeypatch):
+def test_reading_is_given_up_after_the_time_limit(server, shards, monkeypatch):
     source = open_split(ENTRY, shards, "train")
-    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.2)
     server.faults[:] = [503] * 20
     with pytest.raises(UserError) as raised:
         source.read(0)
@@ -230,7 +230,7 @@ def test_a_lasting_fault_ends_in_one_sentence(server, shards, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [403, 404])
-def test_what_will_not_pass_is_not_waited_for(server, shards, fault):
+def test_permanent_errors_are_not_retried(server, shards, fault):
     source = open_split(ENTRY, shards, "train")
     server.requests.clear()
     server.faults[:] = [fault] * 5
@@ -239,10 +239,10 @@ def test_what_will_not_pass_is_not_waited_for(server, shards, fault):
     assert len(server.requests) == 1
 
 
-def test_redirects_in_a_circle_are_not_waited_for(server, shards):
+def test_a_redirect_loop_is_not_retried(server, shards):
     source = open_split(ENTRY, shards, "train")
     server.requests.clear()
-    server.faults[:] = ["in circles"]
+    server.faults[:] = ["redirect loop"]
     with pytest.raises(
         UserError, match=r"cannot be read \(TooManyRedirects.*; correct the address"
     ):
@@ -250,8 +250,8 @@ def test_redirects_in_a_circle_are_not_waited_for(server, shards):
     assert len(server.requests) < 20
 
 
-def test_a_server_without_ranges_is_said_to_be_one(server, row, write_shards):
-    # Larger than what is asked for at once: a smaller file comes whole in any case.
+def test_a_server_without_ranges_is_an_error(server, row, write_shards):
+    # Larger than one request of fsspec, which reads a smaller file as a whole anyway.
     large = [row(f"s{i}") | {"image": {"bytes": os.urandom(4 << 20)}} for i in range(4)]
     write_shards(server.folder, "train", [large], row_group_size=1)
     url = f"{server.url}/train-00000-of-00001.parquet"
@@ -264,7 +264,7 @@ def test_a_server_without_ranges_is_said_to_be_one(server, row, write_shards):
 
 
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html><title>Log in</title>", b'{"error": 1}'])
-def test_a_page_in_place_of_a_shard_is_said_at_once(server, page, caplog):
+def test_a_web_page_instead_of_a_shard_is_not_retried(server, page, caplog):
     server.folder.mkdir()
     (server.folder / "train.parquet").write_bytes(page * 20)
     sentence = r"train.parquet is no Parquet file, it begins with .*; if the server asks for a logi"
@@ -273,22 +273,22 @@ def test_a_page_in_place_of_a_shard_is_said_at_once(server, page, caplog):
     assert "attempt" not in caplog.text
 
 
-def test_a_name_that_no_one_knows_is_a_slip_in_the_address(server):
+def test_an_unknown_host_is_not_retried(server):
     start = time.monotonic()
     with pytest.raises(UserError, match=r"cannot be read \(ClientConnectorDNSError.*; correct the"):
         open_split(ENTRY, {"train": ["http://no.such.host.invalid/a.parquet"]}, "train")
     assert time.monotonic() - start < 2
 
 
-def test_a_file_that_was_replaced_on_the_server(server, shards, row, write_shards):
+def test_a_file_replaced_on_the_server_is_an_error(server, shards, row, write_shards):
     source = open_split(ENTRY, shards, "train")
     write_shards(server.folder, "train", [[row("other")], [row("other")]])
     with pytest.raises(UserError, match=r"00001-of-00002.parquet' has other row groups than when"):
         source.read(2)
 
 
-def test_loader_processes_open_connections_of_their_own(server, shards, caplog):
-    # An inherited connection, and the inherited loop that watches it, are still the parent's.
+def test_workers_open_their_own_connections(server, shards, caplog):
+    # A forked worker inherits connections and the event loop, which the parent still uses.
     source = open_split(ENTRY, shards, "train")
     samples = Samples(ENTRY, source, StoredOrder(source.group_rows), to_tensors)
     for _ in range(3):
@@ -300,12 +300,12 @@ def test_loader_processes_open_connections_of_their_own(server, shards, caplog):
         samples._open.clear()
         assert [samples[position]["id"] for position in (5, 0, 3)] == ["s5", "s0", "s3"]
         assert time.monotonic() - start < 5
-    assert caplog.text == ""  # nothing had to be read again
+    assert caplog.text == ""  # no retry
 
 
-def test_a_forked_process_does_not_close_the_connections_of_its_parent(server, shards, caplog):
-    # It would take them out of the list of those that the parent's loop waits for (epoll), and the
-    # parent would wait for ever.
+def test_a_forked_process_keeps_the_connections_of_its_parent_open(server, shards, caplog):
+    # Closing them would remove them from the epoll set of the parent's event loop, and the parent
+    # would wait for ever.
     def first_bytes():
         fs, path = remote.file_system(shards["train"][0])
         return fs.cat_file(path, 0, 4)
@@ -314,16 +314,16 @@ def test_a_forked_process_does_not_close_the_connections_of_its_parent(server, s
     child = multiprocessing.get_context("fork").Process(target=gc.collect)
     child.start()
     child.join()
-    assert remote.patiently(first_bytes, shards["train"][0]) == b"PAR1"
+    assert remote.read_with_retries(first_bytes, shards["train"][0]) == b"PAR1"
     assert caplog.text == ""
 
 
-def test_a_url_without_a_file(server, shards):
+def test_a_missing_file_on_the_server(server, shards):
     with pytest.raises(UserError, match=r"nothing.parquet cannot be read \(.*404.*; correct"):
         open_split(ENTRY, {"train": [f"{server.url}/nothing.parquet"]}, "train")
 
 
-def test_a_server_that_is_not_there(server, monkeypatch):
-    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+def test_an_unreachable_server(server, monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.5)
     with pytest.raises(UserError, match=r"could not be read for \d s \(.*ConnectorError"):
         open_split(ENTRY, {"train": ["http://127.0.0.1:9/train.parquet"]}, "train")

@@ -1,4 +1,4 @@
-"""Where rows are found, and how many there are."""
+"""Opening the source of a split: Parquet, image folders, streams; and its errors."""
 
 import dataclasses
 import shutil
@@ -9,19 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.data.sources import ParquetSource, PictureFolder, StreamedSource, open_split
+from segformer_pl.data.sources import ImageFolder, ParquetSource, StreamedSource, open_split
 from segformer_pl.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 ENTRY = find_dataset("shapes")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def ids(source):
-    """All ids, read row group by row group from the last to the first."""
+    """All ids in stored order, with the row groups read from last to first."""
     groups = range(len(source.group_rows))
     read = {group: [row["id"] for row in source.read(group)] for group in reversed(groups)}
     assert [len(read[group]) for group in groups] == source.group_rows
@@ -48,7 +45,7 @@ def test_only_the_columns_of_the_entry_are_read(tmp_path, row):
     assert set(read) == {"image", "label", "id"}
 
 
-def test_shards_of_the_hub_layout_a_pattern_and_a_list_are_one_place(tmp_path, row, write_shards):
+def test_a_folder_a_pattern_and_a_list_open_the_same_shards(tmp_path, row, write_shards):
     (tmp_path / "data").mkdir()
     write_shards(tmp_path / "data", "test", [[row("a")], [row("b")]])
     files = sorted(str(file) for file in (tmp_path / "data").iterdir())
@@ -56,15 +53,17 @@ def test_shards_of_the_hub_layout_a_pattern_and_a_list_are_one_place(tmp_path, r
         assert ids(open_split(ENTRY, path, "test")) == ["a", "b"]
 
 
-def test_the_fingerprint_tells_data_apart_and_not_places(tmp_path, row, write_shards):
-    here = write_shards(tmp_path / "here", "train", [[row("a"), row("b")]])
-    there = shutil.copytree(here, tmp_path / "there")
+def test_the_fingerprint_depends_on_the_data_and_not_on_the_location(tmp_path, row, write_shards):
+    folder = write_shards(tmp_path / "set", "train", [[row("a"), row("b")]])
+    copy = shutil.copytree(folder, tmp_path / "copy")
     other = write_shards(tmp_path / "other", "train", [[row("a"), row("b"), row("c")]])
-    prints = [open_split(ENTRY, str(at), "train").fingerprint for at in (here, there, other)]
-    assert prints[0] == prints[1] != prints[2]
+    fingerprints = [
+        open_split(ENTRY, str(path), "train").fingerprint for path in (folder, copy, other)
+    ]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_splits_have_the_names_of_the_entry(tmp_path, row, write_shards):
+def test_the_entry_names_the_stored_split(tmp_path, row, write_shards):
     write_shards(tmp_path, "val", [[row("a")]])
     entry = dataclasses.replace(ENTRY, splits={"validation": "val"})
     assert ids(open_split(entry, str(tmp_path), "validation")) == ["a"]
@@ -78,8 +77,8 @@ def test_plain_binary_columns_are_read(tmp_path, row):
 
 
 @pytest.fixture
-def pictures(tmp_path, row):
-    """Images and labels as files, one of them in a folder of its own."""
+def image_folder(tmp_path, row):
+    """A folder of image and label files, one pair of them in a sub-folder."""
     for name in ("b", "a", "town/c"):
         for kind, suffix in (("image", ".jpg"), ("label", ".png")):
             file = tmp_path / "set" / f"{kind}s" / "train" / f"{name}{suffix}"
@@ -88,26 +87,26 @@ def pictures(tmp_path, row):
     return tmp_path / "set"
 
 
-def test_a_folder_of_pictures(pictures):
-    source = open_split(ENTRY, str(pictures), "train")
-    assert isinstance(source, PictureFolder)
+def test_an_image_folder(image_folder):
+    source = open_split(ENTRY, str(image_folder), "train")
+    assert isinstance(source, ImageFolder)
     assert source.group_rows == [1, 1, 1]
     assert ids(source) == ["a", "b", "town/c"]
     assert source.name(2, 0) == "town/c"
 
 
-def test_pictures_without_labels_are_counted_and_named(pictures):
-    (pictures / "labels" / "train" / "a.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 3 pictures in .* have no label .* is 'a.jpg'; add"):
-        open_split(ENTRY, str(pictures), "train")
-    with pytest.raises(UserError, match=r"there is no picture in '.*/images/validation'; give a"):
-        open_split(ENTRY, str(pictures), "validation")
+def test_images_without_labels_are_counted_and_named(image_folder):
+    (image_folder / "labels" / "train" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 3 images in .* have no label .* is 'a.jpg'; add"):
+        open_split(ENTRY, str(image_folder), "train")
+    with pytest.raises(UserError, match=r"no images in '.*/images/validation'; give a folder"):
+        open_split(ENTRY, str(image_folder), "validation")
 
 
-def test_a_format_without_row_counts_is_read_through_once_and_says_so(
+def test_a_format_without_row_counts_is_read_through_once_with_a_message(
     tmp_path, row, caplog, monkeypatch
 ):
-    # A picture folder with metadata, in the library's form: nothing but the stream tells its rows.
+    # The image folder format of datasets, whose rows are known from the stream alone.
     folder = tmp_path / "library"
     (folder / "train").mkdir(parents=True)
     lines = ["file_name,label_file_name,id"]
@@ -123,21 +122,21 @@ def test_a_format_without_row_counts_is_read_through_once_and_says_so(
     assert "it is read through once to count them; convert it to Parquet" in caplog.text
     assert source.group_rows == [64, 64, 22]
     assert sorted(ids(source)) == sorted(f"r{i}" for i in range(150))
-    # Any place again, in any order, from another process's point of view.
+    # Reopened, as another process would: the index comes from the cache.
     monkeypatch.setattr(StreamedSource, "_read_through", None)
-    again = open_split(ENTRY, str(folder), "train")
-    assert again.fingerprint == source.fingerprint
-    assert [row["id"] for row in again.read(1)] == [row["id"] for row in source.read(1)]
+    reopened = open_split(ENTRY, str(folder), "train")
+    assert reopened.fingerprint == source.fingerprint
+    assert [row["id"] for row in reopened.read(1)] == [row["id"] for row in source.read(1)]
 
 
-def test_columns_of_the_entry_are_looked_for(tmp_path):
+def test_a_missing_column_is_an_error(tmp_path):
     table = pa.table({"image": [b""], "mask": [b""]})
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(UserError, match=r"no column 'label'.*it has: image, mask"):
         open_split(ENTRY, str(tmp_path), "train")
 
 
-def test_a_shard_cut_short_is_named(tmp_path, row, write_shards):
+def test_a_truncated_shard_is_named(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a")], [row("b")]])
     shard = tmp_path / "train-00001-of-00002.parquet"
     shard.write_bytes(shard.read_bytes()[:100])
@@ -156,27 +155,27 @@ def test_a_damaged_row_group_is_named_when_it_is_read(tmp_path, row, write_shard
         source.read(0)
 
 
-def test_shards_without_a_row_are_refused(tmp_path, write_shards):
+def test_shards_without_rows_are_an_error(tmp_path, write_shards):
     write_shards(tmp_path, "train", [[]])
-    with pytest.raises(UserError, match=r"the train shards of '.*' hold no row"):
+    with pytest.raises(UserError, match=r"the train shards of '.*' have no rows"):
         open_split(ENTRY, str(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
-    ("path", "sentence"),
+    ("path", "message"),
     [
         ("nowhere", r"there is no folder 'nowhere'; give the folder"),
         ("/no/where/at/all", r"there is no folder '/no/where/at/all'"),
         ("nobody/nothing", r"'nobody/nothing' cannot be opened as a data set \(.*\); check the"),
-        ({"validation": []}, r"names no files for the train split, only for validation; add"),
+        ({"validation": []}, r"no files for split 'train', only for validation; add them"),
         ({"train": ["missing.parquet"]}, r"there is no file 'missing.parquet'; correct the path"),
         ("missing/{split}-*.parquet", r"no file matches 'missing/train-\*.parquet'"),
-        (None, r"'shapes' is read from a place of yours; give --data.path"),
+        (None, r"not given, and data set 'shapes' has no hub location; give --data.path"),
     ],
 )
-def test_places_that_are_not_there(path, sentence, monkeypatch):
+def test_missing_locations(path, message, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         open_split(ENTRY, path, "train")
 
 
@@ -184,6 +183,6 @@ def test_a_folder_with_other_splits_only(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a")]])
     with pytest.raises(
         UserError,
-        match=r"holds no validation\*.parquet \(there is 'train-.*'\); give a folder with",
+        match=r"no validation\*.parquet or images/validation/ in .* \(there is 'train-.*'\); give",
     ):
         open_split(ENTRY, str(tmp_path), "validation")

@@ -1,4 +1,4 @@
-"""Samples: the right row at every position, on any number of ranks and workers."""
+"""Samples by position, rank and worker; bad samples; collation."""
 
 import pickle
 import re
@@ -26,7 +26,7 @@ ENTRY = find_dataset("shapes")
 
 
 class Rows:
-    """A source in memory: real rows, with a count of what was read."""
+    """A source in memory that records which row groups are read."""
 
     def __init__(self, group_rows, row):
         self.group_rows = group_rows
@@ -55,7 +55,7 @@ def training(source, seed=0, **arguments):
 
 
 def batches_of_worker(samples, rank, world_size, worker, num_workers, batch_size, start=0):
-    """What a loader process of a rank is given: every num_workers-th batch of its sampler."""
+    """Every ``num_workers``-th batch of a rank's sampler, as a worker receives them."""
     positions = iter(RankSampler(samples.order, rank, world_size, batch_size, lambda: start))
     for step in range(10**9):
         batch = list(islice(positions, batch_size))
@@ -76,20 +76,20 @@ layouts = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any)
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_global_batch_of_every_step_is_the_same_on_any_ranks_and_workers(
+def test_global_batches_do_not_depend_on_world_size_and_workers(
     group_rows, seed, world_size, num_workers, batch_size, start, data
 ):
     order = EpochShuffle(group_rows, [0] * len(group_rows), seed)
     samples = Samples(ENTRY, None, order, None)
     global_batch = world_size * batch_size
-    num_steps = 2 * order.num_rows // global_batch + 2  # over the border of an epoch
+    num_steps = 2 * order.num_rows // global_batch + 2  # beyond the end of an epoch
     steps = {}
     for rank in range(world_size):
         for worker in range(num_workers):
-            share = batches_of_worker(
+            batches = batches_of_worker(
                 samples, rank, world_size, worker, num_workers, batch_size, start
             )
-            for step, batch in share:
+            for step, batch in batches:
                 if step >= num_steps:
                     break
                 steps.setdefault(step, {})[rank] = batch
@@ -99,8 +99,9 @@ def test_the_global_batch_of_every_step_is_the_same_on_any_ranks_and_workers(
     ]
     flat = list(chain.from_iterable(positions))
     assert flat == list(range(start, start + num_steps * global_batch))
-    # so each epoch that lies inside holds every row once (test_order.py), and a run that is
-    # killed after any step goes on with what comes next, on any ranks that keep the global batch
+    # The positions are consecutive, so each whole epoch holds every row once (test_order.py). A run
+    # killed after any step resumes at the next position, for any world size that keeps the global
+    # batch.
     killed = data.draw(st.integers(0, num_steps - 1))
     divisors = [n for n in range(1, 9) if global_batch % n == 0]
     ranks = data.draw(st.sampled_from(divisors))
@@ -113,15 +114,15 @@ def test_the_global_batch_of_every_step_is_the_same_on_any_ranks_and_workers(
     assert list(following) == positions[killed]
 
 
-# The resumptions that mosaicml streaming tests for its "relaxed" partition: one global batch, nodes
-# of 8 devices with 8 workers each. It compares global batches as sets; here the order is the same.
+# The same cases as mosaicml/streaming's test of its "relaxed" partition: one global batch, nodes of
+# 8 devices with 8 workers each. That test compares global batches as sets; here the order is equal.
 GLOBAL_BATCH = 960
 NODES = [1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 24, 30, 40, 60, 120]
 DEVICES, WORKERS = 8, 8
 
 
 @pytest.mark.parametrize("num_nodes", NODES)
-def test_a_run_resumes_on_other_numbers_of_nodes_with_equal_global_batches(num_nodes):
+def test_global_batches_are_equal_for_any_number_of_nodes(num_nodes):
     order = EpochShuffle([100] * 100, [0] * 100, seed=5)
     samples = Samples(ENTRY, None, order, None)
     world_size = num_nodes * DEVICES
@@ -132,23 +133,23 @@ def test_a_run_resumes_on_other_numbers_of_nodes_with_equal_global_batches(num_n
             batches = batches_of_worker(
                 samples, rank, world_size, worker, WORKERS, GLOBAL_BATCH // world_size, begin
             )
-            for step, batch in takewhile(lambda one: one[0] < num_steps, batches):
+            for step, batch in takewhile(lambda pair: pair[0] < num_steps, batches):
                 steps[step].append((rank, batch))
     flat = [position for step in steps for _, batch in sorted(step) for position in batch]
     assert flat == list(range(begin, begin + num_steps * GLOBAL_BATCH))
 
 
 @given(layouts, st.integers(1, 8))
-def test_evaluation_takes_every_row_once_and_pads_nothing(group_rows, world_size):
+def test_evaluation_reads_every_row_once_without_padding(group_rows, world_size):
     order = StoredOrder(group_rows)
-    shares = [list(RankSampler(order, rank, world_size, 2)) for rank in range(world_size)]
-    assert list(chain.from_iterable(shares)) == list(range(sum(group_rows)))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    blocks = [list(RankSampler(order, rank, world_size, 2)) for rank in range(world_size)]
+    assert list(chain.from_iterable(blocks)) == list(range(sum(group_rows)))
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
     lengths = {len(RankSampler(order, rank, world_size, 2)) for rank in range(world_size)}
-    assert lengths == {max(map(len, shares))}
+    assert lengths == {max(map(len, blocks))}
 
 
-def test_training_has_no_length_that_could_end_it(row):
+def test_the_training_sampler_has_no_length(row):
     sampler = RankSampler(training(Rows([4], row)).order, 0, 1, 2)
     with pytest.raises(TypeError, match="has no end"):
         len(sampler)
@@ -176,24 +177,24 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_loader_processes_deliver_the_same_batches_augmentation_included(row, num_workers):
+def test_workers_deliver_the_same_augmented_batches(row, num_workers):
     expected = take(training(Rows([5, 3, 9, 2], row)), 12)
-    torch.manual_seed(1)  # what others draw does not matter
+    torch.manual_seed(1)  # the global generators have no influence
     np.random.seed(1)  # noqa: NPY002
-    got = take(training(Rows([5, 3, 9, 2], row)), 12, num_workers)
-    assert all(map(equal, got, expected))
+    batches = take(training(Rows([5, 3, 9, 2], row)), 12, num_workers)
+    assert all(map(equal, batches, expected))
     assert len({tuple(batch["seed"]) for batch in expected}) == 12
 
 
 @pytest.mark.slow
-def test_processes_that_are_spawned_deliver_the_same_batches(tmp_path, row, write_shards):
+def test_spawned_workers_deliver_the_same_batches(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row(f"{i}") for i in range(9)]])
     samples = training(open_split(ENTRY, str(tmp_path), "train"))
-    got = take(samples, 3, 1, multiprocessing_context="spawn")
-    assert all(map(equal, got, take(samples, 3)))
+    batches = take(samples, 3, 1, multiprocessing_context="spawn")
+    assert all(map(equal, batches, take(samples, 3)))
 
 
-def test_a_run_goes_on_in_the_middle_of_an_epoch_twice_in_a_row(row):
+def test_resume_twice_within_an_epoch(row):
     whole = take(training(Rows([5, 3, 9, 2], row), seed=4), 12)
     parts = take(training(Rows([5, 3, 9, 2], row), seed=4), 3)
     parts += take(training(Rows([5, 3, 9, 2], row), seed=4), 1, start=12)
@@ -201,7 +202,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_twice_in_a_row(row):
     assert all(map(equal, parts, whole))
 
 
-def test_drawing_leaves_the_generators_of_others_alone(row):
+def test_samples_leave_the_global_generators_unchanged(row):
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002
     before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
@@ -212,7 +213,7 @@ def test_drawing_leaves_the_generators_of_others_alone(row):
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_another_epoch_augments_the_same_picture_differently(row):
+def test_the_next_epoch_augments_the_same_image_differently(row):
     samples = training(Rows([1], row))
     assert samples[0]["id"] == samples[1]["id"]
     assert samples[0]["seed"] != samples[1]["seed"]
@@ -222,9 +223,9 @@ def test_another_epoch_augments_the_same_picture_differently(row):
 def test_a_lane_reads_each_of_its_row_groups_once(row):
     source = Rows([16] * 80, row)
     samples = training(source)
-    for first in range(0, 1280, 16):  # a worker that has every position of one residue class
+    for first in range(0, 1280, 16):  # a worker that has every 16th position
         samples[first]
-    # 4 of 64 lanes, 20 rows each: two row groups, or three where both ends are cut
+    # 4 of 64 lanes with 20 rows each: two row groups per lane, or three if both ends are cut.
     assert len(source.reads) <= 4 * 3
     source.reads.clear()
     samples = training(source)
@@ -245,7 +246,7 @@ def test_samples_are_decoded_and_mapped(row):
     assert (sample["id"], sample["skipped"]) == ("s000", {})
 
 
-def test_a_row_without_an_id_is_called_by_its_place(tmp_path, row):
+def test_a_row_without_an_id_is_named_by_shard_and_index(tmp_path, row):
     cells = [row("x") | {"id": None}, row("y")]
     pq.write_table(pa.Table.from_pylist(cells), tmp_path / "train.parquet")
     source = open_split(ENTRY, str(tmp_path), "train")
@@ -253,12 +254,12 @@ def test_a_row_without_an_id_is_called_by_its_place(tmp_path, row):
     assert [samples[i]["id"] for i in range(2)] == ["train:0", "y"]
 
 
-def test_samples_travel_to_a_process_that_is_spawned(tmp_path, row, write_shards):
+def test_samples_can_be_pickled(tmp_path, row, write_shards):
     write_shards(tmp_path, "train", [[row("a"), row("b")]])
     samples = training(open_split(ENTRY, str(tmp_path), "train"))
     samples[0]
-    travelled = pickle.loads(pickle.dumps(samples))
-    assert equal(collate([travelled[1]]), collate([samples[1]]))
+    unpickled = pickle.loads(pickle.dumps(samples))
+    assert equal(collate([unpickled[1]]), collate([samples[1]]))
 
 
 def _tiff(array):
@@ -268,7 +269,7 @@ def _tiff(array):
 
 
 FLOATS = _tiff(np.zeros((8, 8), np.float32))
-BROKEN = [
+BAD = [
     ({"label": None}, r"sample 's001', column 'label': the row holds no image; remove"),
     ({"image": None}, r"sample 's001', column 'image': the row holds no image"),
     (
@@ -282,42 +283,44 @@ BROKEN = [
 ]
 
 
-@pytest.fixture(params=BROKEN, ids=lambda param: next(iter(param[0])))
-def broken(request, row, png):
-    cells, sentence = request.param
+@pytest.fixture(params=BAD, ids=lambda param: next(iter(param[0])))
+def bad_row(request, row, png):
+    cells, message = request.param
     source = Rows([2, 2], row)
     source.groups[0][1] |= {
         column: png(cell) if isinstance(cell, np.ndarray) else cell
         for column, cell in cells.items()
     }
-    return source, sentence
+    return source, message
 
 
-def test_a_broken_row_is_named(broken):
-    source, sentence = broken
+def test_a_bad_row_is_named(bad_row):
+    source, message = bad_row
     samples = Samples(ENTRY, source, StoredOrder(source.group_rows), to_tensors)
     assert samples[0]["id"] == "s000"
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         samples[1]
 
 
-def test_in_training_another_sample_takes_the_place_of_a_bad_one(broken):
-    source, sentence = broken
+def test_in_training_another_sample_replaces_a_bad_one(bad_row):
+    source, message = bad_row
     samples = training(source, on_bad_sample="skip")
-    seen = [samples[position] for position in range(8)]
-    reported = [sample for sample in seen if sample["skipped"]]
+    loaded = [samples[position] for position in range(8)]
+    reported = [sample for sample in loaded if sample["skipped"]]
     assert len(reported) == 2  # once in each epoch
     for sample in reported:
         assert sample["id"] != "s001"
         (why,) = set(sample["skipped"].values())
         assert list(sample["skipped"]) == ["s001"]
-        assert re.search(sentence, why)
-    again = training(source, on_bad_sample="skip")
-    assert [again[position]["id"] for position in range(8)] == [sample["id"] for sample in seen]
+        assert re.search(message, why)
+    repeated = training(source, on_bad_sample="skip")
+    assert [repeated[position]["id"] for position in range(8)] == [
+        sample["id"] for sample in loaded
+    ]
 
 
-def test_in_evaluation_no_pixel_of_a_bad_sample_counts(broken):
-    source, _ = broken
+def test_in_evaluation_a_bad_sample_is_ignored(bad_row):
+    source, _ = bad_row
     order = StoredOrder(source.group_rows)
     samples = Samples(ENTRY, source, order, to_tensors, on_bad_sample="skip")
     blank = collate([samples[1]])
@@ -329,7 +332,7 @@ def test_in_evaluation_no_pixel_of_a_bad_sample_counts(broken):
     assert mixed["image"].shape == (2, 3, 8, 8)
 
 
-def test_skipping_ends_when_nothing_is_sound(row):
+def test_skipping_stops_after_ten_bad_samples(row):
     source = Rows([3], row)
     for cells in source.groups[0]:
         cells["label"] = None
@@ -337,7 +340,7 @@ def test_skipping_ends_when_nothing_is_sound(row):
         training(source, on_bad_sample="skip")[0]
 
 
-def test_pictures_of_unequal_size_are_refused_with_the_remedy(row):
+def test_images_of_unequal_size_raise_an_error(row):
     source = Rows([2], row)
     source.groups[0][1] = row("wide", size=(8, 12))
     samples = Samples(ENTRY, source, StoredOrder([2]), to_tensors)

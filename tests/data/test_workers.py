@@ -1,4 +1,4 @@
-"""Sources in real loader processes, which must deliver what the process that started them would."""
+"""Sources in data-loader workers, which must deliver the same samples as the main process."""
 
 import dataclasses
 import io
@@ -18,20 +18,15 @@ from segformer_pl.data.streaming import RankSampler, Samples, collate
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_cache")]
 
 ENTRY = find_dataset("shapes")
 NUM_ROWS = 150
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def rows(row, png):
-    """Rows that tell themselves apart by their pixels."""
+    """Rows whose pixel values identify them."""
     images = [np.full((8, 8, 3), number, np.uint8) for number in range(NUM_ROWS)]
     return [
         row(f"r{number:03d}", label_value=number % 3) | {"image": png(image)}
@@ -40,7 +35,7 @@ def rows(row, png):
 
 
 def tars(folder, rows):
-    """WebDataset: four tars."""
+    """Write rows as four tars of WebDataset; return changes of the catalogue entry."""
     folder.mkdir()
     for shard in range(4):
         with tarfile.open(folder / f"train-{shard}.tar", "w") as tar:
@@ -53,7 +48,7 @@ def tars(folder, rows):
 
 
 def imagefolder(folder, rows):
-    """Files and a table, whose names are cells without bytes."""
+    """Write rows as files and metadata.csv, so that cells hold file names instead of bytes."""
     (folder / "train").mkdir(parents=True)
     lines = ["file_name,label_file_name,id"]
     for cells in rows:
@@ -66,7 +61,7 @@ def imagefolder(folder, rows):
 
 
 def saved_to_disk(folder, rows):
-    """Arrow files."""
+    """Write rows as Arrow files of ``save_to_disk``."""
     features = {
         "image": datasets.Image(),
         "label": datasets.Image(),
@@ -85,7 +80,7 @@ def loader(samples, num_workers, batch_size=4):
 
 
 def delivered(loader):
-    """Ids and what the pixels say, in order."""
+    """Id, image value and label value of every sample, in order."""
     return [
         (name, round(float(image[0, 0, 0] * 255)), int(label[0, 0]))
         for batch in loader
@@ -97,7 +92,7 @@ EXPECTED = [(f"r{number:03d}", number, number % 3) for number in range(NUM_ROWS)
 
 
 @pytest.mark.parametrize("write", [tars, imagefolder, saved_to_disk])
-def test_streams_have_the_same_rows_in_loader_processes(tmp_path, rows, write):
+def test_streams_deliver_the_same_rows_in_workers(tmp_path, rows, write):
     changes = write(tmp_path / "set", rows)
     entry = dataclasses.replace(ENTRY, **changes)
     source = open_split(entry, str(tmp_path / "set"), "train")
@@ -108,7 +103,7 @@ def test_streams_have_the_same_rows_in_loader_processes(tmp_path, rows, write):
         assert delivered(loader(samples, num_workers)) == delivered(loader(samples, 0))
 
 
-def test_a_stream_whose_files_were_replaced_is_refused_at_once(tmp_path, rows):
+def test_a_stream_with_replaced_files_is_an_error(tmp_path, rows):
     entry = dataclasses.replace(ENTRY, **tars(tmp_path / "set", rows))
     source = open_split(entry, str(tmp_path / "set"), "train")
     (tmp_path / "set" / "train-0.tar").rename(tmp_path / "set" / "train-1.tar")
@@ -123,14 +118,14 @@ def test_a_stream_whose_files_were_replaced_is_refused_at_once(tmp_path, rows):
         source.read(1)
 
 
-def test_a_stream_that_moved_is_the_same_data(tmp_path, rows):
-    entry = dataclasses.replace(ENTRY, **tars(tmp_path / "here", rows))
-    here = open_split(entry, str(tmp_path / "here"), "train").fingerprint
-    tars(tmp_path / "there", rows)
-    there = open_split(entry, str(tmp_path / "there"), "train").fingerprint
+def test_the_fingerprint_of_a_stream_does_not_depend_on_the_location(tmp_path, rows):
+    entry = dataclasses.replace(ENTRY, **tars(tmp_path / "original", rows))
+    original = open_split(entry, str(tmp_path / "original"), "train").fingerprint
+    tars(tmp_path / "copy", rows)
+    copy = open_split(entry, str(tmp_path / "copy"), "train").fingerprint
     tars(tmp_path / "other", [*rows[1:], rows[0]])
     other = open_split(entry, str(tmp_path / "other"), "train").fingerprint
-    contents = [fingerprint.partition("-")[2] for fingerprint in (here, there, other)]
+    contents = [fingerprint.partition("-")[2] for fingerprint in (original, copy, other)]
     assert contents[0] == contents[1] != contents[2]
 
 
@@ -140,12 +135,11 @@ def shards(tmp_path, rows, write_shards):
     return write_shards(tmp_path / "shards", "train", parts, row_group_size=5)
 
 
-def test_a_look_at_the_data_before_the_loader_processes_start(shards):
-    # Open files of the process that forks have one position for all: rows came out of other places
-    # in half of such runs.
-    entry = dataclasses.replace(ENTRY)
-    source = ParquetSource(sorted(map(str, shards.iterdir())), entry)
-    samples = Samples(entry, source, StoredOrder(source.group_rows), to_tensors)
+def test_samples_read_before_the_workers_start(shards):
+    # A file that was opened before the fork has one position for all processes. Half of such runs
+    # read wrong rows when workers shared it.
+    source = ParquetSource(sorted(map(str, shards.iterdir())), ENTRY)
+    samples = Samples(ENTRY, source, StoredOrder(source.group_rows), to_tensors)
     for _ in range(8):
         for position in (0, 60, 149):  # all shards are open
             samples[position]
@@ -154,7 +148,7 @@ def test_a_look_at_the_data_before_the_loader_processes_start(shards):
         assert samples[70]["id"] == "r070"
 
 
-def test_a_notebook_looks_at_the_data_and_trains(shards):
+def test_a_sample_read_from_the_loader_before_training(shards):
     data = StreamingSegmentationData(path=str(shards), batch_size=4, num_workers=3)
     data.train_dataloader().dataset[0]
     batches = [batch["id"] for batch in islice(data.train_dataloader(), 12)]
@@ -162,25 +156,25 @@ def test_a_notebook_looks_at_the_data_and_trains(shards):
     assert batches == [batch["id"] for batch in islice(data.train_dataloader(), 12)]
 
 
-def test_a_loader_abandoned_in_the_middle_leaves_nothing_behind(shards):
+def test_an_abandoned_iterator_does_not_change_the_next(shards):
     data = StreamingSegmentationData(path=str(shards), batch_size=4, num_workers=2)
     whole = [batch["id"] for batch in islice(data.train_dataloader(), 20)]
     batches = iter(data.train_dataloader())
     assert [next(batches)["id"] for _ in range(7)] == whole[:7]
     del batches
-    one = data.train_dataloader()
-    assert [batch["id"] for batch in islice(one, 3)] == whole[:3]
-    # the same loader, whose persistent processes have fetched ahead
-    assert [batch["id"] for batch in islice(one, 20)] == whole
+    loader = data.train_dataloader()
+    assert [batch["id"] for batch in islice(loader, 3)] == whole[:3]
+    # The same loader again, whose persistent workers have prefetched batches.
+    assert [batch["id"] for batch in islice(loader, 20)] == whole
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_two_loaders_that_take_turns(shards, rows, write_shards, num_workers):
+def test_loaders_that_are_read_in_turn(shards, rows, write_shards, num_workers):
     write_shards(shards, "validation", [rows[:30], rows[30:40]], row_group_size=7)
     data = StreamingSegmentationData(path=str(shards), batch_size=4, num_workers=num_workers)
     alone = [batch["id"] for batch in islice(data.train_dataloader(), 12)]
-    train, again = iter(data.train_dataloader()), iter(data.train_dataloader())
+    train, second = iter(data.train_dataloader()), iter(data.train_dataloader())
     validation = iter(data.val_dataloader())
-    turns = [(next(train)["id"], next(validation)["id"], next(again)["id"]) for _ in range(12)]
+    turns = [(next(train)["id"], next(validation)["id"], next(second)["id"]) for _ in range(12)]
     assert [turn[0] for turn in turns] == [turn[2] for turn in turns] == alone
     assert [turn[1] for turn in turns] == [[f"r{number:03d}"] for number in range(12)]
