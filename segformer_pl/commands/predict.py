@@ -107,7 +107,7 @@ def predict(arguments: list[str]) -> None:
             try:
                 writer.write(name, pixels, labels, probabilities)
             except WriteError as error:
-                if not error.is_of_the_name:  # but of the disk or the folder, as of all others
+                if not error.is_name_error:  # but of the disk or the folder, as of all others
                     raise
                 num_skipped += 1
                 tqdm.write(f"skipped: {file}: {error}", file=sys.stderr)
