@@ -65,7 +65,7 @@ class SegmentationTask(pl.LightningModule):
         class_names: Class names in the order of the train ids. The command line takes them from
             the data set.
         palette: Colour of each class, RGB 0 to 255, in the order of the train ids. The command
-            line takes them from the data set.
+            line takes it from the data set.
         ignore_index: Label of the pixels that the loss and the metrics leave out. The command line
             takes it from the data set.
         weights: Pretrained weights of the whole network: a file, a folder written by
@@ -76,7 +76,7 @@ class SegmentationTask(pl.LightningModule):
         encoder_weights: Pretrained weights of the encoder alone, in the same forms. ``weights``
             and ``encoder_weights`` exclude each other.
         match_classes: How the classes of ``weights`` are assigned to ``class_names``. ``"exact"``:
-            names and order must be equal; if only the number of classes differs, the classifier is
+            names and order must be equal; if the number of classes differs, the classifier is
             re-initialised. ``"by_name"``: the classifier is reordered by class name, and classes
             that ``weights`` lack are re-initialised. ``"by_index"``: class i keeps its weights,
             whatever its name. A network with re-initialised classes can be trained but not
