@@ -21,12 +21,12 @@ def label_maps(seed=0, num_classes=NUM_CLASSES):
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (4, 40, 50)
-    labels = torch.randint(num_classes - 2, shape, generator=generator)
+    target = torch.randint(num_classes - 2, shape, generator=generator)
     noise = torch.randint(num_classes - 1, shape, generator=generator)
-    predictions = torch.where(torch.rand(shape, generator=generator) < 0.6, labels, noise)
-    predictions[predictions == num_classes - 3] = 0
-    labels[torch.rand(shape, generator=generator) < 0.2] = IGNORED
-    return predictions, labels
+    pred = torch.where(torch.rand(shape, generator=generator) < 0.6, target, noise)
+    pred[pred == num_classes - 3] = 0
+    target[torch.rand(shape, generator=generator) < 0.2] = IGNORED
+    return pred, target
 
 
 def update(metrics, pred, target, confidence=None):
@@ -35,23 +35,23 @@ def update(metrics, pred, target, confidence=None):
     metrics.update(pred, target, ones if confidence is None else confidence, ones)
 
 
-def our_metrics(predictions, labels, num_classes=NUM_CLASSES):
+def our_metrics(pred, target, num_classes=NUM_CLASSES):
     metrics = SegmentationMetrics(num_classes, IGNORED)
-    for prediction, label in zip(predictions, labels):
+    for prediction, label in zip(pred, target):
         update(metrics, prediction[None], label[None])
     return metrics.compute()
 
 
 @pytest.fixture(scope="module")
 def iou_metric(mmseg):
-    """Function predictions, targets -> mmsegmentation's metrics as exact fractions, its rounded
+    """Function pred, target -> mmsegmentation's metrics as exact fractions, its rounded
     report in per cent, and its pixel counts."""
     from mmseg.evaluation.metrics import IoUMetric
 
-    def evaluate(predictions, labels):
+    def evaluate(pred, target):
         metric = IoUMetric(iou_metrics=["mIoU"], ignore_index=IGNORED)
         metric.dataset_meta = {"classes": [f"class {n}" for n in range(NUM_CLASSES)]}
-        for prediction, label in zip(predictions, labels):
+        for prediction, label in zip(pred, target):
             sample = {"pred_sem_seg": {"data": prediction[None]}, "gt_sem_seg": {"data": label}}
             metric.process({}, [sample])
         # Its float32 counts are exact below 2**24 pixels; divide them in float64.
@@ -63,9 +63,9 @@ def iou_metric(mmseg):
 
 
 def test_metrics_of_mmsegmentation(iou_metric):
-    predictions, labels = label_maps()
-    exact, reported, sums = iou_metric(predictions, labels)
-    result = our_metrics(predictions, labels)
+    pred, target = label_maps()
+    exact, reported, sums = iou_metric(pred, target)
+    result = our_metrics(pred, target)
     np.testing.assert_allclose(result["iou"], exact["IoU"], rtol=1e-14)
     assert result["aacc"].item() == pytest.approx(float(exact["aAcc"]), rel=1e-14)
     for name in ("miou", "macc", "aacc"):
@@ -80,17 +80,17 @@ def test_metrics_of_mmsegmentation(iou_metric):
 
 
 def test_other_definitions_of_miou_are_detected(iou_metric):
-    predictions, labels = label_maps()
-    exact, _, _ = iou_metric(predictions, labels)
-    iou = our_metrics(predictions, labels)["iou"]
+    pred, target = label_maps()
+    exact, _, _ = iou_metric(pred, target)
+    iou = our_metrics(pred, target)["iou"]
     # An absent class counted as 0, and a class that is only predicted left out
     assert iou.nan_to_num().mean().item() != pytest.approx(np.nanmean(exact["IoU"]), rel=1e-3)
     assert iou[iou > 0].mean().item() != pytest.approx(np.nanmean(exact["IoU"]), rel=1e-3)
     # A mean over images instead of over the split, and ignored pixels counted as wrong
-    separate = [our_metrics(p[None], y[None])["miou"] for p, y in zip(predictions, labels)]
+    separate = [our_metrics(p[None], y[None])["miou"] for p, y in zip(pred, target)]
     assert torch.stack(separate).mean().item() != pytest.approx(np.nanmean(exact["IoU"]), rel=1e-6)
-    counted = labels.masked_fill(labels == IGNORED, 0)
-    wrong = our_metrics(predictions, counted)["miou"].item()
+    counted = target.masked_fill(target == IGNORED, 0)
+    wrong = our_metrics(pred, counted)["miou"].item()
     assert wrong != pytest.approx(np.nanmean(exact["IoU"]), rel=1e-3)
 
 
@@ -137,22 +137,22 @@ def test_calibration_error_of_netcal():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(3, 30, 40, NUM_CLASSES, generator=generator, dtype=torch.float64)
     probabilities = logits.softmax(3)
-    confidence, predictions = probabilities.max(3)
+    confidence, pred = probabilities.max(3)
     # Overconfident above one half and underconfident below: if the gap had one sign, any number of
     # bins would give the same error.
     accuracy = torch.where(confidence < 0.5, 0.9, 0.4)
     is_right = torch.rand(confidence.shape, generator=generator) < accuracy
-    labels = torch.where(is_right, predictions, (predictions + 1) % NUM_CLASSES)
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORED
+    target = torch.where(is_right, pred, (pred + 1) % NUM_CLASSES)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = IGNORED
     ours = SegmentationMetrics(NUM_CLASSES, IGNORED)
-    update(ours, predictions, labels, confidence)
-    counted = labels != IGNORED
-    arguments = probabilities[counted].numpy(), labels[counted].numpy()
+    update(ours, pred, target, confidence)
+    counted = target != IGNORED
+    arguments = probabilities[counted].numpy(), target[counted].numpy()
     expected = netcal.ECE(bins=15).measure(*arguments)
     assert expected > 0.01
     assert ours.compute()["ece"].item() == pytest.approx(expected, rel=1e-12)
     # Another number of bins, and counting the ignored pixels, change the result.
     assert netcal.ECE(bins=10).measure(*arguments) != pytest.approx(expected, rel=1e-3)
     with_ignored = SegmentationMetrics(NUM_CLASSES, IGNORED)
-    update(with_ignored, predictions, labels.masked_fill(~counted, 0), confidence)
+    update(with_ignored, pred, target.masked_fill(~counted, 0), confidence)
     assert with_ignored.compute()["ece"].item() != pytest.approx(expected, rel=1e-3)
