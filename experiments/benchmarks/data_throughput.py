@@ -71,7 +71,7 @@ def segformer_pl_pipeline(crop_size: tuple[int, int]) -> Pipeline:
 
     def load(image: bytes, label: bytes, seed: int) -> object:
         rng = np.random.default_rng(seed)
-        return transforms(EncodedImage(image, ""), decode_label(label, ""), rng)
+        return transforms(EncodedImage(image, ""), decode_label(label, "").values, rng)
 
     return load
 
