@@ -1,4 +1,4 @@
-# make demo, make test: the two commands of the README. Both set up .venv by themselves.
+# The README uses `make demo` and `make test`. Every target but clean installs into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,22 +6,23 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-fast test-references lint install clean
 
 demo: install
-	@echo "==> training SegFormer-B0 on the embedded data set 'shapes' (about 4 minutes on two cores)"
+	@echo "==> training SegFormer-B0 on the built-in data set 'shapes' (about 4 minutes on two cores)"
 	$(BIN)/python -m segformer_pl fit --config experiments/demo.yaml
 
 test: install
-	@echo "==> running every test that a CPU can"
+	@echo "==> running all tests that need no GPU"
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not references"
 
 test-fast: install
-	@echo "==> running the quick tests"
+	@echo "==> running the fast tests"
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not references and not slow"
 
 test-references: $(VENV)/references
-	@echo "==> comparing with the reference code bases themselves"
+	@echo "==> comparing with the reference implementations"
 	$(BIN)/python -m pytest -m references tests/references
 
 lint: install
+	@echo "==> checking style and types"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,7 +30,7 @@ lint: install
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d; give another: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python %d.%d is too old, 3.11 or newer is needed; choose another one: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "==> installing into $(VENV) (several GB and a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt

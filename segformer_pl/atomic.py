@@ -1,14 +1,14 @@
-"""Write a file completely or not at all.
+"""Write files atomically: completely or not at all.
 
 Every file that the package leaves behind (checkpoints, reports, masks, measurements) is written
-under a temporary name in the target's own folder, synced to the disk and renamed over the target:
+under a temporary name in the folder of the target, synced to disk and renamed over the target::
 
-    .3f0c5a.partial   write ... fsync      target untouched until here
-    last.ckpt         <- os.replace        old file or new file, never a part of one
+    .3f0c5a.partial   write ... fsync      the target is unchanged until here
+    last.ckpt         <- os.replace        the old file or the new one, never a part
     folder            fsync                the rename survives a power failure
 
-A rename is atomic only within one file system, so the temporary file never lies elsewhere. It is
-created exclusively, so a link planted under its name is not followed.
+A rename is atomic only within a file system, so the temporary file is in the same folder. It is
+created exclusively, so a symbolic link planted under its name is not followed.
 """
 
 import errno
@@ -22,10 +22,10 @@ from typing import BinaryIO
 from segformer_pl.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
-# No room: on the disk, for this user, or for a file as large.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A folder has the name of the file, a file that of its folder, or the name is none here.
-OF_THE_NAME = (
+# The disk is full, the user's quota is used up, or the file is larger than the limit.
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A folder has the file's name, a file has the folder's name, or the name is invalid.
+NAME_ERRORS = (
     errno.EEXIST,
     errno.EISDIR,
     errno.ENOTDIR,
@@ -36,34 +36,38 @@ OF_THE_NAME = (
 
 
 class WriteError(OSError, UserError):
-    """A file could not be written; the message is one sentence, and the old file is intact.
+    """Raised when a file cannot be written; an existing file of that name is unchanged.
 
-    It is an ``OSError`` too, for callers that go on when one of several files cannot be written.
-    ``errno`` is that of the cause, if it had one.
+    It is an ``OSError`` too, for callers that continue when one of several files fails. ``errno``
+    is that of the cause, if it has one.
     """
 
     @property
-    def is_of_the_name(self) -> bool:
-        """Whether the cause is the name of this one file, so that others can be written."""
-        return self.errno in OF_THE_NAME
+    def is_name_error(self) -> bool:
+        """Whether only the name of this file is at fault, so that other files can be written."""
+        return self.errno in NAME_ERRORS
 
 
 @contextmanager
 def atomic_write(file: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing in binary mode; it appears under its name when the block ends.
+    """Open a file for writing in binary mode; it replaces the target when the block ends.
 
-    If the block raises, the temporary file is removed and what stood under the name before stays.
-    Missing parent folders are created.
+    If the block raises, the temporary file is removed and the target stays as it was. Missing
+    parent folders are created.
+
+    Args:
+        file: Path of the target.
 
     Raises:
-        WriteError: The disk is full, the folder is read-only, or the like.
+        WriteError: The file cannot be written, for example because the disk is full or the folder
+            is read-only.
     """
     file = Path(file)
     partial = file.parent / f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        # 0o666 less the umask, as open() does; the tempfile module would hide it from the group.
+        # Mode 0o666 minus the umask, as open() does; tempfile would use 0o600.
         stream = os.fdopen(os.open(partial, flags, 0o666), "w+b")
     except OSError as error:
         raise _write_error(file, error) from error
@@ -83,16 +87,16 @@ def atomic_write(file: str | Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write_text(file: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, see :func:`atomic_write`."""
+    """Write a text file in UTF-8 atomically, see :func:`atomic_write`."""
     with atomic_write(file) as stream:
         stream.write(text.encode())
 
 
 def remove_partial_files(folder: str | Path) -> None:
-    """Remove the temporary files of writers that were killed.
+    """Remove temporary files that killed processes left in a folder.
 
-    Only for a folder that has a single writer, such as the checkpoints of a run: another
-    writer's file would be removed under its hands.
+    Call this only for a folder with a single writer, such as the checkpoints of a run: it would
+    also remove a file that another process is writing.
     """
     for partial in Path(folder).glob(f".*{PARTIAL_SUFFIX}"):
         with suppress(OSError):
@@ -109,16 +113,20 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _write_error(file: Path, error: OSError) -> WriteError:
-    written = WriteError(
+    write_error = WriteError(
         f"cannot write {str(file)!r}: {error.strerror or error}; {advice(error.errno)}"
     )
-    written.errno = error.errno
-    return written
+    write_error.errno = error.errno
+    return write_error
 
 
 def advice(code: int | None) -> str:
-    """What helps against an error of this number when a file or folder is written."""
-    if code in FULL:
+    """Return what to do about an error when writing a file or folder, for its message.
+
+    Args:
+        code: ``errno`` of the error.
+    """
+    if code in FULL_ERRORS:
         return "free space or give a folder that can be written"
     if code == errno.ENAMETOOLONG:
         return "give a shorter name"
@@ -126,14 +134,16 @@ def advice(code: int | None) -> str:
 
 
 def make_writable_folder(folder: str | Path, option: str = "") -> None:
-    """Make a folder and write a file to it, so that hours of work do not end in an error.
+    """Create a folder if needed and check that files can be written to it.
+
+    Commands call this before they start, so that hours of work do not end in an error.
 
     Args:
-        folder: The folder.
-        option: The argument that it was given by, for the message.
+        folder: Path of the folder.
+        option: Option that the path comes from, for the message.
 
     Raises:
-        WriteError: The folder cannot be made, is a file, or cannot be written to.
+        WriteError: The folder cannot be created, is a file, or is not writable.
     """
     probe = Path(folder) / f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
     try:

@@ -1,4 +1,4 @@
-"""What the data loaders hand to the training, the evaluation and the callbacks."""
+"""Batch of samples, as the data loaders return it."""
 
 from typing import TypedDict
 
@@ -10,16 +10,16 @@ class Batch(TypedDict):
 
     Attributes:
         image: (B, 3, H, W) float32 RGB in 0 to 1, not normalised.
-        label: (B, H, W) int64 train ids; ``ignore_index`` where there is no class.
-        id: B names of samples, as the data set has them.
-        seed: B random numbers, each a function of the data seed and the sample's position alone,
-            for whatever else is to be drawn for the sample.
-        skipped: Id of each sample that could not be used, and the sentence that says why. They are
-            not in the batch, unless nothing else would be: then one blank image without labels.
-        notices: Kind of notice (``"orientation"``, ``"frames"``, ``"palette"``), and a sentence
-            about a sample of that kind that is used, though it may not mean what it is taken for.
-        palettes: Palette index that a label image of the batch was the first of its loader process
-            to use: its colour (RGB, 0-255), and which label that was.
+        label: (B, H, W) int64 train ids; ``ignore_index`` at unlabelled pixels.
+        id: Ids of the B samples in the data set.
+        seed: B random seeds. Each depends only on the data seed and on the sample's position in the
+            order of the data, and seeds further random numbers for the sample.
+        skipped: Sample id -> reason, for each sample that could not be used. These samples are not
+            in the batch; if no others are left, the batch is one blank, unlabelled image.
+        notices: Kind (``"orientation"``, ``"frames"`` or ``"palette"``) -> message about a sample
+            of the batch that was used but may be misread.
+        palettes: Palette index -> colour (RGB, 0 to 255) and label image, for each palette index
+            that the loader's worker met for the first time.
     """
 
     image: Tensor

@@ -1,7 +1,7 @@
-"""Stop a training whose weights are no longer finite, before they are scored or written.
+"""Stop a training as soon as its weights are not finite, before they are evaluated or saved.
 
-Everything that follows the first nan is lost time, and a checkpoint with nan in it, written over
-the last good one, is a lost run.
+Steps after the first nan are wasted, and a checkpoint with nan that replaces the last good one
+loses the run.
 """
 
 import torch
@@ -11,20 +11,21 @@ from torch.nn.utils import get_total_norm
 from segformer_pl.checkpoints import describe_non_finite, non_finite
 from segformer_pl.errors import UserError
 
-# A loss that is not finite once can be one bad batch in float16, whose step the gradient scaler
-# skips. Scalers halve their scale with every skip: after so many in a row nothing is left of it.
+# Number of consecutive non-finite losses that end a training. A single one may be a bad batch in
+# float16, whose step the gradient scaler skips. The scaler halves its scale with every skip, so
+# after 40 in a row no usable scale is left.
 PATIENCE = 40
 
 
 class DivergenceWatch:
-    """Looks at the weights and the loss of every step.
+    """Check of weights and loss after every optimiser step.
 
-    Weights tell more than gradients or losses: where float16 is trained with a gradient scaler,
-    gradients overflow by design and their steps are skipped, so that the weights stay finite. They
-    are the same on all ranks of ``ddp``, which therefore stop at the same step.
+    The weights are checked rather than the gradients, because a gradient scaler in float16 lets
+    gradients overflow by design: it skips those steps, and the weights stay finite. Weights are
+    equal on all ranks of ``ddp``, so all ranks stop at the same step.
 
-    On a GPU nothing is waited for that is not done already: a step is judged when the next one has
-    been queued.
+    On a GPU the check of a step is read only after the next step has been queued, so the host
+    never waits for the device.
     """
 
     def __init__(self) -> None:
@@ -34,20 +35,20 @@ class DivergenceWatch:
 
     @torch.no_grad()
     def observe(self, network: nn.Module, step: int, loss: Tensor, lr: float) -> None:
-        """Take note of a network after a step, and judge the step before.
+        """Queue the check of a step, after evaluating that of the step before.
 
         Args:
-            network: The network.
+            network: Network after the step.
             step: Number of the step.
-            loss: Its loss.
-            lr: Its largest learning rate.
+            loss: Training loss of the step, a scalar.
+            lr: Largest learning rate of the step.
 
         Raises:
-            UserError: A step left weights that are not finite, or none of the last
-                ``PATIENCE`` losses was.
+            UserError: The weights are not finite, or none of the last ``PATIENCE`` losses is.
         """
-        self.settle()
-        # Infinite also if it overflows. Then the weights are looked at one by one.
+        self.check_pending()
+        # The norm may overflow although all weights are finite, so an infinite norm leads to a
+        # check of every weight.
         norm = get_total_norm([parameter.detach() for parameter in network.parameters()])
         is_finite = torch.stack([norm.isfinite(), loss.isfinite()])
         event = None
@@ -57,13 +58,13 @@ class DivergenceWatch:
             event.record()
         self._pending = (network, step, lr, loss, is_finite, event)
         if event is None:
-            self.settle()
+            self.check_pending()
 
-    def settle(self) -> None:
-        """Judge the last step that was observed.
+    def check_pending(self) -> None:
+        """Evaluate the check of the last observed step.
 
         Raises:
-            UserError: See :meth:`observe`.
+            UserError: As in :meth:`observe`.
         """
         if self._pending is None:
             return
@@ -73,20 +74,29 @@ class DivergenceWatch:
             event.synchronize()
         finite_norm, finite_loss = is_finite.tolist()
         if not finite_norm and (counts := non_finite(dict(network.named_parameters()))):
-            raise divergence(f"the network has {describe_non_finite(counts)}", step, loss, lr)
+            raise divergence_error(f"the network has {describe_non_finite(counts)}", step, loss, lr)
         self._num_bad_losses = 0 if finite_loss else self._num_bad_losses + 1
         if self._num_bad_losses >= PATIENCE:
-            raise divergence(f"the last {PATIENCE} losses were nan or infinite", step, loss, lr)
+            raise divergence_error(
+                f"the last {PATIENCE} losses were nan or infinite", step, loss, lr
+            )
 
 
-def divergence(what: str, step: int, loss: Tensor | None, lr: float | None) -> UserError:
-    """The error for a training that diverged, in one sentence."""
-    known = [f"loss {loss.item():g}"] if loss is not None else []
-    known += [f"largest learning rate {lr:g}"] if lr is not None else []
-    described = f" ({', '.join(known)})" if known else ""
+def divergence_error(what: str, step: int, loss: Tensor | None, lr: float | None) -> UserError:
+    """Build the error that ends a diverged training.
+
+    Args:
+        what: What is not finite, a clause.
+        step: Number of the last step.
+        loss: Training loss of that step, a scalar, if there is one.
+        lr: Largest learning rate of that step, if there is one.
+    """
+    values = [f"loss {loss.item():g}"] if loss is not None else []
+    values += [f"largest learning rate {lr:g}"] if lr is not None else []
+    described = f" ({', '.join(values)})" if values else ""
     return UserError(
-        f"the training diverged: after step {step}{described} {what}; what was written before "
-        "is kept as it is: go on from an earlier checkpoint, or start anew if there is none, with "
+        f"the training diverged: after step {step}{described} {what}; earlier checkpoints are "
+        "unchanged: resume from one of them, or restart if there is none, with "
         "a smaller --model.lr, a longer --model.warmup_steps or --trainer.gradient_clip_val 1, or "
         "in bf16-mixed if this was 16-mixed"
     )

@@ -1,19 +1,18 @@
-"""The one exception for what a user can mend."""
+"""The exception for errors that the user can correct."""
 
 
 class UserError(ValueError):
-    """Something that the user gave cannot be used.
+    """Raised when an input of the user cannot be used.
 
-    The message is one sentence: what is wrong, with which value and where, and what to do. The
-    command line prints it alone; every other exception is a fault of the program and keeps its
-    traceback.
+    The message is one sentence: what is wrong with which value where, and what to do. The command
+    line prints the message alone. Any other exception is a bug and keeps its traceback.
 
-    torch hands an exception of a data-loader worker to the main process as its class and its
-    formatted traceback, and calls the class with that text. Python ends such a text with the
-    class's name and the message, so the message is what follows the name.
+    torch re-raises the exception of a data-loader worker in the main process as
+    ``type(error)(formatted_traceback)``. A formatted traceback ends with the name of the class and
+    the message, so the constructor keeps what follows the name.
 
     Args:
-        message: The sentence, or a formatted traceback that ends with it.
+        message: Message, or a formatted traceback that ends with it.
     """
 
     def __init__(self, message: str) -> None:
@@ -22,11 +21,14 @@ class UserError(ValueError):
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """Return the user error behind an exception, or None.
+    """Return the :class:`UserError` that caused an exception, or None.
 
-    jsonargparse wraps what a constructor or the computation of a link raises into exceptions of its
-    own, with ``raise ... from``; so the explicit causes are followed, and those alone: an exception
-    that came up while a user error was handled is a fault of its own.
+    jsonargparse wraps exceptions of constructors and of links by ``raise ... from``, so this
+    follows ``__cause__``. It does not follow ``__context__``: an exception raised while a user
+    error was being handled is a bug.
+
+    Args:
+        error: Exception to search from, itself included.
     """
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__

@@ -1,13 +1,15 @@
-"""Segmentation metrics of a whole set, from counts of pixels that add up over batches and ranks.
+"""Segmentation metrics of a whole split, from pixel counts summed over batches and ranks.
 
-In three layers: functions of ``(pred, target)`` that count the pixels of a batch; functions that
-turn counts, of a set or of any part of it, into metrics; and :class:`SegmentationMetrics`, which
-sums the counts of a split.
+The module has three layers:
 
-The functions of counts take tensors and NumPy arrays alike, so that a training, the report and
-the bootstrap of a comparison share one definition of every metric. Counts are whole numbers, in
-float64 where they are tensors. A class that is neither labelled nor predicted anywhere has no IoU
-(nan) and is left out of the means, not counted as 0.
+1. functions of ``(pred, target)`` that count the pixels of a batch;
+2. functions that compute metrics from counts, of a split or of any part of it;
+3. :class:`SegmentationMetrics`, which accumulates the counts of a split.
+
+The functions of layer 2 accept tensors and NumPy arrays, so that training, the report and the
+bootstrap of a comparison share one definition of every metric. Counts are whole numbers. A class
+that is neither in the target nor in the prediction has no IoU (nan) and is left out of the means,
+instead of counting as 0.
 """
 
 import math
@@ -22,73 +24,74 @@ from torchmetrics import Metric, SumMetric
 
 from segformer_pl.errors import UserError
 
-NUM_BINS = 15  # of the calibration, as in Guo et al. 2017
-BOUNDARY_RATIO = 0.02  # width of the boundary bands over the image's diagonal, Cheng et al. 2021
-INTERSECTION, TARGET, PRED = range(3)  # last axis of the counts of a class
+NUM_BINS = 15  # confidence bins of the calibration error, as in Guo et al. 2017
+BOUNDARY_RATIO = 0.02  # boundary width as a fraction of the image diagonal, Cheng et al. 2021
+INTERSECTION, TARGET, PRED = range(3)  # entries of the last axis of class counts
 
 Array = TypeVar("Array", Tensor, npt.NDArray[Any])
 
 
-# From counts to metrics. All results are fractions.
+# Metrics from counts, all as fractions in 0 to 1
 
 
 def ratio(part: Array, whole: Array) -> Array:
-    """Quotient of counts; 0 / 0 is nan, which marks what is absent."""
+    """Divide counts; 0 / 0 is nan, which stands for an absent class."""
     with np.errstate(invalid="ignore"):
         return part / whole
 
 
 def mean_present(values: Array) -> Array:
-    """Mean over the last axis without the nan entries; nan where there are no others."""
+    """Mean over the last axis ignoring nan; nan where all entries are."""
     return ratio(_nansum(values), (values == values).sum(-1))
 
 
 def class_union(counts: Array) -> Array:
-    """Pixels that are labelled or predicted as a class, P + L - I: (..., 3) -> (...)."""
+    """Size of the union of target and prediction: counts (..., 3) -> (...)."""
     return counts[..., TARGET] + counts[..., PRED] - counts[..., INTERSECTION]
 
 
 def class_iou(counts: Array) -> Array:
-    """Intersection over union.
+    """Intersection over union of each class.
 
     Args:
         counts: (..., 3) pixels of intersection, target and prediction.
 
     Returns:
-        (...), nan where a class is neither labelled nor predicted.
+        (...), nan where a class is neither in the target nor in the prediction.
     """
     return ratio(counts[..., INTERSECTION], class_union(counts))
 
 
 def class_accuracy(counts: Array) -> Array:
-    """Share of the labelled pixels that are right, I / L: (..., 3) -> (...), nan without any."""
+    """Recall of each class: counts (..., 3) -> (...), nan where the target lacks the class."""
     return ratio(counts[..., INTERSECTION], counts[..., TARGET])
 
 
 def pixel_accuracy(counts: Array) -> Array:
-    """Accuracy over all classes together, sum I / sum L: (..., C, 3) -> (...)."""
+    """Share of the labelled pixels that are correct: counts (..., C, 3) -> (...)."""
     return ratio(counts[..., INTERSECTION].sum(-1), counts[..., TARGET].sum(-1))
 
 
 def frequency_weighted_iou(counts: Array) -> Array:
-    """IoU weighted by the classes' shares of the labelled pixels: (..., C, 3) -> (...)."""
+    """Mean IoU weighted by the target frequency of each class: counts (..., C, 3) -> (...)."""
     target = counts[..., TARGET]
     return ratio(_nansum(target * class_iou(counts)), target.sum(-1))
 
 
 def expected_calibration_error(calibration: Array) -> Array:
-    """Gap between confidence and accuracy, mean over the bins weighted by their pixels.
+    """Expected calibration error (ECE, Guo et al. 2017).
 
-    Guo et al. 2017. torchmetrics' class keeps every confidence it is given; this needs counts.
+    The mean over the confidence bins of ``|confidence - accuracy|``, weighted by the pixels of each
+    bin. torchmetrics' class stores every confidence; this one needs sums per bin only.
 
     Args:
         calibration: (bins, 3) from :func:`calibration_counts`.
 
     Returns:
-        A scalar; nan without a labelled pixel.
+        Scalar, nan if no pixel is labelled.
     """
-    pixels, confidence, right = calibration[:, 0], calibration[:, 1], calibration[:, 2]
-    return ratio(abs(confidence - right).sum(-1), pixels.sum(-1))
+    pixels, confidence, correct = calibration[:, 0], calibration[:, 1], calibration[:, 2]
+    return ratio(abs(confidence - correct).sum(-1), pixels.sum(-1))
 
 
 def _nansum(values: Array) -> Array:
@@ -98,35 +101,35 @@ def _nansum(values: Array) -> Array:
     return total
 
 
-# From label maps to counts
+# Counts from label maps
 
 
 def as_classes(
     pred: Tensor, target: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Prediction and target with the ignored pixels as one more class, ``num_classes``, in both.
+    """Set ignored pixels to an additional class, ``num_classes``, in prediction and target.
 
-    Selecting the other pixels instead would take longer than all the counting.
+    Boolean indexing of the labelled pixels would take longer than all of the counting.
 
     Args:
         pred: (B, H, W) int64 train ids.
-        target: (B, H, W) int64 train ids.
+        target: (B, H, W) int64 train ids or ``ignore_index``.
         num_classes: Number of classes.
-        ignore_index: Target that does not count.
+        ignore_index: Target of the pixels that do not count.
 
     Returns:
         ``(pred, target)``, (B, H, W) int32 each.
 
     Raises:
-        UserError: A target or a prediction is not a train id.
+        UserError: A value of the target or of the prediction is not a train id.
     """
     ignored = target == ignore_index
     classes = []
-    for what, ids in (("label", target.masked_fill(ignored, 0)), ("prediction", pred)):
+    for name, ids in (("label", target.masked_fill(ignored, 0)), ("prediction", pred)):
         low, high = (extreme.item() for extreme in ids.aminmax())
         if low < 0 or high >= num_classes:
             raise UserError(
-                f"{what} {low if low < 0 else high} is not a train id: there are {num_classes} "
+                f"{name} {low if low < 0 else high} is not a train id: there are {num_classes} "
                 f"classes, 0 to {num_classes - 1}, and the ignored label {ignore_index}"
             )
         classes.append(ids.int().masked_fill_(ignored, num_classes))
@@ -134,14 +137,15 @@ def as_classes(
 
 
 def confusion_matrices(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """The confusion matrix of every image.
+    """Confusion matrix of each image.
 
     Args:
-        pred, target: (B, H, W) from :func:`as_classes`.
+        pred: (B, H, W) from :func:`as_classes`.
+        target: (B, H, W) from :func:`as_classes`.
         num_classes: Number of classes.
 
     Returns:
-        (B, num_classes, num_classes) int64 pixels, rows target, columns prediction.
+        (B, num_classes, num_classes) int64 pixels; rows are the target, columns the prediction.
     """
     side = num_classes + 1
     shape = (len(target), side, side)
@@ -154,52 +158,76 @@ def confusion_matrices(pred: Tensor, target: Tensor, num_classes: int) -> Tensor
 
 
 def class_counts(confusion: Tensor) -> Tensor:
-    """(..., C, C) confusion -> (..., C, 3) pixels of intersection, target and prediction."""
+    """Reduce confusion matrices to counts of each class.
+
+    Args:
+        confusion: (..., C, C) pixels; rows are the target, columns the prediction.
+
+    Returns:
+        (..., C, 3) pixels of intersection, target and prediction.
+    """
     intersection = confusion.diagonal(dim1=-2, dim2=-1)
     return torch.stack([intersection, confusion.sum(-1), confusion.sum(-2)], dim=-1)
 
 
 def boundary_counts(pred: Tensor, target: Tensor, num_classes: int, width: int) -> Tensor:
-    """Counts for the boundary IoU (Cheng et al. 2021): those within bands along the outlines.
+    """Counts of each class near its boundary, for the boundary IoU (Cheng et al. 2021).
 
-    A pixel is in its class's band if it is at most ``width`` pixels (in rows and columns) away
-    from one of another class or from the image's border. Ignored pixels are a class of their own
-    in target and prediction alike, and do not count.
+    A pixel is near the boundary if another class or the border of the image is at most ``width``
+    pixels away, in rows and in columns. Ignored pixels are a class of their own in target and
+    prediction, and are not counted.
 
     Args:
-        pred, target: (B, H, W) from :func:`as_classes`.
+        pred: (B, H, W) from :func:`as_classes`.
+        target: (B, H, W) from :func:`as_classes`.
         num_classes: Number of classes.
-        width: Width of the bands in pixels.
+        width: Width of the boundary region in pixels.
 
     Returns:
         (num_classes, 3) int64 pixels of intersection, target and prediction.
     """
-    in_target, in_pred = near_others(target, width), near_others(pred, width)
-    both = in_target & in_pred & (target == pred)
-    # Pixels of each target class: outside the bands, inside, inside and right.
+    near_target, near_pred = boundary_mask(target, width), boundary_mask(pred, width)
+    intersection = near_target & near_pred & (target == pred)
+    # One histogram over three groups of pixels by target class: 0 not near the target's boundary,
+    # 1 near it and not in the intersection, 2 in the intersection.
     side = num_classes + 1
-    kinds = (in_target.int().add_(both)).mul_(side).add_(target)
-    _, missed, right = torch.bincount(kinds.ravel(), minlength=3 * side).view(3, side)
-    predicted = torch.bincount(in_pred.int().mul_(side).add_(pred).ravel(), minlength=2 * side)
-    return torch.stack([right, missed + right, predicted[side:]], dim=1)[:num_classes]
+    groups = (near_target.int().add_(intersection)).mul_(side).add_(target)
+    _, missed, correct = torch.bincount(groups.ravel(), minlength=3 * side).view(3, side)
+    predicted = torch.bincount(near_pred.int().mul_(side).add_(pred).ravel(), minlength=2 * side)
+    return torch.stack([correct, missed + correct, predicted[side:]], dim=1)[:num_classes]
 
 
-def near_others(ids: Tensor, width: int) -> Tensor:
-    """(B, H, W) -> whether the square of 2 width + 1 pixels around holds another class.
+def boundary_mask(ids: Tensor, width: int) -> Tensor:
+    """Mark pixels with another class, or the border of the image, at most ``width`` pixels away.
 
-    It does if any two neighbours inside it differ. So only the edges between neighbours, one bit
-    each, have to be spread over the square, first along one axis and then along the other.
+    The window of ``2 * width + 1`` pixels squared around a pixel holds another class if any two
+    neighbours inside it differ. So compare neighbours once, and dilate the resulting edges along
+    one axis and then along the other. For one row and ``width=1``::
+
+        ids       0 0 0 0 1 1 1 1
+        edges    |       |       |    neighbours that differ; the padding is a class of its own
+        mask      1 0 0 1 1 0 0 1
+
+    Args:
+        ids: (B, H, W) class of every pixel.
+        width: Width of the boundary region in pixels.
+
+    Returns:
+        (B, H, W) bool.
     """
     padded = F.pad(ids, (width,) * 4, value=-1)
     side = 2 * width + 1
     down = padded[:, 1:] != padded[:, :-1]
     right = padded[:, :, 1:] != padded[:, :, :-1]
-    down = _any_in_run(_any_in_run(down, side - 1, 1), side, 2)
-    return down | _any_in_run(_any_in_run(right, side - 1, 2), side, 1)
+    down = _any_in_window(_any_in_window(down, side - 1, 1), side, 2)
+    return down | _any_in_window(_any_in_window(right, side - 1, 2), side, 1)
 
 
-def _any_in_run(bits: Tensor, length: int, dim: int) -> Tensor:
-    """Whether any of every ``length`` entries in a row is set, in about log2(length) steps."""
+def _any_in_window(bits: Tensor, length: int, dim: int) -> Tensor:
+    """Sliding maximum of bits over windows of ``length`` entries, in about log2(length) steps.
+
+    Every step combines two windows of ``span`` entries into a larger one: 1, 2, 4, ..., length.
+    """
     span = 1
     while span < length:
         step = min(span, length - span)
@@ -212,35 +240,37 @@ def _any_in_run(bits: Tensor, length: int, dim: int) -> Tensor:
 def calibration_counts(
     pred: Tensor, target: Tensor, confidence: Tensor, num_classes: int
 ) -> Tensor:
-    """Counts by confidence, in bins of equal width.
+    """Counts by confidence in ``NUM_BINS`` bins of equal width.
 
     Args:
-        pred, target: (B, H, W) from :func:`as_classes`.
+        pred: (B, H, W) from :func:`as_classes`.
+        target: (B, H, W) from :func:`as_classes`.
         confidence: (B, H, W) probability of the predicted class.
         num_classes: Number of classes.
 
     Returns:
-        (NUM_BINS, 3) float64: labelled pixels, sum of their confidence, pixels that are right.
+        (NUM_BINS, 3) float64: labelled pixels, sum of their confidence, correct pixels.
     """
-    # A network that diverged has a confidence of nan, and the sum of its bin must be nan too.
+    # A diverged network has nan confidence. It is counted in bin 0, whose sum becomes nan.
     bins = (confidence * NUM_BINS).nan_to_num().int().clamp_(max=NUM_BINS - 1)
     bins.masked_fill_(target == num_classes, NUM_BINS)
-    right = torch.bincount((2 * bins + (target == pred)).ravel(), minlength=2 * NUM_BINS + 2)
-    right = right.view(-1, 2)
+    pixels = torch.bincount((2 * bins + (target == pred)).ravel(), minlength=2 * NUM_BINS + 2)
+    pixels = pixels.view(-1, 2)  # columns: wrong, correct
     sums = torch.bincount(bins.ravel(), confidence.double().ravel(), minlength=NUM_BINS + 1)
-    return torch.stack([right.sum(1), sums, right[:, 1]], dim=1)[:NUM_BINS]
+    return torch.stack([pixels.sum(1), sums, pixels[:, 1]], dim=1)[:NUM_BINS]
 
 
-# Of a split
+# Metrics of a split
 
 
 class BatchCounts(TypedDict):
-    """What a batch of B images adds to the metrics.
+    """Counts of a batch of B images.
 
     Attributes:
-        counts: (B, num_classes, 3) int64 pixels of intersection, target and prediction, by image.
-        loss: (B,) float64 mean loss over an image's labelled pixels, nan without any.
-        confusion: (num_classes, num_classes) int64 pixels, rows target, columns prediction.
+        counts: (B, num_classes, 3) int64 pixels of intersection, target and prediction per image.
+        loss: (B,) float64 mean loss over the labelled pixels of each image, nan if it has none.
+        confusion: (num_classes, num_classes) int64 pixels; rows are the target, columns the
+            prediction.
         calibration: (NUM_BINS, 3) float64, see :func:`calibration_counts`.
     """
 
@@ -251,17 +281,22 @@ class BatchCounts(TypedDict):
 
 
 class StepOutput(BatchCounts):
-    """What a step of validation or test returns, for callbacks.
+    """Output of a validation or test step, for callbacks.
 
     Attributes:
-        pred: (B, H, W) int64 train ids at the size of the labels.
+        pred: (B, H, W) int64 train ids at the size of the label maps.
     """
 
     pred: Tensor
 
 
 class TensorSum(Metric):
-    """Sum of tensors of one shape over batches and ranks."""
+    """Sum of tensors of one shape over batches and ranks.
+
+    Args:
+        shape: Shape of the tensors.
+        dtype: Data type of the sum.
+    """
 
     full_state_update = False
     total: Tensor
@@ -272,23 +307,23 @@ class TensorSum(Metric):
         self.add_state("total", torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, value: Tensor) -> None:
-        """Add a tensor."""
+        """Add a tensor of the shape of the sum."""
         self.total += value
 
     def compute(self) -> Tensor:
-        """The sum over all ranks; torchmetrics turns one of a single element into a scalar."""
+        """Return the sum over all ranks; torchmetrics squeezes a single element to a scalar."""
         return self.total
 
 
 class SegmentationMetrics(nn.Module):
-    """All metrics of a split: mIoU, mAcc, aAcc, fwIoU, boundary IoU, calibration error and loss.
+    """Metrics of a split: mIoU, mAcc, aAcc, fwIoU, boundary IoU, ECE and loss.
 
-    Not a torchmetrics ``Metric`` itself but made of them, because ``Metric.update`` returns
-    nothing and the counts of a batch are wanted by callbacks too.
+    It consists of torchmetrics ``Metric`` objects but is none itself, because ``Metric.update``
+    returns nothing, and callbacks need the counts of each batch.
 
     Args:
         num_classes: Number of classes.
-        ignore_index: Target that does not count.
+        ignore_index: Target of the pixels that do not count.
     """
 
     def __init__(self, num_classes: int, ignore_index: int) -> None:
@@ -298,12 +333,12 @@ class SegmentationMetrics(nn.Module):
         self.confusion = TensorSum((num_classes, num_classes), torch.int64)
         self.boundary = TensorSum((num_classes, 3), torch.int64)
         self.calibration = TensorSum((NUM_BINS, 3), torch.float64)
-        # A sum, because a MeanMetric that skips its nan check (which waits for the GPU in every
-        # batch) also ignores its weights in torchmetrics 1.9.
+        # The nan check of MeanMetric synchronises with the GPU in every batch, and without it
+        # (`nan_strategy="disable"`) torchmetrics 1.9 ignores the weights. So keep a sum.
         self.loss = SumMetric(nan_strategy="disable")
 
     def update(self, pred: Tensor, target: Tensor, confidence: Tensor, loss: Tensor) -> BatchCounts:
-        """Add a batch, and return its counts.
+        """Add a batch and return its counts.
 
         Args:
             pred: (B, H, W) int64 train ids.
@@ -312,7 +347,7 @@ class SegmentationMetrics(nn.Module):
             loss: (B, H, W) loss of every pixel, 0 where ignored.
 
         Raises:
-            UserError: A target or a prediction is not a train id.
+            UserError: A value of the target or of the prediction is not a train id.
         """
         classes = as_classes(pred, target, self.num_classes, self.ignore_index)
         matrices = confusion_matrices(*classes, self.num_classes)
@@ -333,13 +368,18 @@ class SegmentationMetrics(nn.Module):
         }
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics over all batches and ranks; every rank must call it.
+        """Return the metrics over all batches and ranks; every rank must call it.
 
         Returns:
-            ``miou`` and ``macc``, means over the classes present; ``aacc``; ``fwiou``; ``loss``,
-            the mean over labelled pixels; ``boundary_iou``; ``ece``; all float64 scalars, nan
-            without a labelled pixel. ``iou`` (num_classes,) float64, and ``num_labelled``, the
-            number of pixels that counted.
+            Float64 scalars, nan if no pixel is labelled:
+
+            - ``miou``, ``macc`` and ``boundary_iou``, means over the classes present;
+            - ``aacc``, the pixel accuracy, and ``fwiou``, the frequency-weighted IoU;
+            - ``loss``, the mean over labelled pixels;
+            - ``ece``, the expected calibration error.
+
+            Further, ``iou`` (num_classes,) float64, and ``num_labelled``, the number of labelled
+            pixels.
         """
         confusion, boundary, calibration = (
             part.compute().view(part.shape).double()
@@ -361,6 +401,6 @@ class SegmentationMetrics(nn.Module):
         }
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Reset all counts to 0."""
         for part in (self.confusion, self.boundary, self.calibration, self.loss):
             part.reset()

@@ -1,4 +1,4 @@
-"""Semantic segmentation as a LightningModule: one shared step, loss, scores, optimiser."""
+"""Semantic segmentation as a LightningModule: steps, loss, metrics and optimiser."""
 
 import inspect
 from typing import Any, cast
@@ -28,7 +28,7 @@ from segformer_pl.checkpoints.training_state import (
     check_training_state,
     tensors_of,
 )
-from segformer_pl.divergence import DivergenceWatch, divergence
+from segformer_pl.divergence import DivergenceWatch, divergence_error
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, predict_classes, predict_pixels
 from segformer_pl.losses import CrossEntropy
@@ -39,56 +39,69 @@ from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
 
 
 class SegmentationTask(pl.LightningModule):
-    """Trains and scores any segmenter of :mod:`segformer_pl.models`.
+    """LightningModule that trains and evaluates any segmenter of :mod:`segformer_pl.models`.
 
-    Takes batches ``{"image": (B, C, H, W) float RGB in 0 to 1, "label": (B, H, W) int64 train
-    ids, "id": list of B str}``. Logs ``train/loss``, and for ``val`` and ``test``
-    ``<split>/loss``, ``/miou``, ``/macc``, ``/aacc``, ``/fwiou``, ``/boundary_iou``, ``/ece`` and
-    ``/iou/<class>``, over the whole set and all ranks (:mod:`segformer_pl.metrics` defines them).
-    Whatever the training loss, ``<split>/loss`` is the mean cross-entropy over labelled pixels,
-    so that runs can be compared. Scores are taken at the size of the labels.
+    A batch holds ``image`` (B, C, H, W), float RGB in 0 to 1; ``label`` (B, H, W), int64 train
+    ids; and ``id``, a list of B strings. :class:`segformer_pl.batch.Batch` has the other keys.
 
-    The defaults are the paper's recipe (Sec. 4.1 and the reference configurations): AdamW,
-    learning rate 6e-5 and ten times that in the head, weight decay 0.01 but none on the encoder's
-    norms, linear warm-up over 1500 steps, then linear decay to 0 at ``trainer.max_steps``;
-    cross-entropy averaged over all pixels.
+    The task logs ``train/loss`` in every training step. For each evaluated split, ``val`` or
+    ``test``, it logs ``<split>/loss``, ``/miou``, ``/macc``, ``/aacc``, ``/fwiou``,
+    ``/boundary_iou``, ``/ece`` and ``/iou/<class>``, accumulated over the whole split and all
+    ranks; :mod:`segformer_pl.metrics` defines them. Predictions are upsampled to the size of the
+    label maps. ``<split>/loss`` is the mean cross-entropy over labelled pixels whatever the
+    training loss, so that runs with different losses can be compared.
 
-    A checkpoint of a task that was built by the command line describes its network and loads with
-    ``SegmentationTask.load_from_checkpoint(file)``; one of a task built in Python needs the
-    network again, ``load_from_checkpoint(file, network=...)``.
+    The defaults are the paper's training recipe (Sec. 4.1 and the reference configurations):
+    cross-entropy averaged over all pixels; AdamW with learning rate 6e-5, ten times that in the
+    head, and weight decay 0.01 except on the encoder's norms; linear warm-up over 1500 steps, then
+    linear decay to 0 at ``trainer.max_steps``.
+
+    A checkpoint written from the command line describes its network and is loaded with
+    ``SegmentationTask.load_from_checkpoint(file)``. If the task was built in Python, pass the
+    network again: ``load_from_checkpoint(file, network=...)``.
 
     Args:
-        network: The segmenter, see :mod:`segformer_pl.models.segmenter`.
-        class_names: Names by train id; linked from the data set on the command line.
-        palette: RGB 0-255 by train id; linked.
-        ignore_index: Label that neither trains nor scores; linked.
-        weights: Weights of the whole network to start from: a file, a folder written by
-            ``save_pretrained`` or a hub name ``owner/name@commit``, of any layout that
-            :mod:`segformer_pl.checkpoints` knows. Read once, when the task first runs, and
-            never if a checkpoint is loaded. What they state about their classes and about the
-            normalisation of images has to agree with the run.
-        encoder_weights: Likewise for the encoder alone; give one of the two.
-        match_classes: Which class of ``weights`` becomes which of ``class_names``. ``"exact"``:
-            they have the same names in the same order, or are of another number, and then the
-            classifier is drawn anew. ``"by_name"``: the classifier is reordered, and drawn anew
-            for classes that ``weights`` do not have. ``"by_index"``: class i is class i, whatever
-            they are called. A classifier that is drawn anew can be trained and not scored.
-        loss: The training loss per pixel, of :mod:`segformer_pl.losses` or yours: called as
-            ``loss(logits, labels, ignore_index)`` with logits at the network's stride. Default:
-            the paper's, ``CrossEntropy()``. Refused for a network that trains with a loss of its
-            own.
-        inference: How pictures are looked at in validation, test and prediction. Default: whole,
-            once, at their own size, ``Inference()``.
-        lr: Base learning rate, of the encoder.
-        head_lr_mult: Learning rate of everything outside the encoder, over ``lr``.
-        weight_decay: AdamW's decoupled weight decay.
-        warmup_steps: Steps of linear warm-up.
-        poly_power: Power of the polynomial decay.
-        schedule: ``"paper"`` or ``"mmseg1"``, see :func:`segformer_pl.optim.poly_factor`.
-        layer_decay: Factor on the learning rate of every further layer below the encoder's last,
-            see :func:`segformer_pl.optim.parameter_groups`; 1 in the paper.
-        image_mean: Mean that the images are normalised with, per channel.
-        image_std: Standard deviation likewise.
+        network: Segmenter to train, see :mod:`segformer_pl.models.segmenter`.
+        class_names: Class names in the order of the train ids. The command line takes them from
+            the data set.
+        palette: Colour of each class, RGB 0 to 255, in the order of the train ids. The command
+            line takes it from the data set.
+        ignore_index: Label of the pixels that the loss and the metrics leave out. The command line
+            takes it from the data set.
+        weights: Pretrained weights of the whole network: a file, a folder written by
+            ``save_pretrained`` or a hub name ``owner/name@commit``, in any layout that
+            :mod:`segformer_pl.checkpoints` supports. They are read once, when the task first runs,
+            and not at all if a checkpoint is loaded. Classes and image normalisation stated in the
+            weights must agree with those of the run.
+        encoder_weights: Pretrained weights of the encoder alone, in the same forms. ``weights``
+            and ``encoder_weights`` exclude each other.
+        match_classes: How the classes of ``weights`` are assigned to ``class_names``. ``"exact"``:
+            names and order must be equal; if the number of classes differs, the classifier is
+            re-initialised. ``"by_name"``: the classifier is reordered by class name, and classes
+            that ``weights`` lack are re-initialised. ``"by_index"``: class i keeps its weights,
+            whatever its name. A network with re-initialised classes can be trained but not
+            evaluated.
+        loss: Training loss, a module of :mod:`segformer_pl.losses` or your own, called as
+            ``loss(logits, target, ignore_index)`` with logits at the network's stride. Default:
+            ``CrossEntropy()``, the paper's loss. Must be left out for networks that define their
+            own training loss.
+        inference: Protocol of validation, test and prediction: resizing, sliding windows, scales
+            and flips. Default: ``Inference()``, one pass over the whole image at its original size.
+        lr: Base learning rate, used in the encoder.
+        head_lr_mult: Factor on ``lr`` for all parameters outside the encoder.
+        weight_decay: Decoupled weight decay of AdamW.
+        warmup_steps: Number of linear warm-up steps.
+        poly_power: Exponent of the polynomial learning-rate decay.
+        schedule: Learning-rate schedule, ``"paper"`` or ``"mmseg1"``, see
+            :func:`segformer_pl.optim.poly_factor`.
+        layer_decay: Factor on the learning rate per encoder layer, counted down from the last, see
+            :func:`segformer_pl.optim.parameter_groups`. The paper uses none, which is 1.
+        image_mean: Channel means for normalising images in 0 to 1.
+        image_std: Channel standard deviations for normalising images in 0 to 1.
+
+    Raises:
+        UserError: Both kinds of weights are given, ``match_classes`` is given without ``weights``,
+            a rate or factor is negative, or the loss does not fit the network.
     """
 
     image_mean: Tensor
@@ -119,15 +132,16 @@ class SegmentationTask(pl.LightningModule):
         super().__init__()
         if weights is not None and encoder_weights is not None:
             raise UserError(
-                "weights and encoder_weights are both given, and the first hold an encoder too; "
-                "give one of them"
+                "model.weights and model.encoder_weights are both given; give one of them "
+                "(weights include an encoder)"
             )
         if match_classes != "exact" and weights is None:
             raise UserError(
                 f"model.match_classes is {match_classes}, but there are no model.weights whose "
-                "classes could be matched; leave it out"
+                "classes could be matched; leave it out or give model.weights"
             )
-        # Not jsonargparse's restricted types, whose values a checkpoint could not hold as data.
+        # Checked here because values of jsonargparse's restricted types cannot be stored in a
+        # checkpoint as plain data.
         for name, value in {
             "lr": lr,
             "head_lr_mult": head_lr_mult,
@@ -143,8 +157,8 @@ class SegmentationTask(pl.LightningModule):
                     f"model.loss is given, but {type(network).__name__} trains with a loss of its "
                     "own; leave model.loss out"
                 )
-        # The command line adds the texts that describe these (see cli.py). Objects must not go
-        # in: they would be pickled into checkpoints and spelled out in hparams.yaml.
+        # Modules are left out because they would be pickled into checkpoints and written to
+        # hparams.yaml. The command line adds their configuration as plain data (cli/training.py).
         self.save_hyperparameters(ignore=["network", "loss", "inference"])
         self.network = network
         self.loss = CrossEntropy() if loss is None else loss
@@ -156,12 +170,13 @@ class SegmentationTask(pl.LightningModule):
         self.encoder_weights = encoder_weights
         self.match_classes = match_classes
         self._weights_are_set = weights is None and encoder_weights is None
-        # Constants that came with weights are in no argument, so checkpoints must store them.
+        # Constants read from weights are in no constructor argument, so checkpoints store them.
         self._constants_are_from_weights = False
-        self.trained_steps = 0  # training steps that the network has had, before a checkpoint too
-        # (global step, buffers) when the first of the batches was begun that the next step takes
+        # Optimiser steps of the network in all, including those before a loaded checkpoint
+        self.trained_steps = 0
+        # Global step and buffers at the start of the current accumulation of gradients
         self._before_step: tuple[int, dict[str, Tensor]] = (-1, {})
-        self._watch = DivergenceWatch()
+        self._divergence_watch = DivergenceWatch()
         self._last_loss: Tensor | None = None
         self._last_lr: float | None = None
         self._last_step = 0
@@ -172,33 +187,40 @@ class SegmentationTask(pl.LightningModule):
         self.poly_power = poly_power
         self.schedule = schedule
         self.layer_decay = layer_decay
-        # Not in the checkpoint's tensors: they are in its hyperparameters.
+        # Not persistent, because the checkpoint has them in its hyperparameters.
         self.register_buffer("image_mean", torch.tensor(image_mean).view(-1, 1, 1), False)
         self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1), False)
         self.val_metrics = SegmentationMetrics(len(class_names), ignore_index)
         self.test_metrics = SegmentationMetrics(len(class_names), ignore_index)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in 0 to 1 -> logits (B, num_classes, h, w) at the network's stride."""
+        """Return the network's logits.
+
+        Args:
+            images: (B, C, H, W) float in 0 to 1.
+
+        Returns:
+            (B, num_classes, h, w) logits at the network's stride.
+        """
         return self.network(self.normalize(images))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images in 0 to 1 -> what the network was trained on."""
+        """Normalise images (B, C, H, W) in 0 to 1 with the task's mean and standard deviation."""
         return (images - self.image_mean) / self.image_std
 
     def training_loss(self, images: Tensor, target: Tensor) -> Tensor:
-        """Return the scalar that training minimises.
+        """Return the training loss of a batch, a scalar.
 
         Args:
-            images: (B, C, H, W) in 0 to 1.
+            images: (B, C, H, W) float in 0 to 1.
             target: (B, H, W) int64 train ids.
         """
         images = self.normalize(images)
         return self.network.training_loss(images, target, self.loss, self.ignore_index)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        # What the network draws (drop path, dropout) belongs to the batch's first sample, as its
-        # augmentation does: the same in a resumed run, and on another number of devices.
+        # Seed drop path and dropout by the batch's first sample, as augmentation is seeded by
+        # sample, so that a resumed run and another number of devices draw the same numbers.
         if "seed" in batch:
             torch.manual_seed(batch["seed"][0])
         loss = self.training_loss(batch["image"], batch["label"])
@@ -212,23 +234,27 @@ class SegmentationTask(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         step = self.trainer.global_step
         if step == self._last_step or self._last_loss is None or self._last_lr is None:
-            return  # gradients are being accumulated
+            return  # gradients are still being accumulated
         self._last_step = self.trained_steps = step
-        self._watch.observe(self.network, step, self._last_loss, self._last_lr)
+        self._divergence_watch.observe(self.network, step, self._last_loss, self._last_lr)
 
     def on_train_end(self) -> None:
-        self._watch.settle()
+        self._divergence_watch.check_pending()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> StepOutput:
-        """Predict a batch and add it to the metrics of the split."""
+        """Predict a batch and add it to the validation metrics.
+
+        Returns:
+            The prediction and the batch's counts, for callbacks.
+        """
         return self._evaluate(batch, self.val_metrics)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> StepOutput:
-        """As :meth:`validation_step`."""
+        """Predict a batch and add it to the test metrics; returns as :meth:`validation_step`."""
         return self._evaluate(batch, self.test_metrics)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """(B, H, W) int64 train ids at the size of the images."""
+        """Predict a batch: (B, H, W) int64 train ids at the size of the images."""
         images = batch["image"]
         size = (images.shape[2], images.shape[3])
         return predict_classes(self.network, images, size, self.inference, self.normalize)
@@ -248,27 +274,28 @@ class SegmentationTask(pl.LightningModule):
         return {"pred": pixels.labels, **counts}
 
     def _log_metrics(self, split: str, metrics: SegmentationMetrics) -> None:
-        # Here and not in the step: every rank gets here, also one that had no batch at all, so
-        # the sums over ranks cannot wait for ever.
+        # Synchronise at the end of the epoch and not in the step: a rank without a single batch
+        # runs no step, and the other ranks would wait for it in the all-reduce.
         values = metrics.compute()
         metrics.reset()
         iou, num_labelled = values.pop("iou"), values.pop("num_labelled")
         if not num_labelled and not self.trainer.sanity_checking:
             raise UserError(
-                f"not one pixel of the {split} images carries a label, so there is nothing to "
-                "score; check labels.ignored of the data set and the label files"
+                f"no pixel of the {split} images is labelled, so the metrics are undefined; check "
+                "labels.ignored of the data set and the label files"
             )
         if not values["loss"].isfinite() and not self.trainer.sanity_checking:
-            sentence = (
+            message = (
                 f"the network's outputs for the {split} images hold nan or infinity (mean loss "
-                f"{values['loss'].item():g}), so their scores mean nothing"
+                f"{values['loss'].item():g}), so the metrics are meaningless"
             )
             if self.trainer.state.fn != TrainerFn.FITTING:
                 raise UserError(
-                    f"{sentence}; give other weights, or --trainer.precision 32-true if this was "
-                    "in 16 bits"
+                    f"{message}; give other weights, or --trainer.precision 32-true if this run "
+                    "used 16 bits"
                 )
-            rank_zero_warn(sentence)  # DivergenceWatch ends a training whose weights are not finite
+            # A training goes on: DivergenceWatch stops it once its weights are not finite.
+            rank_zero_warn(message)
         self.log_dict(
             {f"{split}/{key}": value.float() for key, value in values.items()},
             prog_bar=True,
@@ -279,20 +306,24 @@ class SegmentationTask(pl.LightningModule):
             sync_dist=True,
         )
         if self.trainer.state.fn != TrainerFn.FITTING and self.trained_steps:
-            # Lightning takes the step of a row from a metric of this name, and from the fit loop
-            # otherwise, which stands at 0. As in training, a step is logged by its index.
+            # Lightning logs a row under the metric "step" if there is one, and else under the fit
+            # loop's step, which is 0 here. The index is 0-based, as in training.
             self.log("step", float(self.trained_steps - 1), rank_zero_only=True)
-        # Scores that the data set knows of itself, such as a ceiling, belong beside the run's.
+        # Reference values of the data set, such as an upper bound, are logged beside the metrics.
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "reference_scores"):
-            known = data.reference_scores(split)
-            self.log_dict({f"{split}/{name}": value for name, value in known.items()})
+            references = data.reference_scores(split)
+            self.log_dict({f"{split}/{name}": value for name, value in references.items()})
 
     def read_weights(self, network: nn.Module) -> LoadReport:
-        """Set a network like this task's to the ``weights`` or ``encoder_weights``.
+        """Load ``weights`` or ``encoder_weights`` into a network built like the task's.
+
+        Args:
+            network: Network to load into, in place.
 
         Raises:
-            UserError: They cannot be read, do not fit, or mean other classes or images.
+            UserError: The weights cannot be read, do not fit the network, or state other classes
+                or another image normalisation.
         """
         source = self.encoder_weights if self.weights is None else self.weights
         assert source is not None
@@ -306,7 +337,7 @@ class SegmentationTask(pl.LightningModule):
         )
 
     def _check_labels(self, report: LoadReport) -> None:
-        """The classifier that was read means the same raw values of label images as the data."""
+        """Check that the classifier was trained on the same raw label values as the data."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if report.data and hasattr(data, "check_labels"):
             data.check_labels(report.data)
@@ -319,45 +350,47 @@ class SegmentationTask(pl.LightningModule):
             return
         if self.weights is None and not is_training:
             raise UserError(
-                "model.encoder_weights leaves the head untrained, and its scores would mean "
-                "nothing; give --ckpt_path or --model.weights, or train it with `fit` first"
+                "model.encoder_weights leaves the head untrained, so its predictions would be "
+                "meaningless; give --ckpt_path or --model.weights, or train it with `fit` first"
             )
         report = self.read_weights(self.network)
         self._check_labels(report)
         if report.changed and not is_training:
             raise UserError(
-                f"model.weights: {report.changed[0]}, so that this is not the network that was "
-                "trained; build that one, or train this one with `fit` first"
+                f"model.weights: {report.changed[0]}, so this is not the network that was "
+                "trained; set the arguments of the trained network, or train this one with `fit` "
+                "first"
             )
         for difference in report.changed:
-            rank_zero_warn(f"{report.source}: {difference}; what is here is used")
+            rank_zero_warn(f"{report.source}: {difference}; using the arguments of this run")
         if report.reinitialized and not is_training:
             reason = next(iter(report.reinitialized.values()))
             raise UserError(
-                f"model.weights: the classifier would be drawn anew ({reason}), and its scores "
-                "would mean nothing; train it with `fit` first"
+                f"model.weights: the classifier would be re-initialised ({reason}), so its "
+                "predictions would be meaningless; train it with `fit` first"
             )
-        # Processes must begin alike, and each drew these for itself.
-        drawn = dict(self.network.named_parameters())
+        # Each rank initialised these parameters independently; broadcast rank 0's values.
+        parameters = dict(self.network.named_parameters())
         for name in report.reinitialized:
-            drawn[name].data.copy_(self.trainer.strategy.broadcast(drawn[name].data.cpu()))
+            values = parameters[name].data
+            values.copy_(self.trainer.strategy.broadcast(values.cpu()))
         self._weights_are_set = True
         self._constants_are_from_weights = True
         rank_zero_info(str(report))
 
     def on_fit_start(self) -> None:
-        # Not earlier, in setup: there Lightning does not tell yet whether a checkpoint will be
-        # loaded, as one is without being asked for when a cluster job is requeued.
+        # Not in setup: Lightning has not resolved there whether a checkpoint will be loaded, which
+        # also happens without ckpt_path when a cluster job is requeued.
         self._start_from_weights(is_training=True)
         self._last_step = self.trainer.global_step
 
     def on_validation_start(self) -> None:
-        self._watch.settle()
+        self._divergence_watch.check_pending()
         self._start_from_weights(is_training=False)
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
-            # DDP would do this in the first forward pass, where a rank that has no image to score
-            # keeps the others waiting for ever.
+            # DDP would broadcast in the first forward pass, where all other ranks would wait for
+            # one without a validation image. Broadcast here instead.
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
             model.require_forward_param_sync = False
@@ -375,12 +408,12 @@ class SegmentationTask(pl.LightningModule):
             self._before_step = (self.trainer.global_step, buffers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Whoever writes it, and before anything is written.
+        # This hook runs before any callback writes a file.
         counts = non_finite(dict(tensors_of(checkpoint)))
-        # Buffers may differ between ranks, and all of them have to go on or none.
+        # Buffers may differ between ranks, but all ranks have to stop or none.
         if not self.trainer.strategy.reduce_boolean_decision(not counts):
             what = describe_non_finite(counts) if counts else "nan or infinity on another rank"
-            raise divergence(
+            raise divergence_error(
                 f"there is {what}, in the weights or in the optimiser",
                 self.trainer.global_step,
                 self._last_loss,
@@ -388,8 +421,9 @@ class SegmentationTask(pl.LightningModule):
             )
         step, buffers = self._before_step
         if step == checkpoint["global_step"]:
-            # Running statistics have seen batches of the next step, which a resumed run sees again.
-            # An average of weights keeps the weights themselves apart.
+            # Saved in the middle of an accumulation: running statistics already include batches
+            # of the next step, which a resumed run repeats. Store those from before the step.
+            # Under weight averaging, the trained weights are in "current_model_state".
             state = checkpoint.get("current_model_state", checkpoint["state_dict"])
             state.update({name: buffer for name, buffer in buffers.items() if name in state})
         if self._constants_are_from_weights:
@@ -400,7 +434,7 @@ class SegmentationTask(pl.LightningModule):
         check_content(checkpoint, name)
         stated = checkpoint.get("hyper_parameters", {})
         check_facts(stated, name, self.class_names, self._normalization())
-        trainer = self._trainer  # None in load_from_checkpoint, which can be asked not to be strict
+        trainer = self._trainer  # None in load_from_checkpoint, whose `strict` may be False
         strict = trainer is not None and self.strict_loading
         check_tensors(checkpoint["state_dict"], self.state_dict(), name, strict)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
@@ -412,8 +446,8 @@ class SegmentationTask(pl.LightningModule):
             self._constants_are_from_weights = True
 
     def on_train_start(self) -> None:
-        # A resumed run gets the checkpoint's optimiser settings back together with its state. The
-        # settings asked for now win; without a change this does nothing.
+        # Lightning restores the optimiser's settings with its state, so a resumed run would keep
+        # the checkpoint's. Apply the settings of this run; where they are equal, nothing changes.
         optimizer = cast(LightningOptimizer, self.optimizers())
         schedule = cast(LambdaLR, self.lr_schedulers())
         for group, wanted in zip(optimizer.param_groups, self._parameter_groups()):
@@ -435,8 +469,8 @@ class SegmentationTask(pl.LightningModule):
         max_steps = self.trainer.max_steps
         if max_steps < 1:
             raise UserError(
-                "trainer.max_steps is not set, and the learning-rate schedule is counted in steps; "
-                "give --trainer.max_steps N"
+                "trainer.max_steps is not set, but the learning-rate schedule needs the number of "
+                "steps; give --trainer.max_steps N"
             )
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.lr, fused=True)
         schedule = poly_with_warmup(
@@ -449,14 +483,16 @@ class SegmentationTask(pl.LightningModule):
 
 
 def _check_loss(loss: nn.Module) -> None:
-    """Raises:
-    UserError: It cannot be called as the task does, as torch's own losses cannot.
+    """Check that a loss takes three arguments; torch's own losses take two.
+
+    Raises:
+        UserError: The loss cannot be called with logits, target and ``ignore_index``.
     """
     try:
         inspect.signature(loss.forward).bind(None, None, None)
     except TypeError as error:
         raise UserError(
-            f"model.loss: {type(loss).__name__} cannot be called as loss(logits, labels, "
+            f"model.loss: {type(loss).__name__} cannot be called as loss(logits, target, "
             "ignore_index) with logits at the network's stride; take one of segformer_pl.losses, "
             "or wrap it"
         ) from error

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, on real file systems that fill up, move and are killed."""
+"""Files are written completely or not at all, also on full disks and in killed processes."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence", "is_of_the_name"),
+    ("name", "message", "is_name_error"),
     [
         ("n" * 300, "File name too long; give a shorter name", True),
         ("folder", "Is a directory; give a folder that can be written", True),
@@ -52,16 +52,16 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
         ("/proc/file", "No such file or directory; give a folder that can be written", False),
     ],
 )
-def test_the_advice_fits_the_cause(tmp_path, name, sentence, is_of_the_name):
+def test_the_message_says_what_to_do(tmp_path, name, message, is_name_error):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(WriteError) as error:
         atomic_write_text(tmp_path / name, "x")
-    assert str(error.value).endswith(f": {sentence}")
-    assert error.value.is_of_the_name == is_of_the_name
+    assert str(error.value).endswith(f": {message}")
+    assert error.value.is_name_error == is_name_error
 
 
-def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path):
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
     file = tmp_path / "file"
     file.write_text("old")
     program = (
@@ -78,12 +78,12 @@ def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert file.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 2  # the orphan
+    assert len(list(tmp_path.iterdir())) == 2  # the file and the partial file
     remove_partial_files(tmp_path)
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_link_under_the_name_is_replaced_and_not_followed(tmp_path):
+def test_a_symbolic_link_is_replaced_and_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
     (tmp_path / "file").symlink_to(outside)
@@ -92,8 +92,8 @@ def test_a_link_under_the_name_is_replaced_and_not_followed(tmp_path):
     assert not (tmp_path / "file").is_symlink()
 
 
-def test_a_full_disk_leaves_the_old_file_and_gives_one_sentence(tmp_path):
-    """A file-size limit stands in for the full disk: the same write fails part of the way."""
+def test_a_full_disk_leaves_the_old_file_and_raises_one_sentence(tmp_path):
+    """A limit on the file size simulates the full disk: the write fails half-way."""
     file = tmp_path / "file"
     file.write_text("old")
     program = (
@@ -118,13 +118,13 @@ def test_a_full_disk_leaves_the_old_file_and_gives_one_sentence(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_folder_in_the_place_of_a_parent_gives_one_sentence(tmp_path):
+def test_a_file_in_place_of_a_parent_folder_raises_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(WriteError, match=r"cannot write '.*below': File exists; give"):
         atomic_write_text(tmp_path / "file" / "below", "x")
 
 
-def test_two_writers_of_one_file_leave_one_of_the_two_whole(tmp_path):
+def test_two_concurrent_writers_leave_one_complete_file(tmp_path):
     program = (
         "import sys\n"
         "from segformer_pl.atomic import atomic_write_text\n"

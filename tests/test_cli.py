@@ -383,7 +383,7 @@ def test_data_whose_labels_are_all_ignored(capsys, folder, tmp_path, row, write_
     error = fail(capsys, ["fit", *arguments])
     assert error.startswith("error: data set 'shapes': none of the first 4 training samples has a")
     error = fail(capsys, ["validate", *options(tmp_path / "all", tmp_path)])
-    assert error.startswith("error: not one pixel of the val images carries a label, so there is")
+    assert error.startswith("error: no pixel of the val images is labelled, so the metrics are")
     assert "\n" not in error
 
 

@@ -1,4 +1,4 @@
-"""A training that diverges ends at once, and what was written before stays."""
+"""A diverged training stops at once, and earlier checkpoints stay as they are."""
 
 import lightning.pytorch as pl
 import pytest
@@ -16,7 +16,7 @@ NAMES = ["background", "left half", "never there"]
 
 
 def samples(count):
-    """Left half bright and labelled 1, right half dark and labelled 0."""
+    """Images with a bright left half of class 1 and a dark right half of class 0."""
     image = torch.zeros(3, 16, 16)
     image[:, :, :8] = 1.0
     label = (image[0] > 0.5).long()
@@ -62,7 +62,7 @@ def make_task(**arguments):
 
 
 class Poison(pl.Callback):
-    """Puts nan into one weight after a step, as a bad update would."""
+    """Callback that sets one weight to nan after a step, as a bad update would."""
 
     def __init__(self, step):
         self.step = step
@@ -73,8 +73,8 @@ class Poison(pl.Callback):
                 module.network.head.weight[1, 2] = torch.nan
 
 
-class Write(pl.Callback):
-    """Writes a checkpoint after every step, the way any callback would."""
+class WriteCheckpoint(pl.Callback):
+    """Callback that writes a checkpoint after every step."""
 
     def __init__(self, file):
         self.file = file
@@ -88,7 +88,7 @@ def loader(count=40):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_weight_that_is_no_number_ends_the_training_at_its_step(tmp_path, accumulate):
+def test_a_nan_weight_ends_the_training_at_its_step(tmp_path, accumulate):
     trainer = make_trainer(
         tmp_path,
         max_steps=9,
@@ -103,13 +103,13 @@ def test_a_weight_that_is_no_number_ends_the_training_at_its_step(tmp_path, accu
         "the training diverged: after step 4 (loss nan, largest learning rate 0.00"
     )
     assert "nan or infinity in " in message
-    assert "or start anew if there is none, with a smaller --model.lr" in message
+    assert "or restart if there is none, with a smaller --model.lr" in message
     assert "\n" not in message
 
 
-def test_no_writer_writes_over_finite_weights(tmp_path):
+def test_a_finite_checkpoint_is_not_replaced_by_one_with_nan(tmp_path):
     file = tmp_path / "last.ckpt"
-    trainer = make_trainer(tmp_path, max_steps=9, callbacks=[Poison(3), Write(file)])
+    trainer = make_trainer(tmp_path, max_steps=9, callbacks=[Poison(3), WriteCheckpoint(file)])
     with pytest.raises(UserError, match=r"there is nan or infinity in .*, in the weights or in"):
         trainer.fit(make_task(), loader())
     content = torch.load(file, weights_only=False)
@@ -117,8 +117,8 @@ def test_no_writer_writes_over_finite_weights(tmp_path):
     assert all(tensor.isfinite().all() for tensor in content["state_dict"].values())
 
 
-def test_a_moment_of_the_optimiser_that_overflowed_is_not_written(tmp_path):
-    """Its parameter would never move again, while the weights stay finite."""
+def test_an_infinite_optimiser_moment_is_not_saved(tmp_path):
+    """Its parameter would never change again, although the weights stay finite."""
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(make_task(), loader())
     state = trainer.optimizers[0].state
@@ -128,9 +128,9 @@ def test_a_moment_of_the_optimiser_that_overflowed_is_not_written(tmp_path):
     assert not (tmp_path / "w.ckpt").exists()
 
 
-def test_a_learning_rate_that_is_far_too_large(tmp_path):
+def test_a_far_too_large_learning_rate_ends_the_training(tmp_path):
     file = tmp_path / "last.ckpt"
-    trainer = make_trainer(tmp_path, max_steps=9, callbacks=[Write(file)])
+    trainer = make_trainer(tmp_path, max_steps=9, callbacks=[WriteCheckpoint(file)])
     with pytest.raises(UserError, match=r"largest learning rate 8\.8\d*e\+30"):
         trainer.fit(make_task(lr=1e30), loader())
     assert trainer.global_step < 5
@@ -138,7 +138,7 @@ def test_a_learning_rate_that_is_far_too_large(tmp_path):
     assert all(tensor.isfinite().all() for tensor in content["state_dict"].values())
 
 
-def test_steps_that_a_gradient_scaler_skips_are_no_divergence(tmp_path):
+def test_steps_skipped_by_a_gradient_scaler_are_not_a_divergence(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     trainer = make_trainer(tmp_path, max_steps=30, plugins=[precision], callbacks=[])
@@ -151,15 +151,15 @@ def test_steps_that_a_gradient_scaler_skips_are_no_divergence(tmp_path):
     trainer.save_checkpoint(tmp_path / "w.ckpt")
 
 
-class NoLoss(nn.Module):
-    """nan with a gradient of 0: the weights stay as they are."""
+class NanLoss(nn.Module):
+    """A loss of nan with a gradient of 0, so that the weights do not change."""
 
-    def forward(self, logits, labels, ignore_index):
+    def forward(self, logits, target, ignore_index):
         return logits.sum() * 0 + torch.nan * (logits.sum().detach() * 0 + 1)
 
 
-def test_losses_that_are_all_nan_end_the_training(tmp_path):
+def test_many_nan_losses_in_a_row_end_the_training(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=PATIENCE + 9)
     with pytest.raises(UserError, match=f"the last {PATIENCE} losses were nan or infinite"):
-        trainer.fit(make_task(loss=NoLoss(), weight_decay=0.0), loader(4 * PATIENCE))
+        trainer.fit(make_task(loss=NanLoss(), weight_decay=0.0), loader(4 * PATIENCE))
     assert trainer.global_step == PATIENCE

@@ -1,4 +1,4 @@
-"""What the documents point to is there."""
+"""Files that the documents link to or name exist."""
 
 import re
 from pathlib import Path

@@ -5,11 +5,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from segformer_pl.errors import UserError, find_user_error
 
-SENTENCE = "sample 'x: y': the label is 8x8 but the image is 8x12; store them at one size"
+MESSAGE = "sample 'x: y': the label is 8x8 but the image is 8x12; store them at one size"
 
 
 class Narrower(UserError):
-    """As UnreadableRows is one."""
+    """A subclass, as the package has several."""
 
 
 class Broken(Dataset):
@@ -23,27 +23,27 @@ class Broken(Dataset):
         try:
             raise KeyError("first")
         except KeyError as error:
-            raise self.error(SENTENCE) from error
+            raise self.error(MESSAGE) from error
 
 
 @pytest.mark.parametrize("error", [UserError, Narrower])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_sentence_arrives_from_a_worker(error, num_workers):
+def test_the_message_of_a_worker_is_kept(error, num_workers):
     with pytest.raises(error) as raised:
         next(iter(DataLoader(Broken(error), num_workers=num_workers)))
-    assert str(raised.value) == SENTENCE
+    assert str(raised.value) == MESSAGE
 
 
-def test_it_survives_pickling():
-    copy = pickle.loads(pickle.dumps(Narrower(SENTENCE)))
-    assert (type(copy), str(copy)) == (Narrower, SENTENCE)
+def test_user_errors_can_be_pickled():
+    copy = pickle.loads(pickle.dumps(Narrower(MESSAGE)))
+    assert (type(copy), str(copy)) == (Narrower, MESSAGE)
 
 
-def test_the_user_error_behind_another_exception():
-    error = Narrower(SENTENCE)
+def test_find_user_error_follows_explicit_causes_only():
+    error = Narrower(MESSAGE)
     middle, outer = ValueError("wrapped"), TypeError("wrapped again")
     middle.__cause__, outer.__cause__ = error, middle
     assert find_user_error(error) is find_user_error(outer) is error
-    fault = KeyError("while a user error was handled")
-    fault.__context__ = error
-    assert find_user_error(fault) is find_user_error(None) is None
+    bug = KeyError("while a user error was handled")
+    bug.__context__ = error
+    assert find_user_error(bug) is find_user_error(None) is None

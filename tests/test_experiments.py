@@ -1,4 +1,4 @@
-"""Every file under experiments/ states what it is for, parses and trains."""
+"""Every experiment file has a complete header, can be parsed and trains one step."""
 
 import re
 from pathlib import Path
@@ -21,19 +21,19 @@ def header(file):
 
 
 def configs(file):
-    """What the file's own command merges: the file, or base and delta."""
+    """Return the files that the command in a file's header merges: itself, or base and delta."""
     return [
         ROOT / name for name in re.findall(r"--config (experiments/[\w/]+\.yaml)", header(file))
     ]
 
 
 def settings(files):
-    """The files' settings, merged as plain data."""
+    """Merge the settings of files as plain data; later files take precedence."""
 
-    def merge(below, above):
-        if not isinstance(below, dict) or not isinstance(above, dict):
-            return above
-        return below | {key: merge(below.get(key), value) for key, value in above.items()}
+    def merge(base, delta):
+        if not isinstance(base, dict) or not isinstance(delta, dict):
+            return delta
+        return base | {key: merge(base.get(key), value) for key, value in delta.items()}
 
     merged = {}
     for file in files:
@@ -41,20 +41,20 @@ def settings(files):
     return merged
 
 
-# A base is trained by the delta that its command names. Deltas of B1 to B5 differ from B0's in
-# nothing but size.
+# A base is trained with the delta in its command. The deltas of B1 to B5 differ from B0's only in
+# the size of the network.
 LARGE = [file for file in EXPERIMENTS if re.match(r"segformer_b[1-5]_", file.stem)]
 TRAINED = [file for file in EXPERIMENTS if file not in LARGE and configs(file)[-1:] == [file]]
 
 
 @pytest.fixture
 def tiny_copy(tmp_path):
-    """Function: a folder of random pictures with every label value that a data set knows."""
+    """Function data set name -> folder of random images with all raw label values of that set."""
 
     def write(name):
         entry = find_dataset(name)
-        known = entry.labels.raw_to_train or range(entry.labels.num_classes)
-        values = [value for value in (*known, *entry.labels.ignored) if value >= 0]
+        raw_values = entry.labels.raw_to_train or range(entry.labels.num_classes)
+        values = [value for value in (*raw_values, *entry.labels.ignored) if value >= 0]
         rng = np.random.default_rng(0)
         for split in ("train", "validation"):
             stored = entry.splits.get(split, split)
@@ -74,21 +74,21 @@ def tiny_copy(tmp_path):
 
 def on_one_cpu(files):
     changes = ["accelerator=cpu", "devices=1", "strategy=auto", "sync_batchnorm=false"]
-    return [*(f"--config={file}" for file in files), *(f"--trainer.{one}" for one in changes)]
+    return [*(f"--config={file}" for file in files), *(f"--trainer.{change}" for change in changes)]
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
-def test_states_question_command_hardware_and_expectation(file):
+def test_header_states_question_command_hardware_and_expectation(file):
     stated = [line.split()[1] for line in header(file).splitlines() if len(line.split()) > 1]
     for word in ("question", "command", "hardware", "expectation"):
         assert word in stated, f"{file.name} does not state its {word}"
-    assert file in configs(file), f"the command of {file.name} is another file's"
+    assert file in configs(file), f"the command of {file.name} does not use the file"
     assert all(named.is_file() for named in configs(file))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
-def test_trains_one_tiny_step_and_is_validated(file, tiny_copy, tmp_path):
+def test_trains_one_step_and_validates(file, tiny_copy, tmp_path):
     config = settings(configs(file))
     changes = {
         "data.path": tiny_copy(config["data"]["dataset"]),
@@ -105,24 +105,25 @@ def test_trains_one_tiny_step_and_is_validated(file, tiny_copy, tmp_path):
     tiny = {"base_size": "[64,48]", "window": "[32,32]", "stride": "[24,24]"}
     for key in tiny.keys() & config["model"].get("inference", {}).get("init_args", {}).keys():
         changes[f"model.inference.init_args.{key}"] = tiny[key]
-    given = on_one_cpu(configs(file))
-    main(["fit", *given, *(f"--{key}={value}" for key, value in changes.items())])
+    main(
+        ["fit", *on_one_cpu(configs(file)), *(f"--{key}={value}" for key, value in changes.items())]
+    )
     (run,) = (tmp_path / "runs").glob("*/version_0")
     assert "val/miou" in (run / "metrics.csv").read_text()
-    callbacks = {one["class_path"].rpartition(".")[2] for one in config["trainer"]["callbacks"]}
+    callbacks = {c["class_path"].rpartition(".")[2] for c in config["trainer"]["callbacks"]}
     figures = {"PredictionPanel": "predictions", "EffectiveReceptiveField": "erf"}
-    drawn = {folder for callback, folder in figures.items() if callback in callbacks}
-    assert {"report.html", "config.yaml"} | drawn <= {path.name for path in run.iterdir()}
+    expected = {folder for callback, folder in figures.items() if callback in callbacks}
+    assert {"report.html", "config.yaml"} | expected <= {path.name for path in run.iterdir()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", LARGE, ids=lambda file: file.stem)
-def test_a_larger_network_is_built(file):
-    with torch.device("meta"):  # the parameters' shapes without their values
+def test_a_larger_network_has_the_stated_size(file):
+    with torch.device("meta"):  # shapes of the parameters without values
         network = main(on_one_cpu(configs(file)), run=False).model.network
     stated = re.search(r"([\d.]+) M \(encoder\) \+ ([\d.]+) M \(head\)", header(file))
     for part, millions in zip((network.encoder, network.head), stated.groups()):
-        # The paper counts 150 classes, whatever the data set.
+        # The paper counts the parameters with 150 classes on every data set.
         size = sum(parameter.numel() for parameter in part.parameters()) / 1e6
         assert size == pytest.approx(float(millions), abs=0.2)
 

@@ -8,6 +8,7 @@ from segformer_pl.metrics import (
     SegmentationMetrics,
     as_classes,
     boundary_counts,
+    boundary_mask,
     calibration_counts,
     class_accuracy,
     class_counts,
@@ -16,45 +17,44 @@ from segformer_pl.metrics import (
     expected_calibration_error,
     frequency_weighted_iou,
     mean_present,
-    near_others,
     pixel_accuracy,
 )
 
 IGNORED = 255
 NAN = float("nan")
 
-# Four classes. 0: two of three right. 1: one of two right. 2: predicted once, never there.
-# 3: neither labelled nor predicted.
+# Four classes. 0: two of three pixels correct. 1: one of two correct. 2: predicted once, not in the
+# target. 3: in neither.
 TARGET = torch.tensor([[[0, 0, 0], [1, 1, IGNORED]]])
 PRED = torch.tensor([[[0, 0, 1], [1, 2, 3]]])
 
 
 def update(metrics, pred, target, confidence=None):
-    """Add a batch, with a confidence of one half and a loss of one where they do not matter."""
+    """Add a batch with loss 1 and, by default, confidence 0.5."""
     if confidence is None:
         confidence = torch.full(pred.shape, 0.5)
     return metrics.update(pred, target, confidence, (target != metrics.ignore_index).float())
 
 
 def metrics_of(*batches, num_classes=4, ignore_index=IGNORED):
-    """All metrics of a set, by name."""
+    """Metrics of a whole split, by name."""
     metrics = SegmentationMetrics(num_classes, ignore_index)
     for batch in batches:
         update(metrics, *batch)
     return metrics.compute()
 
 
-def test_by_hand():
+def test_metrics_by_hand():
     result = metrics_of((PRED, TARGET))
     iou = torch.tensor([2 / 3, 1 / 3, 0, NAN], dtype=torch.float64)
     torch.testing.assert_close(result["iou"], iou, equal_nan=True)
-    # A class that is only predicted scores 0; one that is nowhere is left out. Accuracy has
-    # nothing to divide by for either.
+    # mIoU: a class that is only predicted has IoU 0, an absent class is left out. mAcc leaves out
+    # both, as neither has target pixels.
     assert result["miou"].item() == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
     assert result["macc"].item() == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert result["aacc"].item() == pytest.approx(3 / 5)
     assert result["fwiou"].item() == pytest.approx((3 * 2 / 3 + 2 * 1 / 3) / 5)
-    # All images are narrower than the bands: boundary IoU is plain IoU.
+    # The image is so small that all pixels are near the boundary: boundary IoU is IoU.
     assert result["boundary_iou"].item() == pytest.approx(1 / 3)
     assert result["ece"].item() == pytest.approx(3 / 5 - 0.5)
     assert result["loss"].item() == 1
@@ -86,7 +86,7 @@ def test_loss_of_an_image_is_the_mean_over_its_labelled_pixels():
 
 
 def test_counts_of_batches_add_up_to_the_metrics():
-    """A record of an evaluation is made from what the updates return."""
+    """Evaluations are recorded from the counts that the updates return."""
     metrics = SegmentationMetrics(6, IGNORED)
     pred, target, confidence = noisy_maps()
     batches = [
@@ -104,7 +104,7 @@ def test_counts_of_batches_add_up_to_the_metrics():
 
 @pytest.mark.parametrize("shape", [(5, 3), (7, 5, 3), (0, 5, 3), (150, 3)])
 def test_arrays_and_tensors_have_the_same_metrics(shape):
-    """One definition serves the metrics of a training, the report and the bootstrap."""
+    """Training, the report and the bootstrap share one definition of the metrics."""
     generator = np.random.default_rng(0)
     target, pred = generator.integers(1, 50, (2, *shape[:-1]))
     counts = np.stack([generator.integers(0, np.minimum(target, pred) + 1), target, pred], axis=-1)
@@ -133,9 +133,9 @@ def test_absent_classes_are_left_out_without_a_warning():
     assert np.isnan(expected_calibration_error(np.zeros((15, 3))))
 
 
-def test_batches_of_any_size_give_the_scores_of_one():
+def test_metrics_do_not_depend_on_the_batch_size():
     target = torch.randint(4, (6, 5, 7))
-    # One class lives in a single image: a mean of per-batch scores would differ.
+    # One class occurs in a single image, so a mean of per-image mIoU would differ.
     target[1:][target[1:] == 3] = 0
     target[torch.rand(6, 5, 7) < 0.2] = IGNORED
     pred = torch.randint(4, (6, 5, 7))
@@ -146,7 +146,7 @@ def test_batches_of_any_size_give_the_scores_of_one():
     assert not torch.allclose(torch.stack(separate).mean(), whole["miou"])
 
 
-def test_prediction_under_ignored_pixels_does_not_matter():
+def test_prediction_at_ignored_pixels_is_not_counted():
     changed = PRED.clone()
     changed[TARGET == IGNORED] = 0
     torch.testing.assert_close(
@@ -154,9 +154,9 @@ def test_prediction_under_ignored_pixels_does_not_matter():
     )
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")  # before any update, on purpose
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")  # called before any update on purpose
 @pytest.mark.parametrize("batches", [[], [(PRED, torch.full_like(TARGET, IGNORED))]])
-def test_nothing_labelled_has_no_score(batches):
+def test_metrics_without_labelled_pixels_are_nan(batches):
     result = metrics_of(*batches)
     assert result.pop("num_labelled").item() == 0
     names = {"miou", "macc", "aacc", "fwiou", "boundary_iou", "ece", "iou", "loss"}
@@ -164,8 +164,8 @@ def test_nothing_labelled_has_no_score(batches):
     assert all(value.isnan().all() for value in result.values())
 
 
-def test_ranks_add_up():
-    # What a sum over ranks does to the state, without the processes.
+def test_states_of_ranks_add_up():
+    # Apply the reduction over ranks to the states by hand, without processes.
     one, other, whole = (SegmentationMetrics(4, IGNORED) for _ in range(3))
     update(one, PRED[:, :1], TARGET[:, :1])
     update(other, PRED[:, 1:], TARGET[:, 1:])
@@ -176,11 +176,11 @@ def test_ranks_add_up():
         values = [getattr(part, state) for part in parts]
         summed = parts[0]._reductions[state](torch.stack(values[:2]))
         assert summed.equal(values[0] + values[1])
-        if name != "boundary":  # the parts are images of their own, with borders of their own
+        if name != "boundary":  # each part is an image with its own border
             assert summed.equal(values[2])
 
 
-def test_reset_forgets():
+def test_reset_sets_the_counts_to_zero():
     metrics = SegmentationMetrics(4, IGNORED)
     update(metrics, TARGET.masked_fill(TARGET == IGNORED, 0), TARGET)
     metrics.reset()
@@ -189,13 +189,13 @@ def test_reset_forgets():
     torch.testing.assert_close(metrics.compute(), metrics_of((PRED, TARGET)), equal_nan=True)
 
 
-def test_metrics_are_no_part_of_a_checkpoint():
+def test_metrics_are_not_in_the_state_dict():
     assert not SegmentationMetrics(4, IGNORED).state_dict()
 
 
 @pytest.mark.parametrize("wrong", [4, -1])
-def test_label_outside_the_classes_is_not_counted_as_another(wrong):
-    # The reference's histogram puts a label equal to num_classes into the last bin.
+def test_labels_and_predictions_outside_the_classes_are_refused(wrong):
+    # The reference's histogram counts a label equal to num_classes in the last bin.
     target = torch.where(TARGET == 0, wrong, TARGET)
     with pytest.raises(ValueError, match=f"label {wrong} is not a train id: there are 4 classes"):
         metrics_of((PRED, target))
@@ -213,7 +213,7 @@ def test_one_class():
 
 
 def test_more_than_255_classes():
-    """255 is then a class, and the ignored label lies above all of them."""
+    """255 is then a class, and the ignored label is above all classes."""
     target = torch.randint(300, (2, 20, 20))
     target[0, :3] = 255
     pred = target.clone()
@@ -223,9 +223,9 @@ def test_more_than_255_classes():
     counted = target != 300
     assert result["num_labelled"].item() == counted.sum()
     assert result["aacc"].item() == pytest.approx((pred == target)[counted].double().mean().item())
-    truth, found = target[counted] == 255, pred[counted] == 255
+    in_target, in_pred = target[counted] == 255, pred[counted] == 255
     assert result["iou"][255].item() == pytest.approx(
-        ((truth & found).sum() / (truth | found).sum()).item()
+        ((in_target & in_pred).sum() / (in_target | in_pred).sum()).item()
     )
 
 
@@ -242,7 +242,7 @@ def masked_pair():
     return pred, target
 
 
-def test_confusion_of_every_image():
+def test_confusion_matrix_of_each_image():
     pred, target = masked_pair()
     matrices = confusion_matrices(*as_classes(pred, target, 4, IGNORED), 4)
     for matrix, image_pred, image_target in zip(matrices, pred, target):
@@ -254,8 +254,8 @@ def test_confusion_of_every_image():
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5])
-def test_boundary_bands_are_what_erosion_leaves_out(width):
-    """Cheng et al. 2021: a mask without its erosion by a square, the border counting as outside."""
+def test_boundary_region_is_the_mask_minus_its_erosion(width):
+    """Cheng et al. 2021; pixels beyond the border of the image are outside the mask."""
     pred, target = masked_pair()
     classes = as_classes(pred, target, 4, IGNORED)
 
@@ -273,7 +273,7 @@ def test_boundary_bands_are_what_erosion_leaves_out(width):
     assert np.array_equal(boundary_counts(*classes, 4, width), expected)
 
 
-def test_boundary_iou_feels_a_shift_that_iou_hardly_does():
+def test_boundary_iou_is_more_sensitive_to_a_shift_than_iou():
     target = torch.zeros(1, 100, 100, dtype=torch.int64)
     target[:, 20:80, 20:80] = 1
     result = metrics_of((target.roll(2, 2), target), num_classes=2)
@@ -282,15 +282,15 @@ def test_boundary_iou_feels_a_shift_that_iou_hardly_does():
     assert metrics_of((target, target), num_classes=2)["boundary_iou"] == 1
 
 
-def test_near_others_in_a_plain_image_is_its_border():
-    near = near_others(torch.zeros(1, 7, 9), 2)
-    assert not near[:, 2:-2, 2:-2].any()
-    near[:, 2:-2, 2:-2] = True
-    assert near.all()
+def test_boundary_of_a_uniform_image_is_its_border():
+    mask = boundary_mask(torch.zeros(1, 7, 9), 2)
+    assert not mask[:, 2:-2, 2:-2].any()
+    mask[:, 2:-2, 2:-2] = True
+    assert mask.all()
 
 
 def test_calibration_by_hand():
-    # Confidence 0.9 and right in 3 of 4; 0.55 and right in 1 of 2; the ignored pixel is not there.
+    # Confidence 0.9 with 3 of 4 correct, 0.55 with 1 of 2 correct, and one ignored pixel.
     target = torch.tensor([[[0, 0, 0, 0, 1, 1, IGNORED]]])
     pred = torch.tensor([[[0, 0, 0, 1, 1, 0, 0]]])
     confidence = torch.tensor([[[0.9, 0.9, 0.9, 0.9, 0.55, 0.55, 1.0]]], dtype=torch.float64)
@@ -305,14 +305,14 @@ def test_calibration_by_hand():
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0])
-def test_the_ends_of_confidence_have_a_bin(confidence):
+def test_confidence_zero_and_one_have_a_bin(confidence):
     target = torch.zeros(1, 2, 2, dtype=torch.int64)
     classes = as_classes(target, target, 1, IGNORED)
     counts = calibration_counts(*classes, torch.full(target.shape, confidence), 1)
     assert counts[-1 if confidence else 0, 0] == 4
 
 
-def test_a_calibrated_prediction_has_no_error():
+def test_a_calibrated_prediction_has_almost_no_calibration_error():
     generator = torch.Generator().manual_seed(0)
     confidence = torch.rand(1, 400, 500, generator=generator)
     right = torch.rand(1, 400, 500, generator=generator) < confidence
@@ -323,18 +323,21 @@ def test_a_calibrated_prediction_has_no_error():
     assert overconfident["ece"] > 0.1
 
 
-# Against libraries
+# Comparison with libraries
 
 
 def noisy_maps(num_classes=6):
-    """(4, 30, 40) predictions, targets, and the confidence of the predictions; a fifth is ignored,
-    one class is only predicted, one only labelled and one nowhere."""
+    """Predictions, targets and confidences, (4, 30, 40) each.
+
+    A fifth of the pixels is ignored; one class is only predicted, one only in the target, and one
+    absent.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (4, 30, 40)
     target = torch.randint(num_classes - 2, shape, generator=generator)
     pred = torch.randint(num_classes - 1, shape, generator=generator)
     confidence = torch.rand(shape, generator=generator, dtype=torch.float64)
-    # Too sure above one half, not sure enough below it.
+    # Overconfident above one half, underconfident below.
     is_right = torch.rand(shape, generator=generator) < torch.where(confidence < 0.5, 0.7, 0.4)
     pred = torch.where(is_right, target, pred)
     pred[pred == num_classes - 3] = 0
@@ -343,7 +346,7 @@ def noisy_maps(num_classes=6):
 
 
 @pytest.mark.slow
-def test_metrics_of_scikit_learn():
+def test_metrics_against_scikit_learn():
     from sklearn import metrics
 
     pred, target, _ = noisy_maps()
@@ -369,12 +372,12 @@ def test_metrics_of_scikit_learn():
     recall = metrics.recall_score(y_true, y_pred, labels=sorted({*y_true}), average="macro")
     assert result["macc"].item() == pytest.approx(recall, rel=1e-14)
     assert result["aacc"].item() == pytest.approx(metrics.accuracy_score(y_true, y_pred), rel=1e-14)
-    # Another mean: with the class that is nowhere as 0.
+    # The comparison is sensitive to absent classes: counting one as 0 gives another mean.
     wrong = metrics.jaccard_score(y_true, y_pred, labels=range(6), average="macro", zero_division=0)
     assert result["miou"].item() != pytest.approx(wrong, rel=1e-3)
 
 
-def test_metrics_of_torchmetrics():
+def test_metrics_against_torchmetrics():
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
         multiclass_confusion_matrix,
@@ -382,21 +385,21 @@ def test_metrics_of_torchmetrics():
     )
 
     pred, target, _ = noisy_maps()
-    given = (pred, target, 6)
+    arguments = (pred, target, 6)
     confusion = confusion_matrices(*as_classes(pred, target, 6, IGNORED), 6).sum(0)
-    assert confusion.equal(multiclass_confusion_matrix(*given, ignore_index=IGNORED))
+    assert confusion.equal(multiclass_confusion_matrix(*arguments, ignore_index=IGNORED))
     result = metrics_of((pred, target), num_classes=6)
-    # It counts in float32.
-    iou = multiclass_jaccard_index(*given, ignore_index=IGNORED, average="none")
+    # torchmetrics computes in float32.
+    iou = multiclass_jaccard_index(*arguments, ignore_index=IGNORED, average="none")
     np.testing.assert_allclose(result["iou"][:5], iou[:5], rtol=1e-6)
-    weighted = multiclass_jaccard_index(*given, ignore_index=IGNORED, average="weighted").item()
+    weighted = multiclass_jaccard_index(*arguments, ignore_index=IGNORED, average="weighted").item()
     assert result["fwiou"].item() == pytest.approx(weighted, rel=1e-6)
-    accuracy = multiclass_accuracy(*given, ignore_index=IGNORED, average="micro").item()
+    accuracy = multiclass_accuracy(*arguments, ignore_index=IGNORED, average="micro").item()
     assert result["aacc"].item() == pytest.approx(accuracy, rel=1e-6)
 
 
 @pytest.mark.slow
-def test_bins_of_scikit_learns_calibration_curve():
+def test_calibration_bins_against_scikit_learn():
     from sklearn.calibration import calibration_curve
 
     pred, target, confidence = noisy_maps()
@@ -408,7 +411,7 @@ def test_bins_of_scikit_learns_calibration_curve():
     np.testing.assert_allclose(counts[:, 2] / counts[:, 0], shares, rtol=1e-12)
 
 
-def test_calibration_error_of_torchmetrics():
+def test_calibration_error_against_torchmetrics():
     from torchmetrics.functional.classification import binary_calibration_error
 
     pred, target, confidence = noisy_maps()
@@ -418,9 +421,9 @@ def test_calibration_error_of_torchmetrics():
     right = (pred == target)[counted].int()
 
     def theirs(num_bins):
-        # Of one probability and whether it came true, whatever the number of classes was.
+        # Binary: the confidence and whether the prediction is correct, for any number of classes.
         return binary_calibration_error(confidence[counted], right, n_bins=num_bins).item()
 
-    # It sums in float32.
+    # torchmetrics sums in float32.
     assert ece == pytest.approx(theirs(15), rel=1e-5)
     assert ece != pytest.approx(theirs(10), rel=1e-3)

@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom without a display, and are committed with small outputs."""
+"""Notebooks run from top to bottom without a display and are committed with small outputs."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_outputs_are_small_and_hold_no_path_of_a_machine(file):
+def test_outputs_are_small_and_contain_no_absolute_paths(file):
     nbformat = pytest.importorskip("nbformat")
     text = file.read_text()
     assert len(text) < 450_000
@@ -36,7 +36,7 @@ def test_outputs_are_small_and_hold_no_path_of_a_machine(file):
 def test_runs_from_top_to_bottom(file, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    # The kernel is a process of its own and must import this package.
+    # The kernel runs in its own process and must be able to import this package.
     monkeypatch.setenv("PYTHONPATH", str(file.parents[1]))
     notebook = nbformat.read(file, 4)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

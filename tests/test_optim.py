@@ -18,7 +18,7 @@ def groups_of(network, **settings):
 
 
 class Hinted(nn.Module):
-    """A network of linear layers with the hints that are given."""
+    """A network with the given layer ids and names without weight decay."""
 
     def __init__(self, layers, undecayed=(), **modules):
         super().__init__()
@@ -41,9 +41,10 @@ def names_in(network, group):
 @pytest.mark.parametrize(
     ("arguments", "num_tensors"),
     [
-        # Norms of B0: 4 patch, 6 reduction, 16 block, 4 stage; a weight and a bias each.
+        # Norms of B0, each with weight and bias: 4 of patch embeddings, 6 of spatial reductions,
+        # 16 of blocks, 4 of stages.
         ({}, {"encoder": 116, "encoder_no_decay": 60, "head": 13}),
-        # No depthwise convolutions (2 tensors in each of 8 blocks), but four tables.
+        # Without depthwise convolutions (2 tensors in each of 8 blocks), with four position tables.
         (
             {"pos_encoding": "learned", "image_size": 64},
             {"encoder": 100, "encoder_no_decay": 64, "head": 13},
@@ -59,7 +60,7 @@ def test_groups(arguments, num_tensors):
     groups = groups_of(network)
     assert {name: len(group["params"]) for name, group in groups.items()} == num_tensors
 
-    # The reference tells them apart by name: "head" first, then "norm" or a position table.
+    # The reference groups by name: "head" first, then "norm" or a position table.
     expected = {"encoder": [], "encoder_no_decay": [], "head": []}
     for name, _ in network.named_parameters():
         if name.startswith("head."):
@@ -69,7 +70,7 @@ def test_groups(arguments, num_tensors):
         else:
             expected["encoder"].append(name)
     for name, group in groups.items():
-        assert sorted(names_in(network, group)) == sorted(expected[name])  # and none twice
+        assert sorted(names_in(network, group)) == sorted(expected[name])  # each exactly once
 
 
 def test_settings_of_the_groups():
@@ -103,7 +104,7 @@ def test_settings_of_the_groups():
         (170_000, 0.0),
     ],
 )
-def test_learning_rate_of_the_reference(step, lr):
+def test_learning_rate_equals_the_reference(step, lr):
     assert 6e-5 * poly_factor(step, 160_000, 1500) == pytest.approx(lr, rel=2e-6)
 
 
@@ -120,7 +121,7 @@ def test_learning_rate_of_other_schedules():
     [(0, 6e-11), (1499, 6e-5), (1500, 6e-5), (16_000, 5.4511e-5), (159_999, 0.0), (160_000, 0.0)],
 )
 def test_learning_rate_of_mmsegmentation_1(step, lr):
-    """Warms up to the full rate, then decays over what is left, to 0 in the last step."""
+    """Warm-up to the full rate, then decay over the remaining steps, to 0 in the last step."""
     factor = poly_factor(step, 160_000, 1500, schedule="mmseg1")
     assert 6e-5 * factor == pytest.approx(lr, rel=2e-6)
 
@@ -136,7 +137,7 @@ def test_an_unknown_schedule_is_refused():
         poly_factor(0, 10, 1, schedule="cosine")
 
 
-def test_layer_decay_falls_from_block_to_block():
+def test_layer_decay_decreases_from_block_to_block():
     with torch.device("meta"):
         network = segformer_b0(19)
     groups = groups_of(network, lr=1.0, layer_decay=0.5)
@@ -149,7 +150,7 @@ def test_layer_decay_falls_from_block_to_block():
             group = groups[f"encoder_{number:02d}{suffix}"]
             assert (group["lr"], group["weight_decay"]) == (0.5 ** (7 - number), decay)
     assert groups["head"]["lr"] == 10.0
-    # Stage 2 begins with its patch embedding and ends with its norm.
+    # The layers of stage 2: the first has its patch embedding, the last its norm.
     third, fourth = (
         [
             *names_in(network, groups[f"encoder_{n:02d}"]),
@@ -180,8 +181,8 @@ def test_layer_decay_with_position_tables():
         assert f"encoder.stages.{stage}.pos_embed" in names_in(network, first_block)
 
 
-# SHA-256 of names, rates, decays and the order of parameters, as version 0.1 of the package made
-# them from the modules' types: the optimiser state of its checkpoints is stored in this order.
+# SHA-256 of the groups' names, learning rates, decays and parameter order in version 0.1 of the
+# package, which the optimiser state of its checkpoints depends on.
 STORED_ORDER = {
     "b0 mix_ffn 1.0": "2834ce96da2c7a66",
     "b0 mix_ffn 0.9": "aeaa9acbe6adb282",
@@ -211,7 +212,7 @@ STORED_ORDER = {
 
 
 @pytest.mark.parametrize("case", STORED_ORDER)
-def test_groups_are_those_of_stored_checkpoints(case):
+def test_groups_equal_those_of_version_0_1(case):
     variant, pos_encoding, layer_decay = case.split()
     tables = {"image_size": 64} if pos_encoding == "learned" else {}
     with torch.device("meta"):
@@ -222,7 +223,7 @@ def test_groups_are_those_of_stored_checkpoints(case):
     assert hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16] == STORED_ORDER[case]
 
 
-def test_groups_follow_the_hints_and_empty_ones_are_left_out():
+def test_groups_follow_the_network_and_empty_ones_are_left_out():
     network = Hinted(
         {"stem.weight": 0, "stem.bias": 0, "top.weight": 2},
         {"stem.bias", "top.bias"},
@@ -237,30 +238,30 @@ def test_groups_follow_the_hints_and_empty_ones_are_left_out():
     }
     groups = groups_of(network, lr=1.0, layer_decay=0.5)
     assert {key: (g["lr"], g["weight_decay"]) for key, g in groups.items()} == {
-        "encoder_00": (0.25, 0.01),  # nothing lies at depth 1, which counts all the same
+        "encoder_00": (0.25, 0.01),  # depth 1 has no parameters but counts as a layer
         "encoder_00_no_decay": (0.25, 0.0),
         "encoder_02": (1.0, 0.01),
         "head_no_decay": (10.0, 0.0),
     }
-    # Without hints everything is the head.
+    # Without layer ids all parameters are the head.
     assert list(groups_of(Hinted({}, only=nn.Linear(2, 2)))) == ["head"]
 
 
-def test_layer_decay_is_refused_where_there_are_no_layers():
+def test_layer_decay_needs_several_layers():
     for layers, count in (({}, 0), ({"only.weight": 0, "only.bias": 0}, 1)):
         network = Hinted(layers, only=nn.Linear(2, 2))
-        with pytest.raises(ValueError, match=f"Hinted tells of {count}: leave it at 1"):
+        with pytest.raises(ValueError, match=f"but Hinted has {count}: leave it at 1"):
             groups_of(network, layer_decay=0.9)
     for wrong in (0.0, 1.1):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
             groups_of(network, layer_decay=wrong)
 
 
-def test_hints_that_do_not_fit_the_network_are_refused():
-    for hints in (({"onyl.weight": 0},), ({}, {"onyl.weight"})):
+def test_names_of_missing_parameters_are_refused():
+    for arguments in (({"onyl.weight": 0},), ({}, {"onyl.weight"})):
         with pytest.raises(ValueError, match=r"Hinted has no parameter 'onyl\.weight'"):
-            groups_of(Hinted(*hints, only=nn.Linear(2, 2)))
-    # Parameters of an encoder that are in no layer would train at the head's rate.
+            groups_of(Hinted(*arguments, only=nn.Linear(2, 2)))
+    # Encoder parameters without a layer would be trained at the head's learning rate.
     network = segformer_b0(2)
     network.encoder.register_module("last", nn.LayerNorm(4))
     for layer_decay in (0.9, 1.0):

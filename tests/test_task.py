@@ -15,7 +15,7 @@ from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.optim import poly_factor
 from segformer_pl.task import SegmentationTask
 
-NAMES = ["background", "left half", "never there"]
+NAMES = ["background", "left half", "absent"]
 
 
 def make_task(**arguments):
@@ -25,7 +25,7 @@ def make_task(**arguments):
 
 
 def samples(count=4, size=32):
-    """Left half bright and labelled 1, right half dark and labelled 0."""
+    """Images with a bright left half of class 1 and a dark right half of class 0."""
     image = torch.zeros(3, size, size)
     image[:, :, : size // 2] = 1.0
     label = (image[0] > 0.5).long()
@@ -46,7 +46,7 @@ def make_trainer(tmp_path, **arguments):
 
 
 @pytest.mark.slow
-def test_learns_two_samples_and_logs_the_agreed_keys(tmp_path):
+def test_learns_two_samples_and_logs_the_documented_keys(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=30)
     loader = DataLoader(samples(60), batch_size=2)
     trainer.fit(make_task(), loader, DataLoader(samples(), batch_size=2))
@@ -54,7 +54,7 @@ def test_learns_two_samples_and_logs_the_agreed_keys(tmp_path):
     assert logged["val/miou"] > 0.9
     assert logged["val/aacc"] > 0.9
     assert logged["val/iou/left half"] > 0.9
-    assert logged["val/iou/never there"].isnan()
+    assert logged["val/iou/absent"].isnan()
     assert set(logged) == {
         "train/loss",
         *(f"val/{key}" for key in ("loss", "miou", "macc", "aacc", "fwiou", "boundary_iou", "ece")),
@@ -62,7 +62,7 @@ def test_learns_two_samples_and_logs_the_agreed_keys(tmp_path):
     }
 
 
-def test_validation_loss_is_the_mean_over_labelled_pixels_whatever_the_batches(tmp_path):
+def test_validation_loss_is_the_mean_over_labelled_pixels_for_any_batch_size(tmp_path):
     task = make_task()
     mixed = samples(3)
     mixed[0]["label"] = torch.full_like(mixed[0]["label"], 255)
@@ -84,9 +84,9 @@ def test_validation_loss_is_the_mean_over_labelled_pixels_whatever_the_batches(t
 
 
 @pytest.mark.slow
-def test_the_training_loss_can_be_another_and_the_validation_loss_stays(tmp_path):
+def test_the_validation_loss_does_not_depend_on_the_training_loss(tmp_path):
     class Constant(nn.Module):
-        def forward(self, logits, labels, ignore_index):
+        def forward(self, logits, target, ignore_index):
             assert (logits.shape[2:], ignore_index) == ((8, 8), 255)
             return 0 * logits.sum() + 7
 
@@ -99,11 +99,11 @@ def test_the_training_loss_can_be_another_and_the_validation_loss_stays(tmp_path
         values.append(trainer.callback_metrics)
     assert values[1]["train/loss"] == 7
     assert values[0]["train/loss"] != 7
-    # BatchNorm's statistics are the only thing that a step changed, and in both alike.
+    # A step at learning rate 0 changes the statistics of BatchNorm only, in both runs alike.
     torch.testing.assert_close(values[0]["val/loss"], values[1]["val/loss"])
 
 
-def test_one_class_is_validated(tmp_path):
+def test_a_single_class_can_be_validated(tmp_path):
     task = SegmentationTask(segformer_b0(1), ["thing"], [[0, 0, 0]])
     data = samples(2)
     for sample in data:
@@ -114,7 +114,7 @@ def test_one_class_is_validated(tmp_path):
     assert trainer.callback_metrics["val/loss"] == 0
 
 
-def test_a_network_that_diverged_is_not_scored(tmp_path):
+def test_a_diverged_network_is_not_evaluated(tmp_path):
     task = make_task()
     torch.nn.init.constant_(task.network.head.classifier.bias, torch.nan)
     trainer = make_trainer(tmp_path)
@@ -128,13 +128,13 @@ def test_negative_settings_are_refused(name):
         make_task(**{name: -1.0})
 
 
-def test_a_loss_of_another_form_is_refused():
+def test_a_loss_with_another_signature_is_refused():
     with pytest.raises(ValueError, match="CrossEntropyLoss cannot be called as loss"):
         make_task(loss=nn.CrossEntropyLoss())
 
 
-def test_scores_are_taken_at_the_size_of_the_labels():
-    """A label of another size than its picture is neither resized nor refused."""
+def test_metrics_are_computed_at_the_size_of_the_label_maps():
+    """A label map of another size than its image is neither resized nor refused."""
     task = make_task().eval()
     batch = {
         "image": torch.rand(2, 3, 32, 32),
@@ -142,21 +142,21 @@ def test_scores_are_taken_at_the_size_of_the_labels():
         "id": ["a", "b"],
     }
     batch["label"][1] = 255
-    found = task.validation_step(batch, 0)
-    assert found["pred"].shape == (2, 50, 41)
-    assert found["counts"].sum(1).tolist()[0][1] == 50 * 41
-    assert found["counts"][1].sum() == 0
-    assert found["loss"][0] > 0
-    assert found["loss"][1].isnan()  # nothing is labelled
-    # As in the reference, by way of the picture's size.
+    output = task.validation_step(batch, 0)
+    assert output["pred"].shape == (2, 50, 41)
+    assert output["counts"].sum(1).tolist()[0][1] == 50 * 41
+    assert output["counts"][1].sum() == 0
+    assert output["loss"][0] > 0
+    assert output["loss"][1].isnan()  # no labelled pixel
+    # As in the reference: upsample to the size of the image, then to that of the label map.
     logits = task(batch["image"])
     for size in ((32, 32), (50, 41)):
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     expected = F.cross_entropy(logits[:1], batch["label"][:1])
-    torch.testing.assert_close(found["loss"][0], expected.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(output["loss"][0], expected.double(), rtol=1e-5, atol=0)
 
 
-def test_inference_is_used_for_scores_and_predictions():
+def test_the_inference_protocol_applies_to_metrics_and_predictions():
     network_sizes = []
     task = make_task(inference=Inference(resize_to=64, flip=True)).eval()
     task.network.register_forward_pre_hook(
@@ -169,7 +169,7 @@ def test_inference_is_used_for_scores_and_predictions():
 
 
 @pytest.mark.slow
-def test_layer_decay_and_the_other_schedule_reach_the_optimiser(tmp_path):
+def test_layer_decay_and_schedule_reach_the_optimiser(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder])
     task = make_task(lr=0.01, warmup_steps=2, layer_decay=0.5, schedule="mmseg1")
@@ -216,8 +216,8 @@ def test_learning_rates_follow_the_schedule_in_every_group(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_obeys_the_settings_asked_for_now(tmp_path):
-    """The checkpoint brings back its own learning rates; those given now must win."""
+def test_a_resumed_run_uses_its_own_optimiser_settings(tmp_path):
+    """Lightning restores the checkpoint's learning rates; those of the run must replace them."""
     loader = DataLoader(samples(16), batch_size=2)
     first = make_trainer(tmp_path, max_steps=3)
     first.fit(make_task(lr=0.01), loader)
@@ -242,7 +242,7 @@ def test_a_run_without_max_steps_is_refused(tmp_path):
 
 
 class Tiny(Segmenter):
-    """A segmenter without the attributes that SegFormer happens to have."""
+    """A minimal segmenter with nothing but what the contract requires."""
 
     def __init__(self):
         super().__init__()
@@ -261,7 +261,7 @@ class Tiny(Segmenter):
 
 
 class OwnLoss(Tiny):
-    """Trains with a loss of its own, as mask classification does."""
+    """A segmenter with its own training loss, as in mask classification."""
 
     takes_criterion = False
 
@@ -271,7 +271,7 @@ class OwnLoss(Tiny):
         return 0 * self(images).sum() + 7
 
 
-def test_a_network_may_have_a_loss_of_its_own(tmp_path):
+def test_a_network_may_define_its_own_training_loss(tmp_path):
     palette = [[0, 0, 0]] * 3
     half = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
     trainer = make_trainer(tmp_path, max_steps=1)
@@ -292,7 +292,7 @@ def test_a_network_may_apply_the_loss_to_several_outputs(tmp_path):
             )
 
     class Height(nn.Module):
-        def forward(self, logits, labels, ignore_index):
+        def forward(self, logits, target, ignore_index):
             return 0 * logits.sum() + logits.shape[2]
 
     trainer = make_trainer(tmp_path, max_steps=1)
@@ -312,7 +312,7 @@ def test_the_training_loss_of_segformer_is_the_criterion_of_its_logits():
 
 @pytest.mark.slow
 def test_any_segmenter_can_be_trained(tmp_path):
-    """The task knows the contract, not the model."""
+    """The task relies on the contract, not on the model."""
 
     trainer = make_trainer(tmp_path, max_steps=2)
     task = SegmentationTask(Tiny(), NAMES, [[0, 0, 0]] * 3)
@@ -321,7 +321,7 @@ def test_any_segmenter_can_be_trained(tmp_path):
 
 
 def make_checkpoint_source(tmp_path):
-    """A segmenter in NVIDIA's layout and the tensors of its encoder's last norm."""
+    """Weights file in NVIDIA's layout, and the weight of the encoder's last norm."""
     network = segformer_b0(len(NAMES), in_channels=3)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -342,7 +342,7 @@ def test_weights_are_read_when_fit_starts_and_never_with_a_checkpoint(tmp_path):
     assert torch.equal(norm.weight, expected)
     assert task.network.encoder.norm_eps == (1e-6, 1e-5)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    # the same object goes on with what it has
+    # Fitting the same object again does not read the weights again.
     norm.weight.data.fill_(3.0)
     make_trainer(tmp_path, max_steps=1).fit(task, loader)
     assert torch.equal(norm.weight, torch.full_like(expected, 3.0))
@@ -354,7 +354,7 @@ def test_weights_are_read_when_fit_starts_and_never_with_a_checkpoint(tmp_path):
     trainer.fit(resumed, loader, ckpt_path=tmp_path / "run.ckpt")
     assert trainer.global_step == 2
     assert torch.equal(resumed.network.encoder.stages[3].norm.weight, expected)
-    # the epsilons came with the weights and go on with them, through every checkpoint
+    # The epsilons of the weights are kept in every checkpoint.
     assert resumed.network.encoder.norm_eps == (1e-6, 1e-5)
     trainer.save_checkpoint(tmp_path / "second.ckpt")
     network = segformer_b0(len(NAMES), norm_eps=0.5)
@@ -367,7 +367,7 @@ def test_weights_are_read_when_fit_starts_and_never_with_a_checkpoint(tmp_path):
     assert load_weights(network, tmp_path / "second.ckpt").constants == constants
 
 
-def test_whole_weights_can_be_scored_without_training(tmp_path):
+def test_weights_of_a_whole_network_can_be_evaluated_without_training(tmp_path):
     file, _ = make_checkpoint_source(tmp_path)
     task = make_task(weights=str(file))
     make_trainer(tmp_path).validate(task, DataLoader(samples(2), batch_size=2), verbose=False)
@@ -375,7 +375,7 @@ def test_whole_weights_can_be_scored_without_training(tmp_path):
     assert torch.equal(task.network.head.classifier.bias, expected)
 
 
-def test_epsilons_from_an_argument_are_not_those_of_a_checkpoint(tmp_path):
+def test_epsilons_from_an_argument_are_not_stored_in_a_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(make_task(), DataLoader(samples(4), batch_size=2))
     trainer.save_checkpoint(tmp_path / "run.ckpt")
@@ -384,8 +384,10 @@ def test_epsilons_from_an_argument_are_not_those_of_a_checkpoint(tmp_path):
     assert again.network.encoder.norm_eps.norm == 0.5
 
 
-def test_both_weights_are_refused():
-    with pytest.raises(ValueError, match="weights and encoder_weights are both given"):
+def test_weights_and_encoder_weights_exclude_each_other():
+    with pytest.raises(
+        ValueError, match=r"model\.weights and model\.encoder_weights are both given"
+    ):
         make_task(weights="a.pth", encoder_weights="b.pth")
 
 
@@ -398,8 +400,8 @@ class SaveAfter(pl.Callback):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_in_the_middle_of_a_step_is_that_of_the_step_before(tmp_path):
-    """Its running statistics too, which have seen a batch that will be trained on again."""
+def test_a_checkpoint_during_accumulation_has_the_state_of_the_step_before(tmp_path):
+    """Including the running statistics, which were updated by a batch that will be repeated."""
     trainer = make_trainer(
         tmp_path, max_steps=2, accumulate_grad_batches=2, callbacks=[SaveAfter(tmp_path)]
     )

@@ -136,7 +136,8 @@ def test_a_reinitialised_classifier_can_be_trained_and_not_evaluated(
     described(names=NAMES[:5], ignored=[5, 255])
     weights = f"--model.weights={run / 'last.ckpt'}"
     message = fail("validate", *options(run, tmp_path), weights)
-    assert "the classifier would be drawn anew (6 classes in the source, 5 in the model)" in message
+    reason = "the classifier would be re-initialised (6 classes in the source, 5 in the model)"
+    assert reason in message
     main(["fit", *options(run, tmp_path, trainer__limit_val_batches=0), weights])
     message = fail("validate", *options(run, tmp_path), f"--ckpt_path={run / 'last.ckpt'}")
     assert "it has 6 classes" in message

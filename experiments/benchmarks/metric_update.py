@@ -1,11 +1,11 @@
-"""One update of the metrics, beside torchmetrics' MulticlassJaccardIndex.
+"""Time one update of the metrics against torchmetrics' MulticlassJaccardIndex.
 
-    python experiments/benchmarks/metric_update.py [--size H W] [--num-classes N] [--batch N]
-        [--rounds N]
+    python experiments/benchmarks/metric_update.py [--size H W] [--num_classes N] [--batch_size N]
+        [--rounds N] [--threads N]
 
-In turn in one process on the same predictions and labels: the confusion matrix alone, checks
-included; `SegmentationMetrics`, which is all that a validation counts; and MulticlassJaccardIndex
-as it comes and without its checks. Their mIoU must agree.
+Four updates run on the same predictions and targets, interleaved in one process: the confusion
+matrix alone, with its checks; `SegmentationMetrics`, everything that a validation counts; and
+MulticlassJaccardIndex with and without its checks. Both values of mIoU are printed and must agree.
 """
 
 import argparse
@@ -26,23 +26,25 @@ IGNORED = 255
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"))
-    parser.add_argument("--num-classes", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--num_classes", type=int, default=150, help="number of classes")
+    parser.add_argument("--batch_size", type=int, default=8, help="images per update")
+    parser.add_argument("--rounds", type=int, default=11, help="measured rounds")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     num_classes, size = options.num_classes, options.size
 
-    # Regions of some size, as labels have, and predictions that are right in four of five pixels.
-    coarse = torch.randint(num_classes, (options.batch, -(-size[0] // 32), -(-size[1] // 32)))
-    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
-    labels = labels[:, : size[0], : size[1]].contiguous()
-    noise = torch.randint(num_classes, labels.shape)
-    predictions = torch.where(torch.rand(labels.shape) < 0.8, labels, noise)
-    labels[:, : size[0] // 10] = IGNORED
-    confidence, losses = torch.rand(labels.shape), torch.rand(labels.shape)
+    # Label maps of 32x32 regions, and predictions that are correct at four of five pixels.
+    coarse = torch.randint(num_classes, (options.batch_size, -(-size[0] // 32), -(-size[1] // 32)))
+    target = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    target = target[:, : size[0], : size[1]].contiguous()
+    noise = torch.randint(num_classes, target.shape)
+    pred = torch.where(torch.rand(target.shape) < 0.8, target, noise)
+    target[:, : size[0] // 10] = IGNORED
+    confidence, losses = torch.rand(target.shape), torch.rand(target.shape)
 
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     metrics = SegmentationMetrics(num_classes, IGNORED)
@@ -50,27 +52,28 @@ def main() -> None:
     unchecked = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED, validate_args=False)
 
     def update_confusion() -> None:
-        classes = as_classes(predictions, labels, num_classes, IGNORED)
+        classes = as_classes(pred, target, num_classes, IGNORED)
         confusion.add_(confusion_matrices(*classes, num_classes).sum(0))
 
-    ways: dict[str, Callable[[], object]] = {
+    updates: dict[str, Callable[[], object]] = {
         "confusion matrix": update_confusion,
-        "all metrics": lambda: metrics.update(predictions, labels, confidence, losses),
-        "torchmetrics": lambda: checked.update(predictions, labels),
-        "torchmetrics, unchecked": lambda: unchecked.update(predictions, labels),
+        "all metrics": lambda: metrics.update(pred, target, confidence, losses),
+        "torchmetrics": lambda: checked.update(pred, target),
+        "torchmetrics, unchecked": lambda: unchecked.update(pred, target),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in tqdm(range(options.rounds + 1), leave=False):
-        for name, way in ways.items():
+    times: dict[str, list[float]] = {name: [] for name in updates}
+    for round_ in tqdm(range(options.rounds + 1), leave=False):
+        for name, update in updates.items():
             begin = time.perf_counter()
-            way()
-            if number:  # the first round warms up
+            update()
+            if round_:  # the first round warms up
                 times[name].append(time.perf_counter() - begin)
 
     ours, theirs = metrics.compute()["miou"].item(), checked.compute().item()
     sys.stdout.write(
-        f"batch {options.batch}, {num_classes} classes, {size[0]}x{size[1]}, {options.threads} "
-        f"threads, torch {torch.__version__}; mIoU {ours:.6f} and {theirs:.6f}\n"
+        f"batch {options.batch_size}, {num_classes} classes, {size[0]}x{size[1]}, "
+        f"{options.threads} threads, torch {torch.__version__}; "
+        f"mIoU {ours:.6f} and {theirs:.6f}\n"
     )
     for name, measured in times.items():
         ratios = {

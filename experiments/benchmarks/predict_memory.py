@@ -1,11 +1,11 @@
-"""Peak memory of `predict`, by the size of the image.
+"""Measure the peak memory of `predict` as a function of the image size.
 
     python experiments/benchmarks/predict_memory.py [--sizes WxH ...] [--window N]
         [--probabilities]
 
-Every size is a process of its own, the command that a user would run, with SegFormer-B0 of one
-training step on one smooth random image in sliding windows; its peak is what the kernel counted
-(maximum resident set size). The first, of one window, shows what libraries and network take.
+For each size, the command runs in its own process, with SegFormer-B0 after one training step, on
+one smooth random image with sliding windows. The peak is the maximum resident set size reported by
+the kernel. The first size is a single window, so it shows the memory of libraries and network.
 """
 
 import argparse
@@ -27,9 +27,9 @@ MIB = 2**20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sizes = ["512x512", "2000x1500", "4000x3000", "8000x6000"]
-    parser.add_argument("--sizes", nargs="+", default=sizes, metavar="WxH")
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--probabilities", action="store_true")
+    parser.add_argument("--sizes", nargs="+", default=sizes, metavar="WxH", help="image sizes")
+    parser.add_argument("--window", type=int, default=512, help="side of the windows in pixels")
+    parser.add_argument("--probabilities", action="store_true", help="also write probabilities")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder))
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """The checkpoint of a run of one step, so of hardly more than random weights."""
+    """Write the checkpoint of a training of one step, with practically random weights."""
     shapes.generate(folder / "data", {"train": 2, "validation": 1})
     settings = {
         "model.network": "segformer_pl.models.segformer_b0",
@@ -77,13 +77,13 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def peak_memory(command: list[str]) -> int:
-    """Run a command; the most memory that it held, in bytes."""
+    """Run a command and return its peak memory in bytes."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
-    said = process.stderr.read().decode()
+    errors = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{' '.join(command)} failed:\n{said}")
+        sys.exit(f"{' '.join(command)} failed:\n{errors}")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

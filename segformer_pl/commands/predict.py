@@ -116,7 +116,7 @@ def predict(arguments: list[str]) -> None:
             try:
                 writer.write(name, pixels, labels, probabilities)
             except WriteError as error:
-                if not error.is_of_the_name:  # a full disk, say, stops all other files as well
+                if not error.is_name_error:  # a full disk, for example, stops all other files too
                     raise
                 num_skipped += 1
                 tqdm.write(f"skipped: {file}: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""mmsegmentation 1.2.2 made importable beside the present torch and NumPy.
+"""Makes mmsegmentation 1.2.2 importable with current versions of torch and NumPy.
 
 ``make test-references`` installs it with mmcv-lite and mmengine, but without their dependencies.
-What is patched here is missing or newer than they expect; no arithmetic that the tests compare is
-touched.
+The patches below replace what is missing or newer than these packages expect. They do not touch the
+arithmetic that the tests compare.
 """
 
 import importlib
@@ -23,23 +23,23 @@ def pytest_collection_modifyitems(items):
 
 
 class _Inert(type):
-    """Type of the stand-ins for compiled operators: classes that cannot be used."""
+    """Metaclass of the stand-ins for compiled operators, which cannot be instantiated."""
 
     def __call__(cls, *arguments, **settings):
         raise NotImplementedError(f"{cls.__name__} stands in for a compiled operator of mmcv")
 
 
 class _Operators(types.ModuleType):
-    """``mmcv.ops``: any name can be imported from it."""
+    """Stand-in for ``mmcv.ops``, from which any name can be imported."""
 
     def __getattr__(self, name):
-        if name.startswith("__"):  # asked for by the import system
+        if name.startswith("__"):  # looked up by the import system
             raise AttributeError(name)
         return _Inert(name, (), {})
 
 
 def need(*packages):
-    """Skip where a package is not installed; one that is installed and broken fails."""
+    """Skip a test if a package is not installed. A broken installation fails."""
     for package in packages:
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed; `make test-references` installs it")
@@ -47,12 +47,12 @@ def need(*packages):
 
 @pytest.fixture(scope="session")
 def mmseg():
-    """The package, with its registries filled."""
+    """The package mmseg with all modules registered."""
     need("mmseg", "mmcv", "mmengine")
-    # mmcv-lite has no compiled operators; some heads and losses that are not compared name them.
+    # mmcv-lite lacks the compiled operators. Heads and losses that are not compared import them.
     sys.modules["mmcv.ops"] = _Operators("mmcv.ops")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the stand-ins, and of what torch has deprecated
+        warnings.simplefilter("ignore")  # about the stand-ins and deprecated functions of torch
         importlib.import_module("mmseg.utils").register_all_modules(init_default_scope=True)
     return importlib.import_module("mmseg")
 
@@ -65,11 +65,15 @@ def cityscapes_evaluation():
 
 
 class Draws:
-    """One stream of numbers in [0, 1) behind both ways of drawing: NumPy's generator, which this
-    project uses, and the module ``numpy.random``, which the reference uses.
+    """One stream of numbers in [0, 1) behind two interfaces for random numbers.
 
-    Every call of either takes the next number of the stream, so that two pipelines that draw for
-    the same purposes in the same order draw the same, and two that do not come apart.
+    The interfaces are NumPy's ``Generator``, which this project uses, and the functions of
+    ``numpy.random``, which the reference uses. Each call takes the next number of the stream. So
+    two pipelines get the same random numbers if, and only if, they draw in the same order::
+
+        stream      0.31   0.77   0.05   ...
+        ours        scale  row    column
+        reference   scale  row    column
     """
 
     def __init__(self, seed):
@@ -90,7 +94,7 @@ class Draws:
         return low + int(self.random() * (high - low))
 
     def randint(self, low, high=None):
-        if high is None and low == 2:  # a coin, which `random() < 0.5` is in this project
+        if high is None and low == 2:  # a coin flip, in this project `random() < 0.5`
             return int(self.random() < 0.5)
         return self.integers(low, high)
 
@@ -100,13 +104,13 @@ class Draws:
 
 @pytest.fixture
 def draws():
-    """The class."""
+    """The class :class:`Draws`."""
     return Draws
 
 
 @pytest.fixture
 def force_draws(monkeypatch):
-    """Function Draws -> None: ``numpy.random`` takes its numbers from them."""
+    """Function Draws -> None that makes ``numpy.random`` use its numbers."""
 
     def force(draws):
         for name in ("random_sample", "uniform", "randint", "choice"):

@@ -1,4 +1,4 @@
-"""A checkpoint as mmengine's Runner writes it after real steps: today refused, in one sentence."""
+"""A checkpoint written by mmengine's Runner is refused; its state dict can be loaded."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from segformer_pl.models.mit import mit_b0
 
 @pytest.fixture(scope="module")
 def runner_checkpoint(mmseg, tmp_path_factory):
-    """The trained encoder and the file of two steps."""
+    """Encoder trained for two steps, and its checkpoint file."""
     from mmengine.model import BaseModel
     from mmengine.runner import Runner
     from mmseg.models.backbones import MixVisionTransformer
@@ -41,7 +41,7 @@ def runner_checkpoint(mmseg, tmp_path_factory):
     return runner.model.backbone, folder / "iter_2.pth"
 
 
-def test_it_is_refused_in_one_sentence(runner_checkpoint):
+def test_a_runner_checkpoint_is_refused_in_one_sentence(runner_checkpoint):
     _, file = runner_checkpoint
     with pytest.raises(UserError, match=r"holds code \(mmengine\.\S+HistoryBuffer\)") as error:
         read_weights(file)
@@ -50,8 +50,8 @@ def test_it_is_refused_in_one_sentence(runner_checkpoint):
 
 
 @torch.no_grad()
-def test_its_tensors_alone_are_read(runner_checkpoint, tmp_path):
-    """What the sentence advises gives the trained network."""
+def test_the_state_dict_of_a_runner_checkpoint_is_loaded(runner_checkpoint, tmp_path):
+    """Following the advice of the error message gives the trained network."""
     backbone, file = runner_checkpoint
     content = torch.load(file, weights_only=False)
     assert {"meta", "state_dict", "message_hub", "optimizer"} <= content.keys()

@@ -1,5 +1,4 @@
-"""Whole and sliding-window inference around one network, against mmsegmentation's
-EncoderDecoder."""
+"""Comparison of whole-image and sliding-window inference with mmsegmentation's EncoderDecoder."""
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ TOLERANCE = 1e-12
 
 @pytest.fixture(scope="module")
 def segmenter(mmseg, randomize):
-    """Function test_cfg -> mmsegmentation's SegFormer-B0, float64, random, with these settings."""
+    """Function test_cfg -> mmsegmentation's SegFormer-B0 with random float64 parameters."""
     from mmengine.config import ConfigDict
     from mmseg.registry import MODELS
 
@@ -52,7 +51,7 @@ def segmenter(mmseg, randomize):
 
 
 def theirs(segmenter, images, size):
-    """Probabilities and labels at ``size``, and the shapes of what the encoder was given."""
+    """Return mmsegmentation's probabilities and labels at ``size``, and its input sizes."""
     from mmseg.structures import SegDataSample
 
     shapes = []
@@ -72,6 +71,7 @@ def theirs(segmenter, images, size):
 
 
 def ours(inference, segmenter, images, size):
+    """Run segformer_pl on the same network, with the same results as :func:`theirs`."""
     shapes = []
 
     class Network:
@@ -100,24 +100,25 @@ CASES = {
 
 
 def settings(case):
-    given, own, image_size, size = CASES[case]
-    if own is None:
-        window, stride = given
-        given = {"mode": "slide", "crop_size": window, "stride": stride}
-        own = {"window": window, "stride": stride}
-    return given, own, image_size, size
+    """Return mmsegmentation's test_cfg, arguments of Inference, image size and output size."""
+    test_cfg, arguments, image_size, size = CASES[case]
+    if arguments is None:
+        window, stride = test_cfg
+        test_cfg = {"mode": "slide", "crop_size": window, "stride": stride}
+        arguments = {"window": window, "stride": stride}
+    return test_cfg, arguments, image_size, size
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_probabilities_labels_and_windows(segmenter, case):
-    given, own, image_size, size = settings(case)
-    network = segmenter(**given)
+    test_cfg, arguments, image_size, size = settings(case)
+    network = segmenter(**test_cfg)
     images = torch.randn(2, 3, *image_size, dtype=torch.float64)
     expected, expected_labels, expected_windows = theirs(network, images, size)
-    found, labels, windows = ours(Inference(**own), network, images, size)
+    probabilities, labels, windows = ours(Inference(**arguments), network, images, size)
     assert windows == expected_windows
-    assert (found - expected).abs().max() < TOLERANCE
+    assert (probabilities - expected).abs().max() < TOLERANCE
     assert torch.equal(labels, expected_labels)
 
 
@@ -132,21 +133,21 @@ def test_probabilities_labels_and_windows(segmenter, case):
     ids=str,
 )
 @torch.no_grad()
-def test_planted_faults_are_noticed(segmenter, fault):
-    given, _, image_size, size = settings("last window moved back")
-    network = segmenter(**given)
+def test_planted_faults_are_detected(segmenter, fault):
+    test_cfg, _, image_size, size = settings("last window moved back")
+    network = segmenter(**test_cfg)
     images = torch.randn(1, 3, *image_size, dtype=torch.float64)
     expected, _, _ = theirs(network, images, size)
-    found, _, _ = ours(Inference(**fault), network, images, size)
-    assert (found - expected).abs().max() > 1000 * TOLERANCE
+    probabilities, _, _ = ours(Inference(**fault), network, images, size)
+    assert (probabilities - expected).abs().max() > 1000 * TOLERANCE
 
 
 @torch.no_grad()
-def test_aligned_corners_are_noticed(segmenter):
+def test_align_corners_is_detected(segmenter):
     network = segmenter(mode="whole")
     images = torch.randn(1, 3, 96, 128, dtype=torch.float64)
     network.align_corners = network.decode_head.align_corners = True
     expected, _, _ = theirs(network, images, (70, 101))
     network.align_corners = network.decode_head.align_corners = False
-    found, _, _ = ours(Inference(), network, images, (70, 101))
-    assert (found - expected).abs().max() > 1000 * TOLERANCE
+    probabilities, _, _ = ours(Inference(), network, images, (70, 101))
+    assert (probabilities - expected).abs().max() > 1000 * TOLERANCE

@@ -1,4 +1,4 @@
-"""Our encoder with mmsegmentation's weights gives the feature maps of mmsegmentation's encoder."""
+"""Comparison of the encoder's feature maps with those of mmsegmentation for the same weights."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from segformer_pl.checkpoints import load_weights
 from segformer_pl.models import mit
 from segformer_pl.models.mit import NormEps
 
-TOLERANCE = 1e-11  # rounding is about 1e-15, the smallest planted fault 1e-7
+TOLERANCE = 1e-11  # rounding errors are about 1e-15, the smallest planted fault is 1e-7
 DEPTHS = {"b0": (32, [2, 2, 2, 2]), "b2": (64, [3, 4, 6, 3])}
 
 
@@ -34,14 +34,14 @@ def theirs(variant):
 
 
 def difference(results, expected):
-    """Largest over the stages, over the largest expected."""
+    """Largest difference relative to the largest expected value, maximum over the stages."""
     assert [r.shape for r in results] == [e.shape for e in expected]
     return max(((r - e).abs().max() / e.abs().max()).item() for r, e in zip(results, expected))
 
 
 @pytest.fixture(scope="module")
 def reference(mmseg, randomize):
-    """Function variant -> mmsegmentation's encoder, and ours with its weights; float64."""
+    """Function variant -> mmsegmentation's encoder and ours with the same weights, in float64."""
 
     def make(variant):
         torch.manual_seed(0)
@@ -64,38 +64,38 @@ def test_feature_maps(reference, variant, size):
     assert difference(encoder(images), their_encoder(images)) < TOLERANCE
 
 
-def of_nvlabs_epsilon(encoder):
+def epsilon_of_nvlabs(encoder):
     encoder.norm_eps = NormEps(1e-6, 1e-5)
 
 
-def keys_and_values_exchanged(encoder):
+def keys_and_values_swapped(encoder):
     for stage in encoder.stages:
         for block in stage.blocks:
             rows = block.attn.kv.weight.data
             rows.copy_(torch.cat(rows.chunk(2)[::-1]))
 
 
-def depthwise_kernels_mirrored(encoder):
+def depthwise_kernels_flipped(encoder):
     for stage in encoder.stages:
         for block in stage.blocks:
             block.mlp.dwconv.weight.data.copy_(block.mlp.dwconv.weight.data.flip(3))
 
 
-def stage_norm_forgotten(encoder):
+def stage_norm_not_loaded(encoder):
     encoder.stages[0].norm.reset_parameters()
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        of_nvlabs_epsilon,
-        keys_and_values_exchanged,
-        depthwise_kernels_mirrored,
-        stage_norm_forgotten,
+        epsilon_of_nvlabs,
+        keys_and_values_swapped,
+        depthwise_kernels_flipped,
+        stage_norm_not_loaded,
     ],
 )
 @torch.no_grad()
-def test_planted_faults_are_noticed(reference, fault):
+def test_planted_faults_are_detected(reference, fault):
     their_encoder, encoder = reference("b0")
     images = torch.randn(1, 3, 65, 97, dtype=torch.float64)
     fault(encoder)

@@ -1,4 +1,4 @@
-"""Learning rates and parameter groups against mmengine's schedulers and optimiser constructor."""
+"""Comparison of learning rates and parameter groups with mmengine."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from segformer_pl.models import segformer_b0
 from segformer_pl.optim import parameter_groups, poly_factor
 
 LR, WEIGHT_DECAY = 6e-5, 0.01
-# Of NVlabs' and mmsegmentation's SegFormer configurations.
+# From the SegFormer configurations of NVlabs and mmsegmentation
 PARAMWISE = {
     "custom_keys": {
         "pos_block": {"decay_mult": 0.0},
@@ -20,7 +20,7 @@ PARAMWISE = {
 
 
 def rates_of(make_schedulers, num_steps):
-    """The rate of every step under mmengine's schedulers, stepped one after the other."""
+    """Return the learning rate of every step under mmengine's schedulers."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
     schedulers = make_schedulers(optimizer)
     rates = []
@@ -47,16 +47,18 @@ def test_schedule_of_mmsegmentation_1(mmseg, max_steps, warmup_steps):
         for step in range(max_steps)
     ]
     assert ours == pytest.approx(expected, rel=1e-10, abs=1e-18)
-    papers = [LR * poly_factor(step, max_steps, warmup_steps) for step in range(max_steps)]
-    assert papers != pytest.approx(expected, rel=1e-4, abs=1e-18)
+    paper = [LR * poly_factor(step, max_steps, warmup_steps) for step in range(max_steps)]
+    assert paper != pytest.approx(expected, rel=1e-4, abs=1e-18)
     shifted = [*ours[1:], 0.0]
     assert shifted != pytest.approx(expected, rel=1e-4, abs=1e-18)
 
 
 @pytest.mark.parametrize(("max_steps", "warmup_steps"), [(1600, 15), (3000, 1500)])
 def test_schedule_of_the_paper(mmseg, max_steps, warmup_steps):
-    """mmcv 1's product of a decay from step 0 and a warm-up, as mmengine multiplies schedulers
-    that overlap: both run to the step after their last, which is where mmcv 1 counts to."""
+    """mmcv 1 multiplies decay and warm-up; mmengine multiplies schedulers that overlap.
+
+    Both end one step later than in mmengine's configurations, because mmcv 1 counts that far.
+    """
     from mmengine.optim import LinearLR, PolyLR
 
     def schedulers(optimizer):
@@ -72,7 +74,7 @@ def test_schedule_of_the_paper(mmseg, max_steps, warmup_steps):
 
 
 def their_settings(model):
-    """Name -> (rate, decay), by mmengine's constructor with the paper's ``custom_keys``."""
+    """Return name -> (learning rate, weight decay) of mmengine's optimiser constructor."""
     from mmengine.optim import build_optim_wrapper
 
     wrapper = build_optim_wrapper(
@@ -92,6 +94,7 @@ def their_settings(model):
 
 
 def our_settings(network, head_lr_mult=10.0):
+    """Return name -> (learning rate, weight decay) of :func:`parameter_groups`."""
     groups = parameter_groups(network, lr=LR, weight_decay=WEIGHT_DECAY, head_lr_mult=head_lr_mult)
     settings = {
         id(parameter): (group["lr"], group["weight_decay"])
@@ -102,13 +105,13 @@ def our_settings(network, head_lr_mult=10.0):
 
 
 def differing(ours, theirs):
+    """Return the names of the parameters whose settings differ."""
     assert ours.keys() == theirs.keys()
     return [name for name in ours if ours[name] != pytest.approx(theirs[name], rel=1e-12)]
 
 
 def test_groups_of_our_network(mmseg):
-    """Their rule goes by names, ours by modules; on our names, which hold the same words, both
-    give every parameter the same rate and decay."""
+    """mmengine groups by name, ours by module. Our names contain the same words, so both agree."""
     network = segformer_b0(19)
     theirs = their_settings(network)
     assert differing(our_settings(network), theirs) == []
@@ -117,8 +120,10 @@ def test_groups_of_our_network(mmseg):
 
 
 def by_part(settings, parameters):
-    """(rates, decays) by the converter's common names: tensors filled with them travel through it
-    in the places of the weights."""
+    """Return learning rates and weight decays by the key names that all layouts share.
+
+    Fill a tensor of the shape of each parameter with the value and convert it like weights.
+    """
     layout, prefix, _ = detect(parameters)
     return [
         to_canonical(
@@ -134,8 +139,10 @@ def by_part(settings, parameters):
 
 
 def test_groups_of_their_network(mmseg):
-    """mmsegmentation 1's names lack the word "norm" in the stages' last norms, so that it decays
-    them; everything else in the encoder is as in ours."""
+    """All settings of the encoder agree except those of the stages' last norms.
+
+    mmsegmentation 1 decays them, because their names lack the word "norm".
+    """
     from mmseg.models.backbones import MixVisionTransformer
 
     holder = nn.Module()

@@ -1,5 +1,8 @@
-"""The training pipeline against mmsegmentation's transforms, with every random draw forced to be
-the same on both sides: equal pixels, equal labels, equally many draws."""
+"""Comparison of the training pipeline with mmsegmentation's transforms.
+
+Both sides use the same stream of random numbers, so images, label maps and the number of random
+numbers must be equal.
+"""
 
 from io import BytesIO
 
@@ -19,18 +22,19 @@ STD = [58.395, 57.12, 57.375]
 
 
 def sample(seed, size=(90, 121), num_classes=5):
-    """A PNG file of smooth noise (RGB), and blobs of classes with some ignored."""
+    """Return an RGB image of smooth noise, and a label map of blobs, some of them ignored."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (8, 10, 3)).astype(np.uint8)
     pixels = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
     pixels = pixels ^ generator.integers(0, 8, pixels.shape).astype(np.uint8)
     classes = generator.integers(0, num_classes, (6, 7)).astype(np.uint8)
-    classes[generator.random(classes.shape) < 0.3] = 0  # so that some crops are not mixed enough
+    classes[generator.random(classes.shape) < 0.3] = 0  # so that one class dominates some crops
     classes[generator.random(classes.shape) < 0.2] = IGNORED
     return pixels, cv2.resize(classes, size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def ours(pixels, label, draws, photometric=True):
+    """Run the training transforms with forced random numbers."""
     stream = BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG")
     pipeline = TrainTransforms(CROP, SCALES, BASE, photometric, IGNORED)
@@ -38,7 +42,7 @@ def ours(pixels, label, draws, photometric=True):
 
 
 def theirs(pixels, label, photometric=True):
-    """As in mmsegmentation's configurations of SegFormer, data preprocessor included."""
+    """Run the pipeline of mmsegmentation's SegFormer configurations, data preprocessor included."""
     from mmengine.dataset import Compose
     from mmseg.models import SegDataPreProcessor
     from mmseg.structures import SegDataSample
@@ -50,38 +54,41 @@ def theirs(pixels, label, photometric=True):
         *([{"type": "PhotoMetricDistortion"}] if photometric else []),
         {"type": "PackSegInputs"},
     ]
-    given = {
+    inputs = {
         "img": np.ascontiguousarray(pixels[..., ::-1]),  # BGR
         "gt_seg_map": label.copy(),
         "seg_fields": ["gt_seg_map"],
         "img_shape": label.shape,
         "ori_shape": label.shape,
     }
-    packed = Compose(steps)(given)
+    packed = Compose(steps)(inputs)
     assert isinstance(packed["data_samples"], SegDataSample)
-    normalize = SegDataPreProcessor(
+    preprocess = SegDataPreProcessor(
         mean=MEAN, std=STD, bgr_to_rgb=True, size=CROP, pad_val=0, seg_pad_val=IGNORED
     )
     batch = {"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]}
-    done = normalize(batch, training=True)
-    return done["inputs"][0], done["data_samples"][0].gt_sem_seg.data[0]
+    result = preprocess(batch, training=True)
+    return result["inputs"][0], result["data_samples"][0].gt_sem_seg.data[0]
 
 
 def normalized(image):
-    """As the task does, in units of 1 / std."""
+    """Normalise an image in 0 to 1 as the task does."""
     mean, std = (torch.tensor(v).view(3, 1, 1) / 255 for v in (MEAN, STD))
     return (image - mean) / std
 
 
-def levels_apart(found, expected):
-    """(3, H, W), in levels of 0 to 255."""
-    return (found - expected).abs() * torch.tensor(STD).view(3, 1, 1)
+def difference_in_levels(image, expected):
+    """Return the differences (3, H, W) of normalised images, in levels of 0 to 255."""
+    return (image - expected).abs() * torch.tensor(STD).view(3, 1, 1)
 
 
 @pytest.fixture
 def compare(mmseg, draws, force_draws):
-    """Function seed -> how far apart both samples are, in levels, and whether the labels and the
-    numbers of draws are the same; with the number."""
+    """Function seed -> (difference, are_equal, count) of the samples of both pipelines.
+
+    The largest difference of the images in levels; whether the label maps and the counts of random
+    numbers are equal; and that count.
+    """
 
     def run(seed, photometric=True, label=None):
         pixels, blobs = sample(seed)
@@ -90,45 +97,48 @@ def compare(mmseg, draws, force_draws):
         image, kept = ours(pixels, label, mine, photometric)
         force_draws(reference)
         expected, expected_label = theirs(pixels, label, photometric)
-        apart = levels_apart(normalized(image), expected).max().item()
-        same = torch.equal(kept, expected_label.long()) and mine.count == reference.count
-        return apart, same, mine.count
+        difference = difference_in_levels(normalized(image), expected).max().item()
+        are_equal = torch.equal(kept, expected_label.long()) and mine.count == reference.count
+        return difference, are_equal, mine.count
 
     return run
 
 
 @pytest.fixture
 def scale_whole(monkeypatch):
-    """Scale the whole image always, as the reference does, and not the crop alone where that is
-    cheaper: OpenCV's two functions round differently, by one level."""
+    """Always scale the whole image, as the reference does.
+
+    Otherwise the crop alone is scaled where that is cheaper, by another function of OpenCV, whose
+    rounding differs by one level.
+    """
     monkeypatch.setattr(transforms, "WARP_COST", np.inf)
 
 
 @pytest.mark.usefixtures("scale_whole")
-def test_the_same_draws_give_the_same_sample(compare):
+def test_the_same_random_numbers_give_the_same_sample(compare):
     counts = set()
     for seed in range(100):
-        apart, same, count = compare(seed)
-        assert same, seed
-        assert apart < 1e-3, seed  # float32, in which both normalise
+        difference, are_equal, count = compare(seed)
+        assert are_equal, seed
+        assert difference < 1e-3, seed  # both normalise in float32
         counts.add(count)
-    assert max(counts) - min(counts) > 4  # several crops were drawn for some
+    assert max(counts) - min(counts) > 4  # some samples needed several attempts for a crop
 
 
-def test_the_crop_alone_is_one_level_off_at_most(compare):
-    apart = [compare(seed, photometric=False) for seed in range(60)]
-    assert all(same for _, same, _ in apart)
-    assert 0.99 < max(levels for levels, _, _ in apart) < 1.01
+def test_scaling_the_crop_alone_differs_by_at_most_one_level(compare):
+    results = [compare(seed, photometric=False) for seed in range(60)]
+    assert all(are_equal for _, are_equal, _ in results)
+    assert 0.99 < max(difference for difference, _, _ in results) < 1.01
 
 
 @pytest.mark.usefixtures("scale_whole")
-def test_no_crop_is_mixed_enough(compare):
+def test_one_class_dominates_every_crop(compare):
     label = np.zeros((90, 121), np.uint8)
     label[0, 0] = 1
     for seed in range(5):
-        apart, same, _ = compare(seed, label=label)
-        assert same
-        assert apart < 1e-3
+        difference, are_equal, _ = compare(seed, label=label)
+        assert are_equal
+        assert difference < 1e-3
 
 
 FAULTS = {
@@ -144,7 +154,7 @@ FAULTS = {
 
 @pytest.mark.usefixtures("scale_whole")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_noticed(compare, monkeypatch, fault):
+def test_planted_faults_are_detected(compare, monkeypatch, fault):
     monkeypatch.setattr(transforms, *FAULTS[fault])
     results = [compare(seed) for seed in range(40)]
-    assert not all(same and apart < 1e-3 for apart, same, _ in results)
+    assert not all(are_equal and difference < 1e-3 for difference, are_equal, _ in results)
