@@ -115,7 +115,7 @@ def test_cityscapes_evaluates_19_of_its_34_ids():
 def test_ade20k_counts_from_one_and_ignores_zero():
     assert train_ids("ade20k", 0, 1, 150) == [255, 0, 149]
     assert names("ade20k", 0, 1, 2, 12, 149) == ["wall", "building", "sky", "person", "flag"]
-    with pytest.raises(UserError, match=r"knows 0-150; it usually marks unlabelled"):
+    with pytest.raises(UserError, match=r"label spec \(0-150\); it usually marks unlabelled"):
         train_ids("ade20k", 255)
 
 
@@ -228,7 +228,7 @@ def test_a_file_may_code_classes_by_color(yaml_file):
             r"labels: class name 'a\nb' holds a line break or contr",
         ),
         (MINIMAL.replace("car", '"\\e[1m"'), r"labels: class name '\x1b[1m' holds a line break or"),
-        (MINIMAL.replace("[road, car]", "[road]"), "labels: there is one class, 'road', and"),
+        (MINIMAL.replace("[road, car]", "[road]"), "labels: there is one class, 'road', but"),
         (MINIMAL + 'title: "a\\nb"', r"title is 'a\nb'; it has to be a text of one line"),
         (MINIMAL + 'name: "a\\0b"', r"name is 'a\x00b'; it has to be a text of one line"),
         (MINIMAL + "  colors: [[0, 0, 0], [0, 0, 256]]", r"labels.colors is .*each 0 to 255"),
