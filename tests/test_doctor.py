@@ -90,7 +90,7 @@ def visit(tmp_path, healthy, write_shards):
 def test_a_sound_run_has_no_findings(visit):
     examination = visit()
     assert examination.findings == []
-    assert examination.facts["train"]["pictures"] == 60
+    assert examination.facts["train"]["images"] == 60
     assert set(examination.facts["train"]["share of pixels"]) == set(NAMES)
     assert examination.facts["cost"]["loading (samples/s and process)"] > 0
     assert str(examination).endswith("0 errors, 0 warnings")
@@ -292,9 +292,9 @@ FAULTS = {
     ),
     "a black image among others": (
         {"rows": one("image", lambda row: encode(np.zeros((48, 64, 3), np.uint8), format="PNG"))},
-        "warning pictures 1 of 60 train images have a single colour; the first is 'train20'",
+        "warning images 1 of 60 train images have a single colour; the first is 'train20'",
     ),
-    "black images": ({"rows": constant}, "error pictures 60 of 60 .*have a single colour"),
+    "black images": ({"rows": constant}, "error images 60 of 60 .*have a single colour"),
     "validation images in train": (
         {"rows": leak},
         r"error splits \d+ of the examined images are in both train and validation",
@@ -420,7 +420,7 @@ def test_the_command(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert exit.value.code == 0
     assert {finding["check"] for finding in report["findings"]} <= {"splits"}  # a smaller copy
-    assert report["facts"]["train"]["pictures"] == 60
+    assert report["facts"]["train"]["images"] == 60
 
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"data": {"path": str(folder)}, "trainer": {"max_steps": 3}}))

@@ -33,9 +33,9 @@ def examine(
     entry = data.entry
     examination.facts["data set"] = {
         "name": entry.name,
-        "place": data.path or entry.hub or "generated locally",
+        "location": data.path or entry.hub or "generated locally",
         "revision": entry.revision if data.path is None else None,
-        "known about it": entry.verified,
+        "verified": entry.verified,
     }
     examine_recipe(examination, task, data, trainer)
     examine_weights(examination, task, data)

@@ -43,7 +43,7 @@ def examine_plan(
     num_readers = trainer.world_size * max(data.num_workers, 1)
     examination.facts["plan"] = {
         "devices": trainer.world_size,
-        "loader processes per device": data.num_workers,
+        "data-loader workers per device": data.num_workers,
         "samples per step": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
         "largest row group (MB)": round(max(source.group_bytes) / 1e6, 1),
         "lanes": order.num_lanes,

@@ -161,7 +161,7 @@ def examine_split(
     if constant:
         level = examination.error if len(constant) == len(summary.usable) else examination.warning
         level(
-            "pictures",
+            "images",
             f"{len(constant)} of {total} {split} images have a single colour; the first is "
             f"{constant[0]!r}; check how they were written",
         )
@@ -217,9 +217,9 @@ def _report_split(
         name: round(summary.pixels[index] / total, 4) for index, name in enumerate(labels.names)
     }
     examination.facts[split] = {
-        "pictures": num_rows,
+        "images": num_rows,
         "row groups": len(summary.source.group_rows),
-        "looked at": len(summary.positions),
+        "samples read": len(summary.positions),
         "sizes (height, width)": [list(size) for size, _ in summary.sizes.most_common(5)],
         "share of pixels": shares,
         "share without label": round(summary.pixels[labels.ignore_index] / total, 4),
