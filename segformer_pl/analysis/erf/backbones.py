@@ -45,7 +45,7 @@ class TimmStages(nn.Module):
         std: Standard deviation that normalises images in 0 to 1.
 
     Raises:
-        UserError: Timm has no such network, or it has no feature maps of these strides.
+        UserError: timm has no such network, or it has no feature maps of these strides.
     """
 
     def __init__(self, name: str, weights: str | None = None) -> None:

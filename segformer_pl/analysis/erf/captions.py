@@ -1,4 +1,4 @@
-"""Text of figures: what was measured, with which settings, and where results differ in them."""
+"""Texts of figures: the settings of a measurement, and where results differ in them."""
 
 from collections.abc import Mapping
 from typing import Any

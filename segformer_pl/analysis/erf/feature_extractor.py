@@ -1,10 +1,10 @@
-"""Reading the feature maps of any network, without leaving a trace on it.
+"""Feature maps of any network, which does not change.
 
 A layer is named by a key of the network's ``feature_maps`` (the segmenters of this package), by the
 dotted name of a module as in ``named_modules``, or by ``output`` for what the network returns.
-Three roads lead to a layer, and all share one forward pass where they can::
+A layer is read in one of three ways, which share one forward pass where possible::
 
-    layer                           road
+    layer                           read by
     "stage2", "head"                feature_maps(images)["stage2"], or an adapter of head_units.py
     "encoder.stages.1.blocks.0"     forward hook on that module
     "output"                        network(images)
@@ -156,8 +156,8 @@ class FeatureExtractor:
     def may_name_maps(self) -> bool:
         """Whether a layer can be a key of ``feature_maps``.
 
-        Such a key wins over the module of the same name: the feature map ``head`` of SegFormer is
-        the fused map, while its module ``head`` returns logits.
+        Such a key takes precedence over the module of the same name: the feature map ``head`` of
+        SegFormer is the fused map, while its module ``head`` returns logits.
         """
         return self.layers is None or any("." not in n and n != OUTPUT for n in self.layers)
 

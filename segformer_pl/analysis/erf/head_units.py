@@ -7,9 +7,9 @@ backward pass. An adapter computes the wanted units alone, from the feature pyra
     feature_maps    pyramid -> project all -> upsample all -> fuse (B, C, H/4, W/4) -> pick n units
     adapter         pyramid -> pick the neighbours of n units -> project -> fuse (B, C, n)
 
-:data:`ADAPTERS` says which networks have one, by their exact class, because an adapter repeats what
-``feature_maps`` of that very class returns. All others, subclasses too, take the general road
-through ``feature_maps``. Both give the same numbers.
+:data:`ADAPTERS` lists the networks that have one by their exact class, because an adapter repeats
+the computation of ``feature_maps`` of that class. For all others, subclasses too, the units are
+taken from ``feature_maps``. Both ways give the same numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from segformer_pl.models.segformer import SegFormer
 ChooseUnits = Callable[[tuple[int, int]], tuple[Sequence[int], Sequence[int]]]
 
 # (network in evaluation mode, images (B, C, H, W), choice) -> names of feature_maps -> (B, C_i, n).
-# The network is typed loosely: the key in ADAPTERS says which class it has.
+# The network is typed as Any; its class is the key in ADAPTERS.
 UnitAdapter = Callable[[Any, Tensor, ChooseUnits], dict[str, Tensor]]
 
 

@@ -256,7 +256,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _json_ready(value: Any) -> Any:
-    """Replace what JSON does not have: nan becomes null, numpy's numbers become Python's."""
+    """Convert to JSON types: nan becomes null, numpy numbers become Python numbers."""
     if isinstance(value, Mapping):
         return {str(key): _json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

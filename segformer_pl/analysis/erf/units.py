@@ -247,8 +247,9 @@ def refuse_sum_after_norm(feature: Tensor, layer: str) -> None:
     """Check that a feature map does not come straight out of a LayerNorm.
 
     The sum of normalised channels is constant where the weights of the norm are equal, so its
-    gradient is zero. With trained weights the small rest says nothing about the receptive field.
-    The check follows the autograd graph back over operations that only change the memory layout.
+    gradient is zero. With trained weights a small gradient remains, which does not describe the
+    receptive field. The check follows the autograd graph back over operations that only change the
+    memory layout.
 
     Raises:
         UserError: The feature map does.

@@ -29,7 +29,7 @@ def test_timms_channels_last_stages():
 
 
 def test_random_residual_branches_do_not_start_at_zero():
-    """In timm they do, and a ResNet has the receptive field of its shortcuts: 6 pixels, not 125."""
+    """timm starts them at zero, which gives the receptive field of the shortcuts: 6 px, not 125."""
     resnet = TimmStages("resnet18").network
     assert resnet.layer4[1].bn2.weight.min() > 0
     convnext = TimmStages("convnext_atto")

@@ -34,7 +34,7 @@ def test_saliency_of_single_channels(network, layer):
 
     batch = images(64, 96)
     row, column = UNITS[layer]
-    # The head ends in a ReLU: a channel that is on in both images.
+    # The head ends in a ReLU: take a channel that is positive in both images.
     with torch.no_grad():
         vectors = network.feature_maps(batch)[layer][:, :, row, column]
     channel = int(vectors.amin(0).argmax())
@@ -46,7 +46,7 @@ def test_saliency_of_single_channels(network, layer):
         theirs = saliency.attribute(batch.clone(), target=target, abs=gradient == "abs")
         expected = theirs.sum(1).mean(0).detach().numpy()
         np.testing.assert_allclose(erf.mean, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
-    # The unit beside it is another one.
+    # The neighbouring unit has another map.
     beside = saliency.attribute(batch.clone(), target=(channel, row, column + 1), abs=False)
     apart = np.abs(erf.mean - beside.sum(1).mean(0).detach().numpy()).max()
     assert apart > 1e-2 * np.abs(erf.mean).max()

@@ -1,4 +1,4 @@
-"""Numbers of a map against closed forms and against the arithmetic of RepLKNet's script."""
+"""Numbers of a map against closed forms and against the steps of RepLKNet's script."""
 
 import math
 
@@ -32,7 +32,7 @@ SMALL[3:6, 3:6] += np.where(SMALL[3:6, 3:6] == 0, 1.0, 0.0)  # eight ones around
 SMALL[0, 0] = SMALL[8, 8] = 9.0
 
 
-def test_replknets_ratio_by_hand():
+def test_replknet_ratio_by_hand():
     """log10(1 + 9) = 1, log10(1 + 1) = 0.30103; the sum is 3 + 8 * 0.30103 = 5.40824, of which the
     square of side 3 holds 3.40824, 63 %, as do sides 5 and 7; side 9 holds everything."""
     assert square_area_ratio(SMALL, 0.5) == pytest.approx(9 / 81)
@@ -40,7 +40,7 @@ def test_replknets_ratio_by_hand():
     assert square_area_ratio(SMALL, 0.64) == 1.0
 
 
-def test_the_square_is_the_strictly_larger_one_and_never_smaller_than_three():
+def test_square_holds_strictly_more_and_has_at_least_side_3():
     even = np.ones((11, 11))
     assert square_area_ratio(even, 9 / 121 - 1e-9) == pytest.approx(9 / 121)
     assert square_area_ratio(even, 9 / 121 + 1e-9) == pytest.approx(25 / 121)
@@ -50,7 +50,7 @@ def test_the_square_is_the_strictly_larger_one_and_never_smaller_than_three():
 
 
 @pytest.mark.parametrize("side", [8, 9, 32, 33])
-def test_replknets_ratio_by_the_published_steps(side):
+def test_replknet_ratio_by_the_published_steps(side):
     field = np.random.default_rng(side).gamma(0.3, size=(side, side))
     logs = np.log10(field + 1)
     logs /= logs.max()
@@ -67,7 +67,7 @@ def test_replknets_ratio_by_the_published_steps(side):
 
 
 def test_the_square_of_an_even_map_is_asymmetric_as_in_the_script():
-    """Side 7 about (4, 4) of 8x8 covers rows 1 to 7: row 0 is out until nothing else is left."""
+    """Side 7 about (4, 4) of 8x8 covers rows 1 to 7; row 0 is only in the last square."""
     even = np.zeros((8, 8))
     even[7, 7] = even[0, 0] = 1
     assert square_area_ratio(even, 0.4) == 49 / 64
@@ -75,8 +75,8 @@ def test_the_square_of_an_even_map_is_asymmetric_as_in_the_script():
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (9, 33)])
-def test_the_square_of_a_map_that_is_not_square_is_cut_at_the_border(shape):
-    """There the script finds nothing at 99 %, or counts the wrong columns."""
+def test_square_is_cut_at_the_border_of_maps_that_are_not_square(shape):
+    """The script returns nothing at 99 % there, or sums the wrong columns."""
     even = np.ones(shape)
     short, long = min(shape), max(shape)
     assert square_area_ratio(even, 0.99) > 0.95
@@ -90,7 +90,7 @@ def test_the_square_of_a_map_that_is_not_square_is_cut_at_the_border(shape):
 
 
 def test_the_logarithm_depends_on_the_scale_and_the_smallest_area_does_not():
-    """Sum-of-channels fields grow with the channels: squares of different layers are not alike."""
+    """Maps scale with the number of channels, so squares of different layers do not compare."""
     field = gaussian((65, 65), 9.0)
     assert square_area_ratio(1e4 * field, 0.5) > 1.5 * square_area_ratio(field, 0.5)
     assert smallest_area_ratio(1e4 * field, 0.5) == pytest.approx(smallest_area_ratio(field, 0.5))
@@ -105,8 +105,8 @@ def test_smallest_area():
     assert smallest_area_ratio(np.ones((10, 10)), 0.5) == pytest.approx(0.5)
 
 
-def test_a_gaussian():
-    """Half of it within sigma sqrt(2 ln 2), the mean squared distance is 2 sigma^2."""
+def test_gaussian():
+    """Half lies within sigma sqrt(2 ln 2), and the mean squared distance is 2 sigma^2."""
     field = 3 * gaussian((129, 129), 8.0)
     fit = gaussian_fit(field)
     assert fit.sigma == pytest.approx(8, rel=1e-4)
@@ -123,8 +123,8 @@ def test_a_gaussian():
 
 
 @pytest.mark.slow
-def test_least_squares_gaussian_of_scipy():
-    """Of a field that is none: two Gaussians, off the middle, under noise."""
+def test_gaussian_fit_agrees_with_least_squares_of_scipy():
+    """The map is not a Gaussian: two of them, off the middle, with noise."""
     from scipy.optimize import curve_fit
 
     generator = np.random.default_rng(0)
@@ -145,7 +145,7 @@ def test_least_squares_gaussian_of_scipy():
     assert fit.r_squared == pytest.approx(1 - (residual**2).mean() / field.var(), rel=1e-9)
 
 
-def test_radii_are_no_whole_pixels():
+def test_radii_are_not_rounded_to_pixels():
     """Half of an even square of 64 pixels lies in a disc of 64 / sqrt(2 pi)."""
     even = np.ones((64, 64))
     assert energy_radius(even, 0.5, (31.5, 31.5)) == pytest.approx(25.53, abs=0.1)
@@ -156,7 +156,7 @@ def test_radii_are_no_whole_pixels():
     assert energy_radius(ring, 0.3) == pytest.approx(15, abs=0.5)
 
 
-def test_a_unit_between_pixels():
+def test_unit_between_pixels():
     """A patch of 4x4 ones about (9.5, 13.5), by hand: four pixels at 0.5, eight at 2.5, four at
     4.5 squared."""
     field = np.zeros((20, 24))
@@ -181,7 +181,7 @@ def test_radii_are_measured_from_the_unit():
     assert profile.mean[0] == pytest.approx(1)
     assert profile.energy[-1] == pytest.approx(1)
     assert (np.diff(profile.mean[:8]) < 0).all()
-    # A ring at the border is averaged over the pixels that are there.
+    # A ring at the border is averaged over its pixels inside the image.
     assert radial_profile(np.ones((64, 96)), (10, 80)).mean == pytest.approx(1)
 
 
@@ -190,7 +190,7 @@ def test_centroid():
     assert centroid_shift(np.ones((8, 8))) == pytest.approx((-0.5, -0.5))
 
 
-def test_what_is_the_same_in_all_directions_points_nowhere():
+def test_isotropic_maps_have_no_direction():
     ratio, angle = anisotropy(np.ones((33, 33)))
     assert ratio == pytest.approx(1)
     assert math.isnan(angle)
@@ -200,25 +200,25 @@ def test_what_is_the_same_in_all_directions_points_nowhere():
     ("sigma", "ratio", "angle"), [((4.0, 8.0), 2, 0), ((9.0, 3.0), 3, 90), (5.0, 1, None)]
 )
 def test_anisotropy(sigma, ratio, angle):
-    found = anisotropy(gaussian((129, 129), sigma))
-    assert found.ratio == pytest.approx(ratio, rel=1e-3)
+    result = anisotropy(gaussian((129, 129), sigma))
+    assert result.ratio == pytest.approx(ratio, rel=1e-3)
     if angle is not None:
-        assert found.angle == pytest.approx(angle, abs=0.1)
+        assert result.angle == pytest.approx(angle, abs=0.1)
 
 
-def test_the_angle_runs_counterclockwise_from_the_right():
+def test_angle_is_counterclockwise_from_the_right():
     rows, columns = np.ogrid[-30:31, -30:31]
     up_right = np.exp(-((columns + rows) ** 2) / 8 - (columns - rows) ** 2 / 200)
     assert anisotropy(up_right).angle == pytest.approx(45, abs=0.1)
     assert anisotropy(up_right[::-1]).angle == pytest.approx(135, abs=0.1)
 
 
-def test_a_lattice_is_one_under_any_gaussian():
+def test_lattice_share_is_1_for_a_lattice_under_any_gaussian():
     rng = np.random.default_rng(0)
     lattice = np.tile(rng.random((32, 32)) + 0.1, (8, 8))
     for envelope in (1.0, gaussian((256, 256), 60.0), gaussian((256, 256), 25.0)):
         assert lattice_share(lattice * envelope) == pytest.approx(1, abs=1e-3)
-    # A peak at the unit is not counted.
+    # A peak at the unit does not count.
     peaked = lattice.copy()
     peaked[124:132, 124:132] += 1e3
     assert lattice_share(peaked) == pytest.approx(1, abs=1e-3)
@@ -229,7 +229,7 @@ def test_a_lattice_is_one_under_any_gaussian():
     assert mixed == pytest.approx(own / (own + noise.var()), abs=0.02)
 
 
-def test_what_is_no_lattice_of_that_period_has_none():
+def test_lattice_share_is_0_without_a_lattice_of_that_period():
     rng = np.random.default_rng(1)
     for period in (4, 8, 16):
         shorter = np.tile(rng.random((period, period)) + 0.1, (256 // period,) * 2)
@@ -246,7 +246,7 @@ def test_what_is_no_lattice_of_that_period_has_none():
             lattice_share(rng.random((95, 128)), period)
 
 
-def test_a_map_without_gradient_has_no_numbers():
+def test_numbers_of_a_map_without_gradient_are_nan():
     empty = np.zeros((96, 96))
     numbers = [
         smallest_area_ratio(empty, 0.5),

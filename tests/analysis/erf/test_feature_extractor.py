@@ -1,4 +1,4 @@
-"""Feature maps of any network, which stays unchanged."""
+"""Feature maps of any network, which does not change."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_feature_maps_modules_and_the_output_in_the_order_asked_for():
 
 
 @pytest.mark.parametrize("layers", [["head"], ["head", "encoder.stages.0"], ["head", "output"]])
-def test_a_feature_map_wins_over_the_module_of_its_name(layers):
+def test_feature_map_takes_precedence_over_the_module_of_its_name(layers):
     """The module ``head`` returns logits."""
     model = segformer_b0(5).eval()
     images = torch.rand(1, 3, 64, 64)
@@ -53,7 +53,7 @@ def test_one_forward_pass_serves_all_layers():
     assert len(calls) == 3
 
 
-def test_a_map_is_kept_as_it_was_when_the_next_module_works_in_place():
+def test_maps_are_not_changed_by_in_place_operations_of_the_next_module():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
     images = torch.randn(1, 3, 8, 8)
     assert torch.equal(feature_maps(model, images, ["0"])["0"], nn.Conv2d.forward(model[0], images))
@@ -99,7 +99,7 @@ def test_layouts():
             channels_first(torch.rand(shape), size, "auto", "x")
 
 
-def test_tokens_that_can_be_two_grids_are_refused():
+def test_ambiguous_numbers_of_tokens_are_refused():
     """Nine tokens of 32x32 pixels: 3x3 of a padded stride, or 2x2 behind five registers."""
     with pytest.raises(ValueError, match="2x2 behind 5 others or 3x3 behind 0 others"):
         channels_first(torch.rand(1, 9, 8), (32, 32), "auto", "x")
@@ -152,7 +152,7 @@ def test_layers_that_cannot_be_caught(layers, message):
         effective_receptive_field(Odd(), torch.rand(1, 3, 32, 32), layers=layers)
 
 
-def test_network_gradients_mode_and_randomness_are_left_alone():
+def test_network_gradients_mode_and_random_state_do_not_change():
     network = segformer_b0(5).train()
     network.encoder.eval()
     network.encoder.stages[0].requires_grad_(False)
@@ -175,7 +175,7 @@ def test_network_gradients_mode_and_randomness_are_left_alone():
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_a_network_that_fails_gets_its_mode_and_hooks_back():
+def test_mode_and_hooks_are_restored_when_the_network_fails():
     network = segformer_b0(5).train()
     with pytest.raises(ValueError, match="sr_ratio 8 is larger"):
         effective_receptive_field(network, torch.rand(1, 3, 16, 16), layers=["encoder.stages.0"])

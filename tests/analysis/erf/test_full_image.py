@@ -30,7 +30,7 @@ def test_batched_products_equal_the_loop(network, layer):
     assert (loop.standard_error == 0).all()
 
 
-def test_the_loop_is_the_plain_gradient_and_agrees_with_the_erf_of_that_unit(network):
+def test_loop_agrees_with_the_gradient_and_with_the_erf_of_one_unit(network):
     radii = radius_map(network, IMAGE, "stage2", every=3, method="loop")
     assert [*radii.rows] == [*radii.columns] == [0, 24, 48]
     x = IMAGE[None].clone().requires_grad_()
@@ -42,7 +42,7 @@ def test_the_loop_is_the_plain_gradient_and_agrees_with_the_erf_of_that_unit(net
     assert radii.radius[1, 2] == pytest.approx(np.sqrt(square), rel=1e-10)
 
 
-def test_a_convolution_has_the_radius_of_its_taps():
+def test_convolution_has_the_radius_of_its_taps():
     """3x3 ones: four neighbours at 1, four at sqrt 2, itself at 0: 12 / 9; less at the border."""
     conv = nn.Conv2d(1, 1, 3, padding=1, bias=False).double()
     nn.init.ones_(conv.weight)
@@ -58,17 +58,17 @@ def test_a_convolution_has_the_radius_of_its_taps():
 
 @pytest.fixture(scope="module")
 def small(randomize):
-    """Two strided layers with a GELU between: cheap, and not linear."""
+    """Two strided layers with a GELU in between: fast and nonlinear."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 6, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(6, 6, 3, padding=1)]
     return randomize(nn.Sequential(*layers)).eval()
 
 
 @pytest.mark.slow
-def test_the_probes_error_bars_hold_what_they_promise(small):
+def test_error_bars_of_probes_have_their_coverage(small):
     """1.96 standard errors cover the exact radius in about 95 % of the units and seeds."""
     image = IMAGE[:, :24, :32]
-    # Not the ReLU's sum, which leaves units without any positive channel no gradient.
+    # Not the reduction "relu": units without a positive channel would have no gradient.
     chosen = {"layer": "2", "reduction": "random"}
     exact = radius_map(small, image, **chosen, batch_size=48)
     errors = []
@@ -85,7 +85,7 @@ def test_the_probes_error_bars_hold_what_they_promise(small):
 
 
 @pytest.mark.slow
-def test_more_probes_smaller_errors(small):
+def test_more_probes_give_smaller_errors(small):
     few, many = (
         radius_map(small, IMAGE, "2", reduction="l1", method="probe", num_probes=number)
         for number in (16, 64)
@@ -103,7 +103,7 @@ def test_probes_of_a_segformer_agree_with_its_exact_radii(network):
 
 
 @pytest.mark.slow
-def test_the_network_and_the_random_state_are_left_alone():
+def test_network_and_random_state_do_not_change():
     model = segformer_b0(3).train()
     image = torch.rand(3, 64, 64)
     state = torch.get_rng_state()
@@ -132,7 +132,7 @@ def test_bad_arguments_get_one_sentence(changes, message):
         radius_map(segformer_b0(5), **arguments)
 
 
-def test_radii_count_from_the_units_own_places():
+def test_radii_count_from_the_positions_of_the_units():
     """3x3 windows of stride 32 on 7x5 units, whose cells of 230 / 8 pixels are no whole ones; and
     patches, whose middles lie between pixels."""
     conv = nn.Conv2d(1, 1, 3, stride=32, padding=1, bias=False)
@@ -150,7 +150,7 @@ def test_radii_count_from_the_units_own_places():
     assert abs(probed.radius.mean() - np.sqrt(2.5)) < 0.1
 
 
-def test_probes_share_no_statistics_of_their_batch():
+def test_probes_refuse_norms_with_batch_statistics():
     norm = nn.BatchNorm2d(2, track_running_stats=False)
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), norm)
     with pytest.raises(ValueError, match=r"'1' has no running statistics.*method='vjp'"):
@@ -158,7 +158,7 @@ def test_probes_share_no_statistics_of_their_batch():
 
 
 def test_units_on_the_grid_are_the_units_of_their_pixels(network):
-    """The pixel that a radius is measured from belongs to that very unit."""
+    """The pixel from which a radius is measured selects that unit."""
     radii = radius_map(network, IMAGE, "stage3", every=2, method="loop")
     pixel = (int(radii.rows[1]), int(radii.columns[0]))
     erf = effective_receptive_field(network, IMAGE[None], layers=["stage3"], units=[pixel])

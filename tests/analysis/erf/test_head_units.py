@@ -1,4 +1,4 @@
-"""Single units of a network against its whole feature maps, and what makes the choice."""
+"""Single units of a network against its whole feature maps, and the choice between both."""
 
 import numpy as np
 import pytest
@@ -36,11 +36,11 @@ def test_single_units_are_those_of_the_feature_maps(in_indices, size, randomize)
 
 
 class Subclass(SegFormer):
-    """Takes the general road: its feature maps could be others."""
+    """A subclass has no adapter, because its feature maps can differ."""
 
 
 @pytest.mark.parametrize("units", ["center", [(0, 0), (63, 95)], Grid(2, 3)], ids=str)
-def test_both_roads_measure_the_same_receptive_field(units, randomize):
+def test_adapter_and_feature_maps_give_the_same_receptive_field(units, randomize):
     network = randomize(segformer_b0(5)).eval()
     general = randomize(segformer_b0(5)).eval()
     general.load_state_dict(network.state_dict())
@@ -58,13 +58,13 @@ def test_both_roads_measure_the_same_receptive_field(units, randomize):
         assert fast[name].position == layer.position
 
 
-def test_the_adapter_spares_the_head(randomize, monkeypatch):
+def test_adapter_does_not_run_the_head(randomize, monkeypatch):
     network = randomize(segformer_b0(5)).eval()
     monkeypatch.setattr(network.head, "fuse_features", lambda features: pytest.fail("computed"))
     effective_receptive_field(network, torch.randn(1, 3, 64, 64, dtype=torch.float64))
 
 
-def test_modules_and_the_output_take_the_general_road():
+def test_modules_and_output_do_not_use_the_adapter():
     network = segformer_b0(5)
     assert FeatureExtractor(network).adapter is segformer_units
     assert FeatureExtractor(network, ["head", "stage1"]).adapter is segformer_units

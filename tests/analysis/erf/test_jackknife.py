@@ -15,7 +15,7 @@ def of_mean(samples, level):
 
 @pytest.mark.parametrize("num_groups", [2, 3, 4, 9, 16, 41])
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])
-def test_the_interval_of_a_mean_is_the_textbook_one(num_groups, level):
+def test_interval_of_a_mean_is_that_of_students_t(num_groups, level):
     samples = np.random.default_rng(num_groups).normal(size=num_groups)
     value, low, high = of_mean(samples, level)
     assert value == pytest.approx(samples.mean(), rel=1e-9)
@@ -24,7 +24,7 @@ def test_the_interval_of_a_mean_is_the_textbook_one(num_groups, level):
 
 
 def test_students_t():
-    """Two-sided 95 and 99 %, from any table."""
+    """Two-sided 95 and 99 % quantiles from a table."""
     bounds = {1: 12.706, 2: 4.303, 3: 3.182, 7: 2.365, 15: 2.131, 30: 2.042}
     cases = [(0.95, freedom, bound) for freedom, bound in bounds.items()] + [(0.99, 15, 2.947)]
     for level, freedom, bound in cases:
@@ -33,7 +33,7 @@ def test_students_t():
         assert (high - value) / sem(samples) == pytest.approx(bound, abs=6e-4)
 
 
-def test_a_bias_of_order_one_over_n_is_removed():
+def test_bias_of_order_1_over_n_is_removed():
     """The variance with denominator N is biased by -1/N; the jackknife gives that with N - 1."""
     samples = np.random.default_rng(0).normal(size=12)
     leave_one_out = [np.delete(samples, group).var() for group in range(12)]
@@ -48,7 +48,7 @@ def test_one_group_has_no_interval():
 
 
 def test_groups_of_unequal_size_count_by_their_images():
-    """Of a mean the pseudo-values are those of the images, so nothing is corrected."""
+    """The pseudo-values of a mean are the group means, so there is no bias to correct."""
     rng = np.random.default_rng(0)
     counts = np.array([3, 3, 2, 1])
     samples = [rng.normal(size=count) for count in counts]

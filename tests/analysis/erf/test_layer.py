@@ -13,8 +13,8 @@ def layer_of(maps, gradient="abs", num_groups=16):
     return LayerERF.from_moments("x", moments, (4, 4), (2, 2), gradient)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """The mean of a map's pixel is a number whose sampling is known."""
+def test_coverage_of_intervals():
+    """The mean of one pixel of the map, whose sampling distribution is known."""
     rng = np.random.default_rng(1)
     for num_images in (5, 40):
         covered = 0
@@ -39,7 +39,7 @@ def area_50(erf):
 
 @pytest.mark.parametrize("num_images", [16, 50])
 @pytest.mark.slow
-def test_intervals_of_areas_cover_the_area_that_endless_images_have(num_images):
+def test_intervals_of_areas_cover_the_area_in_the_limit_of_many_images(num_images):
     """2 pi ln 2 sigma^2 / 64^2 = 10.6 %. The area of the mean map is nearly one below."""
     rng = np.random.default_rng(num_images)
     truth = 100 * 2 * np.pi * np.log(2) * 100 / 64**2
@@ -61,7 +61,7 @@ def test_areas_over_different_numbers_of_images_agree():
     assert few.interval(area_50).value == pytest.approx(many.interval(area_50).value, abs=0.3)
 
 
-def test_an_interval_is_the_same_each_time_and_needs_two_images():
+def test_interval_is_deterministic_and_needs_two_images():
     maps = np.random.default_rng(0).random((6, 16, 16))
     layer = layer_of(maps)
     assert layer.interval(LayerERF.rms_radius) == layer.interval(LayerERF.rms_radius)
@@ -73,7 +73,7 @@ def test_an_interval_is_the_same_each_time_and_needs_two_images():
     assert np.isnan([low, high]).all()
 
 
-def test_numbers_that_make_no_sense_are_refused():
+def test_invalid_arguments_are_refused():
     maps = np.random.default_rng(0).normal(size=(2, 8, 8))
     with pytest.raises(ValueError, match="a signed map has no extent"):
         layer_of(maps, "signed").radius()

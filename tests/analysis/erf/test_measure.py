@@ -1,4 +1,4 @@
-"""Receptive fields against closed forms, finite differences, and the pitfalls of their making."""
+"""Receptive fields against closed forms and finite differences, and known pitfalls."""
 
 import numpy as np
 import pytest
@@ -46,14 +46,14 @@ class Scale(nn.Module):
 
 
 def box(channels=1, **options):
-    """A 3x3 convolution that adds up its window."""
+    """A 3x3 convolution that sums its window."""
     conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **options)
     nn.init.ones_(conv.weight)
     return conv
 
 
 def reference(network, image, layer, pixel, reduction=torch.relu):
-    """|gradient| by the plainest route: one image, one unit, one forward and backward pass."""
+    """|gradient| in the simplest way: one image, one unit, one forward and backward pass."""
     image = image[None].clone().requires_grad_()
     feature = network.feature_maps(image)[layer]
     row, column = (p * s // n for p, s, n in zip(pixel, feature.shape[2:], image.shape[2:]))
@@ -70,8 +70,8 @@ def network(randomize):
 # Closed forms
 
 
-def test_a_stack_of_3x3_convolutions_gives_the_powers_of_its_taps():
-    """n boxes after one another: (1 + x + x^2)^n in each direction, nothing beyond 2n + 1."""
+def test_stack_of_3x3_convolutions_has_powers_of_its_taps():
+    """n boxes in sequence: (1 + x + x^2)^n in each direction, zero beyond 2n + 1 pixels."""
     depth = 4
     network = Features(**{f"conv{n}": box() for n in range(1, depth + 1)}).double()
     erf = effective_receptive_field(network, torch.rand(2, 1, 24, 20, dtype=torch.float64))
@@ -82,11 +82,11 @@ def test_a_stack_of_3x3_convolutions_gives_the_powers_of_its_taps():
         expected[12 - n : 13 + n, 10 - n : 11 + n] = np.outer(taps, taps)
         np.testing.assert_allclose(erf[f"conv{n}"].mean, expected, rtol=1e-12, atol=0)
         np.testing.assert_allclose(erf[f"conv{n}"].variance, 0, atol=1e-20)
-        # Variance of a uniform choice of three taps is 2/3 a layer and direction.
+        # The variance of three uniform taps is 2/3 per layer and direction.
         assert erf[f"conv{n}"].rms_radius() == pytest.approx(np.sqrt(2 * n * 2 / 3))
 
 
-def test_a_dirac_network_sees_one_pixel():
+def test_pointwise_network_depends_on_one_pixel():
     erf = effective_receptive_field(Features(same=Scale(-3)), torch.rand(2, 3, 9, 12) - 2)
     expected = np.zeros((9, 12))
     expected[4, 6] = 9.0  # 3 channels x |-3|
@@ -96,7 +96,7 @@ def test_a_dirac_network_sees_one_pixel():
 
 
 def test_the_theoretical_receptive_field_bounds_the_support_of_a_cnn():
-    """3x3 stride 2, 3x3 dilation 2, 5x5: 3, then + 4 * 2, then + 4 * 2 pixels a side: 19."""
+    """3x3 stride 2, 3x3 dilation 2, 5x5: 3, then + 4 * 2, then + 4 * 2 pixels per side: 19."""
     torch.manual_seed(1)
     network = Features(
         body=nn.Sequential(
@@ -113,14 +113,14 @@ def test_the_theoretical_receptive_field_bounds_the_support_of_a_cnn():
     assert (columns.min(), columns.max()) == (20 - 9, 20 + 9)
 
 
-def test_a_strided_layer_is_centred_on_its_pixel():
+def test_strided_layer_is_centred_on_its_pixel():
     erf = effective_receptive_field(Features(c=box(stride=4)), torch.ones(1, 1, 32, 32))
     rows, columns = erf["c"].mean.nonzero()
     assert {*rows} == {*columns} == {15, 16, 17}
 
 
-def test_a_segformers_stage_4_at_an_odd_grid(network):
-    """Its smaller twin at an even one has its unit in the middle of the image."""
+def test_positions_of_segformer_units_on_odd_and_even_grids(network):
+    """Stage 4 has 3x3 units, so that its middle unit is not at the middle pixel of the image."""
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
     erf = effective_receptive_field(network, images)
     assert {name: field.position for name, field in erf.layers.items()} == {
@@ -129,8 +129,8 @@ def test_a_segformers_stage_4_at_an_odd_grid(network):
     }
 
 
-def test_the_heads_half_pixel_shift():
-    """Bilinear upsampling draws the head's middle unit from -2, -6 and -14 px of stage 2, 3, 4."""
+def test_half_pixel_shift_of_the_head():
+    """Bilinear upsampling shifts the middle unit by -2, -6 and -14 px for stages 2, 3 and 4."""
     for stride, shift in ((8, -2), (16, -6), (32, -14)):
         sample = nn.Conv2d(1, 1, 1, stride=stride, bias=False)
         nn.init.ones_(sample.weight)
@@ -146,7 +146,7 @@ def test_the_heads_half_pixel_shift():
 
 @pytest.mark.slow
 def test_gradients_agree_with_finite_differences(network):
-    """A random projection is smooth in the image; the signed map is its derivative."""
+    """A random projection is smooth in the image, and the signed map is its derivative."""
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     erf = effective_receptive_field(
         network, images, layers=["stage2", "head"], reduction="random", gradient="signed", seed=3
@@ -171,7 +171,7 @@ def test_gradients_agree_with_finite_differences(network):
 
 
 @pytest.mark.parametrize("reduction", ["relu", pytest.param("l1", marks=pytest.mark.slow)])
-def test_every_layer_agrees_with_a_pass_of_its_own(network, reduction):
+def test_every_layer_agrees_with_a_separate_backward_pass(network, reduction):
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     erf = effective_receptive_field(network, images, reduction=reduction)
     assert list(erf.layers) == LAYERS
@@ -183,7 +183,7 @@ def test_every_layer_agrees_with_a_pass_of_its_own(network, reduction):
 
 
 @pytest.mark.slow
-def test_relu_of_the_gradient_is_not_abs_and_signed_is_their_balance(network):
+def test_relation_of_relu_abs_and_signed_gradients(network):
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     maps = {
         gradient: effective_receptive_field(network, images, layers=["stage3"], gradient=gradient)[
@@ -210,12 +210,12 @@ def test_one_channel_and_a_class_logit(network):
         effective_receptive_field(network, images, layers=["output"], reduction=5)
 
 
-# What attention over reduced keys and values does
+# Attention over reduced keys and values
 
 
 @pytest.mark.slow
-def test_every_stage_sees_the_whole_image_on_a_lattice_of_32_pixels():
-    """Structure, not a fault: no pixel has zero gradient, and the far part repeats every 32 px."""
+def test_every_stage_covers_the_whole_image_with_a_lattice_of_32_pixels():
+    """No pixel has zero gradient, and the map far from the unit repeats every 32 px."""
     torch.manual_seed(0)
     network = segformer_b0(5).eval()
     erf = effective_receptive_field(network, torch.randn(4, 3, 192, 192))
@@ -241,7 +241,7 @@ def test_fused_and_plain_attention_give_the_same_field(network):
 
 
 @pytest.mark.slow
-def test_batches_of_any_size_and_any_stream_give_the_same(network):
+def test_result_is_independent_of_batch_size_and_stream(network):
     images = torch.randn(5, 3, 64, 64, dtype=torch.float64)
     one = effective_receptive_field(network, images, batch_size=1)
     stream = ({"image": part, "id": ["a", "b", "c"][: len(part)]} for part in images.split(3))
@@ -259,7 +259,7 @@ def test_batches_of_any_size_and_any_stream_give_the_same(network):
             assert sorted(other[layer].group_counts) == [1] * 5
 
 
-def test_a_stream_is_read_no_further_than_needed():
+def test_stream_is_read_only_as_far_as_needed():
     def stream():
         yield torch.rand(2, 3, 16, 16)
         yield torch.rand(2, 3, 16, 16)
@@ -277,7 +277,7 @@ def test_several_units_are_shifted_to_the_middle_and_averaged(network):
     expected = torch.zeros(64, 64, dtype=torch.float64)
     for row, column in pixels:
         one = reference(network, images[0], "stage2", (row, column))
-        row, column = row // 8 * 8, column // 8 * 8  # the units' own places
+        row, column = row // 8 * 8, column // 8 * 8  # positions of the units
         for r in range(64):
             for c in range(64):
                 if 0 <= r + row - 32 < 64 and 0 <= c + column - 32 < 64:
@@ -291,7 +291,7 @@ def test_several_units_are_shifted_to_the_middle_and_averaged(network):
     )
 
 
-def test_a_grid_of_units_of_a_stationary_network_is_the_unit_in_the_middle():
+def test_grid_of_units_of_a_stationary_network_equals_the_middle_unit():
     network = Features(conv=box())
     images = torch.ones(1, 1, 30, 30)
     grid = effective_receptive_field(network, images, units=Grid(3, 2))["conv"]
@@ -305,7 +305,7 @@ def test_all_pixels_of_a_class_in_the_label_and_in_the_prediction(network):
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     labels = torch.zeros(3, 64, 64, dtype=torch.int64)
     labels[0, :32, :16] = 2
-    labels[1, 60:, 60:] = 2  # one unit of stage 1; none of stage 3
+    labels[1, 60:, 60:] = 2  # one unit of stage 1, none of stage 3
     batch = {"image": images, "label": labels, "id": ["a", "b", "c"]}
     erf = effective_receptive_field(network, [batch], layers=["stage1"], units=ClassUnits(2))
     assert erf.without_units == ["c"]
@@ -342,15 +342,15 @@ def test_images_without_a_finite_gradient_are_counted_and_named(network):
     erf = effective_receptive_field(network, [batch])
     assert erf.not_finite == ["x", "z"]
     assert erf.num_images == 2
-    sound = effective_receptive_field(network, images[[0, 2]])
+    expected = effective_receptive_field(network, images[[0, 2]])
     for layer in LAYERS:
-        np.testing.assert_allclose(erf[layer].mean, sound[layer].mean, rtol=1e-12)
+        np.testing.assert_allclose(erf[layer].mean, expected[layer].mean, rtol=1e-12)
     with pytest.raises(NoFieldError, match="gradient of 1 was not finite"):
         effective_receptive_field(network, images[3:])
 
 
 @pytest.mark.parametrize("units", ["center", ClassUnits(0)])
-def test_an_image_of_nan_does_not_count_where_gradients_are_finite(units):
+def test_image_of_nan_is_left_out_even_if_gradients_are_finite(units):
     """Gradients of linear layers and of |x| do not depend on the values of the image."""
     network = nn.Sequential(nn.Conv2d(3, 5, 9, padding=4))
     images = torch.randn(3, 3, 16, 16)
@@ -364,8 +364,8 @@ def test_an_image_of_nan_does_not_count_where_gradients_are_finite(units):
         effective_receptive_field(network, [batch | {"image": images * torch.nan}], **options)
 
 
-def test_values_that_overflow_inside_do_not_count():
-    """1 / 0 in a finite image; the gradient of the positive part is zero there."""
+def test_images_with_non_finite_features_are_left_out():
+    """1 / 0 in a finite image, where the gradient of the positive part is zero."""
 
     class Inverse(nn.Module):
         def forward(self, images):
@@ -377,7 +377,7 @@ def test_values_that_overflow_inside_do_not_count():
     assert erf.not_finite == ["image 0"]
 
 
-def test_a_receptive_field_of_zeros_is_reported():
+def test_receptive_field_of_zeros_is_reported():
     network = Features(same=Scale(1), dead=nn.Sequential(Scale(-1), nn.ReLU()))
     images = torch.rand(2, 3, 8, 8) + 1
     with pytest.raises(NoFieldError, match=r"the receptive field of dead is zero everywhere.*'l1'"):
@@ -395,7 +395,7 @@ def test_batchnorm_uses_its_running_statistics():
     assert (together["norm"].mean > 0).sum() == 1
 
 
-def test_a_batchnorm_without_running_statistics_takes_one_image_at_a_time():
+def test_batchnorm_without_running_statistics_needs_batch_size_1():
     norm = nn.BatchNorm2d(4, track_running_stats=False)
     network = Features(norm=nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm))
     images = torch.randn(3, 3, 8, 8)
@@ -440,7 +440,7 @@ def test_bad_arguments_get_one_sentence(changes, message):
         effective_receptive_field(segformer_b0(5), arguments.pop("images"), **arguments)
 
 
-def test_a_layer_without_gradient_is_refused():
+def test_layer_without_gradient_is_refused():
     class Detached(nn.Module):
         def feature_maps(self, images):
             return {"signs": F.relu(images).detach()}

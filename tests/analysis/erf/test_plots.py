@@ -229,7 +229,7 @@ def test_layers_with_units_at_several_positions_share_the_axes_of_the_image():
         assert zoom.get_xlim() == pytest.approx((-150 / 16, 150 / 16))
 
 
-def test_rows_that_were_measured_differently_say_so():
+def test_headings_name_different_settings():
     first, second = erf_of(["head"]), erf_of(["head"], num_images=2)
     second.settings["reduction"] = "l1"
     texts = [text.get_text() for text in plot_erf({"a": first, "b": second}).texts]
@@ -271,7 +271,7 @@ def test_a_difference_has_sum_zero_and_needs_equal_settings():
         plot_difference(first, erf_of(["stage4"]), ("a", "b"))
 
 
-def test_signed_maps_have_a_figure_of_their_own():
+def test_signed_maps_have_a_separate_figure():
     signed = erf_of(["stage1"], gradient="signed")
     with pytest.raises(ValueError, match="signed map has no extent"):
         plot_erf(signed)
@@ -279,7 +279,7 @@ def test_signed_maps_have_a_figure_of_their_own():
     assert panel.images[0].norm.vmin == -panel.images[0].norm.vmax
 
 
-def test_radii_lie_over_the_image():
+def test_radius_map_has_the_extent_of_the_image():
     radius_map = RadiusMap(
         "head", np.ones((4, 6)), np.zeros((4, 6)), np.arange(4), np.arange(6), (8, 12)
     )
@@ -292,7 +292,7 @@ def test_radii_lie_over_the_image():
     assert_readable(single)
 
 
-def test_a_receptive_field_of_zeros_is_labelled():
+def test_receptive_field_of_zeros_is_labelled():
     erf = zero_in(erf_of(["stage1", "head"]), "head")
     labels = [axes.get_label() for axes in maps_of(plot_erf(erf))]
     assert labels[1] == "head\nzero everywhere"

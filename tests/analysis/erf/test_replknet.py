@@ -13,7 +13,7 @@ SHARES = (0.2, 0.3, 0.5, 0.99)
 
 
 def script(model, images):
-    """Its map over the images, and its ratio by share (None where it finds no square)."""
+    """Its map over the images, and its ratio by share (None where it returns no square)."""
     total = np.zeros(images.shape[2:])
     for image in images:
         samples = image[None].clone().requires_grad_()
@@ -43,7 +43,7 @@ def images(*size, count=2):
 
 @pytest.mark.parametrize("side", [128, 160])
 @pytest.mark.slow
-def test_its_ratios_of_a_resnet(side):
+def test_ratios_of_a_resnet(side):
     """At 128 pixels the middle unit of stage 4 lies on pixel 64, at 160 on pixel 64 too, which is
     not the image's middle."""
     network = TimmStages("resnet18").double().eval()
@@ -53,9 +53,9 @@ def test_its_ratios_of_a_resnet(side):
     field = erf["stage4"]
     np.testing.assert_allclose(field.mean, mean, rtol=1e-9, atol=1e-12 * mean.max())
     numbers = erf.numbers()["stage4"]
-    found = {share: ratio for share, ratio in expected.items() if ratio is not None}
-    assert len(found) > 2
-    for share, ratio in found.items():
+    defined = {share: ratio for share, ratio in expected.items() if ratio is not None}
+    assert len(defined) > 2
+    for share, ratio in defined.items():
         assert field.area_ratio(share, "replknet") == pytest.approx(ratio, rel=1e-12)
         assert numbers[f"area_replknet_{round(100 * share)}"] == pytest.approx(ratio, rel=1e-12)
         about_the_unit = field.area_ratio(share, "square")
@@ -70,7 +70,7 @@ def patches(stride=4):
 
 
 @pytest.mark.parametrize("side", [32, 36])
-def test_its_ratios_of_patches(side):
+def test_ratios_of_a_patch_network(side):
     network = patches().eval()
     batch = images(side, side)
     mean, expected = script(network, batch)
@@ -93,7 +93,7 @@ def test_its_ratios_of_patches(side):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_the_script_does_not_measure_is_not_called_its_own(settings, size, message):
+def test_maps_that_the_script_does_not_measure_are_refused(settings, size, message):
     erf = effective_receptive_field(patches().eval(), images(*size), layers=["output"], **settings)
     with pytest.raises(ValueError, match=message):
         erf["output"].area_ratio(0.5, "replknet")
@@ -101,7 +101,7 @@ def test_what_the_script_does_not_measure_is_not_called_its_own(settings, size, 
 
 
 @pytest.mark.parametrize("changes", [{"reduction": "l1"}, {"units": Grid(2, 2)}], ids=str)
-def test_numbers_of_other_settings_are_not_called_its_own(changes):
+def test_no_replknet_numbers_for_other_settings(changes):
     settings = {"gradient": "relu", "layers": ["output"]} | changes
     erf = effective_receptive_field(patches().eval(), images(32, 32), **settings)
     assert "area_square_50" in erf.numbers()["output"]

@@ -69,8 +69,8 @@ def test_files(tmp_path):
     assert [layer["num_images"] for layer in described["layers"]] == [2, 2]
 
 
-def test_the_faintest_pixels_and_their_intervals_survive_a_file(tmp_path):
-    """Halves of the largest value would end at 6e-8 of it."""
+def test_weakest_pixels_and_their_intervals_survive_a_file(tmp_path):
+    """In half precision, values below 6e-8 of the largest one would be lost."""
     maps = np.full((4, 32, 32), 1e-11)
     maps[:, 4, 4] = 1.0
     maps *= np.random.default_rng(0).uniform(0.5, 2.0, size=maps.shape)
@@ -86,7 +86,7 @@ def faint(erf):
     return float(erf.mean[10:].sum())
 
 
-def test_files_that_are_none(tmp_path):
+def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         load_erf(tmp_path / "erf")
     np.savez(tmp_path / "erf.npz")
@@ -118,7 +118,7 @@ def test_damaged_files_get_one_sentence(tmp_path, damage):
         load_erf(tmp_path / "erf")
 
 
-def test_the_hash_tells_weights_apart():
+def test_hash_distinguishes_weights():
     network = segformer_b0(3)
     first = weights_hash(network)
     assert first == weights_hash(network)
@@ -133,7 +133,7 @@ def test_results_of_different_settings_are_not_merged():
 
 
 def test_files_of_format_2_can_be_read(tmp_path):
-    """They say `recipe`, `pictures` and `pixel` for `settings`, `image_ids` and `position`."""
+    """Its keys `recipe`, `pictures` and `pixel` are now `settings`, `image_ids` and `position`."""
     layer = layer_of(np.random.default_rng(0).random((3, 8, 8)))
     written = ERF({"x": layer}, 3, settings={"units": "center"}, image_ids=["a", "b", "c"])
     _, file = written.save(tmp_path / "erf")

@@ -1,4 +1,4 @@
-"""Where units lie, which ones can be asked for, and what their channels can be reduced to."""
+"""Positions of units, selection of units, and reductions of their channels."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from segformer_pl.models import segformer_b0
 
 
 def box(channels=1, **options):
-    """A 3x3 convolution that adds up its window."""
+    """A 3x3 convolution that sums its window."""
     conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **options)
     nn.init.ones_(conv.weight)
     return conv
@@ -26,8 +26,8 @@ def field_of(layer, images, **options):
 
 @pytest.mark.parametrize("size", [(224, 224), (256, 256), (96, 160), (230, 500), (65, 97)])
 @pytest.mark.parametrize("stride", [4, 32])
-def test_distances_count_from_the_unit_and_not_from_the_pixel_that_chose_it(size, stride):
-    """Pixel 112 of 224 chooses unit 3 of 7, which is centred on pixel 96."""
+def test_distances_count_from_the_unit_and_not_from_the_selecting_pixel(size, stride):
+    """Pixel 112 of 224 selects unit 3 of 7, which is centred on pixel 96."""
     field = field_of(box(stride=stride), torch.ones(1, 1, *size))
     unit = tuple(s // 2 * n // s for s, n in zip(size, field.grid))
     assert field.position == tuple(stride * k for k in unit)
@@ -39,7 +39,7 @@ def test_distances_count_from_the_unit_and_not_from_the_pixel_that_chose_it(size
 
 @pytest.mark.parametrize("size", [(256, 256), (224, 96), (230, 134)])
 def test_patches_without_padding_are_centred_between_pixels(size):
-    """Two cuts after one another: 4x4, then 2x2; and 16x16 at once."""
+    """Patches of 4x4 and then 2x2 in sequence, and patches of 16x16."""
     cut = {4: nn.Conv2d(1, 1, 4, 4), 8: nn.Sequential(nn.Conv2d(1, 1, 4, 4), nn.AvgPool2d(2))}
     cut[16] = nn.Conv2d(1, 1, 16, 16)
     for stride, layer in cut.items():
@@ -51,8 +51,8 @@ def test_patches_without_padding_are_centred_between_pixels(size):
         assert field.radius(0.99) < stride / np.sqrt(2)
 
 
-def test_a_grid_of_units_of_a_strided_layer_smears_nothing():
-    """Maps are moved by units: nine pixels of a 3x3 window stay nine."""
+def test_maps_of_a_grid_of_units_are_aligned():
+    """Maps are shifted by unit positions, so a 3x3 window stays nine pixels."""
     for size in ((96, 96), (224, 160)):
         one = field_of(box(stride=32), torch.ones(1, 1, *size))
         grid = field_of(box(stride=32), torch.ones(1, 1, *size), units=Grid(3, 3))
@@ -65,7 +65,7 @@ def test_a_grid_of_units_of_a_strided_layer_smears_nothing():
 
 
 def test_a_plain_sum_after_a_layernorm_is_refused_and_would_be_zero():
-    """The pitfall that gives naive attempts an empty map."""
+    """The sum is constant, so its gradient is zero."""
     network = segformer_b0(5).eval()
     images = torch.rand(1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"'stage1' ends in a LayerNorm.*no gradient"):
@@ -101,7 +101,7 @@ def test_a_plain_sum_after_a_layernorm_is_refused_for_any_network(name, layer):
             )
 
 
-def test_a_plain_sum_of_ones_own_feature_maps_after_a_layernorm_is_refused():
+def test_a_plain_sum_of_custom_feature_maps_after_a_layernorm_is_refused():
     class Tokens(nn.Module):
         def feature_maps(self, images):
             return {"x": F.layer_norm(images.permute(0, 2, 3, 1), [3]).permute(0, 3, 1, 2)}
@@ -136,7 +136,7 @@ def test_the_seed_of_a_random_projection_is_in_the_settings():
         ((1.5,), "give a train id"),
     ],
 )
-def test_classes_that_are_none(arguments, message):
+def test_invalid_class_units(arguments, message):
     with pytest.raises(ValueError, match=message):
         ClassUnits(*arguments)
 
