@@ -1,8 +1,8 @@
 """Uses of private names of Lightning 2.6, each with its reason.
 
-No other module uses private names of Lightning, except for subclasses of Lightning's classes
-(:class:`~segformer_pl.callbacks.LastCheckpoint`). So a new version of Lightning breaks this file
-first.
+Elsewhere, private names of Lightning are used only in subclasses of its classes
+(:class:`~segformer_pl.callbacks.LastCheckpoint`) and in ``callbacks/history.py``, which copies the
+arguments of a CSVLogger. So a new version of Lightning breaks this file first.
 """
 
 import signal

@@ -10,8 +10,8 @@ SEED = "seed_everything"
 DATA = "training data"
 DATA_PATH = "data.path"
 CALLBACKS = "trainer.callbacks."
-# A resumption differs from the part before in these, and they do not change how it trains: where
-# files are stored, and the checkpoint that it starts from.
+# Settings in which a resumption may differ without training differently: where files are stored,
+# and the checkpoint that it starts from.
 NOT_OF_A_PART = ("ckpt_path", "trainer.logger.", "trainer.default_root_dir")
 # Where a run is stored and how it is executed. Neither changes what is trained; in particular, the
 # order of the samples does not depend on the number of data-loader workers.
@@ -67,8 +67,8 @@ class Configuration:
     """The settings that determine what a run trains.
 
     Attributes:
-        settings: Value by dotted key, without seed and paths. The value of a setting that a
-            resumption changed states both: ``"0.003, 0.006 from step 400 on"``.
+        settings: Value by dotted key, without the seed and :data:`NOT_COMPARED`. If a resumption
+            changed a setting, its value states both: ``"0.003, 0.006 from step 400 on"``.
         seed: Seed of the run; None if it was not seeded.
         data: Training images; None if they are not known.
         data_path: Where the training images were stored.

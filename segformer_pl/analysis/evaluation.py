@@ -14,8 +14,8 @@ from segformer_pl.atomic import atomic_write
 from segformer_pl.errors import UserError
 
 EVALUATION_FOLDER = "evaluation"
-# Exceptions of numpy for truncated or changed bytes, for other formats (it takes a text file for a
-# pickle, and an .npy file gives an array without keys), and for other contents.
+# What numpy raises for truncated or changed bytes, for files of another format (it takes a text
+# file for a pickle, and reads an .npy file as an array without keys) and for other contents.
 DAMAGES = (
     OSError,
     EOFError,

@@ -231,8 +231,8 @@ REMARKS = (
     "The reference trains unseeded; here seed_everything determines every random number.",
     "Random numbers come from another generator and in another order: the distributions are the "
     "same, the samples are not.",
-    "The crop window is sampled before the image is scaled, and only the crop is resampled. JPEGs "
-    "scaled to half or less are decoded at reduced size, with less aliasing.",
+    "The crop window is sampled before the image is scaled. JPEGs scaled to half or less are "
+    "decoded at reduced size, with less aliasing.",
     "The paper does not state whether it reports the last or the best checkpoint.",
 )
 COCO_REMARK = (

@@ -1,13 +1,13 @@
 """A run as an object: everything that a training, validation or test wrote into its folder.
 
-After resumptions at steps 400 and 900 the folder of a training holds:
+After resumptions at steps 400 and 900 the folder of a training holds::
 
     config.yaml                             configuration of the start
     config_resumed_at_step_0000400.yaml     configuration of each resumption
     config_resumed_at_step_0000900.yaml
     hparams.yaml                            class names and palette
     training_data.json                      data set, number of rows and fingerprint
-    findings.json                           warnings about the settings at the start
+    findings.json                           warnings about the settings of the last part
     metrics.csv                             the rows of all parts, one after the other
     evaluation/ predictions/ worst/ erf/    the files of all parts, named by their steps
     checkpoints/                            last.ckpt, and the files of other callbacks
@@ -230,7 +230,7 @@ class Run:
 
     @cached_property
     def findings(self) -> list[str]:
-        """Warnings about the settings of the run, one sentence each, from its start."""
+        """Warnings about the settings of the last part of the run, one sentence each."""
         content = _read_json(self.folder / FINDINGS_FILE)
         return [str(sentence) for sentence in content] if isinstance(content, list) else []
 

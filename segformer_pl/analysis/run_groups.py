@@ -86,7 +86,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[ComparedRun], block_size: int = 1) -> tuple[Group, ...]:
-    """Group runs whose configurations differ only in seed and paths.
+    """Group runs whose configurations are the same apart from the seed.
 
     Args:
         runs: Trained networks, evaluated on the same images.

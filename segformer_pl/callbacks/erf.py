@@ -17,8 +17,8 @@ class EffectiveReceptiveField(pl.Callback):
     """Measures the ERF of stages 1 to 4 and the head after validations.
 
     The images are the first ones of each rank in the first validation, and stay the same from then
-    on. The maps are averaged over all ranks. Where image sizes differ, only the most frequent size
-    is used.
+    on. The maps are averaged over all ranks. Where image sizes differ, each rank keeps the images
+    that have the size of its first one, and of the ranks' sizes only the most frequent is used.
 
     A figure is written to ``erf/`` in the run folder and sent to the loggers that accept images.
     Logged as curves are

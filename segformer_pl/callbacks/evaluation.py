@@ -25,9 +25,9 @@ class EvaluationRecord(pl.Callback):
     """Writes ``evaluation/<split>_step_<n>.npz`` after every validation and test.
 
     The report reads this file (:class:`~segformer_pl.analysis.evaluation.Evaluation`) for the
-    confusion matrix and calibration, and ``compare`` for its tests. The images with the highest
-    loss are drawn as a figure in ``worst/``, which is also sent to the loggers that accept images.
-    Skipped images are left out. Rank 0 writes for all ranks.
+    confusion matrix and calibration, and ``compare`` for its tests. After a validation, the images
+    with the highest loss are drawn as a figure in ``worst/``, which is also sent to the loggers
+    that accept images. Skipped images are left out. Rank 0 writes for all ranks.
 
     The step n is the number of training steps of the network, both in a training and for a loaded
     checkpoint. A second evaluation at the same step replaces the first: it is of the same weights,

@@ -38,7 +38,7 @@ class StopOnSignal(pl.Callback):
         rank 0     step 7     max(0, 0) = 0      step 8              max(0, 15) = 15     end
         rank 1     step 7     max(0, 0) = 0      step 8, SIGTERM     max(0, 15) = 15     end
 
-    In a validation, they do so before every batch that all ranks have.
+    In a validation, they exchange signals before every batch that all ranks have.
     :class:`~segformer_pl.callbacks.LastCheckpoint` then saves, the exit status is 143 (SIGTERM) or
     130 (Ctrl-C), and the last line of output is the command that resumes the run. Before the first
     step, and on a second Ctrl-C, the run ends at once.

@@ -69,8 +69,8 @@ def compare(arguments: list[str]) -> None:
         nargs="+",
         metavar="run",
         help="two or more runs, each a run folder (its last evaluation is compared) or one .npz "
-        "file of its evaluation folder; runs whose config.yaml differs only in seed and paths "
-        "count as one configuration",
+        "file of its evaluation folder; runs whose config.yaml differs only in seed, paths, "
+        "loggers, checkpoints or the number of workers count as one configuration",
     )
     parser.add_argument(
         "--block_size",

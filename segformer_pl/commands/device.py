@@ -16,5 +16,7 @@ def resolve_device(name: str) -> str:
     """
     is_available = torch.cuda.is_available()
     if name == "cuda" and not is_available:
-        raise UserError("--device cuda: this machine has no CUDA device that torch can use")
+        raise UserError(
+            "--device cuda: this machine has no CUDA device that torch can use; give --device cpu"
+        )
     return ("cuda" if is_available else "cpu") if name == "auto" else name

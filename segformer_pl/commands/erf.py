@@ -46,7 +46,7 @@ from segformer_pl.inference.predictor import normalization_of
 from segformer_pl.normalization import Normalization
 
 DPI = 300
-IMAGES_PER_READ = 8  # of one batch as it is read; the measurement splits it by --batch_size
+IMAGES_PER_READ = 8  # images read at a time; the measurement divides them by --batch_size
 TIMM = "timm:"
 
 
@@ -152,7 +152,7 @@ def erf(arguments: list[str]) -> None:
         "--batch_size",
         type=int,
         help="number of images in one forward and backward pass, which bounds the memory. "
-        "Default: 512x512 pixels' worth on the CPU, eight times that on a GPU",
+        "Default: as many as have 512x512 pixels together on the CPU, eight times as many on a GPU",
     )
     parser.add_argument(
         "--device",

@@ -213,7 +213,7 @@ def _check_channels(predictor: Predictor) -> None:
 def changed_protocol(protocol: Inference, changes: dict[str, Any]) -> Inference:
     """Return an evaluation protocol with some arguments changed.
 
-    Another window has the default stride and weights, unless these are among the changes.
+    If the window changes, stride and window weights return to their defaults unless given.
     """
     arguments = {field.name: getattr(protocol, field.name) for field in fields(protocol)}
     if "window" in changes:

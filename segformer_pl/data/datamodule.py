@@ -27,7 +27,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.lightning_workarounds import replaces_samplers, set_batches_that_stepped
 
 # Samples per device after which training stops if no pixel had a label, or warns if all labelled
-# pixels had one class.
+# pixels had the same class.
 UNLABELLED_SAMPLES = 256
 SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # log key -> split
 
@@ -89,9 +89,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        path = (
-            str(path) if isinstance(path, Path) else path
-        )  # weights_only checkpoints take no Path
+        # A checkpoint that holds a Path cannot be loaded with weights_only.
+        path = str(path) if isinstance(path, Path) else path
         # Checkpoints store these arguments, so that one can be evaluated on the same data.
         self.save_hyperparameters(logger=False)
         self.entry = find_dataset(dataset)

@@ -149,7 +149,7 @@ def files_of_split(files: Sequence[str], split: str) -> list[str]:
 
 
 def files_of_pattern(pattern: str, split: str, files: Sequence[str]) -> list[str]:
-    """Return those files that belong to a split by what they have in the place of ``{split}``.
+    """Return those files that belong to a split, judged by their text in place of ``{split}``.
 
     The rule of :func:`files_of_split` applies to the name of the file or folder that contains
     ``{split}``, from ``{split}`` to its end. So ``{split}*/*.parquet`` means ``train/`` and

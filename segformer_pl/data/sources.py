@@ -91,7 +91,8 @@ def open_split(
         )
     for _, remark in source.remarks:
         _warn_once(remark)
-    columns = source.columns  # Parquet sources have checked every shard already
+    # For streams: a Parquet source has already checked the columns of every shard.
+    columns = source.columns
     wanted = [entry.image_column, entry.label_column, entry.id_column]
     for column in filter(None, wanted):
         if columns is not None and column not in columns:
@@ -275,7 +276,8 @@ def _from_library(entry: DatasetEntry, path: str | None, split: Split, stored: s
         stream = builder.as_streaming_dataset(split=stored)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"data.path: {name!r} cannot be opened as a data set ({first_line(error)})"
+            f"data.path: {name!r} cannot be streamed ({first_line(error)}); check its files and "
+            "the network, or give a local folder"
         ) from error
     key = [name, revision, stored, shards, getattr(files.get(stored), "origin_metadata", None)]
     return StreamedSource(stream, key, entry, shards)

@@ -6,12 +6,12 @@ padding here has the colour that normalisation maps to 0. Arithmetic is OpenCV's
 reference: bilinear interpolation without antialiasing, nearest neighbour for labels, and 8-bit HSV
 with hue in 0 to 179.
 
-The reference scales the whole image and then crops. Here the crop is drawn first, so that only its
-pixels are computed::
+The reference scales the whole image and then crops. Here the crop is drawn first, so that its
+pixels can be computed alone wherever that is faster than scaling the whole image::
 
     reference   decode -> resize whole image -> crop -> flip -> ...
     here        draw scale and crop -> decode (a JPEG at 1/2, 1/4 or 1/8 if it is scaled down)
-                -> resample the crop from the decoded image -> flip -> ...
+                -> resample the crop, or resize and crop -> flip -> ...
 
 Both give the same pixels up to rounding, except that JPEG images decoded at a reduced size have
 less aliasing.

@@ -1,7 +1,7 @@
 """Checks of a run before its first step: data, labels, throughput, memory and settings.
 
 :func:`examine` takes a task, its data and its trainer as the command line builds them. It reads a
-subset of every split, times a few training steps, and returns findings with remedies.
+subset of every split, times a few forward and backward passes, and returns findings with remedies.
 """
 
 import lightning.pytorch as pl
@@ -27,7 +27,7 @@ def examine(
         trainer: The trainer.
 
     Returns:
-        The findings, and figures about data, plan and cost.
+        The findings, and facts about data, plan and cost.
     """
     examination = Examination()
     entry = data.entry

@@ -33,7 +33,7 @@ def examine_plan(
     """Check how samples are read: row groups, lanes, workers and global batch.
 
     Args:
-        examination: Receives findings and figures.
+        examination: Receives findings and facts.
         data: The data.
         trainer: The trainer, for the number of devices.
         train: Summary of the training split.
@@ -77,8 +77,8 @@ def examine_cost(
     Nothing is measured if the examination has errors already: a batch may be impossible to load.
 
     Args:
-        examination: Receives findings and figures.
-        task: The task; a copy of it is trained for a few steps.
+        examination: Receives findings and facts.
+        task: The task; a few forward and backward passes of a copy are timed.
         data: The data.
         trainer: The trainer, for the device.
         train: Summary of the training split.
@@ -139,7 +139,7 @@ def _memory(device: torch.device) -> int:
 def _time_step(task: SegmentationTask, batch: Batch, device: torch.device) -> float:
     """Return the median seconds of a forward and backward pass on one device.
 
-    A copy of the task is trained, so the task does not change.
+    They run on a copy, so the task does not change.
     """
     task = copy.deepcopy(task).to(device).train()
     images, target = batch["image"].to(device), batch["label"].to(device)

@@ -1,4 +1,4 @@
-"""Result of an examination: findings and figures."""
+"""Result of an examination: findings and facts."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -24,11 +24,11 @@ class Finding:
 
 @dataclass
 class Examination:
-    """Findings and figures of :func:`~segformer_pl.doctor.examine`.
+    """Findings and facts of :func:`~segformer_pl.doctor.examine`.
 
     Attributes:
         findings: The findings in the order of the checks.
-        facts: Figures by section and name.
+        facts: Sizes, counts and times by section and name.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Examination:
         return any(finding.level == "error" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return findings and figures as plain data for JSON."""
+        """Return findings and facts as plain data for JSON."""
         return {"findings": [asdict(finding) for finding in self.findings], "facts": self.facts}
 
     def __str__(self) -> str:

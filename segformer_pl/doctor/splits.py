@@ -99,7 +99,7 @@ def examine_split(
     """Examine up to :data:`NUM_SAMPLES` samples of a split.
 
     Args:
-        examination: Receives findings and figures.
+        examination: Receives findings and facts.
         network: The network, for the smallest image that it accepts.
         data: The data.
         split: Name of the split.
@@ -203,7 +203,7 @@ def _read(
 def _report_split(
     examination: Examination, data: StreamingSegmentationData, split: Split, summary: SplitSummary
 ) -> None:
-    """Report the figures of a split, and a number of samples that is not the known one."""
+    """Report the facts of a split, and warn if its number of samples is not the known one."""
     labels = data.entry.labels
     num_rows, expected = sum(summary.source.group_rows), data.entry.num_samples.get(split)
     if expected is not None and num_rows != expected:

@@ -298,10 +298,10 @@ def lattice_share(erf: ERFMap, period: int = 32, center: Position | None = None)
         fine structure   a b c | a'b'c'| a"b"c"
         phase means      (a+a'+a")/3   (b+b'+b")/3   (c+c'+c")/3
 
-    1 for a lattice, also under a Gaussian. 0 in expectation for noise, because the variance that
-    phase means have by chance is subtracted, and for shorter periods that divide this one, such as
-    the strides of patches. Other periods show in part, by the phases that they have in common. nan
-    for an image with fewer than three periods a side, because the window needs one of them.
+    It is 1 for a lattice, also under a Gaussian. It is about 0 for noise, because the variance that
+    phase means have by chance is subtracted, and 0 for shorter periods that divide this one, such
+    as the strides of patches. Other periods show in part, by the phases that they have in common.
+    It is nan for an image with fewer than three periods a side, because the window needs one.
 
     Raises:
         UserError: The period is less than 2.

@@ -1,4 +1,4 @@
-"""Feature maps of any network, which does not change.
+"""Feature maps of any network; the network itself is not changed.
 
 A layer is named by a key of the network's ``feature_maps`` (the segmenters of this package), by the
 dotted name of a module as in ``named_modules``, or by ``output`` for what the network returns.

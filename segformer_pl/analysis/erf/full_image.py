@@ -6,10 +6,10 @@ with the squared gradient::
     radius_u^2 = sum_p |dy_u / dx_p|^2 d(u, p)^2 / sum_p |dy_u / dx_p|^2
 
 With the Jacobian J (units x pixels) that is a ratio of two sums along each row of J. The exact
-methods need one backward pass for each row. Squares, unlike magnitudes, can also be estimated
-without: for random signs v over the pixels, the expected square of (J v)_u is the sum of squares of
-row u, because the signs of different pixels cancel on average. For a unit of two pixels with
-gradients a and b::
+methods need one backward pass for each row. Sums of squares, unlike sums of magnitudes, can also be
+estimated without backward passes: for random signs v over the pixels, the expected square of
+(J v)_u is the sum of squares of row u, because products of different pixels cancel on average. For
+a unit that two pixels influence, with gradients a and b::
 
     v       (J v)_u    squared
     + +      a + b     a^2 + 2 a b + b^2
@@ -99,7 +99,7 @@ def radius_map(
             unchanged afterwards.
         image: (C, H, W) or (1, C, H, W), normalised as in training.
         layer: Name of one layer.
-        every: Distance between two units of the grid, from the first one, in both directions.
+        every: Step between measured units, in both directions, from the first unit on.
         method: ``vjp``, exact, ``batch_size`` units in one batched vector-Jacobian product;
             ``loop``, exact, one unit after the other; ``probe``, estimated from ``num_probes``
             random directions for all units together, with error bars.

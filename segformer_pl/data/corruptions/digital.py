@@ -1,7 +1,7 @@
 """Digital processing in a camera: corruptions of :data:`segformer_pl.data.corruptions.GROUPS`.
 
-All are deterministic. Brightness and saturation are changed in HSV without a conversion: hue does
-not change, so the result is a simple function of RGB. V is the largest channel, and S is the
+All are deterministic. Brightness changes V of HSV, and saturation changes S. Hue stays the same, so
+the result is computed from RGB without a conversion: V is the largest channel, and S is the
 difference between the largest and the smallest channel, divided by V.
 """
 
