@@ -15,7 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from segformer_pl.analysis.style import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION
+from segformer_pl.analysis.style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    style_axes,
+)
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
@@ -216,7 +224,7 @@ def plot(robustness: Robustness) -> Figure:
     _draw_bars(above.subplots(), robustness)
     panels = below.subplots(1, len(robustness.severities), sharey=True, squeeze=False).flat
     for axes, (group, names) in zip(panels, robustness.severities.items()):
-        _style(axes)
+        style_axes(axes)
         for (name, by_severity), (color, marker, line) in zip(names.items(), LINES):
             points = {0: robustness.clean} | by_severity
             axes.plot(
@@ -250,7 +258,7 @@ def plot(robustness: Robustness) -> Figure:
 
 
 def _draw_bars(axes: Axes, robustness: Robustness) -> None:
-    _style(axes)
+    style_axes(axes)
     position, ticks, labels = 0.0, [], []
     for (group, by_name), color in zip(robustness.corruptions.items(), GROUP_COLORS):
         positions = [position + index for index in range(len(by_name))]
@@ -281,16 +289,6 @@ def _draw_bars(axes: Axes, robustness: Robustness) -> None:
         alignment="left",
     )
     drawn.get_title().set_parse_math(False)  # the name of the data set may contain $
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9, length=3)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
 
 
 def _rows(robustness: Robustness) -> dict[str, dict[int, float]]:

@@ -35,10 +35,11 @@ class PredictionPanel(pl.Callback):
         missing = self.num_images - len(self.shown)
         if not trainer.is_global_zero or trainer.sanity_checking or missing <= 0:
             return
-        images, target, pred = (
-            tensor[:missing].cpu() for tensor in (batch["image"], batch["label"], outputs["pred"])
-        )
-        self.shown.extend(zip(batch["id"], images, target, pred))
+        for index, name in enumerate(batch["id"]):
+            if missing > 0 and name not in batch.get("skipped", {}):  # a blank replaces its image
+                maps = (batch["image"], batch["label"], outputs["pred"])
+                self.shown.append((name, *(tensor[index].cpu() for tensor in maps)))
+                missing -= 1
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         shown, self.shown = self.shown, []

@@ -40,7 +40,7 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
     if len(runs) == 1 and runs[0] is not None:
         # The file of a run is complete. Parsing it again would add today's defaults of settings
         # that did not exist when the run was trained.
-        config = runs[0].configs[0]
+        config = runs[0].config
     else:
         files = [str(run.config_file if run else file) for run, file in zip(runs, sources)]
         try:

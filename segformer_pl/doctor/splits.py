@@ -50,7 +50,6 @@ class SplitSummary:
         usable: Positions of the samples that could be loaded.
         sizes: Number of samples by (height, width) in pixels.
         pixels: Number of pixels by train id.
-        images_with_class: Number of images in which a train id occurs.
         digests: Sample id by hash of the image, to detect images that occur in two splits.
         palettes: Colours of the palette indices of label images.
     """
@@ -60,7 +59,6 @@ class SplitSummary:
     usable: list[int] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     pixels: Counter[int] = field(default_factory=Counter)
-    images_with_class: Counter[int] = field(default_factory=Counter)
     digests: dict[int, str] = field(default_factory=dict)
     palettes: FirstColors = field(default_factory=dict)
 
@@ -135,7 +133,6 @@ def examine_split(
         summary.sizes[label.shape] += 1
         values, counts = np.unique(label, return_counts=True)
         summary.pixels.update(dict(zip(values.tolist(), counts.tolist())))
-        summary.images_with_class.update(values.tolist())
         if values.tolist() == [data.entry.labels.ignore_index]:
             unlabelled.append(name)
         if sample["image"].std() < 1e-3:
