@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from segformer_pl.analysis.run import resumed_config_name
 from segformer_pl.cli import main
 from segformer_pl.commands.recipe import recipe
 
@@ -140,3 +141,10 @@ def test_a_checkpoint_outside_of_a_run_folder_is_refused(fail, tmp_path):
     file.write_bytes(b"PK\x03\x04\x80\xff")
     assert "not all are YAML files" in fail("diff", file)
     assert "nowhere.ckpt" in fail("diff", tmp_path / "checkpoints" / "nowhere.ckpt")
+
+
+def test_a_resumed_run_is_compared_with_its_last_settings(diff, tmp_path):
+    network = {"class_path": "segformer_pl.models.segformer_b0"}
+    for name, lr in (("config.yaml", 1e-3), (resumed_config_name(400), 5e-4)):
+        (tmp_path / name).write_text(yaml.safe_dump({"model": {"network": network, "lr": lr}}))
+    assert ["model.lr", "6e-05", "0.0005"] in [line.split()[:3] for line in diff(tmp_path)]
