@@ -1,7 +1,7 @@
 """Uses of private names of Lightning 2.6, each with its reason.
 
-No other module uses private names of Lightning, except for subclasses of Lightning's classes
-(:class:`~segformer_pl.callbacks.LastCheckpoint`). So a new version of Lightning breaks this file
+Other modules use private names of Lightning only in subclasses of its classes: ``LastCheckpoint``,
+``RunLogger`` and ``SegmentationTask``. So a new version of Lightning breaks these and this file
 first.
 """
 

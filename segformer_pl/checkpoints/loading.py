@@ -222,8 +222,8 @@ def _compare_arguments(
 ) -> tuple[list[str], list[str]]:
     """Compare the arguments that no tensor's shape shows.
 
-    Another number of heads makes trained weights meaningless. Strides, paddings and the keys at the
-    border can be changed on purpose.
+    Another number of heads makes trained weights meaningless. Strides, paddings and ``kv_border``
+    can be changed on purpose.
 
     Returns:
         Two lists of sentences for the report: on ``kv_border``, which trained weights work with
