@@ -13,7 +13,7 @@ class Batch(TypedDict):
         label: (B, H, W) int64 train ids; ``ignore_index`` at unlabelled pixels.
         id: Ids of the B samples in the data set.
         seed: B random seeds. Each depends only on the data seed and on the sample's position in the
-            order of the data, and seeds further random numbers for the sample.
+            order of the data. The task seeds drop path and dropout with the first one.
         skipped: Sample id -> reason, for each sample that could not be used. These samples are not
             in the batch; if no others are left, the batch is one blank, unlabelled image.
         notices: Kind (``"orientation"``, ``"frames"`` or ``"palette"``) -> message about a sample

@@ -1,8 +1,8 @@
 """Uses of private names of Lightning 2.6, each with its reason.
 
-Elsewhere, private names of Lightning are used only in subclasses of its classes
-(:class:`~segformer_pl.callbacks.LastCheckpoint`) and in ``callbacks/history.py``, which copies the
-arguments of a CSVLogger. So a new version of Lightning breaks this file first.
+Other modules use private names of Lightning only in subclasses of its classes: ``LastCheckpoint``,
+``RunLogger`` and ``SegmentationTask``. So a new version of Lightning breaks these and this file
+first.
 """
 
 import signal

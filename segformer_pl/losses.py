@@ -97,7 +97,7 @@ class OhemCrossEntropy(nn.Module):
     probability are kept, ties included. The loss is the mean over the kept pixels.
 
     Args:
-        threshold: Probability of the label from which on a pixel is easy and left out.
+        threshold: A pixel whose label has at least this probability is easy and left out.
         min_kept: Minimum number of kept pixels per image.
     """
 
@@ -138,7 +138,7 @@ class Focal(nn.Module):
     ``p`` is the softmax probability of the label. The loss is the mean over the labelled pixels.
 
     Args:
-        gamma: Focusing parameter: the larger, the less easy pixels weigh. 0 is cross-entropy.
+        gamma: Focusing parameter. The larger it is, the less easy pixels count. 0 is cross-entropy.
     """
 
     def __init__(self, gamma: NonNegativeFloat = 2.0) -> None:

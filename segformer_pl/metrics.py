@@ -1,15 +1,15 @@
 """Segmentation metrics of a whole split, from pixel counts summed over batches and ranks.
 
-The module has three layers:
+The module has three parts, in this order:
 
-1. functions of ``(pred, target)`` that count the pixels of a batch;
-2. functions that compute metrics from counts, of a split or of any part of it;
+1. functions that compute metrics from counts, of a split or of any part of it;
+2. functions of ``(pred, target)`` that count the pixels of a batch;
 3. :class:`SegmentationMetrics`, which accumulates the counts of a split.
 
-The functions of layer 2 accept tensors and NumPy arrays, so that training, the report and the
-bootstrap of a comparison share one definition of every metric. Counts are whole numbers. A class
-that is neither in the target nor in the prediction has no IoU (nan) and is left out of the means,
-instead of counting as 0.
+The functions of part 1 accept tensors and NumPy arrays, so that training, the report and the
+bootstrap of a comparison share one definition of every metric. A class that is neither in the
+target nor in the prediction has no IoU (nan) and is left out of the means, instead of counting as
+0.
 """
 
 import math

@@ -173,6 +173,9 @@ class SeparableMap:
 
 
 def _support(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first non-zero column of every row, and the one after the last."""
+    """Return the first non-zero column of every row, and the column after its last.
+
+    A row of zeros has the whole width.
+    """
     nonzero = (matrix != 0).int()
     return nonzero.argmax(dim=1), matrix.shape[1] - nonzero.flip(1).argmax(dim=1)

@@ -35,8 +35,8 @@ ExportLayout = Literal["huggingface", "nvlabs", "smp", "native"]
 LAYOUTS = {"huggingface": TRANSFORMERS_DISK, "nvlabs": NVLABS, "smp": SMP, "native": NATIVE}
 FILE_SUFFIX = {"nvlabs": ".pth", "native": ".safetensors"}  # the other layouts are folders
 
-# Arguments of MixTransformer that the other code bases fix. A layout may free some of them, see
-# _check_expressible.
+# Arguments of MixTransformer that are fixed in the other code bases. Some layouts can express other
+# values of some of them, see _check_expressible.
 ENCODER_DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(MixTransformer).parameters.items()
@@ -106,7 +106,7 @@ def export_weights(
 
 
 def check_destination(destination: str | Path, layout: ExportLayout) -> None:
-    """Check a destination before the work that comes ahead of an export.
+    """Check a destination. The command calls this before it reads any weights.
 
     Args:
         destination: Path of the file or folder to write.

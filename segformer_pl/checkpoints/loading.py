@@ -119,6 +119,7 @@ def load_weights(
             f"{weights.name} holds {describe_non_finite(broken)}; it comes from a training that "
             "diverged, or is damaged: give an earlier checkpoint"
         )
+    data = {} if rows is None else data_of_rows(weights, rows, class_names)
     constants, reason = _constants(weights, model, matched)
     model.set_weight_constants(constants)
 
@@ -145,7 +146,7 @@ def load_weights(
         unexpected=tuple(unexpected),
         remarks=(*remarks, *changed),
         changed=tuple(changed),
-        data={} if rows is None else data_of_rows(weights, rows, class_names),
+        data=data,
     )
 
 
@@ -222,8 +223,8 @@ def _compare_arguments(
 ) -> tuple[list[str], list[str]]:
     """Compare the arguments that no tensor's shape shows.
 
-    Another number of heads makes trained weights meaningless. Strides, paddings and the keys at the
-    border can be changed on purpose.
+    Another number of heads makes trained weights meaningless. Strides, paddings and ``kv_border``
+    can be changed on purpose.
 
     Returns:
         Two lists of sentences for the report: on ``kv_border``, which trained weights work with

@@ -45,7 +45,8 @@ class Weights:
         preprocessor: Content of a folder's ``preprocessor_config.json``.
         task: Hyperparameters of the :class:`~segformer_pl.task.SegmentationTask` that trained the
             weights, as far as the source states them: ``network`` (class path and arguments),
-            ``class_names``, ``palette``, ``image_mean`` and ``image_std`` (for images in 0 to 1).
+            ``class_names``, ``palette``, ``ignore_index``, ``inference``, ``image_mean`` and
+            ``image_std`` (for images in 0 to 1).
         data: Training data of a run's checkpoint: ``dataset``, its name, and ``labels``, the
             meaning of its raw values.
         constants: Constants that the weights depend on and that no tensor holds, by name. Empty if
@@ -201,6 +202,7 @@ def _read_folder(folder: Path, name: str) -> Weights:
         task["class_names"] = names
     extra = {"palette": "palette", "ignore_index": "semantic_loss_ignore_index"}
     task |= {ours: config[theirs] for ours, theirs in extra.items() if theirs in config}
+    task = checked_facts(repr(name), task)
     return replace(
         _read_file(file), name=repr(name), config=config, preprocessor=preprocessor, task=task
     )

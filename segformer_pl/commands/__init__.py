@@ -1,4 +1,9 @@
-"""The commands besides Lightning's own ``fit``, ``validate`` and ``test``; one file each."""
+"""The commands besides ``fit``, ``validate``, ``test`` and ``doctor``; one file each.
+
+``recipe`` is not in ``COMMANDS``: it needs the parser of ``fit``, which :mod:`segformer_pl.cli`
+passes to it. ``parser.py`` and ``device.py`` are shared by the commands. ``run_folder.py`` and
+``named_checkpoint.py`` are used by ``fit``, ``validate`` and ``test`` alone.
+"""
 
 from collections.abc import Callable
 

@@ -223,7 +223,7 @@ def _bands(
     """
     views = []
     for scale in protocol.scales:
-        # The mirrored view of a scale shares the image of the other.
+        # Both views of a scale share one resized image.
         scaled, windows = _scaled(network, images, scale, protocol, preprocess)
         views += [
             View(protocol, windows, scaled, flipped, size)

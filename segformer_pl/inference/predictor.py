@@ -179,10 +179,16 @@ class Predictor:
 
         Returns:
             Class indices, (B, H, W) int64, on the network's device.
+
+        Raises:
+            UserError: The network's output holds nan or infinity.
         """
+        network = _FiniteCheck(self.network)
         size = (images.shape[2], images.shape[3])
         on_device = images.to(self.device)
-        return predict_classes(self.network, on_device, size, self.protocol, self.normalization)
+        pred = predict_classes(network, on_device, size, self.protocol, self.normalization)
+        network.check_finite()
+        return pred
 
     def _prepare(self, image: ImageSource) -> tuple["_FiniteCheck", Tensor]:
         if self.network.in_channels != 3:

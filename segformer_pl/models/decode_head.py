@@ -128,7 +128,10 @@ class AllMLPHead(nn.Module):
         return macs + convolution_macs(self.classifier, num_fused)
 
     def folded_projections(self) -> tuple[list[Tensor], Tensor]:
-        """Return the products F_i W_i, (C, C_i) for every used stage, and sum_i F_i b_i, (C,)."""
+        """Return the products F_i W_i, (C, C_i) for every used stage, and sum_i F_i b_i, (C,).
+
+        For a single stage there is no fuse convolution, and they are W_i and b_i.
+        """
         projections = cast(list[nn.Linear], list(self.projections))
         if self.fuse is None:
             return [projections[0].weight], projections[0].bias

@@ -524,7 +524,11 @@ class MixTransformer(Encoder):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Initialise as the reference code: Linear N(0, 0.02), Conv2d He over the fan-out."""
+    """Initialise as in the reference code.
+
+    Linear layers and position tables from a truncated normal of standard deviation 0.02;
+    convolutions from He's normal over the fan-out (per group); biases 0.
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -43,7 +43,7 @@ def check_stage_arguments(**per_stage: Sequence[int]) -> None:
             ``strides`` and ``paddings`` of :class:`~segformer_pl.models.MixTransformer`.
 
     Raises:
-        UserError: A sequence has another length, or its values are impossible.
+        UserError: A sequence does not have four values, or its values are impossible.
     """
     for name, values in per_stage.items():
         lowest = 0 if name == "paddings" else 1

@@ -98,7 +98,7 @@ class SegFormer(Segmenter):
         self.encoder.set_weight_constants(constants)
 
     def paper_macs(self, height: int, width: int) -> int | None:
-        """Return the "FLOPs" of the paper's Tables 1 and 2, None if the encoder does not have any.
+        """Return the "FLOPs" of the paper's Tables 1 and 2, None if the encoder's are unknown.
 
         They are multiply-adds; see :mod:`~segformer_pl.models.paper_macs` for what is counted. With
         150 classes they are the values of Table 1a: at 512x512 for ADE20K (640x640 for B5) and

@@ -5,9 +5,12 @@ A network of this package is an :class:`Encoder` or a :class:`Segmenter`::
     images (B, C, H, W) --Encoder----> [(B, C_1, H_1, W_1), ..., (B, C_n, H_n, W_n)]
     images (B, C, H, W) --Segmenter--> (B, num_classes, h, w)
 
-The rest of the package uses the attributes and methods below only. It neither tests for an
-architecture nor derives anything from parameter names. A new network inherits from one of the two
-classes, sets the attributes and implements the abstract methods::
+The rest of the package uses only the attributes and methods below, and tests for no architecture.
+There are two exceptions: ``checkpoints`` knows the parameter names of SegFormer, to translate those
+of other code bases, and ``analysis/erf/head_units.py`` has a shortcut for SegFormer's head.
+
+A new network inherits from one of the two classes, sets the attributes and implements the abstract
+methods::
 
     class Tiny(Segmenter):
         def __init__(self, num_classes: int, width: int = 8) -> None:
@@ -83,7 +86,7 @@ class Network(nn.Module, ABC):
         """Return the layer of parameters for layer-wise learning rates: name -> 0, 1, 2, ...
 
         Layer 0 is next to the image. In a segmenter, parameters without an entry are the head,
-        which trains at a multiple of the encoder's learning rate. By default all of them are.
+        which trains at a multiple of the encoder's learning rate. By default no parameter has one.
         """
         return {}
 
@@ -99,7 +102,7 @@ class Network(nn.Module, ABC):
         return {}
 
     def set_weight_constants(self, constants: Mapping[str, float]) -> None:
-        """Set constants that :meth:`weight_constants` returned, by default none.
+        """Set constants of the names that :meth:`weight_constants` returns. This class has none.
 
         Raises:
             UserError: The network has no constant of that name.
@@ -157,8 +160,8 @@ class Segmenter(Network):
             classes, ``"scores"`` (non-negative, such as MaskFormer's sum over queries) by division
             by their sum.
         classifier_path: Path of the submodule whose parameters have the classes as their first
-            dimension. For weights of other classes its rows are reordered or re-initialised. None:
-            there is no such submodule.
+            dimension. For weights of other classes its rows are reordered, or re-initialised by
+            ``reset_parameters()`` of its modules. None: there is no such submodule.
         takes_criterion: Whether :meth:`training_loss` uses its ``criterion``. If not, the task
             refuses a configured loss.
     """
