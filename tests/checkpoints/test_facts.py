@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from segformer_pl.checkpoints import export_weights, load_network, load_weights, read_weights
 from segformer_pl.checkpoints.facts import class_difference, match_names
+from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer
 from segformer_pl.models.mit import MixTransformer, NormEps
@@ -261,3 +262,26 @@ def test_facts_of_a_native_file_are_checked(run, tmp_path):
         run["state_dict"], tmp_path / "w.safetensors", metadata={"segformer_pl": json.dumps(task)}
     )
     assert "norm_eps as [1e-06]; it has to be two numbers" in refuse(tmp_path / "w.safetensors")
+
+
+def test_facts_of_a_folder_are_checked(tmp_path):
+    folder = tmp_path / "folder"
+    export_weights(small(), folder, "huggingface", {"class_names": NAMES})
+    config = json.loads((folder / "config.json").read_text())
+    for facts, sentence in (
+        ({"palette": 5}, "palette as 5; it has to be a list of colours"),
+        ({"semantic_loss_ignore_index": "none"}, "ignore_index as 'none'; it has to be an integer"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | facts))
+        with pytest.raises(UserError, match=sentence):
+            read_weights(folder)
+
+
+def test_labels_that_cannot_be_read_leave_the_model_as_it_was():
+    model = small()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    tensors = {f"network.{key}": tensor + 1 for key, tensor in small().state_dict().items()}
+    weights = Weights("x.ckpt", tensors, task={"class_names": NAMES}, data={"labels": {"raw": 3}})
+    with pytest.raises(UserError, match="does not describe its labels"):
+        load_weights(model, weights, class_names=NAMES)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())

@@ -98,7 +98,12 @@ def test_the_protocol_is_applied(network, pixels):
 
 def test_non_finite_outputs_are_refused(network, pixels):
     network.head.classifier.weight.data.fill_(torch.inf)
-    for predict in (Predictor(network, NAMES), Predictor(network, NAMES).probabilities):
+    predictor = Predictor(network, NAMES)
+
+    def predict_batch(pixels):
+        return predictor.predict_batch(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+
+    for predict in (predictor, predictor.probabilities, predict_batch):
         with pytest.raises(UserError, match="outputs hold nan or infinity, so there is no mask"):
             predict(pixels)
 
