@@ -108,10 +108,3 @@ def test_convert(run, fail, tmp_path):
     assert "there is no file or folder" in message
     assert "--to" in fail("convert", tmp_path / "w.pth", tmp_path / "x", "--to", "keras")
     assert not (tmp_path / "x").exists()
-
-
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    assert "profile, convert" in " ".join(capsys.readouterr().out.split())
