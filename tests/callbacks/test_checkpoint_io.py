@@ -12,8 +12,6 @@ import torch
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import AtomicCheckpointIO
-from segformer_pl.cli import main
-from segformer_pl.data import shapes
 
 pytestmark = pytest.mark.slow
 
@@ -73,24 +71,6 @@ def test_a_kill_during_writing_leaves_the_previous_checkpoint(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def fit(tmp_path):
-    shapes.generate(tmp_path / "shapes", {"train": 4, "validation": 1})
-    settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
-        "data.path": tmp_path / "shapes",
-        "data.batch_size": 2,
-        "data.num_workers": 0,
-        "trainer.accelerator": "cpu",
-        "trainer.limit_val_batches": 0,
-        "trainer.enable_progress_bar": "false",
-        "trainer.logger.save_dir": tmp_path / "runs",
-        "last_checkpoint.dirpath": tmp_path / "checkpoints",
-        "last_checkpoint.every_n_train_steps": 1,
-    }
-    return ["fit", *(f"--{key}={value}" for key, value in settings.items())]
-
-
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_error_message(fit, start_command, tmp_path):
     """A limit on the size of a file stands in for the disk."""
@@ -111,11 +91,3 @@ def test_a_full_disk_ends_the_run_with_one_error_message(fit, start_command, tmp
     assert "Traceback" not in full.output
     assert last.read_bytes() == before
     assert os.listdir(last.parent) == ["last.ckpt"]
-
-
-def test_partial_files_of_a_killed_writer_are_removed_at_the_next_start(fit, tmp_path):
-    partial = tmp_path / "checkpoints" / ".0123456789abcdef.partial"
-    partial.parent.mkdir()
-    partial.write_bytes(b"half")
-    main([*fit, "--trainer.max_steps=1"])
-    assert os.listdir(partial.parent) == ["last.ckpt"]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from segformer_pl.cli import main
+
 _watched = {}  # path -> counts of a file whose reads are counted
 
 
@@ -42,3 +44,31 @@ def reads_of(monkeypatch):
                 _watched.clear()
 
     return count
+
+
+@pytest.fixture
+def run(capsys):
+    """Function that runs a command and returns its output."""
+
+    def call(*arguments):
+        assert main([str(argument) for argument in arguments]) is None
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def fail(capsys):
+    """Function that runs a command that must fail and returns its error message."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        code = exit_.value.code
+        message = code if isinstance(code, str) else capsys.readouterr().err
+        assert code not in (0, None)
+        assert message.startswith("error: ")
+        assert "\n" not in message.rstrip("\n")
+        return message
+
+    return call

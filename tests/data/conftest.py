@@ -100,3 +100,16 @@ def write_named_shards(row):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def ids():
+    """Function source -> all ids in stored order, row groups read from last to first."""
+
+    def read_backwards(source):
+        groups = range(len(source.group_rows))
+        read = {group: [row["id"] for row in source.read(group)] for group in reversed(groups)}
+        assert [len(read[group]) for group in groups] == source.group_rows
+        return [name for group in groups for name in read[group]]
+
+    return read_backwards

@@ -7,10 +7,14 @@ import warnings
 import pytest
 from PIL import Image
 
+from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.image_folder import IMAGE_SUFFIXES
+from segformer_pl.data.sources import ImageFolder, open_split
 from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
+
+ENTRY = find_dataset("shapes")
 
 
 def test_a_name_ends_at_its_last_dot(make_image_folder, samples_of):
@@ -119,3 +123,30 @@ def test_images_that_are_no_regular_files_are_an_error(make_image_folder, ids_of
     os.mkfifo(image)
     with pytest.raises(UserError, match=r"a.png' is a folder, a pipe or a device; give a regular"):
         ids_of(folder)
+
+
+@pytest.fixture
+def image_folder(tmp_path, row):
+    """A folder of image and label files, one pair of them in a sub-folder."""
+    for name in ("b", "a", "town/c"):
+        for kind, suffix in (("image", ".jpg"), ("label", ".png")):
+            file = tmp_path / "set" / f"{kind}s" / "train" / f"{name}{suffix}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(row(name)[kind]["bytes"])
+    return tmp_path / "set"
+
+
+def test_an_image_folder(image_folder, ids):
+    source = open_split(ENTRY, str(image_folder), "train")
+    assert isinstance(source, ImageFolder)
+    assert source.group_rows == [1, 1, 1]
+    assert ids(source) == ["a", "b", "town/c"]
+    assert source.name(2, 0) == "town/c"
+
+
+def test_images_without_labels_are_counted_and_named(image_folder):
+    (image_folder / "labels" / "train" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 3 images in .* have no label .* is 'a.jpg'; add"):
+        open_split(ENTRY, str(image_folder), "train")
+    with pytest.raises(UserError, match=r"no images in '.*/images/validation'; give a folder"):
+        open_split(ENTRY, str(image_folder), "validation")

@@ -10,7 +10,7 @@ import pytest
 from segformer_pl.data import files
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.order import EpochShuffle, StoredOrder
-from segformer_pl.data.sources import open_split
+from segformer_pl.data.sources import ParquetSource, open_split
 from segformer_pl.data.streaming import Samples, collate
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.errors import UserError
@@ -161,3 +161,56 @@ def test_the_fingerprint_depends_on_the_contents(tmp_path, row, write_shards):
     fingerprints = [open_split(ENTRY, str(folder), "train").fingerprint for folder in (one, other)]
     assert fingerprints[0].partition("-")[0] == fingerprints[1].partition("-")[0]
     assert fingerprints[0] != fingerprints[1]
+
+
+def test_row_groups_of_all_shards_in_order(tmp_path, row, write_shards, ids):
+    rows = [row(f"s{i}") for i in range(9)]
+    folder = str(write_shards(tmp_path / "data", "train", [rows[:5], rows[5:]], row_group_size=2))
+    source = open_split(ENTRY, folder, "train")
+    assert source.group_rows == [2, 2, 1, 2, 2]
+    assert all(source.group_bytes)
+    assert ids(source) == [f"s{i}" for i in range(9)]
+    assert [source.name(group, 0) for group in (0, 2, 3)] == [
+        "train-00000-of-00002:0",
+        "train-00000-of-00002:4",
+        "train-00001-of-00002:0",
+    ]
+
+
+def test_only_the_columns_of_the_entry_are_read(tmp_path, row):
+    pq.write_table(pa.Table.from_pylist([row("a") | {"depth": b"x" * 99}]), tmp_path / "t.parquet")
+    (read,) = ParquetSource([str(tmp_path / "t.parquet")], ENTRY).read(0)
+    assert set(read) == {"image", "label", "id"}
+
+
+def test_plain_binary_columns_are_read(tmp_path, row):
+    cells = row("a") | {"image": row("a")["image"]["bytes"]}
+    pq.write_table(pa.Table.from_pylist([cells]), tmp_path / "train.parquet")
+    (read,) = open_split(ENTRY, str(tmp_path), "train").read(0)
+    assert isinstance(read["image"], bytes)
+
+
+def test_a_missing_column_is_an_error(tmp_path):
+    table = pa.table({"image": [b""], "mask": [b""]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"no column 'label'.*it has: image, mask"):
+        open_split(ENTRY, str(tmp_path), "train")
+
+
+def test_a_truncated_shard_is_named(tmp_path, row, write_shards):
+    write_shards(tmp_path, "train", [[row("a")], [row("b")]])
+    shard = tmp_path / "train-00001-of-00002.parquet"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"train-00001-of-00002.parquet' is not a complete Parquet"):
+        open_split(ENTRY, str(tmp_path), "train")
+
+
+def test_a_damaged_row_group_is_named_when_it_is_read(tmp_path, row, write_shards):
+    write_shards(tmp_path, "train", [[row("a")]])
+    source = open_split(ENTRY, str(tmp_path), "train")
+    (shard,) = tmp_path.glob("*.parquet")
+    content = shard.read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    shard.write_bytes(bytes(len(content) - footer) + content[-footer:])
+    with pytest.raises(UserError, match=r"train-00000-of-00001.parquet' is not a complete Parquet"):
+        source.read(0)
