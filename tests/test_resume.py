@@ -143,4 +143,6 @@ def test_a_chain_of_random_kills_loses_and_repeats_no_samples():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.startswith("4 kills in 1 chains of 24 steps: nothing lost, nothing rep")
+    assert process.stdout.startswith(
+        "4 kills in 1 chains of 24 steps: no sample lost, none repeated"
+    )

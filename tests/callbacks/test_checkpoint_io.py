@@ -68,7 +68,8 @@ def test_a_kill_during_writing_leaves_the_previous_checkpoint(tmp_path):
             state = torch.load(file, weights_only=True)
             assert state["number"] >= 1
             assert state["weights"].sum() == 40_000_000
-        assert list(tmp_path.iterdir()) == []
+        # timm imports wandb, whose import makes folders that a killed process leaves behind.
+        assert [file.name for file in tmp_path.iterdir() if "wandb" not in file.name] == []
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def test_palettes_of_train_and_validation_are_compared(tmp_path, row, write_shar
         write_shards(tmp_path / "set", split, [rows])
     message = (
         r"'validation0' of the validation split: index 1 of the label's palette is the colour "
-        r"\(3, 2, 1\), but \(1, 2, 3\) in .*'train\d' of the train split; indices count as they are"
+        r"\(3, 2, 1\), but \(1, 2, 3\) in .*'train\d' of the train split; classes are read"
     )
     run = {"limit_val_batches": None, "num_sanity_val_steps": 0, "val_check_interval": 1}
     with pytest.warns(UserWarning, match=message) as caught:

@@ -397,7 +397,9 @@ def test_a_label_of_another_orientation_is_refused(image, label):
 def test_an_error_about_sizes_names_the_orientations():
     image = oriented(np.zeros((6, 9, 3), np.uint8), 6)
     label = oriented(np.zeros((9, 6), np.uint8), 6)
-    message = r"is 6x9 but the image is 9x6 .*as their EXIF orientations say \(image 6, label 6\)"
+    message = (
+        r"is 6x9 but the image is 9x6 .*after applying their EXIF orientations \(image 6, label 6\)"
+    )
     with pytest.raises(UserError, match=message):
         samples([(image, label)])[0]
 
