@@ -33,7 +33,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, predict_classes, predict_pixels
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.metrics import SegmentationMetrics, StepOutput
-from segformer_pl.models.segmenter import Segmenter
+from segformer_pl.models.segmenter import Segmenter, check_segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
 
@@ -101,7 +101,8 @@ class SegmentationTask(pl.LightningModule):
 
     Raises:
         UserError: Both kinds of weights are given, ``match_classes`` is given without ``weights``,
-            a rate or factor is negative, or the loss does not fit the network.
+            a rate or factor is negative, or network, class names, normalisation and loss do not
+            fit each other.
     """
 
     image_mean: Tensor
@@ -134,6 +135,18 @@ class SegmentationTask(pl.LightningModule):
             raise UserError(
                 "model.weights and model.encoder_weights are both given; give one of them "
                 "(weights include an encoder)"
+            )
+        check_segmenter(network)
+        if network.num_classes != len(class_names):
+            raise UserError(
+                f"the network has {network.num_classes} classes, but there are {len(class_names)} "
+                "class names; give one for each"
+            )
+        if {len(image_mean), len(image_std)} != {network.in_channels}:
+            raise UserError(
+                f"the network takes {network.in_channels} channels, but model.image_mean has "
+                f"{len(image_mean)} values and model.image_std {len(image_std)}; give one of each "
+                "for every channel"
             )
         if match_classes != "exact" and weights is None:
             raise UserError(
@@ -206,6 +219,11 @@ class SegmentationTask(pl.LightningModule):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise images (B, C, H, W) in 0 to 1 with the task's mean and standard deviation."""
+        if images.shape[1] != self.network.in_channels:
+            raise UserError(
+                f"the images have {images.shape[1]} channels, but the network takes "
+                f"{self.network.in_channels}; set its in_channels to {images.shape[1]}"
+            )
         return (images - self.image_mean) / self.image_std
 
     def training_loss(self, images: Tensor, target: Tensor) -> Tensor:

@@ -413,3 +413,15 @@ def test_a_checkpoint_during_accumulation_has_the_state_of_the_step_before(tmp_p
     mean = "network.head.bn.running_mean"
     assert not torch.equal(states[1][mean], states[3][mean])
     assert not states[0][mean].any()
+
+
+def test_a_network_that_does_not_fit_the_task_is_refused():
+    network = segformer_b0(num_classes=3, in_channels=1)
+    with pytest.raises(UserError, match="3 classes, but there are 2 class names"):
+        SegmentationTask(network, ["a", "b"], [[0, 0, 0]] * 2)
+    names, palette = ["a", "b", "c"], [[0, 0, 0]] * 3
+    with pytest.raises(UserError, match=r"takes 1 channels, but model.image_mean has 3 values"):
+        SegmentationTask(network, names, palette)
+    task = SegmentationTask(network, names, palette, image_mean=(0.5,), image_std=(0.2,))
+    with pytest.raises(UserError, match="the images have 3 channels, but the network takes 1"):
+        task(torch.zeros(1, 3, 32, 32))

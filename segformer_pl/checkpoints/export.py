@@ -24,6 +24,7 @@ from segformer_pl.checkpoints.layouts import (
 )
 from segformer_pl.checkpoints.loading import encoder_arguments, variants
 from segformer_pl.checkpoints.matching import canonical_tensors, native_prefix
+from segformer_pl.checkpoints.networks import build
 from segformer_pl.checkpoints.report import listed
 from segformer_pl.checkpoints.sources import SUFFIXES
 from segformer_pl.errors import UserError
@@ -178,8 +179,8 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
         return
     if native_prefix(model) is None:
         raise UserError(
-            f"layout {layout} is that of SegFormer, and this is a {type(model).__name__}; use "
-            "native"
+            f"layout {layout} is for SegFormer and MixTransformer, and the keys of this "
+            f"{type(model).__name__} are others; use native"
         )
     arguments = encoder_arguments(model)
     # Epsilons have a remark of their own, and drop path acts in training only.
@@ -358,6 +359,8 @@ def _write_native(
             f"the network or its task is not described by plain data ({error}); return numbers, "
             "strings and lists from init_args()"
         ) from error
+    with torch.device("meta"):
+        build(model.spec(), "init_args()")  # what is written here can be read again
     _write_safetensors(file, tensors, {"segformer_pl": text})
     return []
 

@@ -94,6 +94,11 @@ def _open(ckpt: str | Path, option: str) -> Iterator[BufferedReader]:
         ) from error
     except (OSError, ValueError):
         pass  # open_file raises a UserError with the reason
+    if Path(ckpt).suffix == ".safetensors":
+        raise UserError(
+            f"{option}: {str(ckpt)!r} holds weights alone; give a run's checkpoint (.ckpt), which "
+            "describes the data too"
+        )
     try:
         with open_file(Path(ckpt)) as stream:
             yield stream

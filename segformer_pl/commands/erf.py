@@ -43,6 +43,7 @@ from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
 from segformer_pl.inference.predictor import normalization_of
+from segformer_pl.models.segmenter import Segmenter, check_segmenter
 from segformer_pl.normalization import Normalization
 
 DPI = 300
@@ -203,8 +204,17 @@ def _data(options: Any, checkpoint: RunCheckpoint | None) -> StreamingSegmentati
     return StreamingSegmentationData(**changes)
 
 
+def _check_channels(network: Segmenter, source: str) -> None:
+    if network.in_channels != 3:
+        raise UserError(
+            f"{source!r} takes {network.in_channels} channels, but images are read with 3 (RGB); "
+            "give a network with in_channels 3"
+        )
+
+
 def _trained(checkpoint: RunCheckpoint, source: str) -> Subject:
     predictor = Predictor.from_weights(checkpoint.weights())
+    _check_channels(predictor.network, source)
     return Subject(
         predictor.network,
         f"{type(predictor.network).__name__}, {Path(source).name}",
@@ -233,6 +243,8 @@ def _random(name: str, data: StreamingSegmentationData) -> Subject:
         ) from error
     torch.manual_seed(0)  # the same random weights each time
     network = build(num_classes=data.entry.labels.num_classes)
+    check_segmenter(network)
+    _check_channels(network, name)
     return Subject(network.eval(), name, "random weights", name)
 
 

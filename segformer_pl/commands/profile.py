@@ -7,6 +7,7 @@ import sys
 import torch
 
 from segformer_pl.analysis.complexity import as_dict, complexity, measure_latency, table
+from segformer_pl.checkpoints.networks import brief
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import (
     PROG,
@@ -15,7 +16,7 @@ from segformer_pl.commands.parser import (
     segmenter_names,
 )
 from segformer_pl.errors import UserError
-from segformer_pl.models.segmenter import Segmenter
+from segformer_pl.models.segmenter import check_segmenter
 
 
 def profile(arguments: list[str]) -> None:
@@ -82,12 +83,11 @@ def profile(arguments: list[str]) -> None:
     if min(height, width, options["num_classes"]) < 1:
         raise UserError("--size and --num_classes: give integers of at least 1")
     device = resolve_device(device)
-    network = build(**options)
-    if not isinstance(network, Segmenter):
-        raise UserError(
-            f"{name} builds a {type(network).__name__}, which does not inherit from "
-            "segformer_pl.models.segmenter.Segmenter; make that its base class"
-        )
+    try:
+        network = build(**options)
+    except Exception as error:  # any type: the constructor may be the user's
+        raise UserError(f"{name} cannot be built with these arguments: {brief(error)}") from error
+    check_segmenter(network)
     cost = complexity(network, height, width)
     sys.stderr.write("measuring latency ...\n")
     latency = measure_latency(network, height, width, device, dtype)

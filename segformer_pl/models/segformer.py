@@ -21,7 +21,7 @@ class SegFormer(Segmenter):
         encoder: Encoder, whose output is a feature pyramid (B, C_i, H_i, W_i), finest map first.
         num_classes: Number of classes.
         decoder_dim: Channels C of the head.
-        in_indices: Stages that the head uses, counted from 0 (varied in Table 1d).
+        in_indices: Stages that the head uses, counted from 0 (varied in Table 1d). Default: all.
         dropout: Rate of the channel dropout before the classifier.
     """
 
@@ -32,10 +32,12 @@ class SegFormer(Segmenter):
         encoder: Encoder,
         num_classes: int,
         decoder_dim: int = 256,
-        in_indices: Sequence[int] = (0, 1, 2, 3),
+        in_indices: Sequence[int] | None = None,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        if in_indices is None:
+            in_indices = range(len(encoder.out_channels))
         self.in_channels = encoder.in_channels
         self.num_classes = num_classes
         self.min_size = encoder.min_size

@@ -39,7 +39,7 @@ not be given on the command line.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -199,3 +199,41 @@ class Segmenter(Network):
             ignore_index: Class index of the pixels that do not contribute to the loss.
         """
         return criterion(self(images), target, ignore_index)
+
+
+def check_segmenter(network: Any) -> None:
+    """Check the parts of the contract that Python does not check when a network is built.
+
+    Raises:
+        UserError: The network is no :class:`Segmenter`, or one of its attributes or ``init_args()``
+            is missing or of another kind.
+    """
+    name = type(network).__name__
+    if not isinstance(network, Segmenter):
+        raise UserError(
+            f"the network is a {name}, which does not inherit from {Segmenter.__module__}."
+            f"{Segmenter.__name__}; make that its base class"
+        )
+    for attribute in ("in_channels", "num_classes", "min_size"):
+        value = getattr(network, attribute, None)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"the network's {attribute} is {value}; let the constructor of {name} set it to an "
+                "integer of at least 1"
+            )
+    if network.output not in get_args(Output):
+        raise UserError(
+            f"the network's output is {network.output!r}; let {name} choose one of "
+            f"{', '.join(get_args(Output))}"
+        )
+    if not isinstance(network.init_args(), Mapping):
+        raise UserError(
+            f"init_args() of {name} returns a {type(network.init_args()).__name__}; let it return "
+            "a dict of the constructor's arguments"
+        )
+    path = network.classifier_path
+    if path is not None and path not in dict(network.named_modules()):
+        raise UserError(
+            f"the network's classifier_path is {path!r}, and {name} has no such submodule; correct "
+            "it, or leave it None"
+        )

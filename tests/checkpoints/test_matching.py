@@ -172,7 +172,7 @@ def test_the_native_layout_stores_any_network(source, tmp_path):
     assert torch.equal(network.eval()(image()), source(image()))
     assert read_weights(file).task["class_names"] == NAMES
     for layout, name in (("huggingface", "x"), ("smp", "x"), ("nvlabs", "x.pth")):
-        with pytest.raises(UserError, match="is that of SegFormer, and this is a Tiny; use nat"):
+        with pytest.raises(UserError, match="the keys of this Tiny are others; use nat"):
             export_weights(source, tmp_path / name, layout)
 
 
@@ -204,3 +204,12 @@ def test_a_native_file_of_an_earlier_version_loads(request):
     facts = read_weights(folder / "native_norm_eps.safetensors").task
     assert facts["class_names"] == NAMES
     assert facts["image_mean"] == [0.1, 0.2, 0.3]
+
+
+def test_a_native_file_that_could_not_be_read_again_is_not_written(tmp_path):
+    class_arguments = Tiny.init_args
+    network = Tiny(num_classes=3)
+    network.init_args = lambda: class_arguments(network) | {"widht": 4}
+    with pytest.raises(UserError, match="unexpected keyword argument 'widht'"):
+        export_weights(network, tmp_path / "tiny.safetensors", "native")
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ from torch import nn
 from segformer_pl import models
 from segformer_pl.errors import UserError
 from segformer_pl.models import Encoder, MixTransformer, SegFormer, Segmenter
+from segformer_pl.models.segmenter import check_segmenter
 
 TINY = {"embed_dims": (2, 4, 4, 8), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 1, 2)}
 VARIATIONS = [
@@ -139,3 +140,45 @@ def test_a_network_that_lacks_an_abstract_method_is_refused():
 
     with pytest.raises(TypeError, match="feature_maps"):
         Half()
+
+
+class Sound(Segmenter):
+    def __init__(self, **changes):
+        super().__init__()
+        self.in_channels, self.num_classes = 3, 2
+        self.classifier = nn.Conv2d(3, 2, 1)
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def forward(self, images):
+        return self.classifier(images)
+
+    def feature_maps(self, images):
+        return {"images": images}
+
+    def init_args(self):
+        return self.arguments if hasattr(self, "arguments") else {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": None}, "num_classes is None; let the constructor of Sound set it"),
+        ({"in_channels": 0}, "in_channels is 0"),
+        ({"min_size": 7.5}, r"min_size is 7\.5"),
+        ({"output": "probs"}, "output is 'probs'; let Sound choose one of logits, scores"),
+        ({"classifier_path": "clasifier"}, "Sound has no such submodule"),
+        ({"arguments": [2]}, r"init_args\(\) of Sound returns a list"),
+    ],
+)
+def test_what_the_contract_asks_for_is_checked(changes, message):
+    check_segmenter(Sound(classifier_path="classifier"))
+    with pytest.raises(UserError, match=message):
+        check_segmenter(Sound(**changes))
+    with pytest.raises(UserError, match="is a Conv2d, which does not inherit from"):
+        check_segmenter(nn.Conv2d(3, 2, 1))
+
+
+def test_the_head_uses_every_stage_of_its_encoder_by_default():
+    network = SegFormer(Plain(), num_classes=2, decoder_dim=8)
+    assert network.head.in_indices == tuple(range(len(network.encoder.out_channels)))
