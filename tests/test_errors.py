@@ -26,6 +26,7 @@ class Broken(Dataset):
             raise self.error(MESSAGE) from error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [UserError, Narrower])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_message_of_a_worker_is_kept(error, num_workers):

@@ -211,6 +211,7 @@ STORED_ORDER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STORED_ORDER)
 def test_groups_equal_those_of_version_0_1(case):
     variant, pos_encoding, layer_decay = case.split()

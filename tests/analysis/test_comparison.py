@@ -128,6 +128,7 @@ def test_mean_over_images_is_another_quantity():
     assert abs(run.image_miou.mean() - TRUE_MIOU) > 10 * standard_error
 
 
+@pytest.mark.slow
 def test_false_positive_rate_of_equally_good_runs():
     generator = np.random.default_rng(1)
     num_pairs = 300

@@ -182,6 +182,7 @@ def test_any_segmenter():
     assert "paper" not in table("it", cost, latency)
 
 
+@pytest.mark.slow
 def test_parts_can_be_nested_modules():
     network = small()
     network.parts = lambda: {"first block": "encoder.stages.0.blocks.0", "rest": "head"}

@@ -136,6 +136,7 @@ def test_table_needs_clean_and_corrupted_results():
             summarize(part)
 
 
+@pytest.mark.slow
 def test_figure_shows_every_number(tmp_path):
     figure = plot(summarize(published()))
     bars, *panels = [axes for part in figure.subfigs for axes in part.axes]
@@ -154,6 +155,7 @@ def test_figure_shows_every_number(tmp_path):
     figure.savefig(tmp_path / "figure.png")
 
 
+@pytest.mark.slow
 def test_table_and_figure_without_a_labelled_pixel(tmp_path):
     scores = [dataclasses.replace(s, miou=float("nan")) for s in published()]
     robustness = summarize(scores)

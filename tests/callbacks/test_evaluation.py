@@ -61,6 +61,7 @@ def logged_rows(run_dir):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_record_holds_what_was_logged(tmp_path, task, split, batch_size):

@@ -168,6 +168,7 @@ def test_another_folder_or_an_earlier_checkpoint_starts_a_new_run_folder(data, t
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_history_is_refused_to_another_run(data, tmp_path):
     run_dir = tmp_path / "unnamed" / "version_0"
     run_dir.mkdir(parents=True)

@@ -119,6 +119,7 @@ def test_round_trip_from_transformers(tmp_path, randomize):
     assert torch.equal(again(batch).logits, theirs(batch).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", FORMS)
 def test_round_trip_through_every_layout(network, tmp_path, layout):
     first, second = tmp_path / f"1{FORMS[layout]}", tmp_path / f"2{FORMS[layout]}"
@@ -144,6 +145,7 @@ def test_an_nvlabs_file_states_the_class_names(network, tmp_path):
     assert read_weights(tmp_path / "w.pth").task == task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

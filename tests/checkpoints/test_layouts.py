@@ -120,6 +120,7 @@ def segmenter(variant, num_classes=19):
         return getattr(models, f"segformer_{variant}")(num_classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", DIMS)
 def test_nvlabs_backbone_loads_with_and_without_classification_head(variant):
     state = meta(nvlabs_backbone(variant))
@@ -139,6 +140,7 @@ def test_number_of_tensors_of_b0():
     assert len(nvlabs_backbone("b0")) + len(nvlabs_head("b0", 150)) == 192 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", DIMS)
 def test_nvlabs_segmenter_loads(variant):
     state = meta(nvlabs_backbone(variant), "backbone.") | meta(nvlabs_head(variant, 19))
@@ -149,6 +151,7 @@ def test_nvlabs_segmenter_loads(variant):
     assert report.num_tensors == len(network.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", DIMS)
 def test_mmseg_backbone_loads_and_its_head_is_refused(variant):
     network = segmenter(variant)
@@ -166,6 +169,7 @@ def test_mmseg_backbone_loads_and_its_head_is_refused(variant):
     assert report.dropped.keys() == head.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", KNOWN_LAYOUTS, ids=lambda layout: layout.name)
 def test_a_round_trip_through_a_layout_keeps_every_tensor(layout, randomize):
     network = randomize(models.segformer_b0(5))

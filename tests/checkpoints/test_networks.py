@@ -25,6 +25,7 @@ def returns_without_annotation(num_classes):
     raise AssertionError("it was called")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("class_path", "message"),
     [
@@ -56,6 +57,7 @@ def test_a_file_cannot_choose_to_run_other_code(tmp_path, network, class_path, m
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_networks_of_other_packages_are_built(network, monkeypatch):
     monkeypatch.setitem(sys.modules, "a_users_module", sys.modules[__name__])
     spec = {"class_path": "a_users_module.returns_a_network", "init_args": {"num_classes": 3}}

@@ -12,6 +12,7 @@ from segformer_pl.task import SegmentationTask
 NETWORK = ["--model.network", "segformer_pl.models.segformer_b0"]
 
 
+@pytest.mark.slow
 def test_images_smaller_than_the_network_accepts(capsys, folder, tmp_path, options, fail):
     error = fail(capsys, ["fit", *options(folder, tmp_path, data__crop_size="[20,20]")])
     assert error.startswith("error: sr_ratio 8 is larger than the 5x5 token grid")

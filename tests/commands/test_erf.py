@@ -78,6 +78,7 @@ def test_random_weights(run):
     assert np.asarray(Image.open(folder / "erf.png").convert("RGB")).std() > 10
 
 
+@pytest.mark.slow
 def test_a_model_can_be_an_import_path(run, tmp_path, monkeypatch):
     (tmp_path / "network_of_erf.py").write_text(
         "from segformer_pl.models import segformer_b0\n\n\n"
@@ -179,6 +180,7 @@ def refusal_before_measuring(run, monkeypatch, *arguments):
     return exit_.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -84,6 +84,7 @@ def mask(folder, name):
     return np.asarray(Image.open(folder / "masks" / f"{name}.png"))
 
 
+@pytest.mark.slow
 def test_masks_are_the_networks_train_ids_with_the_palette(run, checkpoint, images, tmp_path):
     pixels = make_image(45, 70)
     Image.fromarray(pixels).save(images / "a.png")

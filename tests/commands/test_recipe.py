@@ -41,6 +41,7 @@ def fail(capsys):
     return call
 
 
+@pytest.mark.slow
 def test_files_are_merged_as_the_command_line_merges_them(diff, tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "model: {encoder_weights: mit_b0.pth, lr: 1.0e-4}\ntrainer: {devices: auto}\n"
@@ -113,6 +114,7 @@ class ToySegmenter(Segmenter):
 """
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_in_the_paper_has_no_recipe(diff, tmp_path, monkeypatch):
     (tmp_path / "toy_of_recipe.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)

@@ -127,6 +127,7 @@ def position(file):
     return checkpoint["global_step"], checkpoint["StreamingSegmentationData"]["consumed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulate", "batches"), [(2, 1), (2, 3), (2, 4), (3, 5), (3, 7)])
 def test_a_checkpoint_within_a_step_holds_the_last_whole_step(
     folder, tmp_path, accumulate, batches
@@ -206,6 +207,7 @@ def test_a_checkpoint_on_an_exception_holds_whole_steps(folder, tmp_path, batch)
     assert steps(folder, 6, file, accumulate_grad_batches=2)[0] == whole[step:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
     [((2, 2), (4, 1)), ((2, 3), (3, 2)), ((3, 2), (1, 6)), ((2, 1), (1, 3))],
@@ -347,6 +349,7 @@ def test_another_global_batch_keeps_the_position_and_warns(folder, tmp_path, who
     assert resumed == whole[10:25]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 5, 6, 10])
 def test_epochs_of_limit_train_batches_do_not_change_the_order(folder, tmp_path, whole, step):
     # limit_train_batches makes Lightning restart the data loader every 5 batches.

@@ -28,6 +28,7 @@ def samples():
     return [shapes.draw(np.random.default_rng(i)) for i in range(60)]
 
 
+@pytest.mark.slow
 def test_generation_repeats_bit_for_bit(folder, tmp_path):
     shapes.generate(tmp_path / "again", {"train": 20, "validation": 120})
     files = sorted(file.name for file in folder.iterdir())

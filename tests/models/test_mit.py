@@ -84,6 +84,7 @@ def test_drop_path_ramps_over_all_blocks(variant, step):
     assert doubled == pytest.approx([2 * rate for rate in rates])
 
 
+@pytest.mark.slow
 @EVERY_VARIANT
 def test_epsilons_of_every_norm(variant):
     with torch.device("meta"):

@@ -255,6 +255,7 @@ def reference(randomize):
         return theirs.state_dict(), batch, theirs(batch).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @torch.no_grad()
 def test_every_planted_fault_is_detected(fault, reference, monkeypatch):

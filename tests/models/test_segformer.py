@@ -16,6 +16,7 @@ from segformer_pl.models import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "at_150", "at_19"),
     [

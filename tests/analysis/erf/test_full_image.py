@@ -42,6 +42,7 @@ def test_loop_agrees_with_the_gradient_and_with_the_erf_of_one_unit(network):
     assert radii.radius[1, 2] == pytest.approx(np.sqrt(square), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_convolution_has_the_radius_of_its_taps():
     """3x3 ones: four neighbours at 1, four at sqrt 2, itself at 0: 12 / 9; less at the border."""
     conv = nn.Conv2d(1, 1, 3, padding=1, bias=False).double()

@@ -15,6 +15,7 @@ from segformer_pl.models import segformer_b0
 from segformer_pl.models.segformer import SegFormer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_indices", [(0, 1, 2, 3), (1, 3), (3,)])
 @pytest.mark.parametrize("size", [(64, 96), (65, 97)])
 def test_single_units_are_those_of_the_feature_maps(in_indices, size, randomize):
@@ -39,6 +40,7 @@ class Subclass(SegFormer):
     """A subclass has no adapter, because its feature maps can differ."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", ["center", [(0, 0), (63, 95)], Grid(2, 3)], ids=str)
 def test_adapter_and_feature_maps_give_the_same_receptive_field(units, randomize):
     network = randomize(segformer_b0(5)).eval()

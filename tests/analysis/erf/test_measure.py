@@ -334,6 +334,7 @@ def test_all_pixels_of_a_class_in_the_label_and_in_the_prediction(network):
     assert erf.num_images == counts.sum()
 
 
+@pytest.mark.slow
 def test_images_without_a_finite_gradient_are_counted_and_named(network):
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     images[1, 0, 5, 5] = torch.nan

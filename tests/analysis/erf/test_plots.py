@@ -136,12 +136,14 @@ QUICK = ("two networks", "zeros")
 EACH = [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", EACH)
 def test_no_text_of_figure_3_is_cut_or_overprinted(case):
     assert_readable(plot_erf(CASES[case], TITLE))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("plot", [plot_radial_profiles, plot_area_ratios])
 @pytest.mark.parametrize("case", [case for case in EACH if case.values != ("class",)])
@@ -193,6 +195,7 @@ def test_figure_3_has_rows_of_networks_and_columns_of_layers():
         plot_erf({})
 
 
+@pytest.mark.slow
 def test_zooms_are_drawn_where_they_enlarge_and_stay_inside_the_image():
     for position in ((0, 0), (64, 64), (3, 140), (149, 149)):
         figure = plot_erf(erf_of(["stage1", "head"], size=(150, 150), position=position))

@@ -26,6 +26,7 @@ def part(name):
 PARTS = {"losses": [part("CrossEntropy"), part("Dice")], "weights": [1.0, 0.5]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "name"),
     [

@@ -14,6 +14,7 @@ def test_confusion_matrix_in_percent_of_each_label(page, folder):
     assert folder.names[2] not in page.source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_classes", "has_matrix"), [(36, True), (37, False)])
 def test_many_classes(folder, num_classes, has_matrix):
     names = [f"class ${number}" for number in range(num_classes)]  # not mathematics

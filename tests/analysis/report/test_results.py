@@ -8,6 +8,7 @@ from segformer_pl.analysis.report import summary
 from segformer_pl.analysis.report.results import last_results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("miou", "verdict", "points"),
     [(0.8312, "above", "+5.3"), (0.5, "not above", "\u221227.8"), (0.7778, "not above", "+0.0")],
@@ -105,6 +106,7 @@ def test_evaluation_of_another_step_or_split_is_not_shown(folder):
     assert "95 % CI" not in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("named", [0, 1600])
 def test_evaluation_is_labelled_by_the_step_stored_in_it(folder, split, named):

@@ -66,6 +66,7 @@ TOLERANCE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORIGINAL_PSNR)
 def test_as_strong_as_the_original(name, photograph, run):
     images = [photograph(96, 128, seed) for seed in range(4)]
