@@ -200,6 +200,7 @@ def test_half_precision_logits_are_computed_in_float32(name, autocast):
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_gradients_against_finite_differences():
     """Through the upsampling, too."""
     logits, target = example(5, (3, 4), (8, 9), 2)

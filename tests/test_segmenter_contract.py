@@ -245,6 +245,7 @@ def test_its_own_state_dict_loads(network):
     assert torch.equal(other.coarse.weight, network.coarse.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "changes"),
     [

@@ -34,6 +34,7 @@ def small(**arguments):
     return SegFormer(encoder, num_classes=3, decoder_dim=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", TABLE_1A)
 def test_flops_of_the_paper(variant):
     with torch.device("meta"):

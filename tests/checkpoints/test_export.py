@@ -182,6 +182,7 @@ def test_an_encoder_that_is_no_published_variant(tmp_path):
         load_network(bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout", "message"),
     [

@@ -18,6 +18,7 @@ def test_images_smaller_than_the_network_accepts(capsys, folder, tmp_path, optio
     assert error.startswith("error: sr_ratio 8 is larger than the 5x5 token grid")
 
 
+@pytest.mark.slow
 def test_other_value_errors_keep_their_traceback(folder, tmp_path, monkeypatch, options):
     def fault(*arguments, **options):
         return torch.zeros(2).numpy().reshape(3)

@@ -51,6 +51,7 @@ def test_fit_and_its_report_warn_of_implausible_settings(folder, tmp_path, caplo
     assert sentence in (tmp_path / "unnamed" / "version_0" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_run_folders_are_below_the_root_folder(capsys, folder, tmp_path, options, fail):
     rooted = [f"--trainer.default_root_dir={tmp_path / 'root'}"]
     default = [o for o in options(folder, tmp_path) if "save_dir" not in o]
@@ -60,6 +61,7 @@ def test_run_folders_are_below_the_root_folder(capsys, folder, tmp_path, options
     assert f"save_dir is '{tmp_path / 'other'}', which is outside of it" in error
 
 
+@pytest.mark.slow
 def test_settings_in_epochs_are_refused(capsys, folder, tmp_path, options, fail):
     for setting in ("max_epochs=3", "check_val_every_n_epoch=1"):
         error = fail(capsys, ["fit", *options(folder, tmp_path), f"--trainer.{setting}"])
@@ -198,6 +200,7 @@ def test_a_number_of_classes_that_contradicts_the_data_set(capsys, folder, tmp_p
     assert "num_classes is 5" in fail(capsys, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["batch_size=0", "num_workers=-1", "crop_size=[0,32]"])
 def test_numbers_out_of_range(capsys, folder, tmp_path, value, options, fail):
     error = fail(capsys, ["fit", *options(folder, tmp_path), f"--data.{value}"])

@@ -6,6 +6,7 @@ from segformer_pl.checkpoints import load_network
 from segformer_pl.models import segformer_b0
 
 
+@pytest.mark.slow
 def test_convert(run, fail, tmp_path):
     network = segformer_b0(3)
     torch.save(network.state_dict(), tmp_path / "w.pth")

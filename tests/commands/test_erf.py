@@ -138,6 +138,7 @@ def test_images_are_evenly_spaced_over_the_split(run, monkeypatch):
     assert [name.split("/")[-1].split(".")[0] for name in ids] == ["0", "0", "2", "4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

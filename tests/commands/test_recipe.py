@@ -77,6 +77,7 @@ def test_the_file_of_a_run_folder_is_not_completed_with_todays_defaults(tmp_path
     assert resolved == [[str(run / "config.yaml"), "mine.yaml"]]
 
 
+@pytest.mark.slow
 def test_bad_input_gets_one_sentence(fail, tmp_path):
     assert f"'{tmp_path}' contains no config.yaml; give the folder of one run" in fail(
         "diff", tmp_path

@@ -119,6 +119,7 @@ def test_ade20k_counts_from_one_and_ignores_zero():
         train_ids("ade20k", 255)
 
 
+@pytest.mark.slow
 def test_both_coco_stuff_entries_name_a_value_alike():
     some, every = (find_dataset(f"coco_stuff{number}").labels for number in (171, 182))
     for raw, train_id in some.raw_to_train.items():

@@ -196,6 +196,7 @@ class Fail(pl.Callback):
         trainer.save_checkpoint(self.file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4, 5])
 def test_a_checkpoint_on_an_exception_holds_whole_steps(folder, tmp_path, batch):
     file = tmp_path / "state.ckpt"
@@ -302,6 +303,7 @@ def test_batches_have_the_documented_shapes_and_types(folder):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 7, 11, 12, 23])
 def test_resume_continues_with_the_next_sample(folder, tmp_path, whole, step):
     file = tmp_path / "state.ckpt"

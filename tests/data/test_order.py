@@ -38,6 +38,7 @@ def test_stored_order_is_every_row_as_stored(group_rows):
     assert rows == sorted(every_row(group_rows))
 
 
+@pytest.mark.slow
 @given(layouts, st.integers(0, 2**32), st.lists(st.integers(0, 500), min_size=1, max_size=30))
 @settings(deadline=None)
 def test_locate_does_not_depend_on_earlier_calls(group_rows, seed, positions):

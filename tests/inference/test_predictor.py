@@ -153,6 +153,7 @@ def test_facts_of_a_source_are_loaded(network, pixels, tmp_path, layout, name):
     assert np.array_equal(predictor(pixels), here(pixels))
 
 
+@pytest.mark.slow
 def test_defaults_replace_facts_that_a_source_does_not_state(tmp_path):
     network = SegFormer(mit_b0(), 2, decoder_dim=8)
     torch.save(network.state_dict(), tmp_path / "w.pth")

@@ -63,6 +63,7 @@ def sizes(features):
 # Variants
 
 
+@pytest.mark.slow
 @EVERY_VARIANT
 def test_number_of_parameters(variant):
     with torch.device("meta"):

@@ -92,6 +92,7 @@ def test_logits_of_transformers(variant, randomize):
         assert difference(network(batch), expected) < TOLERANCE, size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ALL)
 @torch.no_grad()
 def test_logits_of_smp(variant, randomize):

@@ -31,6 +31,7 @@ def test_feature_maps_modules_and_the_output_in_the_order_asked_for():
     torch.testing.assert_close(normed.permute(0, 3, 1, 2), expected["stage1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [["head"], ["head", "encoder.stages.0"], ["head", "output"]])
 def test_feature_map_takes_precedence_over_the_module_of_its_name(layers):
     """The module ``head`` returns logits."""

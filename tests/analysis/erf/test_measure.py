@@ -119,6 +119,7 @@ def test_strided_layer_is_centred_on_its_pixel():
     assert {*rows} == {*columns} == {15, 16, 17}
 
 
+@pytest.mark.slow
 def test_positions_of_segformer_units_on_odd_and_even_grids(network):
     """Stage 4 has 3x3 units, so that its middle unit is not at the middle pixel of the image."""
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
@@ -411,6 +412,7 @@ def test_batchnorm_without_running_statistics_needs_batch_size_1():
 # Messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

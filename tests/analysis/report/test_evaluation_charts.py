@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 
+@pytest.mark.slow
 def test_confusion_matrix_in_percent_of_each_label(page, folder):
     start, end = page.text.index("Confusion matrix"), page.text.index("Expected calibration")
     matrix = page.text[start:end].split()

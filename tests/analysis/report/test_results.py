@@ -28,6 +28,7 @@ def test_no_verdict_without_a_ceiling(folder):
     assert "ceiling" not in folder.page().text
 
 
+@pytest.mark.slow
 def test_classes_in_order_escaped_and_absent(folder):
     folder.finished([0.3, 0.6])
     page = folder.page()
@@ -126,6 +127,7 @@ def test_evaluation_is_labelled_by_the_step_stored_in_it(folder, split, named):
     assert (results.step, results.best_step) == (1600, None)
 
 
+@pytest.mark.slow
 def test_test_after_training_has_the_step_of_its_network(folder):
     folder.plant([*folder.training(20), {"epoch": 0, "step": 20, **folder.metrics("test", 0.6)}])
     folder.evaluation(split="test", step=20).save(folder.path / "evaluation/test_step_0000020.npz")
