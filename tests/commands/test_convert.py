@@ -1,5 +1,6 @@
 """The command ``convert``."""
 
+import pytest
 import torch
 
 from segformer_pl.checkpoints import load_network
