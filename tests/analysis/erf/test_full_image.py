@@ -9,6 +9,8 @@ from segformer_pl.analysis.erf import effective_receptive_field
 from segformer_pl.analysis.erf.full_image import radius_map
 from segformer_pl.models import segformer_b0
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def network(randomize):

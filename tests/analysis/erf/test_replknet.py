@@ -9,6 +9,8 @@ from torch import nn
 from segformer_pl.analysis.erf import Grid, effective_receptive_field
 from segformer_pl.analysis.erf.backbones import TimmStages
 
+pytestmark = pytest.mark.slow
+
 SHARES = (0.2, 0.3, 0.5, 0.99)
 
 
