@@ -1,4 +1,6 @@
-"""The exception for errors that the user can correct."""
+"""The exception for errors that the user can correct, and the exit status of Ctrl-C."""
+
+INTERRUPTED = 130  # as in shells: 128 and the number of SIGINT
 
 
 class UserError(ValueError):

@@ -193,3 +193,21 @@ def start_command(request, tmp_path_factory):
     for pid in started:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def fail(capsys):
+    """Function that runs a command that must fail and returns its error message."""
+    from segformer_pl.cli import main  # heavy, and most tests do not need it
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        code = exit_.value.code
+        message = code if isinstance(code, str) else capsys.readouterr().err
+        assert code not in (0, None)
+        assert message.startswith("error: ")
+        assert "\n" not in message.rstrip("\n")
+        return message
+
+    return call

@@ -65,23 +65,6 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def fail(capsys):
-    """Function: run a command that must fail; return its one-line message."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        code = exit_.value.code
-        message = code if isinstance(code, str) else capsys.readouterr().err
-        assert code not in (0, None)
-        assert message.startswith("error: ")
-        assert "\n" not in message.rstrip("\n")
-        return message
-
-    return call
-
-
-@pytest.fixture
 def described(run):
     """Function: change the description of the data set until the test ends."""
     yield lambda **changes: describe(run / "mine.yaml", **changes)

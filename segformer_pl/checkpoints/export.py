@@ -29,6 +29,7 @@ from segformer_pl.checkpoints.report import listed
 from segformer_pl.checkpoints.sources import SUFFIXES
 from segformer_pl.errors import UserError
 from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 ExportLayout = Literal["huggingface", "nvlabs", "smp", "native"]
@@ -147,7 +148,7 @@ def _tensors(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
 def _foreign_state(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
     table: Layout = LAYOUTS[layout]
     segmenter, *encoder = table.encoder_prefixes
-    if is_segmenter(model):
+    if isinstance(model, Segmenter):
         prefix = segmenter
     elif encoder:
         prefix = encoder[0]
@@ -162,11 +163,6 @@ def _foreign_state(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
             f"layout {layout} cannot express this network ({listed(inexpressible)}); use native"
         )
     return state
-
-
-def is_segmenter(model: Any) -> bool:
-    """Return whether a network has classes. An encoder has none."""
-    return hasattr(model, "num_classes")
 
 
 def _check_expressible(model: Any, layout: ExportLayout) -> None:
@@ -260,7 +256,7 @@ def _write_huggingface(
         "reshape_last_stage": True,
         "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
     }
-    if is_segmenter(model):
+    if isinstance(model, Segmenter):
         whole, num_classes = model.init_args(), model.num_classes
         names = task.get("class_names", [])
         if len(names) != num_classes:
@@ -331,7 +327,7 @@ def _write_nvlabs(
     tensors: dict[str, Tensor],
     task: Mapping[str, Any],
 ) -> list[str]:
-    if not is_segmenter(model):
+    if not isinstance(model, Segmenter):
         _save(file, tensors)
         return []
     names = {"CLASSES": "class_names", "PALETTE": "palette"}

@@ -25,6 +25,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.models import mit
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.mit_arguments import default_paddings
+from segformer_pl.models.segmenter import Network
 
 STEM = "encoder.stages.0.patch_embed.proj.weight"
 
@@ -82,7 +83,7 @@ def load_weights(
     ):
         if value not in get_args(known):
             raise UserError(f"{name}={value!r}: choose one of {', '.join(get_args(known))}")
-    if not hasattr(model, "weight_constants"):
+    if not isinstance(model, Network):
         raise UserError(
             "weights can be loaded into a network that keeps the contract of "
             f"segformer_pl.models.segmenter, and a {type(model).__name__} does not; inherit from "

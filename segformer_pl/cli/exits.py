@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import Interrupted
-from segformer_pl.errors import find_user_error
+from segformer_pl.errors import INTERRUPTED, find_user_error
 from segformer_pl.lightning_workarounds import came_from_restoring
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -34,10 +34,10 @@ def exits() -> Iterator[None]:
         sys.exit(interrupted.code)
     except KeyboardInterrupt:
         sys.stderr.write("Ctrl-C: stopped\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except SystemExit as exit_:
         if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning exits with status 1
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
         raise
     except Exception as error:
         sentence = explain(error)

@@ -42,8 +42,8 @@ from segformer_pl.commands.parser import (
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
-from segformer_pl.inference.predictor import normalization_of
-from segformer_pl.models.segmenter import Segmenter, check_segmenter
+from segformer_pl.inference.predictor import check_takes_rgb, normalization_of
+from segformer_pl.models.segmenter import check_segmenter
 from segformer_pl.normalization import Normalization
 
 DPI = 300
@@ -204,17 +204,9 @@ def _data(options: Any, checkpoint: RunCheckpoint | None) -> StreamingSegmentati
     return StreamingSegmentationData(**changes)
 
 
-def _check_channels(network: Segmenter, source: str) -> None:
-    if network.in_channels != 3:
-        raise UserError(
-            f"{source!r} takes {network.in_channels} channels, but images are read with 3 (RGB); "
-            "give a network with in_channels 3"
-        )
-
-
 def _trained(checkpoint: RunCheckpoint, source: str) -> Subject:
     predictor = Predictor.from_weights(checkpoint.weights())
-    _check_channels(predictor.network, source)
+    check_takes_rgb(predictor.network, repr(source))
     return Subject(
         predictor.network,
         f"{type(predictor.network).__name__}, {Path(source).name}",
@@ -228,6 +220,7 @@ def subject_from_file(source: str) -> Subject:
     """Return the network of weights in any known layout, which may be an encoder alone."""
     weights = read_weights(source)
     network, _ = load_network(weights)
+    check_takes_rgb(network, weights.name)
     label = f"{type(network).__name__}, {Path(source).name}"
     return Subject(network.eval(), label, "from a file", source, normalization_of(weights))
 
@@ -244,7 +237,7 @@ def _random(name: str, data: StreamingSegmentationData) -> Subject:
     torch.manual_seed(0)  # the same random weights each time
     network = build(num_classes=data.entry.labels.num_classes)
     check_segmenter(network)
-    _check_channels(network, name)
+    check_takes_rgb(network, repr(name))
     return Subject(network.eval(), name, "random weights", name)
 
 

@@ -23,11 +23,11 @@ from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.data.image_folder import IMAGE_SUFFIXES
-from segformer_pl.errors import UserError
+from segformer_pl.errors import INTERRUPTED, UserError
 from segformer_pl.inference import Inference, Predictor
+from segformer_pl.inference.predictor import check_takes_rgb
 
 MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
-INTERRUPTED = 130  # exit status of shells for Ctrl-C
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 MMAP_THRESHOLD = 4 << 20  # bytes
 
@@ -90,7 +90,7 @@ def predict(arguments: list[str]) -> None:
         device = resolve_device(options.device)
         _return_large_blocks()
         predictor = Predictor.from_weights(RunCheckpoint.read(options.ckpt).weights()).to(device)
-        _check_channels(predictor)
+        check_takes_rgb(predictor.network, "--ckpt")
         predictor.protocol = changed_protocol(
             predictor.protocol, changes.as_dict() if changes else {}
         )
@@ -199,15 +199,6 @@ def _with_output_names(files: list[Path], base: Path) -> dict[Path, Path]:
         else stem
         for file, name in relative.items()
     }
-
-
-def _check_channels(predictor: Predictor) -> None:
-    num_channels = predictor.network.in_channels
-    if num_channels != 3:
-        raise UserError(
-            f"--ckpt: the network takes {num_channels} channels, but images are read with 3 "
-            "(RGB); give a checkpoint of a network with in_channels 3"
-        )
 
 
 def changed_protocol(protocol: Inference, changes: dict[str, Any]) -> Inference:

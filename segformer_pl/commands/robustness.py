@@ -32,14 +32,13 @@ from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
-from segformer_pl.commands.predict import INTERRUPTED
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedImages
 from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Sample, Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
-from segformer_pl.errors import UserError
+from segformer_pl.errors import INTERRUPTED, UserError
 from segformer_pl.inference import Predictor
 from segformer_pl.metrics import (
     as_classes,

@@ -17,7 +17,7 @@ from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.errors import UserError
 from segformer_pl.inference.engine import ClassMaps, predict_classes, probability_bands
 from segformer_pl.inference.protocol import Inference
-from segformer_pl.models.segmenter import Output
+from segformer_pl.models.segmenter import Network, Output, Segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
@@ -97,7 +97,7 @@ class Predictor:
     def from_weights(cls, weights: Weights) -> Self:
         """Build a predictor like :meth:`load` from weights that were read already."""
         network, _ = load_network(weights)
-        if not hasattr(network, "num_classes"):  # an encoder has no classes
+        if not isinstance(network, Segmenter):
             raise UserError(
                 f"{weights.name} holds an encoder and no decode head, so it cannot predict; give a "
                 "whole segmenter"
@@ -202,6 +202,23 @@ class Predictor:
 
     def _normalize_bytes(self, part: Tensor) -> Tensor:
         return self.normalization(part / 255)
+
+
+def check_takes_rgb(network: Network, name: str) -> None:
+    """Refuse a network that does not take the three channels that images are read with.
+
+    Args:
+        network: Network to check.
+        name: Option or source that gave the network, for the message.
+
+    Raises:
+        UserError: Its ``in_channels`` are not 3.
+    """
+    if network.in_channels != 3:
+        raise UserError(
+            f"{name}: the network takes {network.in_channels} channels, but images are read with 3 "
+            "(RGB); give a network with in_channels 3"
+        )
 
 
 def normalization_of(weights: Weights) -> Normalization:

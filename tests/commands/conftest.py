@@ -55,20 +55,3 @@ def run(capsys):
         return capsys.readouterr().out
 
     return call
-
-
-@pytest.fixture
-def fail(capsys):
-    """Function that runs a command that must fail and returns its error message."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        code = exit_.value.code
-        message = code if isinstance(code, str) else capsys.readouterr().err
-        assert code not in (0, None)
-        assert message.startswith("error: ")
-        assert "\n" not in message.rstrip("\n")
-        return message
-
-    return call

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 
 from segformer_pl import __version__
 from segformer_pl.analysis.erf import NoFieldError, load_erf
+from segformer_pl.checkpoints import export_weights
 from segformer_pl.cli import main
+from segformer_pl.models import mit_b0, segformer_b0
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 FIGURES = ("png", "pdf")
@@ -266,3 +269,10 @@ def test_random_weights_are_the_same_each_time(run):
         _, folder = run("--model", "segformer_b0", "--num_images", "1", "--layers", "stage1")
         hashes.append(load_erf(folder / "erf").about["weights_hash"])
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("build", [mit_b0, partial(segformer_b0, 3)])
+def test_weights_for_other_than_three_channels_are_refused(run, tmp_path, build):
+    export_weights(build(in_channels=1), tmp_path / "one.safetensors", "native")
+    with pytest.raises(SystemExit, match="takes 1 channels, but images are read with 3"):
+        run("--weights", str(tmp_path / "one.safetensors"))

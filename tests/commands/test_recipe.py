@@ -1,5 +1,6 @@
 """The command ``recipe diff``: files, run folders, refusals."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,20 +26,9 @@ def diff(capsys):
 
 
 @pytest.fixture
-def fail(capsys):
-    """Function that runs a command that must fail and returns its error message."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main(["recipe", *map(str, arguments)])
-        code = exit_.value.code
-        message = code if isinstance(code, str) else capsys.readouterr().err
-        assert code not in (0, None)
-        assert message.startswith("error: ")
-        assert "\n" not in message.rstrip("\n")
-        return message
-
-    return call
+def fail(fail):
+    """Function that runs ``recipe`` with arguments that must fail and returns the message."""
+    return partial(fail, "recipe")
 
 
 @pytest.mark.slow
