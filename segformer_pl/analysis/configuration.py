@@ -1,5 +1,6 @@
 """The settings of a training as plain data, and the settings in which runs differ."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,6 +130,12 @@ def training_configuration(
         data,
         (first.get("data") or {}).get("path"),
     )
+
+
+def settings_digest(configuration: Configuration) -> str:
+    """Return 8 hexadecimal digits that identify the settings of a training without its seed."""
+    text = json.dumps(configuration.settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, capture_parser
+from jsonargparse import ArgumentError, Namespace, capture_parser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
@@ -44,7 +44,7 @@ from segformer_pl.commands.run_folder import (
 from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine_settings
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, find_user_error
 from segformer_pl.lightning_workarounds import SettingsWinCLI
 from segformer_pl.task import SegmentationTask
 
@@ -306,8 +306,15 @@ def resolve(files: list[str]) -> dict[str, Any]:
 
     Args:
         files: Files to merge, in the order of ``--config`` options.
+
+    Raises:
+        UserError: A setting does not exist or has an impossible value.
     """
     parser = capture_parser(SegformerCLI)
-    config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])
+    parser.exit_on_error = False
+    try:
+        config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])
+    except ArgumentError as error:
+        raise UserError(str(find_user_error(error) or error)) from error
     dumped = parser.dump(config, format="yaml", skip_none=False, skip_validation=True)
     return yaml.safe_load(dumped)["fit"]
