@@ -327,7 +327,7 @@ def leave_one_out(
     counts = evaluation.counts
     ends = np.append(starts[1:], len(counts))
     images = np.arange(len(counts))
-    size = max(1, CHUNK_NUMBERS // counts.size)
+    size = max(1, CHUNK_NUMBERS // max(len(counts), counts[0].size))
     left_out = []
     for first in range(0, len(starts), size):
         chunk = slice(first, first + size)
