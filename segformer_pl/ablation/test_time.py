@@ -159,7 +159,7 @@ def _changed_network(setting: Setting, trained: Predictor, weights: Weights) -> 
         reason = report.untrained[0].rstrip(".")
         raise UserError(
             f"setting '{setting.name}' needs training, so it cannot be evaluated at test time: "
-            f"{reason[0].lower()}{reason[1:]}"
+            f"{reason[0].lower()}{reason[1:]}; leave this argument as it was trained"
         )
     return network
 
@@ -185,8 +185,11 @@ def _changed_protocol(setting: Setting, trained: Inference) -> Inference:
     parser.add_class_arguments(Inference)
     lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     try:
-        parsed = parser.parse_object(lists | dict(setting.inference))
-        return Inference(**parsed.as_dict())
+        parsed = parser.parse_object(lists | dict(setting.inference)).as_dict()
+        arguments: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in parsed.items()
+        }
+        return Inference(**arguments)
     except (ArgumentError, UserError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"setting '{setting.name}', inference: {reason}") from error

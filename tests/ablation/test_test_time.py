@@ -101,7 +101,7 @@ def test_a_setting_changes_what_it_names_and_nothing_else(weights):
     trained, changed = of(weights, inference={"scales": [0.5], "flip": True})
     assert changed.network is trained.network
     assert changed.protocol == Inference(
-        window=(64, 64), stride=(32, 32), window_weights="hann", scales=[0.5], flip=True
+        window=(64, 64), stride=(32, 32), window_weights="hann", scales=(0.5,), flip=True
     )
     # Stride and weights belong to the window that the run had.
     _, changed = of(weights, inference={"window": [96, 96]})
