@@ -301,8 +301,8 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
         if pretrained:
             raise UserError(
-                f"the weights of {name} cannot be loaded ({reason}); without network give pretrained "
-                "false and a file of weights by --model.encoder_weights"
+                f"the weights of {name} cannot be loaded ({reason}); without network give "
+                "pretrained false and a file of weights by --model.encoder_weights"
             ) from error
         given = ", ".join(f"{key} {value}" for key, value in arguments.items())
         raise UserError(
