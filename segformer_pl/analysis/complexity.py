@@ -125,8 +125,10 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
             name: fake.from_tensor(tensor)
             for name, tensor in (*network.named_parameters(), *network.named_buffers())
         }
-        dtype = next(network.parameters()).dtype
-        images = torch.zeros(1, network.in_channels, height, width, dtype=dtype)
+        first = next(network.parameters())
+        images = torch.zeros(
+            1, network.in_channels, height, width, dtype=first.dtype, device=first.device
+        )
         # torch's counter leaves out matrix-vector products.
         flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv_flops})
         lengths = _AttentionLengths()
