@@ -70,6 +70,7 @@ def test_symmetric_padding_is_reported(file):
     )
 
 
+@pytest.mark.slow
 def test_another_network_is_refused(script):
     with pytest.raises(ValueError, match="conv1"):
         script.matched(script.read_package(), TimmEncoder("resnet18").backbone)
