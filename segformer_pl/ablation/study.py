@@ -289,7 +289,9 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise UserError(f"'{key}' is set, and '{parent}' in it is {node!r}; give one of them")
+                raise UserError(
+                    f"'{key}' is set, and '{parent}' in it is {node!r}; give one of them"
+                )
         if isinstance(value, dict) and isinstance(node.get(last), dict):
             node[last] = nested({**_dotted(node[last]), **_dotted(value)})
         else:
