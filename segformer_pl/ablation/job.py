@@ -1,35 +1,22 @@
-"""The run folder of a study: its state, its lock, and the job that trains and evaluates it.
+"""The job that trains and evaluates one run of a study.
 
 A job starts ordinary processes, ``python -m segformer_pl fit`` and ``validate``, instead of calling
 them. So a crash, or a kill for lack of memory, ends that process alone and is recorded; ranks that
 Lightning starts are started as in any other ``fit``; and the job has time to wait for a checkpoint
-when Slurm ends it. The job itself only waits. Therefore this module imports neither torch nor
-:mod:`segformer_pl.analysis.run`, which imports torch, and it looks at names of files alone::
-
-    NAME.seed0.small.0f3a9c1e/        everything that a fit writes
-      .lock                           locked by the job and by its process
-      ablation.json                   variant, seed, digest, environment
-      failure.txt                     last sentence of a failure
-      evaluation/val_step_0000800.npz     the training is complete
-      evaluations/at_96/              folder of a validate
-    .jobs/NAME.seed0.small.0f3a9c1e.log   output of all its processes
+when Slurm ends it.
+:mod:`.folder` describes the folder, and the output goes to ``.jobs/<name of the run folder>.log``.
 """
 
-import fcntl
 import json
 import os
-import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import StrEnum
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -38,143 +25,28 @@ from typing import Any
 import yaml
 from submitit.helpers import DelayedSubmission
 
-from segformer_pl import __version__
+from segformer_pl.ablation.environment import describe_environment
+from segformer_pl.ablation.folder import (
+    EVALUATIONS,
+    FAILURE_FILE,
+    JOBS_FOLDER,
+    LAST_CHECKPOINT,
+    LOCK_FILE,
+    RECORD_FILE,
+    State,
+    check_record,
+    is_done,
+    is_evaluated,
+    is_trained,
+    locked,
+    read_record,
+)
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
-JOBS_FOLDER = ".jobs"
-LOCK_FILE = ".lock"
-RECORD_FILE = "ablation.json"
-FAILURE_FILE = "failure.txt"
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
-EVALUATIONS = "evaluations"
 VALIDATION = ".validation"  # folder of a validation that the training missed
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
-# Another invocation that looks at the lock holds it for less than a millisecond.
-LOCK_TIMEOUT = 1.0  # seconds
 POLL = 0.05  # seconds
-IDENTITY = ("study", "variant", "seed", "budget", "digest")
-
-
-class State(StrEnum):
-    """State of a run folder, and the word that is shown for it."""
-
-    WAITING = "waiting"
-    INTERRUPTED = "interrupted"  # has a checkpoint
-    RUNNING = "running"  # in this invocation or another one
-    FAILED = "failed"
-    DONE = "done"
-
-
-def find_state(folder: Path, max_steps: int, evaluations: Iterator[str] | list[str]) -> State:
-    """Return the state of a run folder, which need not exist.
-
-    Args:
-        folder: Run folder.
-        max_steps: Number of training steps.
-        evaluations: Names of its additional evaluations.
-    """
-    if is_trained(folder, max_steps) and all(is_evaluated(folder, name) for name in evaluations):
-        return State.DONE
-    if is_locked(folder):
-        return State.RUNNING
-    if (folder / FAILURE_FILE).is_file():
-        return State.FAILED
-    return State.INTERRUPTED if (folder / LAST_CHECKPOINT).is_file() else State.WAITING
-
-
-def is_trained(folder: Path, max_steps: int) -> bool:
-    """Return whether a run has made all its steps and has been validated after the last one."""
-    return (folder / "evaluation" / f"val_step_{max_steps:07d}.npz").is_file()
-
-
-def is_evaluated(folder: Path, name: str) -> bool:
-    """Return whether a run has an additional evaluation."""
-    return any((folder / EVALUATIONS / name / "evaluation").glob("*.npz"))
-
-
-@contextmanager
-def locked(folder: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[int | None]:
-    """Lock a run folder, which must exist, until the block ends.
-
-    The lock is ``flock``'s, of an open file: the system releases it when the last process that has
-    the file open ends, however it ends. A process that inherits the descriptor holds the lock, too.
-
-    Args:
-        folder: Run folder.
-        timeout: Seconds to wait for the lock.
-
-    Returns:
-        The descriptor of the lock, or None if another process holds it.
-
-    Raises:
-        UserError: The file system has no locks, or the folder is not writable.
-    """
-    file = folder / LOCK_FILE
-    deadline = time.monotonic() + timeout
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write {str(file)!r}: {error.strerror}") from error
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    yield None
-                    return
-                time.sleep(POLL)
-            except OSError as error:
-                raise UserError(
-                    f"cannot lock {str(file)!r} ({error.strerror}), so two processes could train "
-                    "the same run; give an --output on a file system with locks"
-                ) from error
-            else:
-                yield descriptor
-                return
-    finally:
-        os.close(descriptor)
-
-
-def is_locked(folder: Path) -> bool:
-    """Return whether a process is training or evaluating a run."""
-    if not (folder / LOCK_FILE).is_file():
-        return False
-    with locked(folder, timeout=0) as descriptor:
-        return descriptor is None
-
-
-def check_record(folder: Path, record: dict[str, Any]) -> None:
-    """Check that a folder holds the run that its name states.
-
-    Args:
-        folder: Run folder.
-        record: What its ``ablation.json`` must state.
-
-    Raises:
-        UserError: It holds another run, or ``ablation.json`` cannot be read.
-    """
-    file = folder / RECORD_FILE
-    if not file.is_file():
-        return
-    stored = _read_record(folder)
-    for key in IDENTITY:
-        if stored.get(key) != record[key]:
-            raise UserError(
-                f"{file}: {key} is {stored.get(key)!r}, but the folder's name and the study say "
-                f"{record[key]!r}; the folder was edited or renamed: move it away, and the run is "
-                "trained anew"
-            )
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    file = folder / RECORD_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{file}' cannot be read ({error}); move its folder away") from error
-    return content if isinstance(content, dict) else {}
 
 
 class _Failure(Exception):
@@ -253,14 +125,16 @@ class RunJob:
         """End the training with a checkpoint; submitit calls this before Slurm ends the job."""
         self._stop(signal.SIGTERM)
         if self._process is not None:
-            self._process.wait()
+            # This runs in a signal handler, maybe inside of `Popen.wait`, which holds a lock.
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(self)
 
     def _work(self) -> State:
-        state = find_state_locked(self.folder, self.max_steps, list(self.evaluations))
-        if state == State.DONE or (state == State.FAILED and not self.retry_failed):
-            return state
         failure = self.folder / FAILURE_FILE
+        if is_done(self.folder, self.max_steps, self.evaluations):
+            return State.DONE
+        if failure.is_file() and not self.retry_failed:
+            return State.FAILED
         try:
             check_record(self.folder, self.record)
             failure.unlink(missing_ok=True)
@@ -278,10 +152,10 @@ class RunJob:
         return State.DONE
 
     def _write_record(self) -> None:
-        environment = _environment(self.config, self.variables)
+        environment = describe_environment(self.config, self.variables)
         if is_trained(self.folder, self.max_steps):
             with suppress(UserError):
-                environment = _read_record(self.folder).get("environment", environment)
+                environment = read_record(self.folder).get("environment", environment)
         text = json.dumps({**self.record, "environment": environment}, indent=1)
         atomic_write_text(self.folder / RECORD_FILE, f"{text}\n")
 
@@ -324,11 +198,10 @@ class RunJob:
             shutil.rmtree(folder)
         # Callbacks such as figures of receptive fields were part of the training.
         fixed = {"callbacks": None, "logger": csv_logger(folder), "default_root_dir": None}
-        files = [
-            self._write_config(f".{folder.name}", part)
-            for part in [_merge(self.config, {"trainer": fixed})]
-        ]
-        files.append(self._write_config(f".{folder.name}.settings", settings))
+        config = {**self.config, "trainer": {**self.config["trainer"], **fixed}}
+        files = [self._write_config(f".{folder.name}", config)]
+        if settings:
+            files.append(self._write_config(f".{folder.name}.settings", settings))
         self._run("validate", files, ["--ckpt_path", str(last)])
 
     def _write_config(self, suffix: str, settings: dict[str, Any]) -> Path:
@@ -388,7 +261,7 @@ class RunJob:
         return status
 
     def _stop(self, signum: int, frame: FrameType | None = None) -> None:
-        """Pass SIGTERM on; the second one becomes Ctrl-C, with which a stopping fit ends at once."""
+        """Pass SIGTERM on; a second one becomes Ctrl-C, with which a stopping fit ends at once."""
         self._num_stops += 1
         process = self._process
         if process is not None:
@@ -399,7 +272,7 @@ class RunJob:
 
     def _publish(self, arguments: list[str] | None) -> None:
         """Tell the other ranks what to run; None is the end."""
-        if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_JOB_ID" in os.environ:
+        if _is_in_slurm_job() and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
             atomic_write_text(self._published(self._num_published), json.dumps(arguments))
             self._num_published += 1
 
@@ -423,13 +296,6 @@ class RunJob:
             except _Stop:
                 return State.INTERRUPTED
         return State.RUNNING
-
-
-def find_state_locked(folder: Path, max_steps: int, evaluations: list[str]) -> State:
-    """Return the state of a run folder whose lock this process holds."""
-    if is_trained(folder, max_steps) and all(is_evaluated(folder, name) for name in evaluations):
-        return State.DONE
-    return State.FAILED if (folder / FAILURE_FILE).is_file() else State.WAITING
 
 
 def csv_logger(folder: Path, **arguments: Any) -> dict[str, Any]:
@@ -460,11 +326,6 @@ def last_sentence(text: str) -> str | None:
     return None
 
 
-def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return nested settings with changes of whole entries one level below the top."""
-    return {**tree, **{key: {**tree.get(key, {}), **part} for key, part in changes.items()}}
-
-
 def _set_aside(folder: Path) -> None:
     """Move what a run without a checkpoint has left, because ``fit`` starts in an empty folder."""
     keep = {LOCK_FILE, RECORD_FILE}
@@ -482,50 +343,13 @@ def _set_aside(folder: Path) -> None:
             path.rename(aside / path.name)
 
 
-def _environment(config: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
-    """Return where a run is trained."""
-    environment = os.environ | variables
-    affinity = getattr(os, "sched_getaffinity", None)
-    num_threads = environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK")
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    is_cpu = config.get("trainer", {}).get("accelerator") == "cpu"
-    return {
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "lightning": version("lightning"),
-        "segformer_pl": __version__,
-        "device": (None if is_cpu else _gpu(environment)) or _cpu(),
-        "num_threads": int(num_threads) if num_threads else cores,
-        "platform": platform.platform(),
-    }
-
-
-def _gpu(environment: dict[str, str]) -> str | None:
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        command.append(f"--id={visible.split(',')[0]}")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(done.stdout.splitlines()), None)
-
-
-def _cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _rank() -> int:
     """Return the rank of this process among the tasks of a Slurm job."""
     return int(os.environ.get("SLURM_PROCID", "0")) if _is_in_slurm_job() else 0
 
 
 def _is_in_slurm_job() -> bool:
+    """Return whether submitit started this process through Slurm."""
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
 
