@@ -72,7 +72,8 @@ class RunJob:
         evaluations: Settings of ``validate`` of each additional evaluation, as nested dictionaries.
         max_steps: Number of training steps.
         record: Content of ``ablation.json``, without the environment.
-        retry_failed: Whether to start a run that has failed before.
+        retried_failure: Time of change of the ``failure.txt`` that this job may remove, in
+            nanoseconds. A later failure is another invocation's.
         variables: Environment variables of its processes.
     """
 
@@ -81,7 +82,7 @@ class RunJob:
     evaluations: dict[str, dict[str, Any]]
     max_steps: int
     record: dict[str, Any]
-    retry_failed: bool = False
+    retried_failure: int | None = None
     variables: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,7 +134,7 @@ class RunJob:
         failure = self.folder / FAILURE_FILE
         if is_done(self.folder, self.max_steps, self.evaluations):
             return State.DONE
-        if failure.is_file() and not self.retry_failed:
+        if failure.is_file() and failure.stat().st_mtime_ns != self.retried_failure:
             return State.FAILED
         try:
             check_record(self.folder, self.record)
