@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,7 +30,7 @@ class Display(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(self, *exception: Any) -> None: ...
 
     def show(self, runs: Sequence[RunProgress], seconds_left: float | None) -> None:
         """Show the present progress of all runs."""
@@ -51,12 +50,7 @@ class LiveTable:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._live.stop()
 
     def show(self, runs: Sequence[RunProgress], seconds_left: float | None) -> None:
@@ -78,7 +72,7 @@ class PlainLines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         pass
 
     def show(self, runs: Sequence[RunProgress], seconds_left: float | None) -> None:

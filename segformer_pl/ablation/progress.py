@@ -87,10 +87,10 @@ class Throughput:
     steps: int = 0
 
     def seconds_left(self, runs: Iterable[RunProgress]) -> float | None:
-        """Return an estimate of the remaining seconds; None before the first step."""
+        """Return an estimate of the remaining seconds; None if it is unknown."""
         runs = list(runs)
         made = sum(run.step for run in runs) - self.steps
         open_ = [run for run in runs if run.state not in (State.DONE, State.FAILED)]
         left = sum(run.run.max_steps - run.step for run in open_)
         elapsed = time.monotonic() - self.start
-        return None if made <= 0 else left * elapsed / made
+        return None if made <= 0 or left <= 0 else left * elapsed / made

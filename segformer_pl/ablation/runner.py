@@ -49,7 +49,7 @@ class StudyRunner:
         display: Display,
         retry_failed: bool = False,
     ) -> None:
-        self.signal = 0
+        self.signal: int = 0
         self._runs = runs
         self._make_job = make_job
         self._launcher = launcher
@@ -141,7 +141,7 @@ class StudyRunner:
 
         def receive(signum: int, frame: FrameType | None) -> None:
             self._num_signals += 1
-            self.signal = self.signal or signum
+            self.signal = self.signal or int(signum)
 
         before: dict[int, Any] = {}
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -151,8 +151,8 @@ class StudyRunner:
         try:
             yield
         finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _pass_signals_on(self) -> None:
         while self._num_passed_on < self._num_signals:

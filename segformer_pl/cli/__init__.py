@@ -1,7 +1,8 @@
 """The command line, ``python -m segformer_pl COMMAND``.
 
 ``fit``, ``validate`` and ``test`` come from LightningCLI (training.py). ``doctor`` takes the same
-settings and checks them (doctor.py). The other commands are in the package ``commands``.
+settings and checks them (doctor.py), and ``ablate`` runs many of them (ablate.py). The other
+commands are in the package ``commands``.
 """
 
 import sys
@@ -37,6 +38,11 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
             doctor(options)
         elif command == "recipe":
             recipe(options, resolve)
+        elif command == "ablate":
+            # submitit and file locks exist on Unix alone, and the other commands need neither.
+            from segformer_pl.cli.ablate import ablate
+
+            ablate(options)
         else:
             return SegformerCLI(args, run)
     return None

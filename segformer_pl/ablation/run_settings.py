@@ -1,0 +1,109 @@
+"""The settings of ``fit`` of one run of a study: seed, run folder, checkpoints, W&B."""
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from segformer_pl.ablation.job import RunJob, csv_logger
+from segformer_pl.ablation.study import Study, StudyRun, nested
+from segformer_pl.analysis.configuration import SEED
+
+CSV = "CSVLogger"
+WANDB = "WandbLogger"
+LOG_INTERVAL = 50  # Lightning's default of trainer.log_every_n_steps
+
+
+def run_settings(study: Study, run: StudyRun) -> dict[str, Any]:
+    """Return the complete settings of a run's ``fit``.
+
+    They are those of its variant, with what a run of a study needs: its seed, its folder, the
+    checkpoint to resume from, and its place in W&B if the base logs there.
+    """
+    config = copy.deepcopy(run.variant.config)
+    trainer = config["trainer"]
+    config[SEED] = run.seed
+    trainer["logger"] = [_csv_logger(run.folder, trainer), *_other_loggers(study, run)]
+    trainer["default_root_dir"] = None
+    trainer["enable_checkpointing"] = True
+    config["last_checkpoint"] = {**(config.get("last_checkpoint") or {}), "dirpath": None}
+    if not any("ProgressBar" in str(path) for path in _class_paths(trainer["callbacks"])):
+        trainer["enable_progress_bar"] = False
+    return config
+
+
+def make_job(study: Study, run: StudyRun) -> RunJob:
+    """Return the job that trains and evaluates a run."""
+    return RunJob(
+        folder=run.folder,
+        config=run_settings(study, run),
+        evaluations={name: nested(settings) for name, settings in study.evaluations.items()},
+        max_steps=run.max_steps,
+        record=run_record(study, run),
+    )
+
+
+def run_record(study: Study, run: StudyRun) -> dict[str, Any]:
+    """Return the content of a run's ``ablation.json``, apart from its environment."""
+    return {
+        "study": study.name,
+        "question": study.question,
+        "budget": study.budget,
+        "variant": run.variant.name,
+        "changes": run.variant.changes,
+        "reference": study.reference,
+        "seed": run.seed,
+        "digest": run.variant.digest,
+        "max_steps": run.max_steps,
+        "evaluations": list(study.evaluations),
+        "transplanted": [],
+    }
+
+
+def wandb_logger(logger: dict[str, Any], study: Study, run: StudyRun) -> dict[str, Any]:
+    """Return the setting of a WandbLogger with group, name and tags of a run.
+
+    A run that is resumed continues its W&B run, whose id follows from study, variant and seed.
+    """
+    given = logger.get("init_args") or {}
+    identity = f"{study.name}/{run.folder.name}"
+    seed = f"seed{run.seed}"
+    arguments = {
+        **given,
+        "name": f"{run.variant.name}.{seed}",
+        "version": hashlib.sha256(identity.encode()).hexdigest()[:12],
+        "group": study.name,
+        "job_type": run.variant.name,
+        "tags": [*(given.get("tags") or []), study.name, study.budget, run.variant.name, seed],
+    }
+    return {**logger, "init_args": arguments}
+
+
+def _csv_logger(folder: Path, trainer: dict[str, Any]) -> dict[str, Any]:
+    # Logged values are written at once, for the live table. Lightning writes every 100 steps.
+    interval = trainer.get("log_every_n_steps") or LOG_INTERVAL
+    return csv_logger(folder, flush_logs_every_n_steps=interval)
+
+
+def _other_loggers(study: Study, run: StudyRun) -> list[dict[str, Any]]:
+    """Return the loggers of the base besides CSVLoggers, which would write to another folder."""
+    given = run.variant.config["trainer"]["logger"]
+    loggers = given if isinstance(given, list) else [given]
+    others = [
+        logger
+        for logger in loggers
+        if isinstance(logger, dict) and _class_name(logger["class_path"]) != CSV
+    ]
+    return [
+        wandb_logger(logger, study, run) if _class_name(logger["class_path"]) == WANDB else logger
+        for logger in others
+    ]
+
+
+def _class_paths(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else [value]
+    return [item["class_path"] for item in items if isinstance(item, dict)]
+
+
+def _class_name(path: str) -> str:
+    return path.rpartition(".")[2]
