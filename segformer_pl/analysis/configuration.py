@@ -91,6 +91,15 @@ class Configuration:
         return self.settings == other.settings and self.has_data_of(other)
 
 
+def settings_digest(configuration: Configuration) -> str:
+    """Return 8 hexadecimal digits that identify the settings of a configuration.
+
+    They do not depend on the seed, on :data:`NOT_COMPARED` or on the order of the keys.
+    """
+    text = json.dumps(configuration.settings, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def is_evaluation(config: Mapping[str, Any]) -> bool:
     """Return whether this is the configuration of a ``validate`` or ``test``."""
     return EVALUATES in config
