@@ -41,7 +41,7 @@ def test_metrics_by_hand():
     assert result.macc == pytest.approx((7 / 8 + 1 / 2) / 2)
     assert result.aacc == pytest.approx(8 / 10)
     assert result.fwiou == pytest.approx(8 / 10 * 7 / 8 + 2 / 10 * 1 / 3)
-    np.testing.assert_allclose(result.image_miou, [(2 / 3 + 1 / 3 + 0) / 3, 1])
+    np.testing.assert_allclose(result.image_miou, [(2 / 3 + 1 / 3) / 2, 1])
     assert result.image_miou.mean() > result.miou + 0.2  # another quantity
 
 
