@@ -224,9 +224,9 @@ def markdown_table(table: Table, bold: frozenset[str] = frozenset()) -> str:
     return "\n".join(lines)
 
 
-def markdown_text(text: str) -> str:
+def markdown_text(text: str, max_length: int = 5000) -> str:
     """Escape text for one line of Markdown."""
-    return MARKUP.sub(r"\\\1", printable(text, 1000))
+    return MARKUP.sub(r"\\\1", printable(text, max_length))
 
 
 def _markdown_row(cells: Any) -> str:

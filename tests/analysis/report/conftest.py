@@ -10,6 +10,11 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
+from segformer_pl.analysis.configuration import (
+    TrainingData,
+    settings_digest,
+    training_configuration,
+)
 from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.report import write_report
 from segformer_pl.analysis.run import Run
@@ -184,6 +189,7 @@ class StudyFolder:
 
     budget = "small"
     steps = 60
+    data = {"dataset": "shapes", "num_rows": 400, "fingerprint": "0-1"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -207,10 +213,25 @@ class StudyFolder:
         self.difficulty = rng.normal(0, 0.6, (num_images, len(self.names)))
         self.difficulty += np.linspace(1.8, -0.4, len(self.names))
 
+    def config(self, variant, seed):
+        arguments = {"sr_ratios": [list(self.effects).index(variant) + 1] * 4}
+        network = {"class_path": "segformer_pl.models.segformer_b0", "init_args": arguments}
+        return {
+            "seed_everything": seed,
+            "trainer": {"max_steps": self.steps},
+            "model": {"network": network},
+            "data": {"dataset": "shapes"},
+        }
+
     def folder(self, variant, seed):
-        # The hash stands for that of the settings; a name may hold characters that a path may not.
+        # A variant's name may hold characters that a path may not.
         name = "".join(c if c.isalnum() or c in "-_=+.," else "_" for c in variant)
-        return self.path / f"{name}.seed{seed}.{self.budget}.{list(self.effects).index(variant):08x}"
+        return self.path / f"{name}.seed{seed}.{self.budget}.{self.digest(variant)}"
+
+    def digest(self, variant):
+        data = TrainingData(**self.data)
+        parts = {0: self.config(variant, 0)}
+        return settings_digest(training_configuration(parts, data, None))
 
     def simulate(self, variant, seed, shift=0.0):
         """Return the evaluation of one run."""
@@ -251,27 +272,25 @@ class StudyFolder:
         """Write one finished run; ``changes`` replace entries of ``ablation.json``."""
         folder = self.folder(variant, seed)
         evaluation = self.simulate(variant, seed)
-        config = {
-            "seed_everything": seed,
-            "trainer": {"max_steps": self.steps},
-            "model": {"network": {"class_path": "segformer_pl.models.segformer_b0"}},
-            "data": {"dataset": "shapes"},
-        }
+        config = self.config(variant, seed)
         self._write_folder(folder, evaluation, config, self._rows(variant, seed, evaluation.miou))
         for name, shift in self.evaluations.items():
             moved = self.simulate(variant, seed, shift)
             rows = [{"epoch": 0, "step": self.steps - 1, "val/miou": moved.miou}]
             self._write_folder(folder / "evaluations" / name, moved, config, rows)
+        (folder / "training_data.json").write_text(json.dumps(self.data))
+        arguments = config["model"]["network"]["init_args"]
         is_reference = variant == next(iter(self.effects))
         record = {
             "study": self.path.name,
             "question": "Does a larger reduction ratio cost the classes that need long context?",
             "budget": self.budget,
             "variant": variant,
-            "changes": {} if is_reference else {"model.network.init_args.variant": variant},
+            "variants": list(self.effects),
+            "changes": {} if is_reference else {f"model.network.init_args.{k}": v for k, v in arguments.items()},
             "reference": next(iter(self.effects)),
             "seed": seed,
-            "digest": folder.name.rpartition(".")[2],
+            "digest": self.digest(variant),
             "max_steps": self.steps,
             "evaluations": list(self.evaluations),
             "environment": {
