@@ -8,6 +8,7 @@ from typing import Any
 from segformer_pl.ablation.job import RunJob, csv_logger
 from segformer_pl.ablation.study import Study, StudyRun, nested
 from segformer_pl.analysis.configuration import SEED
+from segformer_pl.errors import UserError
 
 CSV = "CSVLogger"
 WANDB = "WandbLogger"
@@ -19,13 +20,20 @@ def run_settings(study: Study, run: StudyRun) -> dict[str, Any]:
 
     They are those of its variant, with what a run of a study needs: its seed, its folder, the
     checkpoint to resume from, and its place in W&B if the base logs there.
+
+    Raises:
+        UserError: The base writes no checkpoints.
     """
+    if run.variant.config["trainer"]["enable_checkpointing"] is False:
+        raise UserError(
+            f"{study.file}: trainer.enable_checkpointing is false, but runs of a study resume from "
+            "checkpoints and are evaluated from them; leave it out"
+        )
     config = copy.deepcopy(run.variant.config)
     trainer = config["trainer"]
     config[SEED] = run.seed
     trainer["logger"] = [_csv_logger(run.folder, trainer), *_other_loggers(study, run)]
     trainer["default_root_dir"] = None
-    trainer["enable_checkpointing"] = True
     config["last_checkpoint"] = {**(config.get("last_checkpoint") or {}), "dirpath": None}
     if not any("ProgressBar" in str(path) for path in _class_paths(trainer["callbacks"])):
         trainer["enable_progress_bar"] = False

@@ -1,18 +1,28 @@
 """``ablate STUDY``: plan, run and report an ablation study."""
 
+import json
 import shlex
 import sys
 import time
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
+from segformer_pl.ablation.costs import costs_table
 from segformer_pl.ablation.folder import JOBS_FOLDER, State, check_record
 from segformer_pl.ablation.launchers import Launcher, LocalLauncher, SlurmLauncher, gpu_sets
 from segformer_pl.ablation.live import make_display, overall_progress
+from segformer_pl.ablation.planning import (
+    costs_of_report,
+    find_spread,
+    has_costs,
+    resolution,
+    study_costs,
+)
 from segformer_pl.ablation.progress import RunProgress
 from segformer_pl.ablation.run_settings import make_job, run_record
 from segformer_pl.ablation.runner import StudyRunner, signal_name
@@ -56,7 +66,7 @@ def ablate(arguments: list[str]) -> None:
     if options.dry_run:
         for run in runs:
             run.look()
-        sys.stdout.write("\n".join(plan(study, runs, output)) + "\n")
+        sys.stdout.write("\n".join(_plan(study, runs, output)) + "\n")
         return
     signum = 0
     if not options.report:
@@ -69,7 +79,7 @@ def ablate(arguments: list[str]) -> None:
     if signum:
         command = shlex.join([*PROG.split(), "ablate", *arguments])
         raise Interrupted(128 + signum, f"{signal_name(signum)}: stopped; go on with\n{command}")
-    sys.stdout.write(f"{_report(study, output)}\n")
+    _report(study, output, options.block_size)
     if any(run.state == State.FAILED for run in runs):
         sys.exit(1)
 
@@ -123,6 +133,12 @@ def _parse(arguments: list[str]) -> Namespace:
         "--report", action="store_true", help="train nothing; write the report of finished runs"
     )
     parser.add_argument(
+        "--block_size",
+        type=PositiveInt,
+        default=1,
+        help="number of consecutive images that resemble each other, as in a video; see `compare`",
+    )
+    parser.add_argument(
         "--wandb_sweep",
         type=str | None,
         default=None,
@@ -146,9 +162,9 @@ def _parse(arguments: list[str]) -> Namespace:
 
 def _with_underscores(argument: str) -> str:
     option, equals, value = argument.partition("=")
-    return (option.replace("-", "_").replace("__", "--", 1) if option in HYPHENS else option) + (
-        equals + value
-    )
+    if option in HYPHENS:
+        option = "--" + option.removeprefix("--").replace("-", "_")
+    return option + equals + value
 
 
 def _execute(study: Study, runs: list[RunProgress], options: Namespace) -> int:
@@ -184,21 +200,27 @@ def _launcher(study: Study, options: Namespace) -> Launcher:
     return LocalLauncher(folder, options.max_parallel or max(1, len(gpus)), gpus)
 
 
-def plan(study: Study, runs: list[RunProgress], output: Path) -> list[str]:
-    """Return what a study would do, as lines of text."""
-    lines = [study.question, ""]
-    num = {state: [run for run in runs if run.state == state] for state in State}
-    left = len(runs) - len(num[State.DONE]) - len(num[State.FAILED])
-    steps = sum(
-        run.run.max_steps - run.step for run in runs if run.state not in (State.DONE, State.FAILED)
-    )
+def _plan(study: Study, runs: list[RunProgress], output: Path) -> list[str]:
+    """Return what a study would do, cost and resolve, as lines of text."""
+    num = {state: sum(run.state == state for run in runs) for state in State}
+    left = [run for run in runs if run.state not in (State.DONE, State.FAILED)]
+    steps = sum(run.run.max_steps - run.step for run in left)
     seeds = ", ".join(map(str, study.seeds))
-    lines.append(
-        f"{len(study.variants)} variants x {len(study.seeds)} seeds ({seeds}) = {len(runs)} runs "
-        f"with budget {study.budget}: {len(num[State.DONE])} done, {len(num[State.FAILED])} "
-        f"failed, {left} left ({steps:,} steps)"
+    costs = study_costs(study)
+    table = (
+        "costs: unknown, because nothing states the size of the images; give data.crop_size"
+        if costs is None
+        else costs_table(costs)
     )
-    return [*lines, *_failures(runs)]
+    lines = [
+        f"{len(study.variants)} variants x {len(study.seeds)} seeds ({seeds}) = {len(runs)} runs "
+        f"with budget {study.budget}: {num[State.DONE]} done, {num[State.FAILED]} failed, "
+        f"{len(left)} left ({steps:,} steps)",
+        *_failures(runs),
+        "",
+        *resolution(study, find_spread(study, output / study.name)),
+    ]
+    return [study.question, "", table, "", *(fill(line, 100) for line in lines)]
 
 
 def _summary(runs: list[RunProgress]) -> list[str]:
@@ -214,5 +236,17 @@ def _failures(runs: list[RunProgress]) -> list[str]:
     return lines
 
 
-def _report(study: Study, output: Path) -> str:
-    return ""
+def _report(study: Study, output: Path, block_size: int) -> None:
+    """Write costs and report, and print where they are, or why there is none."""
+    folder = output / study.name
+    file = folder / f"report_{study.budget}" / COSTS_FILE
+    digests = {variant.name: variant.digest for variant in study.variants}
+    try:
+        if not has_costs(file, study) and (costs := study_costs(study)):
+            text = json.dumps(costs_of_report(study, costs), indent=1)
+            atomic_write_text(file, f"{text}\n")
+        page = write_study_report(folder, study.budget, digests=digests, block_size=block_size)
+    except UserError as error:
+        sys.stdout.write(f"no report: {error}\n")
+        return
+    sys.stdout.write(f"report: {page}\n")
