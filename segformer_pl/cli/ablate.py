@@ -28,7 +28,8 @@ from segformer_pl.ablation.run_settings import make_job, run_record
 from segformer_pl.ablation.runner import StudyRunner, signal_name
 from segformer_pl.ablation.study import Study, read_study
 from segformer_pl.ablation.sweep import write_wandb_sweep
-from segformer_pl.atomic import make_writable_folder
+from segformer_pl.analysis.report.study_page import COSTS_FILE, write_study_report
+from segformer_pl.atomic import atomic_write_text, make_writable_folder
 from segformer_pl.callbacks.signals import Interrupted
 from segformer_pl.cli.training import resolve
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
