@@ -13,8 +13,9 @@ A study file, with settings of ``fit`` under their dotted names::
       smoke: {seeds: [0, 1], settings: {trainer.max_steps: 4, trainer.val_check_interval: 4}}
       full: {base: ../camvid_b0.yaml, settings: {trainer.max_steps: 8000}}
 
-Instead of ``variants``, ``axes`` gives a grid: ``{model.network.init_args.drop_path_rate: [0, 0.1]}``
-has the variants ``drop_path_rate=0`` and ``drop_path_rate=0.1``.
+Instead of ``variants``, ``axes`` gives a grid of values. The axis
+``{model.network.init_args.drop_path_rate: [0.0, 0.1]}`` has the variants ``drop_path_rate=0.0`` and
+``drop_path_rate=0.1``.
 """
 
 import itertools
@@ -41,7 +42,7 @@ from segformer_pl.data.catalog import find_dataset
 from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 
-# Names become parts of folder names. "." separates the parts: <variant>.seed<seed>.<budget>.<digest>
+# Names become parts of the names of run folders, <variant>.seed<seed>.<budget>.<digest>.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 
 # YAML files of a `fit`, later ones winning -> its complete settings

@@ -71,9 +71,13 @@ class SegformerCLI(SettingsWinCLI):
     Args:
         args: Command-line arguments. Default: those of the process.
         run: Whether ``args`` start with a command to run.
+        exit_on_error: Whether a mistake in the arguments ends the process with a message.
+            Otherwise it raises :class:`jsonargparse.ArgumentError`.
     """
 
-    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+    def __init__(
+        self, args: list[str] | None = None, run: bool = True, exit_on_error: bool = True
+    ) -> None:
         self.arguments = sys.argv[1:] if args is None else args
         self.history = RunHistory()
         self.continued_run: Path | None = None  # run folder of a resumed run
@@ -86,6 +90,8 @@ class SegformerCLI(SettingsWinCLI):
                 "prog": PROG,
                 "description": "Train, evaluate and apply segmentation networks. Other commands, "
                 f"each with its own --help: {', '.join(COMMANDS)}, doctor, recipe.",
+                "exit_on_error": exit_on_error,
+                **{name: {"exit_on_error": exit_on_error} for name in self.subcommands()},
             },
             # The task builds its optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,
@@ -310,11 +316,10 @@ def resolve(files: list[str]) -> dict[str, Any]:
     Raises:
         UserError: A setting does not exist or has an impossible value.
     """
-    parser = capture_parser(SegformerCLI)
-    parser.exit_on_error = False
+    parser = capture_parser(SegformerCLI, exit_on_error=False)
     try:
         config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])
     except ArgumentError as error:
-        raise UserError(str(find_user_error(error) or error)) from error
+        raise UserError(" ".join(str(find_user_error(error) or error).split())) from error
     dumped = parser.dump(config, format="yaml", skip_none=False, skip_validation=True)
     return yaml.safe_load(dumped)["fit"]
