@@ -5,9 +5,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from segformer_pl.ablation.folder import JOBS_FOLDER
 from segformer_pl.ablation.job import RunJob, csv_logger
 from segformer_pl.ablation.study import Study, StudyRun, nested
 from segformer_pl.analysis.configuration import SEED
+from segformer_pl.checkpoints.sources import read_weights
+from segformer_pl.checkpoints.transplant import transplant, write_transplanted
 from segformer_pl.errors import UserError
 
 CSV = "CSVLogger"
@@ -42,13 +47,42 @@ def run_settings(study: Study, run: StudyRun) -> dict[str, Any]:
 
 def make_job(study: Study, run: StudyRun) -> RunJob:
     """Return the job that trains and evaluates a run."""
+    config, record = run_settings(study, run), run_record(study, run)
+    if study.transplant is not None:
+        file = run.folder.parent / JOBS_FOLDER / f"{run.folder.name}.weights.safetensors"
+        config["model"]["weights"] = str(file)
+        record["transplanted"] = _transplant(study.transplant, run, file)
     return RunJob(
         folder=run.folder,
-        config=run_settings(study, run),
+        config=config,
         evaluations={name: nested(settings) for name, settings in study.evaluations.items()},
         max_steps=run.max_steps,
-        record=run_record(study, run),
+        record=record,
     )
+
+
+def check_transplants(study: Study) -> None:
+    """Check that the weights of a study can be transplanted into every variant.
+
+    Raises:
+        UserError: They cannot be read, or do not fit a variant.
+    """
+    if study.transplant is None:
+        return
+    weights = read_weights(study.transplant)
+    for variant in study.variants:
+        try:
+            transplant(variant.build_network(), weights)
+        except UserError as error:
+            raise UserError(f"{study.file}: variant '{variant.name}': {error}") from error
+
+
+def _transplant(source: str, run: StudyRun, file: Path) -> list[str]:
+    """Write the weights that a run starts from; return what was done to them, in sentences."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)  # for what the source lacks
+        return write_transplanted(source, run.variant.build_network(), file)
 
 
 def run_record(study: Study, run: StudyRun) -> dict[str, Any]:
@@ -64,6 +98,8 @@ def run_record(study: Study, run: StudyRun) -> dict[str, Any]:
         "digest": run.variant.digest,
         "max_steps": run.max_steps,
         "evaluations": list(study.evaluations),
+        "variants": [variant.name for variant in study.variants],
+        "transplant": study.transplant,
         "transplanted": [],
     }
 

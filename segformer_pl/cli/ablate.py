@@ -24,7 +24,7 @@ from segformer_pl.ablation.planning import (
     study_costs,
 )
 from segformer_pl.ablation.progress import RunProgress
-from segformer_pl.ablation.run_settings import make_job, run_record
+from segformer_pl.ablation.run_settings import check_transplants, make_job, run_record
 from segformer_pl.ablation.runner import StudyRunner, signal_name
 from segformer_pl.ablation.study import Study, read_study
 from segformer_pl.ablation.sweep import write_wandb_sweep
@@ -62,6 +62,7 @@ def ablate(arguments: list[str]) -> None:
         )
         return
     runs = [RunProgress(run, tuple(study.evaluations)) for run in study.runs(output)]
+    check_transplants(study)
     for run in runs:
         check_record(run.run.folder, run_record(study, run.run))
     if options.dry_run:
