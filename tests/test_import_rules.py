@@ -31,13 +31,13 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "inference": {"models", "upsampling"},  # of models only the contract, models.segmenter
     "checkpoints": {"models"},
     "analysis": {"models", "metrics"},
-    "ablation": {"analysis", "checkpoints", "models"},
+    "ablation": {"analysis", "checkpoints", "inference", "models"},
     "divergence": {"checkpoints"},
     "task": {"models", "checkpoints", "losses", "metrics", "optim", "inference", "divergence"},
     "callbacks": {"analysis", "metrics"},
     "cli": EVERYTHING,
     "doctor": {"analysis", "data", "models", "task"},
-    "commands": EVERYTHING - {"ablation", "cli", "doctor"},
+    "commands": EVERYTHING - {"cli", "doctor"},
     "__main__": {"cli"},
     "__init__": EVERYTHING,  # what it loads at import time is tested below
 }
