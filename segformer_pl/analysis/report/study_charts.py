@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def forest_figure(summary: StudySummary) -> Figure:
     """
     differences = summary.differences
     figure = Figure(figsize=(PAGE_WIDTH, 1.15 + 0.62 * len(differences)), layout="constrained")
-    axes, numbers = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    axes, numbers = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
     variant_rows(axes, [difference.variant for difference in differences])
     axes.axvline(0, color=INK, linewidth=1, linestyle="--", zorder=1)
     for row, one in enumerate(differences):
@@ -116,7 +116,7 @@ def _draw_difference(axes: Axes, row: int, one: VariantDifference) -> None:
 
 def _explain_forest(axes: Axes) -> None:
     """Draw the legend from empty lines, because no row need have all parts."""
-    parts = [
+    parts: list[tuple[str, dict[str, Any]]] = [
         ("difference and 95 % CI, resolved", {"color": INK, "marker": "o", "linewidth": 2.6}),
         (
             "not resolved",
@@ -268,7 +268,7 @@ def _label_points(axes: Axes, points: Sequence[Point], is_named: bool) -> None:
     for point, (x, y) in zip(points, places):
         text = printable(point.name, MAX_POINT_NAME) if is_named else str(point.number)
         width, height = 6.0 * len(text) * scale, 10.0 * scale
-        best, least = (LABEL_DISTANCES[0], 0.0), math.inf
+        best, least = (0.0, 0.0), math.inf
         for distance in LABEL_DISTANCES:
             for angle in (45, 0, 315, 135, 180, 225, 90, 270):
                 dx = distance * math.cos(math.radians(angle))

@@ -91,7 +91,8 @@ def class_figure(rows: Sequence[ClassRow], variants: Sequence[str]) -> Figure | 
     above = 0.2 + 0.055 * max(map(len, names))  # inches; the names stand at 45 degrees
     height = above + 0.36 * len(variants) + 0.75
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
+    # Inches, so that cells and colour bar keep their sizes.
+    axes, bar_axes = figure.subplots(2, 1, height_ratios=(0.36 * len(variants), 0.12))
     image = axes.imshow(values, colors, norm, interpolation="none", aspect="auto")
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9, length=0)
@@ -120,7 +121,7 @@ def class_figure(rows: Sequence[ClassRow], variants: Sequence[str]) -> Figure | 
             ha="center",
             va="center",
         )
-    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.06, pad=0.04, aspect=50)
+    bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal")
     bar.set_label("difference in IoU from the reference (points)", color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK, labelsize=9, length=3)

@@ -31,7 +31,7 @@ from segformer_pl.analysis.report.study_charts import (
 )
 from segformer_pl.analysis.report.study_classes import MAX_SHOWN_CLASSES, class_figure, class_rows
 from segformer_pl.analysis.report.study_curves import curve_figure, erf_figure
-from segformer_pl.analysis.report.study_style import PAGE_WIDTH, SEPARATORS, signed
+from segformer_pl.analysis.report.study_style import PAGE_WIDTH, signed
 from segformer_pl.analysis.report.study_tables import (
     Costs,
     Table,
@@ -50,6 +50,7 @@ from segformer_pl.analysis.run import Run
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
+BREAKS = "+,_=/"  # characters of a name after which a line may break
 PAGE_PIXELS = 1088  # width of a figure of the whole page
 TABLE_FILE, CSV_FILE, COSTS_FILE = "table.md", "table.csv", "costs.json"
 MINUS = re.compile(r"(?<!\S)-(?=\d)")  # a hyphen that stands for a minus
@@ -164,7 +165,7 @@ def write_study_report(
 def _breakable(name: str) -> Markup:
     """Escape a name for HTML, and allow line breaks after its separators."""
     return Markup("").join(
-        Markup("{}<wbr>").format(letter) if letter in SEPARATORS else letter for letter in name
+        Markup("{}<wbr>").format(letter) if letter in BREAKS else letter for letter in name
     )
 
 

@@ -136,10 +136,10 @@ def _seeds(tested: Sequence[VariantDifference]) -> str:
     if all((one.seeds_for_one_point or math.inf) <= one.num_seeds for one in rest):
         return "These seeds suffice for most true differences of one point (power 80 %)."
     low, high = min(known), max(known)
-    seeds = f"{low:,}" if low == high else f"{low:,} to {high:,}, depending on the variant,"
-    sentence = f"To resolve a difference of one point takes {seeds} seeds (power 80 %)"
+    seeds = f"{low:,} seeds" if low == high else f"{low:,} to {high:,} seeds"
+    sentence = f"A difference of one point takes {seeds} to be resolved (power 80 %)"
     if len(known) < len(rest):
-        sentence += ", and is not possible with any number of them for the others"
+        sentence += "; for some variants no number of seeds would do"
     return f"{sentence}."
 
 
