@@ -20,7 +20,7 @@ from segformer_pl.ablation.test_time import (
     time_interleaved,
 )
 from segformer_pl.analysis.complexity import device_name
-from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, Evaluation, load_evaluation
+from segformer_pl.analysis.evaluation import Evaluation, load_evaluation
 from segformer_pl.analysis.results_file import read_rows, write_rows
 from segformer_pl.analysis.test_time import (
     TestTimeRow,
@@ -49,6 +49,7 @@ from segformer_pl.metrics import SegmentationMetrics
 RESULTS_FILE, TABLE_FILE, JSON_FILE, FIGURE_FILE = (
     f"test_time.{kind}" for kind in ("csv", "md", "json", "png")
 )
+COUNTS_FOLDER = "counts"  # per image, of each setting
 SECONDS = 20.0  # of timing
 
 
@@ -69,7 +70,7 @@ def evaluate_at_test_time(arguments: list[str]) -> None:
         "the validation images with paired differences to the network as it was trained, "
         "multiply-adds, and latency measured in turn in one process. Impossible settings are "
         f"refused before anything runs. Writes {RESULTS_FILE}, {TABLE_FILE}, {JSON_FILE}, "
-        f"{FIGURE_FILE}, and the counts per image in {EVALUATION_FOLDER}/SETTING.npz, which "
+        f"{FIGURE_FILE}, and the counts per image in {COUNTS_FOLDER}/SETTING.npz, which "
         "`compare` reads. Every finished evaluation is stored, so the same command continues "
         "after an interruption.",
     )
@@ -170,7 +171,7 @@ def _naming(setting: str) -> Iterator[None]:
 
 
 def _evaluation_file(output: Path, name: str) -> Path:
-    return output / EVALUATION_FOLDER / f"{name}.npz"
+    return output / COUNTS_FOLDER / f"{name}.npz"
 
 
 def _evaluate(

@@ -115,7 +115,7 @@ def test_the_evaluations_are_those_of_validate(
         task.inference = protocol
         data = load_data(RunCheckpoint.read(checkpoint))
         metrics = trainer.validate(task, datamodule=data, verbose=False)[0]
-        evaluation = load_evaluation(out / "evaluation" / f"{name}.npz")
+        evaluation = load_evaluation(out / "counts" / f"{name}.npz")
         assert evaluation.step == 1
         assert len(evaluation.ids) == 6
         assert evaluation.miou == float(stored[name]["miou"])
@@ -136,7 +136,7 @@ def test_the_evaluations_are_those_of_validate(
     assert (out / "test_time.png").read_bytes().startswith(b"\x89PNG")
     assert printed.endswith(f"table: {out / 'test_time.md'}\n")
     # `compare` reads the stored counts.
-    main(["compare", *(str(out / "evaluation" / f"{n}.npz") for n in ("as_trained", "pooled"))])
+    main(["compare", *(str(out / "counts" / f"{n}.npz") for n in ("as_trained", "pooled"))])
     assert "points of mIoU" in capsys.readouterr().out
 
 
@@ -193,11 +193,11 @@ def test_a_killed_process_continues(
     assert process.wait() == -signal.SIGKILL
     done = [row["setting"] for row in rows(out)]
     assert done[0] == "as_trained"
-    times = {name: (out / "evaluation" / f"{name}.npz").stat().st_mtime_ns for name in done}
+    times = {name: (out / "counts" / f"{name}.npz").stat().st_mtime_ns for name in done}
     monkeypatch.setattr(command, "SECONDS", 0.0)
     main(command_line)
     for name, written in times.items():
-        assert (out / "evaluation" / f"{name}.npz").stat().st_mtime_ns == written
+        assert (out / "counts" / f"{name}.npz").stat().st_mtime_ns == written
     stored = rows(out)
     assert [row["setting"] for row in stored] == ["as_trained", "pooled", "kept", "flip"]
     assert all(float(row["latency_ms"]) > 0 for row in stored)

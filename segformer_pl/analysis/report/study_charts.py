@@ -338,5 +338,5 @@ def evaluations_figure(summaries: Mapping[str, StudySummary], y_label: str) -> F
             axes.tick_params(axis="x", rotation=30)
             for text in axes.get_xticklabels():
                 text.set(ha="right", rotation_mode="anchor")
-    label_panels(figure, "evaluation", y_label)
+    label_panels(figure, "evaluation protocol", y_label)
     return figure

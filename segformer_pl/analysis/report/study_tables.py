@@ -236,7 +236,7 @@ def csv_text(
 
     Columns, with nan and unknown values as empty cells, and all results as fractions:
 
-    - ``study``, ``budget``, ``variant``, ``evaluation`` (``val`` is that at the end of the
+    - ``study``, ``budget``, ``variant``, ``protocol`` (``val`` is that at the end of the
       training), ``measure`` (keys of :data:`~segformer_pl.analysis.ablation.MEASURES`);
     - ``is_reference``; ``num_images``; ``num_seeds``; ``mean``, ``low``, ``high``, ``sd`` over
       seeds;
@@ -260,7 +260,7 @@ def csv_text(
                 "study": results.name,
                 "budget": results.budget,
                 "variant": one.variant,
-                "evaluation": evaluation,
+                "protocol": evaluation,
                 "measure": measure,
                 "is_reference": one.variant == results.reference,
                 "num_images": summary.num_images,

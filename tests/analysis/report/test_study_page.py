@@ -75,7 +75,7 @@ def test_markdown_has_the_cells_of_the_page(study, page):
 
 def test_csv_has_one_row_for_each_variant_evaluation_and_measure(study):
     rows = list(csv.DictReader((study.report.parent / "table.csv").open(encoding="utf-8")))
-    keys = [(row["variant"], row["evaluation"], row["measure"]) for row in rows]
+    keys = [(row["variant"], row["protocol"], row["measure"]) for row in rows]
     assert len(set(keys)) == len(keys) == 3 * (5 + 2 * 3)
     for evaluation, name in ((None, "val"), ("at_96", "at_96")):
         found = summary(study, evaluation=evaluation)
