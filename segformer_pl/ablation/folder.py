@@ -17,12 +17,15 @@ imports torch, because a job would import it only to wait for a process that imp
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from segformer_pl.errors import UserError
 
@@ -73,6 +76,45 @@ def is_done(folder: Path, max_steps: int, evaluations: Iterable[str]) -> bool:
 def is_trained(folder: Path, max_steps: int) -> bool:
     """Return whether a run has made all its steps and has been validated after the last one."""
     return (folder / "evaluation" / f"val_step_{max_steps:07d}.npz").is_file()
+
+
+def find_twin(
+    folder: Path, seed: int, digest: str, max_steps: int, data_path: str | None
+) -> Path | None:
+    """Return a complete run of the same settings and seed in another study; None without one.
+
+    Several studies can have the same reference, which then is trained once.
+
+    Args:
+        folder: Run folder, in the folder of its study.
+        seed: Seed of the run.
+        digest: Digest of its settings.
+        max_steps: Number of training steps.
+        data_path: Its ``data.path``, which the digest does not cover.
+    """
+    for twin in sorted(folder.parent.parent.glob(f"*/*.seed{seed}.*.{digest}")):
+        is_other_study = twin.parent != folder.parent
+        if is_other_study and is_trained(twin, max_steps) and (twin / LAST_CHECKPOINT).is_file():
+            record = read_record(twin)
+            config = yaml.safe_load((twin / "config.yaml").read_text(encoding="utf-8"))
+            found = (record.get("seed"), record.get("digest"), config["data"].get("path"))
+            if found == (seed, digest, data_path):
+                return twin
+    return None
+
+
+def copy_run(twin: Path, folder: Path) -> None:
+    """Copy a training into another run folder, without what belongs to its study.
+
+    The evaluation is copied last, so that an interrupted copy does not count as trained.
+    """
+    own = {LOCK_FILE, RECORD_FILE, FAILURE_FILE, EVALUATIONS}
+    entries = [entry for entry in twin.iterdir() if entry.name not in own]
+    for entry in sorted(entries, key=lambda entry: entry.name == "evaluation"):
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(entry, folder / entry.name)
 
 
 def is_evaluated(folder: Path, name: str) -> bool:

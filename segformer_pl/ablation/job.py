@@ -35,6 +35,8 @@ from segformer_pl.ablation.folder import (
     RECORD_FILE,
     State,
     check_record,
+    copy_run,
+    find_twin,
     is_done,
     is_evaluated,
     is_trained,
@@ -140,7 +142,7 @@ class RunJob:
             check_record(self.folder, self.record)
             failure.unlink(missing_ok=True)
             self._write_record()
-            if not is_trained(self.folder, self.max_steps):
+            if not is_trained(self.folder, self.max_steps) and not self._copy_twin():
                 self._train()
             for name in self.evaluations:
                 if not is_evaluated(self.folder, name):
@@ -153,12 +155,25 @@ class RunJob:
         return State.DONE
 
     def _write_record(self) -> None:
-        environment = describe_environment(self.config, self.variables)
+        origin = {"environment": describe_environment(self.config, self.variables)}
         if is_trained(self.folder, self.max_steps):
             with suppress(UserError):
-                environment = read_record(self.folder).get("environment", environment)
-        text = json.dumps({**self.record, "environment": environment}, indent=1)
+                origin |= _origin(self.folder)
+        text = json.dumps({**self.record, **origin}, indent=1)
         atomic_write_text(self.folder / RECORD_FILE, f"{text}\n")
+
+    def _copy_twin(self) -> bool:
+        """Copy the same training from another study; return whether there is one."""
+        seed, digest = self.record["seed"], self.record["digest"]
+        data_path = self.config["data"]["path"]
+        twin = find_twin(self.folder, seed, digest, self.max_steps, data_path)
+        if twin is None:
+            return False
+        origin = {"copied_from": f"{twin.parent.name}/{twin.name}", **_origin(twin)}
+        text = json.dumps({**self.record, **origin}, indent=1)
+        atomic_write_text(self.folder / RECORD_FILE, f"{text}\n")
+        copy_run(twin, self.folder)
+        return True
 
     def _train(self) -> None:
         last = self.folder / LAST_CHECKPOINT
@@ -297,6 +312,12 @@ class RunJob:
             except _Stop:
                 return State.INTERRUPTED
         return State.RUNNING
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Return what ``ablation.json`` says about the process that trained a run."""
+    record = read_record(folder)
+    return {key: record[key] for key in ("environment", "copied_from") if key in record}
 
 
 def csv_logger(folder: Path, **arguments: Any) -> dict[str, Any]:

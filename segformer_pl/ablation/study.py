@@ -253,6 +253,8 @@ def read_study(
         )
     names = [reference, *(name for name in changes if name != reference)]
     common = {**chosen.settings, SEED: seeds[0]}
+    if content.transplant is not None:
+        common["model.weights"] = content.transplant
     variants = tuple(
         _variant(file, name, changes[name], [common, changes[name], settings or {}], base, resolve)
         for name in names

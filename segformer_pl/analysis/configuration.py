@@ -96,7 +96,7 @@ def settings_digest(configuration: Configuration) -> str:
 
     They do not depend on the seed, on :data:`NOT_COMPARED` or on the order of the keys.
     """
-    text = json.dumps(configuration.settings, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(configuration.settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -139,12 +139,6 @@ def training_configuration(
         data,
         (first.get("data") or {}).get("path"),
     )
-
-
-def settings_digest(configuration: Configuration) -> str:
-    """Return 8 hexadecimal digits that identify the settings of a training without its seed."""
-    text = json.dumps(configuration.settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,7 @@
 """The results of an ablation study, rebuilt from its run folders alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,10 @@ def _check_settings(member: _Member) -> None:
         )
     if configuration is None:
         return
+    if source := member.entry.get("transplant"):
+        # The study states the source; the run started from a file made of it for its variant.
+        settings = {**configuration.settings, "model.weights": source}
+        configuration = replace(configuration, settings=settings)
     if (digest := settings_digest(configuration)) != member.digest:
         raise UserError(
             f"the settings in '{member.run.config_file}' have the digest '{digest}' instead of "

@@ -216,7 +216,7 @@ def _innermost(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 # Arguments that a comparison of networks ignores: the two rates matter in training only, and the
 # number of classes follows from the data set.
-FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes")
+FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes", "pretrained")
 
 
 def flat_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
