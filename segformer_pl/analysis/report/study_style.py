@@ -23,7 +23,6 @@ DASH = "\u2013"
 PAGE_WIDTH = 11.0  # inches; a figure of the whole width of the page
 NAME_LENGTH = 28  # characters of a line of a variant's name
 MAX_LINES_IN_ONE_PANEL = 5  # curves that can be told apart in one panel
-PANEL_COLUMNS = 4
 SEPARATORS = "+,_ -=/.\u2026"  # characters after which a name may be broken
 SOFT = "#767676"  # the darkest grey that is still lighter than INK; 4.5:1 on white
 # The reference comes first.
@@ -82,9 +81,10 @@ def draw_panels(variants: Sequence[str]) -> tuple[Figure, list[tuple[Axes, list[
         axes = figure.subplots()
         style_axes(axes)
         return figure, [(axes, parts[0][1])]
-    num_rows = math.ceil(len(parts) / PANEL_COLUMNS)
+    num_columns = 3 if len(parts) in (5, 6, 9) else 4  # leaves the fewest gaps
+    num_rows = math.ceil(len(parts) / num_columns)
     figure = Figure(figsize=(PAGE_WIDTH, 0.6 + 2.05 * num_rows), layout="constrained")
-    grid = figure.subplots(num_rows, PANEL_COLUMNS, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
     drawn = []
     for axes, (title, names) in zip(grid.flat, parts):
         style_axes(axes)
@@ -93,7 +93,7 @@ def draw_panels(variants: Sequence[str]) -> tuple[Figure, list[tuple[Axes, list[
     for index, axes in enumerate(grid.flat):
         if index >= len(parts):
             axes.set_visible(False)
-        elif index + PANEL_COLUMNS >= len(parts):  # nothing below it
+        elif index + num_columns >= len(parts):  # nothing below it
             axes.tick_params(labelbottom=True)
     return figure, drawn
 

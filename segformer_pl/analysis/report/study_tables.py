@@ -32,7 +32,7 @@ RESULT_NOTE = (
 )
 DIFFERENCE_NOTE = (
     "Difference: from the reference, paired by seed and image, with its 95 % interval over seeds "
-    "and images; bold where it is resolved (p < 0.05)"
+    "and images (with one seed, over images alone); bold where it is resolved (p < 0.05)"
 )
 MAX_SETTING_LENGTH = 60  # characters of a value
 # Characters that Markdown or HTML give a meaning within a line.

@@ -203,7 +203,7 @@ def _p(p_value: float) -> str:
 
 def _named(names: Sequence[str]) -> str:
     quoted = [f"\u201c{name}\u201d" for name in names]
-    if len(quoted) > MAX_NAMED:
+    if len(quoted) > MAX_NAMED + 1:
         return f"{', '.join(quoted[:MAX_NAMED])} and {len(quoted) - MAX_NAMED} more"
     return _listed(quoted)
 
