@@ -18,7 +18,7 @@ from typing import Any
 import submitit
 
 from segformer_pl.ablation.folder import FAILURE_FILE, State
-from segformer_pl.ablation.job import RunJob
+from segformer_pl.ablation.job import RunJob, last_sentence
 from segformer_pl.ablation.launchers import Launcher
 from segformer_pl.ablation.live import Display
 from segformer_pl.ablation.progress import RunProgress, Throughput
@@ -110,17 +110,15 @@ class StudyRunner:
         ended = [(run, job) for run, job in self._active if self._launcher.is_over(job)]
         self._active = [pair for pair in self._active if pair not in ended]
         for run, job in ended:
-            state, outcome = run.look(), _outcome(job)
+            state, (outcome, error) = run.look(), _outcome(job)
             # Without an outcome, the job was killed. Its process may have outlived it and then
             # holds the lock.
             if state == State.RUNNING or outcome == State.RUNNING:
                 self._wait_for(run)
             elif state in (State.WAITING, State.INTERRUPTED) and not self.signal:
                 run.state = State.FAILED
-                run.sentence = (
-                    "the job was ended from outside before the run was complete; start the command "
-                    f"again to go on (output: '{job.paths.folder}')"
-                )
+                reason = error or "the job was ended from outside before the run was complete"
+                run.sentence = f"{reason} (files of the job: '{job.paths.folder}')"
 
     def _wait_for(self, run: RunProgress) -> None:
         run.state, run.is_elsewhere = State.RUNNING, True
@@ -171,10 +169,11 @@ def signal_name(signum: int) -> str:
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
-def _outcome(job: submitit.Job[State]) -> State | None:
-    """Return what a job has returned; None if it was killed or raised an exception."""
+def _outcome(job: submitit.Job[State]) -> tuple[State | None, str | None]:
+    """Return what a job has returned, and the error that it raised; None if it was killed."""
     if not job.paths.result_pickle.exists():
-        return None
-    with suppress(Exception):  # submitit raises its own exceptions for those of the job
-        return job.result()
-    return None
+        return None, None
+    try:
+        return job.result(), None
+    except Exception as error:  # submitit raises an exception of its own for that of the job
+        return None, last_sentence(str(error)) or str(error)
