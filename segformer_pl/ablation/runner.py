@@ -70,6 +70,7 @@ class StudyRunner:
             elif run.state in (State.WAITING, State.INTERRUPTED) or (
                 run.state == State.FAILED and self._retry_failed
             ):
+                run.state = State.INTERRUPTED if run.step else State.WAITING
                 self._queue.append(run)
         throughput = Throughput(steps=sum(run.step for run in self._runs))
         next_look = 0.0
@@ -85,7 +86,7 @@ class StudyRunner:
                     next_look = time.monotonic() + LOOK
                     self._check_elsewhere()
                     for run, _ in self._active:
-                        run.read_metrics()
+                        run.follow()
                     self._display.show(self._runs, throughput.seconds_left(self._runs))
                 time.sleep(POLL)
             self._display.show(self._runs, None)
@@ -102,7 +103,8 @@ class StudyRunner:
             with suppress(OSError):
                 job.retried_failure = failure.stat().st_mtime_ns
             jobs.append(job)
-            run.state, run.is_elsewhere, run.sentence = State.RUNNING, False, None
+            run.state, run.is_elsewhere, run.has_started = State.RUNNING, False, False
+            run.sentence = None
         self._active += zip(runs, self._launcher.submit(jobs))
 
     def _collect(self) -> None:

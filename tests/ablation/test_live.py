@@ -29,9 +29,10 @@ def progress(variant, seed, state, step=0, miou=None, **others):
 def runs():
     return [
         progress("r8-4-2-1", 0, State.DONE, 800, 0.4321),
-        progress("r8-4-2-1", 1, State.RUNNING, 400, 0.25),
+        progress("r8-4-2-1", 1, State.RUNNING, 400, 0.25, has_started=True),
         progress("r1-1-1-1", 0, State.FAILED, sentence="RuntimeError: [bold]x[/bold]"),
         progress("r1-1-1-1", 1, State.RUNNING, 80, is_elsewhere=True),
+        progress("r2-2-2-2", 0, State.RUNNING),
         progress("drop_path=0.1+depth=2-2", 0, State.WAITING),
     ]
 
@@ -50,7 +51,8 @@ def test_the_table_has_a_row_for_each_run(runs):
     assert "43.21 %" in rows["r8-4-2-1", "0"]
     assert "running elsewhere" in rows["r1-1-1-1", "1"]
     assert "waiting" in rows["drop_path=0.1+depth=2-2", "0"]
-    assert "1 of 5 runs done, 2 running, 1 failed, 1,280 of 4,000 steps" in text
+    assert "submitted" in rows["r2-2-2-2", "0"]
+    assert "1 of 6 runs done, 3 running, 1 failed, 1,280 of 4,800 steps" in text
     assert "about 1 h 02 min left" in text
 
 
@@ -59,7 +61,7 @@ def test_a_low_terminal_shows_what_moves(runs):
     text = shown([*many, *runs], height=12)
     assert "running elsewhere" in text
     assert "failed" in text
-    assert "and 31 more" in text
+    assert "and 32 more" in text
     assert len(text.splitlines()) <= 2 * 12  # drawn twice, at the end once more
 
 
@@ -82,7 +84,7 @@ def test_plain_lines_are_written_for_changes_alone(runs, capsys):
 def test_remaining_time_counts_the_steps_made_here(runs):
     throughput = Throughput(steps=1180)
     throughput.start -= 50  # 100 steps in 50 s
-    left = (800 - 400) + (800 - 80) + 800  # neither done nor failed
+    left = (800 - 400) + (800 - 80) + 800 + 800  # neither done nor failed
     assert throughput.seconds_left(runs) == pytest.approx(left / 2, rel=0.01)
     assert Throughput(steps=1280).seconds_left(runs) is None
     assert throughput.seconds_left(runs[:1]) is None
