@@ -59,10 +59,10 @@ def find_state(folder: Path, max_steps: int, evaluations: Iterable[str]) -> Stat
         max_steps: Number of training steps.
         evaluations: Names of its additional evaluations.
     """
+    if is_locked(folder):
+        return State.RUNNING  # also while a complete run writes its last files
     if is_done(folder, max_steps, evaluations):
         return State.DONE
-    if is_locked(folder):
-        return State.RUNNING
     if (folder / FAILURE_FILE).is_file():
         return State.FAILED
     return State.INTERRUPTED if (folder / LAST_CHECKPOINT).is_file() else State.WAITING

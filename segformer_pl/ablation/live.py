@@ -100,8 +100,11 @@ def make_display() -> Display:
 
 def state_of(run: RunProgress) -> str:
     """Return the word that is shown for the state of a run."""
-    is_elsewhere = run.state == State.RUNNING and run.is_elsewhere
-    return "running elsewhere" if is_elsewhere else str(run.state)
+    if run.state == State.RUNNING and run.is_elsewhere:
+        return "running elsewhere"
+    if run.state == State.RUNNING and not run.has_started:
+        return "submitted"
+    return str(run.state)
 
 
 def overall_progress(runs: Sequence[RunProgress], seconds_left: float | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from segformer_pl.ablation.folder import FAILURE_FILE, State, find_state
+from segformer_pl.ablation.folder import FAILURE_FILE, State, find_state, is_locked
 from segformer_pl.ablation.study import StudyRun
 from segformer_pl.analysis.run import Run
 from segformer_pl.errors import UserError
@@ -23,6 +23,7 @@ class RunProgress:
         evaluations: Names of its additional evaluations.
         state: Its state when it was last looked at.
         is_elsewhere: Whether another invocation, or a process that outlived one, runs it.
+        has_started: Whether its job has been seen at work; on Slurm it may wait in the queue.
         step: Training steps done.
         miou: mIoU of the last validation, a fraction; None before the first one.
         sentence: Why it failed.
@@ -32,6 +33,7 @@ class RunProgress:
     evaluations: Sequence[str] = ()
     state: State = State.WAITING
     is_elsewhere: bool = False
+    has_started: bool = False
     step: int = 0
     miou: float | None = None
     sentence: str | None = None
@@ -60,6 +62,11 @@ class RunProgress:
                 self.sentence = file.read_text("utf-8", errors="replace").strip()
         self.read_metrics()
         return self.state
+
+    def follow(self) -> None:
+        """Look at a run whose job has been submitted."""
+        self.has_started = self.has_started or is_locked(self.run.folder)
+        self.read_metrics()
 
     def read_metrics(self) -> None:
         """Read step and mIoU if ``metrics.csv`` has changed."""

@@ -18,7 +18,7 @@ from typing import Any
 import submitit
 
 from segformer_pl.ablation.folder import FAILURE_FILE, State
-from segformer_pl.ablation.job import RunJob
+from segformer_pl.ablation.job import RunJob, last_sentence
 from segformer_pl.ablation.launchers import Launcher
 from segformer_pl.ablation.live import Display
 from segformer_pl.ablation.progress import RunProgress, Throughput
@@ -70,6 +70,7 @@ class StudyRunner:
             elif run.state in (State.WAITING, State.INTERRUPTED) or (
                 run.state == State.FAILED and self._retry_failed
             ):
+                run.state = State.INTERRUPTED if run.step else State.WAITING
                 self._queue.append(run)
         throughput = Throughput(steps=sum(run.step for run in self._runs))
         next_look = 0.0
@@ -85,7 +86,7 @@ class StudyRunner:
                     next_look = time.monotonic() + LOOK
                     self._check_elsewhere()
                     for run, _ in self._active:
-                        run.read_metrics()
+                        run.follow()
                     self._display.show(self._runs, throughput.seconds_left(self._runs))
                 time.sleep(POLL)
             self._display.show(self._runs, None)
@@ -102,7 +103,8 @@ class StudyRunner:
             with suppress(OSError):
                 job.retried_failure = failure.stat().st_mtime_ns
             jobs.append(job)
-            run.state, run.is_elsewhere, run.sentence = State.RUNNING, False, None
+            run.state, run.is_elsewhere, run.has_started = State.RUNNING, False, False
+            run.sentence = None
         self._active += zip(runs, self._launcher.submit(jobs))
 
     def _collect(self) -> None:
@@ -110,17 +112,15 @@ class StudyRunner:
         ended = [(run, job) for run, job in self._active if self._launcher.is_over(job)]
         self._active = [pair for pair in self._active if pair not in ended]
         for run, job in ended:
-            state, outcome = run.look(), _outcome(job)
+            state, (outcome, error) = run.look(), _outcome(job)
             # Without an outcome, the job was killed. Its process may have outlived it and then
             # holds the lock.
             if state == State.RUNNING or outcome == State.RUNNING:
                 self._wait_for(run)
             elif state in (State.WAITING, State.INTERRUPTED) and not self.signal:
                 run.state = State.FAILED
-                run.sentence = (
-                    "the job was ended from outside before the run was complete; start the command "
-                    f"again to go on (output: '{job.paths.folder}')"
-                )
+                reason = error or "the job was ended from outside before the run was complete"
+                run.sentence = f"{reason} (files of the job: '{job.paths.folder}')"
 
     def _wait_for(self, run: RunProgress) -> None:
         run.state, run.is_elsewhere = State.RUNNING, True
@@ -171,10 +171,11 @@ def signal_name(signum: int) -> str:
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
-def _outcome(job: submitit.Job[State]) -> State | None:
-    """Return what a job has returned; None if it was killed or raised an exception."""
+def _outcome(job: submitit.Job[State]) -> tuple[State | None, str | None]:
+    """Return what a job has returned, and the error that it raised; None if it was killed."""
     if not job.paths.result_pickle.exists():
-        return None
-    with suppress(Exception):  # submitit raises its own exceptions for those of the job
-        return job.result()
-    return None
+        return None, None
+    try:
+        return job.result(), None
+    except Exception as error:  # submitit raises an exception of its own for that of the job
+        return None, last_sentence(str(error)) or str(error)

@@ -18,6 +18,7 @@ Instead of ``variants``, ``axes`` gives a grid of values. The axis
 ``drop_path_rate=0.1``.
 """
 
+import copy
 import itertools
 import re
 import tempfile
@@ -326,10 +327,20 @@ def _read(file: Path) -> StudyFile:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(StudyFile)
     try:
-        read = parser.instantiate_classes(parser.parse_object(content))
+        read = parser.parse_object(copy.deepcopy(content))  # it changes its argument
     except ArgumentError as error:
         raise UserError(f"{file}: {_sentence(error)}") from error
-    return StudyFile(**vars(read))
+    # The parser's instantiate_classes would also build networks and callbacks that are values of
+    # settings, so settings are taken as they are in the file.
+    budgets = {
+        name: Budget((given or {}).get("settings") or {}, budget.base, budget.seeds)
+        for (name, budget), given in zip(read.budgets.items(), content["budgets"].values())
+    }
+    settings = {
+        key: content[key] for key in ("variants", "axes", "evaluations") if content.get(key)
+    }
+    spread = None if read.spread is None else Spread(**vars(read.spread))
+    return StudyFile(**{**vars(read), **settings, "budgets": budgets, "spread": spread})
 
 
 def _changes(content: StudyFile, file: Path) -> dict[str, dict[str, Any]]:

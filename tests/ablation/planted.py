@@ -1,5 +1,6 @@
 """A callback for the trainings of the tests: it fails or waits while a file exists."""
 
+import os
 import time
 from pathlib import Path
 
@@ -10,7 +11,8 @@ class Planted(pl.Callback):
     """Raises or waits after a step, or waits in the validation.
 
     Args:
-        folder: Folder with the files ``fail`` and ``hold.step.<seed>``, ``hold.validation.<seed>``.
+        folder: Folder with the files ``fail``, ``hold.step.<seed>`` and ``hold.validation.<seed>``.
+            A process that waits writes a file ``held.*``.
         step: Training step after which it acts.
         fails: Whether it raises while the file ``fail`` exists.
     """
@@ -19,8 +21,10 @@ class Planted(pl.Callback):
         self.folder, self.step, self.fails = Path(folder), step, fails
 
     def _hold(self, trainer, name):
-        seed = trainer.datamodule.seed
-        while (self.folder / f"hold.{name}.{seed}").exists():
+        hold = self.folder / f"hold.{name}.{trainer.datamodule.seed}"
+        if hold.exists():
+            (self.folder / f"held.{name}.{os.getpid()}").touch()
+        while hold.exists():
             time.sleep(0.02)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
