@@ -61,6 +61,8 @@ class RunProgress:
             with suppress(OSError):
                 self.sentence = file.read_text("utf-8", errors="replace").strip()
         self.read_metrics()
+        if self.state == State.DONE:  # the last steps may not have been logged
+            self.step = self.run.max_steps
         return self.state
 
     def follow(self) -> None:
