@@ -33,5 +33,5 @@ class Planted(pl.Callback):
                 raise RuntimeError("planted\nsecond line of the message")
             self._hold(trainer, "step")
 
-    def on_validation_batch_end(self, trainer, *arguments):
+    def on_validation_start(self, trainer, module):
         self._hold(trainer, "validation")

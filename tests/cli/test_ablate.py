@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from segformer_pl.ablation.folder import State, find_state
+from segformer_pl.ablation.study import read_study
 from segformer_pl.analysis.run import Run
-from segformer_pl.cli import main
+from segformer_pl.cli import main, resolve
 
 pytestmark = pytest.mark.slow
 
@@ -168,47 +169,71 @@ def test_a_study_is_killed_fails_and_is_completed_by_two_invocations(folder, tmp
     assert "other" in table
 
 
-def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path):
+def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path, monkeypatch):
     evaluations = {"at_96": {"model.inference": {"base_size": [96, 96]}}}
-    write_study(tmp_path, folder, evaluations=evaluations, seeds=[0])
+    write_study(tmp_path, folder, evaluations=evaluations, seeds=[0], variants={"good": {}})
     (tmp_path / "hold.step.0").touch()
 
     # Ctrl-C in a terminal reaches all processes of the group.
-    process = start(tmp_path, "--max_parallel=2")
-    names = ("good.seed0", "other.seed0")
-    wait_for(lambda: num_held(tmp_path, "step") == 2, process)
+    process = start(tmp_path)
+    wait_for(lambda: num_held(tmp_path, "step"), process)
     os.killpg(process.pid, signal.SIGINT)
-    wait_for(lambda: "ends after its step with a checkpoint" in process.output.read_text(), process)
+    wait_for(lambda: "Ctrl-C: 1 running; each ends" in process.output.read_text(), process)
     (tmp_path / "hold.step.0").unlink()
     text = finish(process, status=130)
     assert "Ctrl-C: stopped; go on with\npython -m segformer_pl ablate tiny.yaml" in text
     assert not has_processes(process.pid)
-    for name in names:
-        assert find_state(run_folder(tmp_path, name), 4, ["at_96"]) == State.INTERRUPTED
+    assert find_state(run_folder(tmp_path, "good.seed0"), 4, ["at_96"]) == State.INTERRUPTED
 
     # SIGTERM of the command alone is passed on, here in the validation after the last step.
     (tmp_path / "hold.validation.0").touch()
-    process = start(tmp_path, "--max_parallel=2")
-
-    wait_for(lambda: num_held(tmp_path, "validation") == 2, process)
+    process = start(tmp_path)
+    wait_for(lambda: num_held(tmp_path, "validation"), process)
     process.send_signal(signal.SIGTERM)
-    wait_for(lambda: "SIGTERM: 2 running" in process.output.read_text(), process)
+    wait_for(lambda: "SIGTERM: 1 running; each ends" in process.output.read_text(), process)
     (tmp_path / "hold.validation.0").unlink()
     finish(process, status=143)
     assert not has_processes(process.pid)
 
-    text = finish(start(tmp_path, "--max_parallel=2"))
-    assert "2 of 2 runs done" in text
-    for name in names:
-        run = Run(run_folder(tmp_path, name))
-        assert [file.step for file in run.evaluations] == [4]
-        assert [file.step for file in run.named_evaluations["at_96"].evaluations] == [4]
-        assert run.named_evaluations["at_96"].config["model"]["inference"] is not None
+    # The missed validation and the additional evaluation are made up for.
+    assert "1 of 1 runs done" in finish(start(tmp_path))
+    run = Run(run_folder(tmp_path, "good.seed0"))
+    assert [file.step for file in run.evaluations] == [4]
+    assert [file.step for file in run.named_evaluations["at_96"].evaluations] == [4]
+    assert run.named_evaluations["at_96"].config["model"]["inference"] is not None
+    kinds = [command.split()[0] for command in commands(tmp_path, "good.seed0")]
+    assert kinds == ["fit", "fit", "fit", "validate", "validate"]
     # Nothing is left to do, and a report is all that is written.
-    started = [len(commands(tmp_path, name)) for name in names]
-    main_arguments = ["ablate", str(tmp_path / "tiny.yaml"), f"--output={tmp_path / 'out'}"]
-    main([*main_arguments, "--report"])
-    assert [len(commands(tmp_path, name)) for name in names] == started
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    main(["ablate", str(tmp_path / "tiny.yaml"), f"--output={tmp_path / 'out'}", "--report"])
+    assert len(commands(tmp_path, "good.seed0")) == len(kinds)
+
+
+def has_slurm():
+    try:
+        done = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return bool(done.stdout.strip())
+
+
+@pytest.mark.skipif(not has_slurm(), reason="needs a running Slurm")
+def test_a_run_that_slurm_preempts_is_requeued_and_resumes(folder, tmp_path):
+    write_study(tmp_path, folder, seeds=[0], variants={"good": {}})
+    (tmp_path / "hold.step.0").touch()
+    process = start(tmp_path, "--launcher=slurm", "--slurm={timeout_min: 60, cpus_per_task: 1}")
+    wait_for(lambda: num_held(tmp_path, "step"), process)
+    queue = ["squeue", "--noheader", "--name=tiny", "--format=%i"]
+    job = subprocess.run(queue, capture_output=True, text=True, check=True).stdout.strip()
+    # What Slurm sends before it ends a job whose time is over.
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    time.sleep(1)
+    (tmp_path / "hold.step.0").unlink()
+    finish(process)
+    started = commands(tmp_path, "good.seed0")
+    assert len(started) == 2
+    assert "--ckpt_path" in started[1]
+    assert Run(run_folder(tmp_path, "good.seed0")).resumptions[0].step == 3
 
 
 def test_the_plan_names_costs_and_what_cannot_be_resolved(folder, tmp_path, capsys, monkeypatch):
@@ -240,10 +265,13 @@ def test_wrong_options_and_folders_are_refused(folder, tmp_path, fail, capsys, m
     assert "wandb sweep" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     (config,) = (tmp_path / "sweep_configs").glob("good.*")
-    version = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
-    assert version["parameters"]["config"]["values"][0] == str(config)
+    sweep = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
+    assert sweep["parameters"]["config"]["values"][0] == str(config)
+    main(["ablate", study, output, "--report"])
+    assert "no report: " in capsys.readouterr().out
     # A folder that holds another run than its name says
-    with pytest.raises(SystemExit):
-        main(["ablate", study, output, "--report"])
-    names = capsys.readouterr().out
-    assert "no report: " in names
+    digest = read_study(Path(study), "small", resolve).variants[0].digest
+    run = tmp_path / "out" / "tiny" / f"good.seed0.small.{digest}"
+    run.mkdir(parents=True)
+    (run / "ablation.json").write_text('{"study": "tiny", "variant": "renamed"}')
+    assert "variant is 'renamed', but the folder's name" in fail(capsys, ["ablate", study, output])
