@@ -23,7 +23,7 @@ import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from segformer_pl.models.segmenter import Segmenter, check_segmenter
 
 # Names become parts of the names of run folders, <variant>.seed<seed>.<budget>.<digest>.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
+MAX_NAME = 100  # characters; names of files have at most 255, with a variant, a budget and suffixes
 
 # YAML files of a `fit`, later ones winning -> its complete settings
 Resolve = Callable[[list[str]], dict[str, Any]]
@@ -266,6 +267,7 @@ def read_study(
         origin = f"{file}: evaluations: '{name}'"
         _resolve(origin, base, [common, changes[reference], evaluation], resolve)
     _check_different(file, variants)
+    _check_same_data(file, variants)
     return Study(
         name=file.stem,
         question=content.question,
@@ -324,6 +326,7 @@ def _read(file: Path) -> StudyFile:
         raise UserError(f"{file}: no valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: no study; see the files in experiments/ablations")
+    _check_entries(file, content)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(StudyFile)
     try:
@@ -341,6 +344,35 @@ def _read(file: Path) -> StudyFile:
     }
     spread = None if read.spread is None else Spread(**vars(read.spread))
     return StudyFile(**{**vars(read), **settings, "budgets": budgets, "spread": spread})
+
+
+def _check_entries(file: Path, content: Mapping[str, Any]) -> None:
+    """Check the named entries of a study, for which the parser's messages list types of Python."""
+    kinds = {
+        "variants": (dict, "its changes by dotted name, or {} for none"),
+        "axes": (list, "a list of at least one value"),
+        "evaluations": (dict, "settings of `validate` by dotted name, or {} for none"),
+        "budgets": (dict, "its settings, such as {settings: {trainer.max_steps: 4}}"),
+    }
+    known = [one.name for one in fields(StudyFile)]
+    for key in content:
+        if key not in known:
+            raise UserError(f"{file}: '{key}' is no entry of a study; they are {', '.join(known)}")
+    for key, (kind, what) in kinds.items():
+        entries = content.get(key)
+        if entries is None:
+            continue
+        if key == "budgets" and not entries:
+            raise UserError(f"{file}: budgets: give at least one, by name: {what}")
+        if not isinstance(entries, dict):
+            raise UserError(f"{file}: {key}: give names, and for each of them {what}")
+        for name, value in entries.items():
+            if not isinstance(name, str):
+                raise UserError(
+                    f"{file}: {key}: the name {name!r} is no text for YAML; write it in quotes"
+                )
+            if not isinstance(value, kind) or value == []:
+                raise UserError(f"{file}: {key}: '{name}' is {value!r}; give {what}")
 
 
 def _changes(content: StudyFile, file: Path) -> dict[str, dict[str, Any]]:
@@ -369,6 +401,11 @@ def _check_names(file: Path, names: Sequence[str] | Mapping[str, Any]) -> None:
             raise UserError(
                 f"{file}: the name '{name}' is used for folders; use letters, digits and . _ = + - "
                 "(a grid's values can be given names as variants)"
+            )
+        if len(name) > MAX_NAME:
+            raise UserError(
+                f"{file}: the name '{name[:20]}...' has {len(name)} characters and is used for "
+                f"folders; use at most {MAX_NAME} (a grid's values can be given names as variants)"
             )
 
 
@@ -442,4 +479,17 @@ def _check_different(file: Path, variants: Sequence[Variant]) -> None:
             raise UserError(
                 f"{file}: the variants '{other}' and '{variant.name}' have the same settings; "
                 "leave one of them out"
+            )
+
+
+def _check_same_data(file: Path, variants: Sequence[Variant]) -> None:
+    """Check that all variants have one data set, because they are compared image by image."""
+    first = variants[0]
+    for variant in variants[1:]:
+        one, other = first.config["data"]["dataset"], variant.config["data"]["dataset"]
+        if one != other:
+            raise UserError(
+                f"{file}: variant '{first.name}' has the data set {one} and variant "
+                f"'{variant.name}' {other}, and variants are compared on the same images; make a "
+                "study of each data set"
             )

@@ -37,7 +37,7 @@ from segformer_pl.errors import UserError
 
 OUTPUT = Path("runs/ablations")
 # Options have underscores, as those of `fit`. Hyphens are accepted in those of this command.
-HYPHENS = ("--dry-run", "--max-parallel", "--retry-failed", "--wandb-sweep")
+HYPHENS = ("--dry-run", "--max-parallel", "--retry-failed", "--block-size", "--wandb-sweep")
 
 
 def ablate(arguments: list[str]) -> None:
@@ -55,6 +55,11 @@ def ablate(arguments: list[str]) -> None:
     study = read_study(Path(options.study), options.budget, resolve, settings)
     output = Path(options.output)
     if options.wandb_sweep is not None:
+        if Path(options.wandb_sweep).resolve() == study.file.resolve():
+            raise UserError(
+                f"--wandb_sweep '{options.wandb_sweep}' is the study itself, which the sweep would "
+                "overwrite; give another file"
+            )
         file, *configs = write_wandb_sweep(study, Path(options.wandb_sweep), output)
         sys.stdout.write(
             f"wrote {file} and the settings of {len(configs)} variants in {configs[0].parent}\n"
@@ -81,8 +86,8 @@ def ablate(arguments: list[str]) -> None:
     if signum:
         command = shlex.join([*PROG.split(), "ablate", *arguments])
         raise Interrupted(128 + signum, f"{signal_name(signum)}: stopped; go on with\n{command}")
-    _report(study, output, options.block_size)
-    if any(run.state == State.FAILED for run in runs):
+    is_written = _report(study, output, options.block_size)
+    if not is_written or any(run.state == State.FAILED for run in runs):
         sys.exit(1)
 
 
@@ -238,8 +243,12 @@ def _failures(runs: list[RunProgress]) -> list[str]:
     return lines
 
 
-def _report(study: Study, output: Path, block_size: int) -> None:
-    """Write costs and report, and print where they are, or why there is none."""
+def _report(study: Study, output: Path, block_size: int) -> bool:
+    """Write costs and report, and print where they are, or why there is none.
+
+    Returns:
+        Whether the report was written.
+    """
     folder = output / study.name
     file = folder / f"report_{study.budget}" / COSTS_FILE
     digests = {variant.name: variant.digest for variant in study.variants}
@@ -250,5 +259,6 @@ def _report(study: Study, output: Path, block_size: int) -> None:
         page = write_study_report(folder, study.budget, digests=digests, block_size=block_size)
     except UserError as error:
         sys.stdout.write(f"no report: {error}\n")
-        return
+        return False
     sys.stdout.write(f"report: {page}\n")
+    return True

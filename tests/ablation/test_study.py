@@ -160,6 +160,14 @@ def test_nested_settings():
         ({"evaluations": {"../x": {}}}, r"name '\.\./x'"),
         ({"budgets": {"smoke": {"settings": {"trainer.max_steps": 4}}}}, "val_check_interval"),
         ({"budgets": {"smoke": {}}}, "max_steps is -1"),
+        (
+            {"variants": {"a": {NETWORK + "drop_path_rate": 1.5}}},
+            "drop_path_rate=1.5: give a number",
+        ),
+        (
+            {"variants": {"a": {}, "b": {"data.dataset": "camvid"}}},
+            "'a' has the data set shapes and variant 'b' camvid",
+        ),
     ],
 )
 def test_impossible_studies_are_refused_in_one_sentence(read, changes, message):
@@ -167,6 +175,28 @@ def test_impossible_studies_are_refused_in_one_sentence(read, changes, message):
         read(**changes)
     assert "study.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {"a": None}}, "variants: 'a' is None; give its changes .* or {} for none"),
+        ({"variants": {1: {}}}, "the name 1 is no text for YAML; write it in quotes"),
+        ({"variants": ["a"]}, "variants: give names"),
+        ({"variants": {"a" * 200: {}}}, "has 200 characters .* use at most 100"),
+        ({"variants": None, "axes": {"model.lr": []}}, r"'model\.lr' is \[\]; give a list"),
+        ({"variants": None, "axes": {"model.lr": 0.1}}, r"'model\.lr' is 0\.1; give a list"),
+        ({"evaluations": {"x": None}}, "evaluations: 'x' is None"),
+        ({"budgets": {"smoke": None}}, "budgets: 'smoke' is None; give its settings"),
+        ({"budgets": {}}, "budgets: give at least one"),
+        ({"variantz": {"a": {}}}, "'variantz' is no entry of a study; they are question, base"),
+    ],
+)
+def test_mistakes_in_the_form_of_a_study_are_named_in_one_sentence(read, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(**changes)
+    assert "study.yaml" in str(error.value)
+    assert "Union" not in str(error.value)
 
 
 def test_files_that_are_no_studies_are_refused(read, tmp_path):

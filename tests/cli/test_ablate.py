@@ -267,7 +267,11 @@ def test_wrong_options_and_folders_are_refused(folder, tmp_path, fail, capsys, m
     (config,) = (tmp_path / "sweep_configs").glob("good.*")
     sweep = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
     assert sweep["parameters"]["config"]["values"][0] == str(config)
-    main(["ablate", study, output, "--report"])
+    error = fail(capsys, ["ablate", study, output, f"--wandb-sweep={study}"])
+    assert "is the study itself, which the sweep would overwrite" in error
+    assert Path(study).read_text().startswith("question:")
+    with pytest.raises(SystemExit, match="1"):
+        main(["ablate", study, output, "--report"])
     assert "no report: " in capsys.readouterr().out
     # A folder that holds another run than its name says
     digest = read_study(Path(study), "small", resolve).variants[0].digest
