@@ -27,6 +27,7 @@ from segformer_pl.analysis.comparison import (
     ClassDifference,
     Estimate,
     block_starts,
+    holm,
     matched,
 )
 from segformer_pl.analysis.crossed_effects import (
@@ -46,11 +47,13 @@ from segformer_pl.errors import UserError
 
 __all__ = [
     "MEASURES",
+    "LeaveOneOut",
     "Measure",
     "StudyResults",
     "StudySummary",
     "VariantDifference",
     "VariantSummary",
+    "leave_one_out",
     "minimum_detectable_difference",
     "read_results",
     "summarize_study",
@@ -184,7 +187,7 @@ class StudySummary:
 
 
 @dataclass(frozen=True)
-class _Sets:
+class LeaveOneOut:
     """Metrics of one run on all images, and without each of M blocks.
 
     Attributes:
@@ -234,8 +237,9 @@ def summarize_study(
             f"{len(first.ids)} images in blocks of {block_size} make {len(starts)} block, and "
             "the spread over images needs at least two; give a smaller --block_size or more images"
         )
+    chosen = MEASURES[measure]
     sets = {
-        variant: {seed: _sets(one, MEASURES[measure], starts) for seed, one in by_seed.items()}
+        variant: {seed: leave_one_out(one, chosen, starts) for seed, one in by_seed.items()}
         for variant, by_seed in evaluations.items()
         if by_seed
     }
@@ -253,7 +257,7 @@ def summarize_study(
         )
         for variant, seeds in pairs.items()
     }
-    p_holm = dict(zip(estimates, _holm([one.p_value for one in estimates.values()])))
+    p_holm = dict(zip(estimates, _holm_over_study([one.p_value for one in estimates.values()])))
     num_images = (first.counts[..., metrics.TARGET] > 0).sum(axis=0)
     differences = tuple(
         _difference(
@@ -274,7 +278,7 @@ def summarize_study(
         differences=differences,
         num_images=len(first.ids),
         method=describe_method(
-            MEASURES[measure].title,
+            chosen.title,
             [one.num_seeds for one in differences],
             len(first.ids),
             block_size,
@@ -310,19 +314,27 @@ def _evaluations(results: StudyResults, evaluation: str | None) -> dict[str, dic
     return loaded
 
 
-def _sets(evaluation: Evaluation, measure: Measure, starts: npt.NDArray[np.int64]) -> _Sets:
-    """Compute a measure and the IoU on all images, and without each block of images."""
+def leave_one_out(
+    evaluation: Evaluation, measure: Measure, starts: npt.NDArray[np.int64]
+) -> LeaveOneOut:
+    """Compute a measure and the IoU on all images, and without each block of images.
+
+    Args:
+        evaluation: Evaluation of one run.
+        measure: Value of :data:`MEASURES`.
+        starts: Index of the first image of each block.
+    """
     counts = evaluation.counts
     ends = np.append(starts[1:], len(counts))
     images = np.arange(len(counts))
-    size = max(1, CHUNK_NUMBERS // counts.size)
+    size = max(1, CHUNK_NUMBERS // max(len(counts), counts[0].size))
     left_out = []
     for first in range(0, len(starts), size):
         chunk = slice(first, first + size)
         is_in_block = (images >= starts[chunk, None]) & (images < ends[chunk, None])
         left_out.append(measure.of(counts, 1.0 - is_in_block))
     total, blocks = counts.sum(axis=0), np.add.reduceat(counts, starts, axis=0)
-    return _Sets(
+    return LeaveOneOut(
         value=float(measure.of(counts)[0]),
         left_out=np.concatenate(left_out),
         iou=metrics.class_iou(total),
@@ -330,7 +342,7 @@ def _sets(evaluation: Evaluation, measure: Measure, starts: npt.NDArray[np.int64
     )
 
 
-def _summary(variant: str, sets: dict[int, _Sets]) -> VariantSummary:
+def _summary(variant: str, sets: dict[int, LeaveOneOut]) -> VariantSummary:
     values = np.array([one.value for one in sets.values()])
     low, high = interval_over_seeds(values)
     return VariantSummary(
@@ -345,8 +357,8 @@ def _summary(variant: str, sets: dict[int, _Sets]) -> VariantSummary:
 
 def _difference(
     variant: str,
-    a: Sequence[_Sets],
-    b: Sequence[_Sets],
+    a: Sequence[LeaveOneOut],
+    b: Sequence[LeaveOneOut],
     seeds: Sequence[int],
     estimate: MeanDifference,
     p_holm: float,
@@ -375,7 +387,7 @@ def _difference(
 
 
 def _classes(
-    a: Sequence[_Sets], b: Sequence[_Sets], classes: Sequence[tuple[str, int]]
+    a: Sequence[LeaveOneOut], b: Sequence[LeaveOneOut], classes: Sequence[tuple[str, int]]
 ) -> tuple[ClassDifference, ...]:
     """Estimate the difference of each class's IoU, with p-values corrected for their number."""
     iou_a, iou_b = (np.stack([one.iou for one in side]) for side in (a, b))
@@ -383,7 +395,7 @@ def _classes(
     estimates = [
         mean_difference((iou_b - iou_a)[:, c], left_out[..., c]) for c in range(len(classes))
     ]
-    p_values = _holm([one.p_value for one in estimates])
+    p_values = holm(np.array([one.p_value for one in estimates]))
     return tuple(
         ClassDifference(
             name=name,
@@ -391,14 +403,18 @@ def _classes(
             iou_a=float(iou_a[:, c].mean()),
             iou_b=float(iou_b[:, c].mean()),
             difference=Estimate(one.value, one.low, one.high),
-            p_value=p_values[c],
+            p_value=float(p_values[c]),
         )
         for c, ((name, num_images), one) in enumerate(zip(classes, estimates))
     )
 
 
-def _holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number by Holm's method; nan stays nan and does not count."""
+def _holm_over_study(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number by Holm's method; nan stays nan and does not count.
+
+    Classes use :func:`.comparison.holm`, because statsmodels collects garbage in every call, which
+    takes up to a second.
+    """
     given = np.array(p_values, dtype=np.float64)
     known = ~np.isnan(given)
     if known.any():
@@ -434,7 +450,7 @@ def _hedges_g(a: Floats, b: Floats) -> float:
 
 def _omitted(
     results: StudyResults,
-    sets: dict[str, dict[int, _Sets]],
+    sets: dict[str, dict[int, LeaveOneOut]],
     pairs: dict[str, list[int]],
 ) -> Iterator[str]:
     for variant in results.runs:

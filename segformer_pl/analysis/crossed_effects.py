@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats is 50 times slower
 
 Floats = npt.NDArray[np.float64]
 
@@ -75,7 +75,7 @@ def mean_difference(values: Floats, left_out: Floats) -> MeanDifference:
     of_images = num_seeds * float((common**2).sum()) / (num_blocks - 1) / total
     if num_seeds == 1:
         se_images, df = np.sqrt(of_images), float(num_blocks - 1)
-        half = student.ppf((1 + CONFIDENCE) / 2, df) * se_images
+        half = stdtrit(df, (1 + CONFIDENCE) / 2) * se_images
         return MeanDifference(
             value, value - half, value + half, np.nan, float(se_images), df, np.nan
         )
@@ -89,7 +89,7 @@ def mean_difference(values: Floats, left_out: Floats) -> MeanDifference:
         return MeanDifference(value, value, value, 0.0, 0.0, np.inf, p_value)
     df = variance**2 / sum(part**2 / n for part, n in zip(parts, degrees))
     error = np.sqrt(variance)
-    half = float(student.ppf((1 + CONFIDENCE) / 2, df) * error)
+    half = float(stdtrit(df, (1 + CONFIDENCE) / 2) * error)
     return MeanDifference(
         value=value,
         low=value - half,
@@ -97,7 +97,7 @@ def mean_difference(values: Floats, left_out: Floats) -> MeanDifference:
         se_seeds=float(np.sqrt(of_seeds)),
         se_images=float(np.sqrt(max(variance - of_seeds, 0.0))),
         df=float(df),
-        p_value=float(2 * student.sf(abs(value) / error, df)),
+        p_value=float(2 * stdtr(df, -abs(value) / error)),
     )
 
 
@@ -106,5 +106,5 @@ def interval_over_seeds(values: Floats) -> tuple[float, float]:
     if len(values) < 2:
         return np.nan, np.nan
     error = values.std(ddof=1) / np.sqrt(len(values))
-    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * error
+    half = stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2) * error
     return float(values.mean() - half), float(values.mean() + half)

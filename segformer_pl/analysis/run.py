@@ -243,16 +243,29 @@ class Run:
         content = _read_json(self.folder / FINDINGS_FILE)
         return [str(sentence) for sentence in content] if isinstance(content, list) else []
 
+    @property
+    def ablation_file(self) -> Path:
+        """Path of the place of the run in an ablation study, which `ablate` writes."""
+        return self.folder / ABLATION_FILE
+
     @cached_property
     def ablation(self) -> dict[str, Any] | None:
-        """Place of the run in an ablation study, such as ``variant`` and ``seed``; None without."""
-        content = _read_json(self.folder / ABLATION_FILE)
+        """Place of the run in an ablation study, such as ``variant`` and ``seed``.
+
+        None if there is no such file, or if it is damaged.
+        """
+        content = _read_json(self.ablation_file)
         return content if isinstance(content, dict) else None
+
+    @property
+    def failure_file(self) -> Path:
+        """Path of the last sentence of a failed run of a study, which `ablate` writes."""
+        return self.folder / FAILURE_FILE
 
     @cached_property
     def failure(self) -> str | None:
-        """Last sentence of the failure of a run of a study; None if it has not failed."""
-        file = self.folder / FAILURE_FILE
+        """Last sentence of a failed run of a study; None if it has not failed."""
+        file = self.failure_file
         return file.read_text("utf-8", errors="replace").strip() if file.is_file() else None
 
     def configuration(self, step: int) -> Configuration | None:
@@ -348,10 +361,15 @@ class Run:
         ]
         return sorted(evaluations, key=lambda one: (one.step, one.split == "val", one.file))
 
+    @property
+    def named_evaluation_folder(self) -> Path:
+        """Folder of the additional evaluations of a run of a study, each in a folder by name."""
+        return self.folder / NAMED_EVALUATIONS
+
     @cached_property
     def named_evaluations(self) -> dict[str, "Run"]:
-        """Additional evaluations of a finished run of a study by name, each a run of its own."""
-        folders = sorted((self.folder / NAMED_EVALUATIONS).glob("*"))
+        """Additional evaluations of a run of a study by name, each a run of its own."""
+        folders = sorted(self.named_evaluation_folder.glob("*"))
         return {folder.name: run for folder in folders if (run := Run(folder)).evaluations}
 
     def last_evaluation(self) -> Evaluation:

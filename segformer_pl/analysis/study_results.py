@@ -8,7 +8,7 @@ from typing import Any
 from segformer_pl.analysis.comparison import matched
 from segformer_pl.analysis.configuration import Configuration, settings_digest
 from segformer_pl.analysis.evaluation import Evaluation
-from segformer_pl.analysis.run import ABLATION_FILE, CONFIG_FILE, Run
+from segformer_pl.analysis.run import Run
 from segformer_pl.errors import UserError
 
 MAX_STEPS = "trainer.max_steps"
@@ -138,7 +138,7 @@ def _members(folder: Path) -> Iterator[_Member]:
     """Yield the run folders of a study by name; folders without ``ablation.json`` are no runs."""
     for path in sorted(folder.glob("*")):
         run = Run(path)
-        if not (path / ABLATION_FILE).is_file():
+        if not run.ablation_file.is_file():
             continue
         entry = run.ablation
         if entry is None or not (
@@ -146,7 +146,7 @@ def _members(folder: Path) -> Iterator[_Member]:
             and all(type(entry.get(key)) is int for key in INTEGERS)
         ):
             raise UserError(
-                f"'{path / ABLATION_FILE}' does not hold the place of a run in a study, as "
+                f"'{run.ablation_file}' does not hold the place of a run in a study, as "
                 "`ablate` writes it; delete the folder and run `ablate` again"
             )
         is_trained = run.config_file.is_file()
@@ -159,20 +159,20 @@ def _check_settings(member: _Member) -> None:
     in_name = folder.name.rpartition(".")[2]
     if not in_name.startswith(member.digest):
         raise UserError(
-            f"the name of '{folder}' ends with '{in_name}', but its {ABLATION_FILE} has the digest "
+            f"the name of '{folder}' ends with '{in_name}', but its ablation.json has the digest "
             f"'{member.digest}'; restore the name, or delete the folder and run `ablate` again"
         )
     if configuration is None:
         return
     if (digest := settings_digest(configuration)) != member.digest:
         raise UserError(
-            f"the settings in '{folder / CONFIG_FILE}' have the digest '{digest}' instead of "
+            f"the settings in '{member.run.config_file}' have the digest '{digest}' instead of "
             f"'{member.digest}', so they were edited after the run was started; restore them, or "
             "delete the folder and run `ablate` again"
         )
     if configuration.seed != member.seed:
         raise UserError(
-            f"'{folder / CONFIG_FILE}' has the seed {configuration.seed} and {ABLATION_FILE} the "
+            f"'{member.run.config_file}' has the seed {configuration.seed} and ablation.json the "
             f"seed {member.seed}, so one of them was edited; restore it, or delete the folder and "
             "run `ablate` again"
         )
@@ -240,7 +240,7 @@ def _missing(member: _Member) -> str | None:
 
 def _newest_first(members: Sequence[_Member]) -> list[_Member]:
     def age(member: _Member) -> tuple[float, str]:
-        return -(member.run.folder / ABLATION_FILE).stat().st_mtime, member.name
+        return -member.run.ablation_file.stat().st_mtime, member.name
 
     return sorted(members, key=age)
 

@@ -88,7 +88,7 @@ def describe_method(title: str, num_seeds: Sequence[int], num_images: int, block
     if 2 in num_seeds:
         sentences.append(
             "With two seeds the spread between seeds is hardly known: in simulations the nominal "
-            "95 % interval then covers the true difference in 91 to 96 % of the studies."
+            "95 % interval then covers the true difference in 90 to 97 % of the studies."
         )
     if 1 in num_seeds:
         sentences.append(
