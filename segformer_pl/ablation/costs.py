@@ -25,7 +25,7 @@ MIN_ROUNDS = 3
 NUM_WARMUP = 2
 # A forward pass of less is repeated, so that the clock's resolution and Python do not matter.
 SHORTEST_SECONDS = 0.02
-NAME_WIDTH = 22
+NAME_WIDTH = 20
 
 
 class Variant(Protocol):
@@ -249,7 +249,7 @@ def costs_table(costs: Sequence[VariantCost]) -> str:
         f"one image of {height}x{width} pixels, {costs[0].cost.num_classes} classes",
         "",
         f"{'variant':<{NAME_WIDTH}}{'params M':>9}{letter + 'MACs':>9}{'paper':>9}{'attn':>8}"
-        f"{'saved MB':>9}{'ms (IQR)':>15}{'latency ratio':>18}",
+        f"{'saved MB':>9}{'ms (IQR)':>14}{'latency ratio':>21}",
     ]
     for cost in costs:
         name = cost.name + (" *" if cost.is_reference else "")
@@ -282,12 +282,13 @@ def _unit(counts: Sequence[int]) -> tuple[float, str]:
 def _row(cost: VariantCost, unit: float) -> str:
     counts, latency = cost.cost, cost.latency
     paper = "-" if counts.paper_macs is None else f"{counts.paper_macs / unit:.2f}"
-    time_text = f"{latency.median_ms:.1f} ({latency.iqr_ms:.1f})"
+    digits = 1 if latency.median_ms < 1000 else 0
+    time_text = f"{latency.median_ms:.{digits}f} ({latency.iqr_ms:.{digits}f})"
     ratio = f"{latency.ratio:.2f} [{latency.ratio_low:.2f}, {latency.ratio_high:.2f}]"
     return (
         f"{counts.num_parameters / 1e6:>9.2f}{counts.macs / unit:>9.2f}{paper:>9}"
         f"{cost.attention_macs / unit:>8.2f}{counts.activation_bytes / 1e6:>9.1f}"
-        f"{time_text:>15}{ratio:>18}"
+        f"{time_text:>14}{ratio:>21}"
     )
 
 

@@ -253,7 +253,7 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
         f"{'':28}{latency.device}, {latency.dtype}, {latency.num_threads} threads, eager",
         "",
         f"{'part':<10}{'output':>18}{'parameters':>12}{'GMACs':>9}{'share':>8}"
-        f"{'attention':>11}{'queries':>9}{'keys':>7}{'saved MB':>10}",
+        f"{'saved MB':>10}{'attention':>11}{'queries':>9}{'keys':>7}",
     ]
     for part in cost.parts:
         attention = f"{part.attention_macs / part.macs:.0%}" if part.query_length else "-"
@@ -261,14 +261,14 @@ def table(name: str, cost: Complexity, latency: Latency) -> str:
         lines.append(
             f"{part.name:<10}{shape:>18}"
             f"{part.num_parameters:>12,}{part.macs / 1e9:>9.2f}{part.macs / cost.macs:>8.0%}"
-            f"{attention:>11}{part.query_length or '-':>9}{part.key_length or '-':>7}"
             f"{part.activation_bytes / 1e6:>10.1f}"
+            f"{attention:>11}{part.query_length or '-':>9}{part.key_length or '-':>7}"
         )
     lines += [
         "",
-        "attention: share of QK^T and AV in the part's multiply-adds; queries, keys: number of",
-        "tokens in its largest attention; saved: kept for the backward pass. Norms, softmax, GELU",
-        "and interpolation are not counted.",
+        "saved: kept for the backward pass; attention: share of QK^T and AV in the part's",
+        "multiply-adds; queries, keys: number of tokens in its largest attention. Norms, softmax,",
+        "GELU and interpolation are not counted.",
     ]
     return "\n".join(lines)
 

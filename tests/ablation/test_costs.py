@@ -139,6 +139,7 @@ def test_drift_does_not_change_the_ratio():
     assert np.isfinite(a.iqr_ms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "sentence"),
     [
