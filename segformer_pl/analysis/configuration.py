@@ -96,7 +96,7 @@ def settings_digest(configuration: Configuration) -> str:
 
     They do not depend on the seed, on :data:`NOT_COMPARED` or on the order of the keys.
     """
-    text = json.dumps(configuration.settings, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(configuration.settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,10 +14,11 @@ from segformer_pl.analysis.ablation import MEASURES, StudySummary, VariantDiffer
 from segformer_pl.analysis.report.study_style import (
     PAGE_WIDTH,
     SOFT,
+    difference_text,
     draw_panels,
     label_panels,
     line_style,
-    signed,
+    p_text,
     spread,
     variant_rows,
     wrapped,
@@ -34,6 +35,7 @@ from segformer_pl.analysis.style import (
 
 MAX_NAMED_POINTS = 6  # variants whose names, instead of numbers, stand beside their points
 MAX_POINT_NAME = 14  # characters of such a name
+KEY_LENGTH = 60  # characters of a name in the key of the numbers
 LABEL_DISTANCES = (7, 12, 18, 26)  # points between a point and its label, the nearest that is free
 
 
@@ -45,39 +47,45 @@ def forest_figure(summary: StudySummary) -> Figure:
     """
     differences = summary.differences
     figure = Figure(figsize=(PAGE_WIDTH, 1.15 + 0.62 * len(differences)), layout="constrained")
-    axes = figure.subplots()
+    axes, numbers = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
     variant_rows(axes, [difference.variant for difference in differences])
     axes.axvline(0, color=INK, linewidth=1, linestyle="--", zorder=1)
     for row, one in enumerate(differences):
         _draw_difference(axes, row, one)
     _explain_forest(axes)
     axes.set_xlabel(f"difference in {MEASURES[summary.measure].title} from the reference (points)")
-    for x, heading in ((1.02, "difference (95 % CI)"), (1.27, "p (Holm)")):
-        axes.annotate(
+    _write_numbers(numbers, differences)
+    return figure
+
+
+def _write_numbers(axes: Axes, differences: Sequence[VariantDifference]) -> None:
+    """Write differences and p-values beside their rows."""
+    axes.set_axis_off()
+    columns = ((0.0, "difference (95 % CI)"), (1.0, "p (Holm)"))
+    for (x, heading), side in zip(columns, ("left", "right")):
+        axes.text(
+            x,
+            1.01,
             heading,
-            (x, 1),
-            (0, 4),
-            xycoords="axes fraction",
-            textcoords="offset points",
+            transform=axes.transAxes,
             fontsize=9,
             color=INK,
             weight="bold",
+            ha=side,
         )
-    for row, one in enumerate(differences):
-        interval = f"{signed(100 * one.value)} ({signed(100 * one.low)} to {signed(100 * one.high)})"
-        texts = (interval if math.isfinite(one.low) else signed(100 * one.value), p_text(one.p_holm))
-        for x, text in zip((1.02, 1.27), texts):
-            axes.annotate(
+        for row, one in enumerate(differences):
+            text = difference_text(one) if side == "left" else p_text(one.p_holm)
+            axes.text(
+                x,
+                row,
                 text,
-                (x, row),
-                xycoords=("axes fraction", "data"),
+                transform=axes.get_yaxis_transform(),
                 fontsize=9,
                 color=INK,
+                ha=side,
                 va="center",
-                annotation_clip=False,
+                weight="bold" if one.is_resolved else "normal",
             )
-    figure.get_layout_engine().set(rect=(0, 0, 0.995, 1))
-    return figure
 
 
 def _draw_difference(axes: Axes, row: int, one: VariantDifference) -> None:
@@ -108,7 +116,7 @@ def _draw_difference(axes: Axes, row: int, one: VariantDifference) -> None:
 
 def _explain_forest(axes: Axes) -> None:
     """Draw the legend from empty lines, because no row need have all parts."""
-    parts = [
+    parts: list[tuple[str, dict[str, Any]]] = [
         ("difference and 95 % CI, resolved", {"color": INK, "marker": "o", "linewidth": 2.6}),
         (
             "not resolved",
@@ -133,13 +141,6 @@ def _explain_forest(axes: Axes) -> None:
         handlelength=2.0,
         columnspacing=1.6,
     )
-
-
-def p_text(p_value: float) -> str:
-    """Format a p-value for tables: two significant digits, and < 0.0001 where it is less."""
-    if math.isnan(p_value):
-        return "\u2013"
-    return "< 0.0001" if p_value < 1e-4 else f"{p_value:.2g}"
 
 
 class Point(NamedTuple):
@@ -184,9 +185,10 @@ def pareto_figure(panels: Mapping[str, Sequence[Point]], y_label: str) -> Figure
     is_named = len(names) <= MAX_NAMED_POINTS and all(
         len(name) <= MAX_POINT_NAME for name in names.values()
     )
-    per_row = max(1, min(4, 110 // (5 + max(len(wrapped(n, 40)) for n in names.values()))))
-    num_rows = 0 if is_named else math.ceil(len(names) / per_row)
     width = PAGE_WIDTH if len(panels) > 1 else CHART_SIZE[0]
+    keys = [f"{number}  {printable(name, KEY_LENGTH)}" for number, name in names.items()]
+    per_row = max(1, min(4, int(12 * width) // (4 + max(map(len, keys)))))
+    num_rows = 0 if is_named else math.ceil(len(names) / per_row)
     figure = Figure(figsize=(width, 3.7 + 0.2 * num_rows), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (label, points) in zip(grid, panels.items()):
@@ -204,9 +206,9 @@ def pareto_figure(panels: Mapping[str, Sequence[Point]], y_label: str) -> Figure
         labelcolor=INK,
     )
     if not is_named:
-        keys = figure.legend(
+        legend = figure.legend(
             [axes.plot([], [], linestyle="none")[0] for _ in names],
-            [f"{number}  {printable(name, 40)}" for number, name in names.items()],
+            keys,
             loc="outside lower left",
             ncols=per_row,
             frameon=False,
@@ -215,7 +217,7 @@ def pareto_figure(panels: Mapping[str, Sequence[Point]], y_label: str) -> Figure
             handlelength=0,
             handletextpad=0,
         )
-        for text in keys.get_texts():
+        for text in legend.get_texts():
             text.set_parse_math(False)
     figure.draw_without_rendering()  # labels are placed in pixels, so the layout must be known
     for axes, points in zip(grid, panels.values()):
@@ -262,11 +264,11 @@ def _label_points(axes: Axes, points: Sequence[Point], is_named: bool) -> None:
     """Write numbers or names beside the points, where they cover neither points nor labels."""
     places = axes.transData.transform([(point.cost, point.value) for point in points])
     scale = axes.figure.dpi / 72
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places * 1.0]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
     for point, (x, y) in zip(points, places):
         text = printable(point.name, MAX_POINT_NAME) if is_named else str(point.number)
         width, height = 6.0 * len(text) * scale, 10.0 * scale
-        best, least = (LABEL_DISTANCES[0], 0.0), math.inf
+        best, least = (0.0, 0.0), math.inf
         for distance in LABEL_DISTANCES:
             for angle in (45, 0, 315, 135, 180, 225, 90, 270):
                 dx = distance * math.cos(math.radians(angle))
@@ -315,7 +317,11 @@ def evaluations_figure(summaries: Mapping[str, StudySummary], y_label: str) -> F
             bands = np.array(
                 [
                     next(
-                        (spread(list(v.values.values())) for v in s.variants if v.variant == variant),
+                        (
+                            spread(list(v.values.values()))
+                            for v in s.variants
+                            if v.variant == variant
+                        ),
                         (math.nan,) * 3,
                     )
                     for s in summaries.values()

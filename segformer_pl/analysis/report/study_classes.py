@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -14,12 +15,13 @@ from segformer_pl.analysis.comparison import ClassDifference
 from segformer_pl.analysis.report.study_style import PAGE_WIDTH, signed, wrapped
 from segformer_pl.analysis.style import FAINT, INK, printable
 
-MAX_SHOWN_CLASSES = 20  # classes of the heat map, those with the largest differences
+MAX_SHOWN_CLASSES = 16  # classes of the heat map, those with the largest differences
 CLASS_NAME_LENGTH = 22  # characters
 # Moreland's map: lightness falls evenly to both sides, and blue against red is distinguishable with
 # every kind of colour vision. Reversed: gains are blue.
 COLORS = "coolwarm_r"
-BRIGHT = 0.35  # relative luminance of a cell above which dark numbers are easier to read
+# Relative luminance of a cell (WCAG) above which dark numbers have more contrast than white ones.
+BRIGHT = 0.245
 MIN_LIMIT = 1.0  # points at the ends of the colour map, at least; noise should not look strong
 
 
@@ -85,13 +87,16 @@ def class_figure(rows: Sequence[ClassRow], variants: Sequence[str]) -> Figure | 
     colors, norm = colormaps[COLORS].with_extremes(bad=FAINT), Normalize(-limit, limit)
     # Cells keep a readable size: few classes do not fill the width of the page.
     width = min(PAGE_WIDTH, 3.3 + 0.62 * len(shown))
-    figure = Figure(figsize=(width, 2.0 + 0.36 * len(variants)), layout="constrained")
-    axes = figure.subplots()
+    names = [printable(row.name, CLASS_NAME_LENGTH) for row in shown]
+    above = 0.2 + 0.055 * max(map(len, names))  # inches; the names stand at 45 degrees
+    height = above + 0.36 * len(variants) + 0.75
+    figure = Figure(figsize=(width, height), layout="constrained")
+    # Inches, so that cells and colour bar keep their sizes.
+    axes, bar_axes = figure.subplots(2, 1, height_ratios=(0.36 * len(variants), 0.12))
     image = axes.imshow(values, colors, norm, interpolation="none", aspect="auto")
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9, length=0)
     axes.set_yticks(range(len(variants)), [wrapped(name) for name in variants], parse_math=False)
-    names = [printable(row.name, CLASS_NAME_LENGTH) for row in shown]
     axes.xaxis.tick_top()
     axes.set_xticks(range(len(shown)), names, parse_math=False)
     for text in axes.get_xticklabels():
@@ -101,7 +106,7 @@ def class_figure(rows: Sequence[ClassRow], variants: Sequence[str]) -> Figure | 
     axes.set_yticks(np.arange(len(variants) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="minor", length=0)
-    luminance = colors(norm(values))[..., :3] @ [0.2126, 0.7152, 0.0722]
+    luminance = _linear(colors(norm(values))[..., :3]) @ [0.2126, 0.7152, 0.0722]
     for (variant, column), value in np.ndenumerate(values):
         one = shown[column].differences[variant]
         if one is None or math.isnan(value):
@@ -111,13 +116,18 @@ def class_figure(rows: Sequence[ClassRow], variants: Sequence[str]) -> Figure | 
             variant,
             signed(value, 1),
             color=INK if luminance[variant, column] > BRIGHT else "white",
-            fontsize=8.5,
+            fontsize=8.5 if len(shown) < 13 else 8,
             weight="bold" if one.is_significant else "normal",
             ha="center",
             va="center",
         )
-    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.06, pad=0.04, aspect=50)
+    bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal")
     bar.set_label("difference in IoU from the reference (points)", color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK, labelsize=9, length=3)
     return figure
+
+
+def _linear(colors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """sRGB values in 0 to 1 -> linear light, for relative luminance."""
+    return np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)

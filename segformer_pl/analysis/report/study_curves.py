@@ -1,6 +1,5 @@
 """Training curves and receptive fields of a study's variants, with the spread over their seeds."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -114,7 +113,7 @@ def layers(runs: Runs) -> list[str]:
         for name in run.metrics
         if (match := ERF_RADIUS.fullmatch(name))
     }
-    return sorted(found, key=lambda layer: (not re.match(r"stage\d", layer), layer))
+    return sorted(found, key=lambda layer: (not layer.startswith("stage"), len(layer), layer))
 
 
 def radii(runs: Runs, layer: str, percent: int) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,6 +35,7 @@ from segformer_pl.analysis.report.study_style import PAGE_WIDTH, signed
 from segformer_pl.analysis.report.study_tables import (
     Costs,
     Table,
+    cost_table,
     costs_by_variant,
     csv_text,
     evaluation_table,
@@ -41,7 +43,6 @@ from segformer_pl.analysis.report.study_tables import (
     markdown_table,
     markdown_text,
     resolved_variants,
-    stage_table,
     summary_of,
 )
 from segformer_pl.analysis.report.study_text import outcome
@@ -49,7 +50,10 @@ from segformer_pl.analysis.run import Run
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
+BREAKS = "+,_=/"  # characters of a name after which a line may break
+PAGE_PIXELS = 1088  # width of a figure of the whole page
 TABLE_FILE, CSV_FILE, COSTS_FILE = "table.md", "table.csv", "costs.json"
+MINUS = re.compile(r"(?<!\S)-(?=\d)")  # a hyphen that stands for a minus
 MAIN = "val"  # the evaluation at the end of the training, in tables
 TABLE_MEASURES = ("miou", "image_miou", "worst_decile")
 COST_AXES = {
@@ -69,6 +73,7 @@ class Chart:
         alt: What it shows, for readers who cannot see it.
         note: How to read it.
         is_wide: Whether it takes the whole width of the page.
+        width: Width on the page in pixels, at most, so that all figures have one text size.
     """
 
     title: str
@@ -76,6 +81,7 @@ class Chart:
     alt: str
     note: str
     is_wide: bool
+    width: int
 
 
 def write_study_report(
@@ -121,30 +127,29 @@ def write_study_report(
         sentences = outcome(shown, results.reference)
     else:
         sentences = ["Nothing can be compared yet."]
-    html = (
-        template_environment()
-        .get_template("study.html.j2")
-        .render(
-            style=style,
-            results=results,
-            num_runs=sum(len(by_seed) for by_seed in results.runs.values()),
-            outcome=sentences,
-            table=table,
-            resolved=resolved_variants(shown["miou"]),
-            summary=shown["miou"],
-            left_out=left_out,
-            **_figures(results, summaries, by_variant),
-            evaluations=_evaluation_tables(results, summaries),
-            classes=class_rows(shown["miou"]),
-            class_variants=[one.variant for one in shown["miou"].differences],
-            max_classes=MAX_SHOWN_CLASSES,
-            signed=signed,
-            stages=stage_table(by_variant) if by_variant else None,
-            runs=_run_links(results, shown["miou"], target),
-            transplanted=_transplanted(results),
-            environments=_environments(results),
-            written=f"{datetime.now():%Y-%m-%d %H:%M}",
-        )
+    environment = template_environment()
+    environment.filters["minus"] = lambda text: MINUS.sub("\u2212", text)
+    template = environment.get_template("study.html.j2")
+    html = template.render(
+        style=style,
+        results=results,
+        num_runs=sum(len(by_seed) for by_seed in results.runs.values()),
+        outcome=sentences,
+        table=table,
+        resolved=resolved_variants(shown["miou"]),
+        summary=shown["miou"],
+        left_out=left_out,
+        **_figures(results, summaries, by_variant),
+        evaluations=_evaluation_tables(results, summaries),
+        classes=class_rows(shown["miou"]),
+        class_variants=[one.variant for one in shown["miou"].differences],
+        signed=signed,
+        breakable=_breakable,
+        costs=cost_table(by_variant) if by_variant else None,
+        runs=_run_links(results, shown["miou"], target),
+        transplanted=_transplanted(results),
+        environments=_environments(results),
+        written=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
     texts = {
         TABLE_FILE: _markdown(results, sentences, table, shown["miou"]),
@@ -155,6 +160,13 @@ def write_study_report(
         # Class names and ids may contain unpaired surrogates, which UTF-8 cannot encode.
         atomic_write_text(target / name, text.encode(errors="replace").decode())
     return target / REPORT_FILE
+
+
+def _breakable(name: str) -> Markup:
+    """Escape a name for HTML, and allow line breaks after its separators."""
+    return Markup("").join(
+        Markup("{}<wbr>").format(letter) if letter in BREAKS else letter for letter in name
+    )
 
 
 def _read_costs(file: Path) -> list[dict[str, Any]] | None:
@@ -178,7 +190,7 @@ def _summaries(
     """Return summaries by evaluation and measure, and a sentence for each evaluation without."""
     summaries, left_out = {}, []
     for evaluation in (None, *_named_evaluations(results)):
-        for measure in MEASURES:
+        for measure in MEASURES if evaluation is None else TABLE_MEASURES:
             try:
                 summary = summarize_study(results, measure, evaluation, block_size)
             except UserError as error:
@@ -227,8 +239,9 @@ def _figures(
             forest_figure(main) if main.differences else None,
             f"Differences from {results.reference}",
             "Differences of all variants from the reference; the numbers are in the table above",
-            "The interval covers other seeds and other images; the bars below it show what each "
-            "of the two contributes. Differences and p-values are paired by seed and image.",
+            "The interval covers other seeds and other images, with one seed images alone; the "
+            "bars below it show what each of the two contributes. All are paired by seed and "
+            "image.",
         ),
         "pareto": pareto,
         "no_pareto": no_pareto,
@@ -237,9 +250,9 @@ def _figures(
             "Differences of the IoU of each class",
             "Differences of the IoU of each class from the reference; the table below has all "
             "numbers",
-            f"The {MAX_SHOWN_CLASSES} classes with the largest differences at most, the largest "
-            "first. Bold: p < 0.05 after Holm's correction for the number of classes, for each "
-            "variant by itself.",
+            f"At most {MAX_SHOWN_CLASSES} classes, those with the largest differences first. Bold: "
+            "p < 0.05 after Holm's correction for the number of classes, for each variant by "
+            "itself.",
         ),
         "curves": [chart for chart in curves if chart],
         "erf": _chart(
@@ -263,8 +276,9 @@ def _figures(
 def _chart(figure: Figure | None, title: str, alt: str, note: str) -> Chart | None:
     if figure is None:
         return None
-    is_wide = figure.get_size_inches()[0] > 0.6 * PAGE_WIDTH
-    return Chart(title, style.inline_svg(figure), alt, note, bool(is_wide))
+    width = figure.get_size_inches()[0] / PAGE_WIDTH
+    svg = style.inline_svg(figure)
+    return Chart(title, svg, alt, note, bool(width > 0.6), round(width * PAGE_PIXELS))
 
 
 def _has_metrics(run: Run) -> bool:

@@ -7,27 +7,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from segformer_pl.analysis.ablation import VariantDifference
 from segformer_pl.analysis.style import (
     BLUE,
     CHART_SIZE,
     GREEN,
     INK,
     ORANGE,
-    PURPLE,
     VERMILLION,
     printable,
     style_axes,
 )
 
+DASH = "\u2013"
 PAGE_WIDTH = 11.0  # inches; a figure of the whole width of the page
-NAME_LENGTH = 26  # characters of a line of a variant's name
+NAME_LENGTH = 28  # characters of a line of a variant's name
 MAX_LINES_IN_ONE_PANEL = 5  # curves that can be told apart in one panel
-PANEL_COLUMNS = 4
-SEPARATORS = "+,_ -=/"  # characters after which a name may be broken
+SEPARATORS = "+,_ -=/.\u2026"  # characters after which a name may be broken
 SOFT = "#767676"  # the darkest grey that is still lighter than INK; 4.5:1 on white
 # The reference comes first.
 LINE_STYLES = ((INK, "o"), (BLUE, "s"), (ORANGE, "^"), (GREEN, "D"), (VERMILLION, "v"))
-SECOND_COLOR = PURPLE
 
 
 def wrapped(name: str, length: int = NAME_LENGTH) -> str:
@@ -43,6 +42,23 @@ def wrapped(name: str, length: int = NAME_LENGTH) -> str:
 def signed(value: float, digits: int = 2) -> str:
     """Format a number with its sign, a true minus, and zero as +0.00."""
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "\u2212")
+
+
+def difference_text(one: VariantDifference | None) -> str:
+    """Format a difference and its interval in percentage points."""
+    if one is None or math.isnan(one.value):
+        return DASH
+    value = signed(100 * one.value)
+    if math.isnan(one.low):
+        return value
+    return f"{value} ({signed(100 * one.low)} to {signed(100 * one.high)})"
+
+
+def p_text(p_value: float) -> str:
+    """Format a p-value with three decimals at most."""
+    if math.isnan(p_value):
+        return DASH
+    return "< 0.001" if p_value < 1e-3 else f"{p_value:.3f}" if p_value < 0.1 else f"{p_value:.2f}"
 
 
 def panels(variants: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -65,9 +81,10 @@ def draw_panels(variants: Sequence[str]) -> tuple[Figure, list[tuple[Axes, list[
         axes = figure.subplots()
         style_axes(axes)
         return figure, [(axes, parts[0][1])]
-    num_rows = math.ceil(len(parts) / PANEL_COLUMNS)
+    num_columns = 3 if len(parts) in (5, 6, 9) else 4  # leaves the fewest gaps
+    num_rows = math.ceil(len(parts) / num_columns)
     figure = Figure(figsize=(PAGE_WIDTH, 0.6 + 2.05 * num_rows), layout="constrained")
-    grid = figure.subplots(num_rows, PANEL_COLUMNS, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
     drawn = []
     for axes, (title, names) in zip(grid.flat, parts):
         style_axes(axes)
@@ -76,7 +93,7 @@ def draw_panels(variants: Sequence[str]) -> tuple[Figure, list[tuple[Axes, list[
     for index, axes in enumerate(grid.flat):
         if index >= len(parts):
             axes.set_visible(False)
-        elif index + PANEL_COLUMNS >= len(parts):  # nothing below it
+        elif index + num_columns >= len(parts):  # nothing below it
             axes.tick_params(labelbottom=True)
     return figure, drawn
 

@@ -10,18 +10,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from segformer_pl.analysis.ablation import (
-    MEASURES,
     StudyResults,
     StudySummary,
     VariantDifference,
     VariantSummary,
 )
-from segformer_pl.analysis.report.study_charts import p_text
-from segformer_pl.analysis.report.study_style import signed
+from segformer_pl.analysis.report.study_style import DASH, difference_text, p_text
 from segformer_pl.analysis.style import printable
 
-DASH = "\u2013"
+HEADINGS = {
+    "miou": "mIoU (%)",
+    "image_miou": "mIoU^I (%)",
+    "class_miou": "mIoU^C (%)",
+    "worst_decile": "worst 10 % of images: mIoU^I (%)",
+    "worst_decile_by_class": "worst 10 % of images: mIoU^C (%)",
+}
 NETWORK = "model.network.init_args."  # left out of the names of changed settings
+RESULT_NOTE = (
+    "Results: mean over seeds \u00b1 half the width of its 95 % interval over seeds (t "
+    "distribution); mIoU^I is the mean over images of the mIoU of each image"
+)
+DIFFERENCE_NOTE = (
+    "Difference: from the reference, paired by seed and image, with its 95 % interval over seeds "
+    "and images (with one seed, over images alone); bold where it is resolved (p < 0.05)"
+)
 MAX_SETTING_LENGTH = 60  # characters of a value
 # Characters that Markdown or HTML give a meaning within a line.
 MARKUP = re.compile(r"([\\`*_\[\]<>|~&#!@$])")
@@ -71,48 +83,32 @@ def main_table(
         costs: Costs by variant; None leaves their columns out.
     """
     main, *others = summaries.values()
-    title = MEASURES[main.measure].title
     columns = [Column("#"), Column("variant", False), Column("changes", False)]
-    notes = []
     if costs is not None:
-        columns += [Column("params (M)"), Column("MACs (G)")]
-        if any(cost.get("paper_macs") is not None for cost in costs.values()):
-            columns += [Column("paper's MACs (G)")]
-            notes += [
-                "MACs are those that are executed; the paper's MACs follow its own count, which "
-                "leaves operations out"
-            ]
-        columns += [Column("latency (ms)")]
-        notes += ["Latency: median and interquartile range of single images"]
-    columns += [Column("seeds"), Column(f"{title} (%)")]
+        columns += [Column("params (M)"), Column("MACs (G)"), Column("latency (ms)")]
+    columns += [Column("seeds"), Column(HEADINGS[main.measure])]
     columns += [Column("difference (points)"), Column("p (Holm)")]
-    columns += [Column(f"{MEASURES[other.measure].title} (%)") for other in others]
-    has_paper = any(column.heading.startswith("paper") for column in columns)
+    columns += [Column(HEADINGS[other.measure]) for other in others]
     rows = []
     for number, (variant, changes) in enumerate(results.changes.items(), start=1):
         cells = [str(number), variant, changes_text(changes)]
         if costs is not None:
-            cells += _cost_cells(costs.get(variant, {}), has_paper)
+            cost = costs.get(variant, {})
+            cells += [_scaled(cost.get("parameters"), 1e6), _scaled(cost.get("macs"), 1e9)]
+            cells += [_scaled(cost.get("latency_median_ms"), 1, 1)]
         cells += _result_cells(main, variant, results.reference)
         cells += [mean_text(summary_of(other, variant)) for other in others]
         rows.append(tuple(cells))
-    notes += [
-        f"{title} and the other results: mean over seeds ± half the width of its 95 % interval "
-        "(t distribution)",
-        "Difference: from the reference, paired by seed and image, with its 95 % interval over "
-        "seeds and images; bold where it is resolved (p < 0.05)",
-    ]
-    return Table(tuple(columns), tuple(rows), tuple(notes))
+    return Table(tuple(columns), tuple(rows), (RESULT_NOTE, DIFFERENCE_NOTE))
 
 
 def evaluation_table(results: StudyResults, summary: StudySummary) -> Table:
     """Return means and differences of all variants in one further evaluation."""
-    title = MEASURES[summary.measure].title
     columns = (
         Column("#"),
         Column("variant", False),
         Column("seeds"),
-        Column(f"{title} (%)"),
+        Column(HEADINGS[summary.measure]),
         Column("difference (points)"),
         Column("p (Holm)"),
     )
@@ -123,28 +119,39 @@ def evaluation_table(results: StudyResults, summary: StudySummary) -> Table:
     return Table(columns, rows)
 
 
-def stage_table(costs: Costs) -> Table | None:
-    """Return keys per query and attention MACs of every stage; None if they are not known."""
+def cost_table(costs: Costs) -> Table:
+    """Return all costs of the variants, with those of the attention in every stage if known."""
     number = max((len(cost.get("stages") or ()) for cost in costs.values()), default=0)
-    if not number:
-        return None
-    columns = [Column("#"), Column("variant", False)]
-    for index in range(number):
-        columns += [Column(f"stage {index + 1}: keys"), Column("attention MACs (M)")]
-    columns += [Column("activations (MB)")]
+    has_paper = any(cost.get("paper_macs") is not None for cost in costs.values())
+    columns = [Column("#"), Column("variant", False), Column("params (M)"), Column("MACs (G)")]
+    notes = []
+    if has_paper:
+        columns.append(Column("MACs of the paper (G)"))
+        notes.append(
+            "MACs: multiply-adds that are executed; MACs of the paper: by its own count, which "
+            "leaves operations out"
+        )
+    columns += [Column("latency (ms)"), Column("activations (MB)")]
+    notes.append(
+        "Latency: median of single images, with the interquartile range; activations: memory that "
+        "a training step keeps for the backward pass, for one image"
+    )
+    if number:
+        columns += [Column(f"stage {i + 1}: keys / MACs (M)") for i in range(number)]
+        notes.append("Stages: number of keys that each query attends to / MACs of the attention")
     rows = []
     for place, (variant, cost) in enumerate(costs.items(), start=1):
         cells = [str(place), variant]
-        stages = cost.get("stages") or ()
-        for index in range(number):
-            stage = stages[index] if index < len(stages) else {}
-            cells += [_scaled(stage.get("keys"), 1, 0), _scaled(stage.get("attention_macs"), 1e6)]
-        rows.append((*cells, _scaled(cost.get("activation_bytes"), 1e6, 1)))
-    notes = (
-        "Keys: number of keys that each query attends to; activations: memory that a training "
-        "step keeps for the backward pass, for one image",
-    )
-    return Table(tuple(columns), tuple(rows), notes)
+        cells += [_scaled(cost.get("parameters"), 1e6), _scaled(cost.get("macs"), 1e9)]
+        cells += [_scaled(cost.get("paper_macs"), 1e9)] if has_paper else []
+        cells += [_latency(cost), _scaled(cost.get("activation_bytes"), 1e6, 1)]
+        stages = [*(cost.get("stages") or ()), *({} for _ in range(number))]
+        cells += [
+            f"{_scaled(stage.get('keys'), 1, 0)} / {_scaled(stage.get('attention_macs'), 1e6)}"
+            for stage in stages[:number]
+        ]
+        rows.append(tuple(cells))
+    return Table(tuple(columns), tuple(rows), tuple(notes))
 
 
 def summary_of(summary: StudySummary, variant: str) -> VariantSummary | None:
@@ -177,16 +184,6 @@ def mean_text(one: VariantSummary | None) -> str:
     return mean if math.isnan(half) else f"{mean} ± {100 * half:.2f}"
 
 
-def difference_text(one: VariantDifference | None) -> str:
-    """Format a difference and its interval in percentage points."""
-    if one is None or math.isnan(one.value):
-        return DASH
-    value = signed(100 * one.value)
-    if math.isnan(one.low):
-        return value
-    return f"{value} ({signed(100 * one.low)} to {signed(100 * one.high)})"
-
-
 def _result_cells(summary: StudySummary, variant: str, reference: str) -> tuple[str, ...]:
     one, difference = summary_of(summary, variant), difference_of(summary, variant)
     seeds = str(len(one.values)) if one else "0"
@@ -196,13 +193,10 @@ def _result_cells(summary: StudySummary, variant: str, reference: str) -> tuple[
     return seeds, mean_text(one), difference_text(difference), p_text(p_value)
 
 
-def _cost_cells(cost: Mapping[str, Any], has_paper: bool) -> list[str]:
+def _latency(cost: Mapping[str, Any]) -> str:
     median, iqr = cost.get("latency_median_ms"), cost.get("latency_iqr_ms")
-    latency = _scaled(median, 1, 1)
-    if median is not None and iqr is not None:
-        latency += f" (IQR {_scaled(iqr, 1, 1)})"
-    cells = [_scaled(cost.get("parameters"), 1e6), _scaled(cost.get("macs"), 1e9)]
-    return [*cells, *([_scaled(cost.get("paper_macs"), 1e9)] if has_paper else []), latency]
+    text = _scaled(median, 1, 1)
+    return text if median is None or iqr is None else f"{text} (IQR {iqr:.1f})"
 
 
 def _scaled(value: float | None, unit: float, digits: int = 2) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from segformer_pl.analysis.ablation import MEASURES, StudySummary, VariantDifference
-from segformer_pl.analysis.report.study_style import signed
+from segformer_pl.analysis.report.study_style import p_text, signed
 
-MAX_NAMED = 6  # variants that a sentence lists by name
+MAX_NAMED = 4  # variants that a sentence lists by name
 
 
 def outcome(summaries: Mapping[str, StudySummary], reference: str) -> list[str]:
@@ -20,14 +20,16 @@ def outcome(summaries: Mapping[str, StudySummary], reference: str) -> list[str]:
         reference: Name of the variant that the others are compared with.
     """
     main, *others = summaries.values()
-    if not main.differences:
+    known = [one for one in main.differences if math.isfinite(one.value)]
+    if not known:
         return ["There is no other variant with a finished run to compare with the reference."]
     sentences = [_scope(main, reference)]
-    if all(math.isnan(one.p_value) for one in main.differences):
-        sentences += [_without_test(main), _images_only(main)]
-    else:
-        sentences += [_resolved(main), _unresolved(main), _sources(main), _seeds(main)]
-    sentences += [_agreement(main, other) for other in others]
+    tested = [one for one in known if math.isfinite(one.p_holm)]
+    if tested:
+        sentences += [_resolved(main, tested), _unresolved(tested), _sources(tested)]
+        sentences += [_seeds(tested), *_agreement(tested, others)]
+    if len(tested) < len(known):
+        sentences.append(_untested([one for one in known if one not in tested], main))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -37,126 +39,121 @@ def _scope(main: StudySummary, reference: str) -> str:
     return (
         f"{len(main.variants)} variants were trained with {seeds} "
         f"{'seed' if max(counts) == 1 else 'seeds'} each and evaluated on {main.num_images:,} "
-        f"images. The reference is {_named([reference])}."
+        f"images; the reference is {_named([reference])}."
     )
 
 
-def _without_test(main: StudySummary) -> str:
-    values = [one.value for one in main.differences]
+def _untested(rest: Sequence[VariantDifference], main: StudySummary) -> str:
+    """Describe the differences of variants with one seed."""
+    title = MEASURES[main.measure].title
+    errors = [100 * one.se_images for one in rest if math.isfinite(one.se_images)]
+    spread = ""
+    if errors:
+        plural = "s are" if len(errors) > 1 else " is"
+        spread = f"; the standard error{plural} {_range(errors)} points from the choice of images"
+        spread += " alone"
+    what = "Differences" if len(rest) > 1 else "The difference"
     return (
-        f"No difference in {MEASURES[main.measure].title} is tested, because one seed does not "
-        f"show how much the result changes from training to training. The differences lie "
-        f"between {_points(min(values))} and {_points(max(values))} points."
+        f"{what} of {_named([one.variant for one in rest])} in {title} cannot be tested, because "
+        f"one seed does not show how much the result changes from training to training: "
+        f"{_values(rest)} points{spread}."
     )
 
 
-def _images_only(main: StudySummary) -> str:
-    errors = [one.se_images for one in main.differences if math.isfinite(one.se_images)]
-    if not errors:
-        return ""
-    return (
-        "Their standard errors from the choice of images are "
-        f"{_range([100 * error for error in errors])} points; the spread between seeds comes on "
-        "top of it."
-    )
-
-
-def _resolved(main: StudySummary) -> str:
-    found = [one for one in main.differences if one.is_resolved]
-    number, title = len(main.differences), MEASURES[main.measure].title
+def _resolved(main: StudySummary, tested: Sequence[VariantDifference]) -> str:
+    found = sorted((one for one in tested if one.is_resolved), key=lambda one: -abs(one.value))
+    number, title = len(tested), MEASURES[main.measure].title
     if not found:
         subject = f"None of the {number} differences" if number > 1 else "The difference"
         verb = "is" if number > 1 else "is not"
         return f"{subject} in {title} {verb} resolved (Holm-corrected p < 0.05)."
-    found.sort(key=lambda one: -abs(one.value))
     parts = [
         f"{_named([one.variant])} is {abs(100 * one.value):.2f} points "
-        f"{'higher' if one.value > 0 else 'lower'} (95 % CI {_points(one.low)} to "
-        f"{_points(one.high)}, p {_p(one.p_holm)})"
+        f"{'higher' if one.value > 0 else 'lower'} (95 % CI {_interval(one)}, p "
+        f"{_p(one.p_holm)})"
         for one in found[:MAX_NAMED]
     ]
-    more = f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    if rest := found[MAX_NAMED:]:
+        others = f"the other {len(rest)} differ" if len(rest) > 1 else "the last one differs"
+        parts.append(f"{others} by {_values(rest)} points")
     if number == 1:
         return f"The difference in {title} is resolved: {parts[0]}."
     return (
         f"Of {number} differences in {title}, {len(found)} "
         f"{'is' if len(found) == 1 else 'are'} resolved (Holm-corrected p < 0.05): "
-        f"{'; '.join(parts)}{more}."
+        f"{'; '.join(parts)}."
     )
 
 
-def _unresolved(main: StudySummary) -> str:
-    rest = [one for one in main.differences if not one.is_resolved]
+def _unresolved(tested: Sequence[VariantDifference]) -> str:
+    rest = [one for one in tested if not one.is_resolved]
     if not rest:
         return ""
-    low, high = min(one.low for one in rest), max(one.high for one in rest)
-    names = _named([one.variant for one in rest])
-    what = "the difference" if len(rest) == 1 else "differences"
-    sentence = (
-        f"Not resolved {'is' if len(rest) == 1 else 'are'} {what} of {names}: "
-        f"{_differences(rest)}"
-    )
-    if math.isfinite(low) and math.isfinite(high):
-        bounds = f"{_points(low)} to {_points(high)} points"
-        if len(rest) == 1:
-            sentence += f", and every true difference from {bounds} is compatible with the runs"
-        else:
-            sentence += f", with intervals that together cover {bounds}"
-    return sentence + "."
-
-
-def _differences(rest: Sequence[VariantDifference]) -> str:
-    values = [one.value for one in rest]
     if len(rest) == 1:
-        return f"{_points(values[0])} points"
-    return f"between {_points(min(values))} and {_points(max(values))} points"
+        (one,) = rest
+        verb = "It is" if len(tested) == 1 else f"That of {_named([one.variant])} is not: it is"
+        return (
+            f"{verb} {_values(rest)} points, and true differences from {_interval(one)} points are "
+            "compatible with the runs."
+        )
+    bounds = f"{_points(min(one.low for one in rest))} to {_points(max(one.high for one in rest))}"
+    names = "" if len(rest) > MAX_NAMED else f" ({_named([one.variant for one in rest])})"
+    subject = "They lie" if len(rest) == len(tested) else f"The other {len(rest)}{names} are not: "
+    subject += "" if len(rest) == len(tested) else "they lie"
+    return (
+        f"{subject} between {_values(rest, ' and ')} points, with intervals that together cover "
+        f"{bounds} points."
+    )
 
 
-def _sources(main: StudySummary) -> str:
+def _sources(tested: Sequence[VariantDifference]) -> str:
     """Say how much of the uncertainty seeds and images contribute."""
-    both = [
-        one
-        for one in main.differences
-        if math.isfinite(one.se_seeds) and math.isfinite(one.se_images)
-    ]
+    both = [one for one in tested if math.isfinite(one.se_seeds) and math.isfinite(one.se_images)]
     seeds = float(np.mean([one.se_seeds**2 for one in both])) if both else 0.0
     images = float(np.mean([one.se_images**2 for one in both])) if both else 0.0
     if not seeds + images:
         return ""
     share = seeds / (seeds + images)
     advice = ""
-    if share > 0.7:
-        advice = ", so more seeds would narrow the intervals, and more images would not"
-    elif share < 0.3:
-        advice = ", so more images would narrow the intervals, and more seeds would not"
+    if share > 0.8:
+        advice = "; more seeds would narrow the intervals, more images hardly"
+    elif share < 0.2:
+        advice = "; more images would narrow the intervals, more seeds hardly"
+    where = "Over the differences" if len(both) > 1 else "Of its uncertainty"
     return (
-        f"On average over the differences, seeds contribute {100 * share:.0f} % of the variance "
-        f"and images {100 * (1 - share):.0f} % (standard errors "
-        f"{100 * math.sqrt(seeds):.2f} and {100 * math.sqrt(images):.2f} points){advice}."
+        f"{where}, seeds contribute {100 * share:.0f} % of the variance and images "
+        f"{100 * (1 - share):.0f} % (standard errors {100 * math.sqrt(seeds):.2f} and "
+        f"{100 * math.sqrt(images):.2f} points){advice}."
     )
 
 
-def _seeds(main: StudySummary) -> str:
+def _seeds(tested: Sequence[VariantDifference]) -> str:
     """Say how many seeds a difference of one point needs."""
-    rest = [one for one in main.differences if not one.is_resolved]
+    rest = [one for one in tested if not one.is_resolved]
     known = [one.seeds_for_one_point for one in rest if one.seeds_for_one_point is not None]
     if not known:
         return ""
-    seeds = max(known)
-    if seeds <= min(one.num_seeds for one in rest):
-        return "The seeds at hand resolve a difference of one point with a power of 80 %."
-    return f"A difference of one point would take {seeds} seeds, with a power of 80 %."
+    if all((one.seeds_for_one_point or math.inf) <= one.num_seeds for one in rest):
+        return "These seeds suffice for most true differences of one point (power 80 %)."
+    low, high = min(known), max(known)
+    seeds = f"{low:,} seeds" if low == high else f"{low:,} to {high:,} seeds"
+    sentence = f"A difference of one point takes {seeds} to be resolved (power 80 %)"
+    if len(known) < len(rest):
+        sentence += "; for some variants no number of seeds would do"
+    return f"{sentence}."
 
 
-def _agreement(main: StudySummary, other: StudySummary) -> str:
-    """Compare a further measure with the main one."""
-    title = MEASURES[other.measure].title
-    pairs = [
-        (one, twin)
-        for one in main.differences
-        for twin in other.differences
-        if one.variant == twin.variant
-    ]
+def _agreement(tested: Sequence[VariantDifference], others: Sequence[StudySummary]) -> list[str]:
+    """Compare further measures with the main one; those that say the same share a sentence."""
+    by_text: dict[str, list[str]] = {}
+    for other in others:
+        text = _compared(tested, {one.variant: one for one in other.differences})
+        by_text.setdefault(text, []).append(MEASURES[other.measure].title)
+    return [f"{_listed(titles)}: {text}." for text, titles in by_text.items() if text]
+
+
+def _compared(tested: Sequence[VariantDifference], twins: Mapping[str, VariantDifference]) -> str:
+    pairs = [(one, twins[one.variant]) for one in tested if one.variant in twins]
     if not pairs:
         return ""
     opposed = [
@@ -164,23 +161,34 @@ def _agreement(main: StudySummary, other: StudySummary) -> str:
         for one, twin in pairs
         if one.value * twin.value < 0 and (one.is_resolved or twin.is_resolved)
     ]
-    only = [twin.variant for one, twin in pairs if twin.is_resolved and not one.is_resolved]
+    gained = [twin.variant for one, twin in pairs if twin.is_resolved and not one.is_resolved]
     lost = [one.variant for one, twin in pairs if one.is_resolved and not twin.is_resolved]
     parts = []
     if opposed:
-        parts.append(f"has the opposite sign for {_named(opposed)}")
-    if only:
-        parts.append(f"also resolves {_named(only)}")
+        parts.append(f"of the opposite sign for {_named(opposed)}")
+    if gained:
+        parts.append(f"resolved also for {_named(gained)}")
     if lost:
-        parts.append(f"does not resolve {_named(lost)}")
-    if not parts:
-        is_any = any(one.is_resolved for one, _ in pairs)
-        parts = ["agrees: it resolves the same differences" if is_any else "resolves none either"]
-    return f"{title} {_listed(parts)}."
+        parts.append(f"not resolved for {_named(lost)}")
+    if parts:
+        return f"the difference is {_listed(parts)}"
+    is_any = any(one.is_resolved for one, _ in pairs)
+    return "the same differences are resolved" if is_any else "none is resolved either"
 
 
 def _points(difference: float) -> str:
     return signed(100 * difference)
+
+
+def _interval(one: VariantDifference) -> str:
+    return f"{_points(one.low)} to {_points(one.high)}"
+
+
+def _values(differences: Sequence[VariantDifference], to: str = " to ") -> str:
+    """Return the range of the differences in points; a single number for one."""
+    values = [one.value for one in differences]
+    low, high = _points(min(values)), _points(max(values))
+    return low if len(values) == 1 else f"{low}{to}{high}"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -189,12 +197,13 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _p(p_value: float) -> str:
-    return "< 0.0001" if p_value < 1e-4 else f"= {p_value:.2g}"
+    text = p_text(p_value)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def _named(names: Sequence[str]) -> str:
     quoted = [f"\u201c{name}\u201d" for name in names]
-    if len(quoted) > MAX_NAMED:
+    if len(quoted) > MAX_NAMED + 1:
         return f"{', '.join(quoted[:MAX_NAMED])} and {len(quoted) - MAX_NAMED} more"
     return _listed(quoted)
 

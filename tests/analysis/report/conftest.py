@@ -287,7 +287,9 @@ class StudyFolder:
             "budget": self.budget,
             "variant": variant,
             "variants": list(self.effects),
-            "changes": {} if is_reference else {f"model.network.init_args.{k}": v for k, v in arguments.items()},
+            "changes": {}
+            if is_reference
+            else {f"model.network.init_args.{k}": v for k, v in arguments.items()},
             "reference": next(iter(self.effects)),
             "seed": seed,
             "digest": self.digest(variant),
@@ -365,6 +367,12 @@ class StudyFolder:
         (folder / "hparams.yaml").write_text(yaml.safe_dump(hparams))
 
 
+@pytest.fixture(scope="session")
+def study_folder():
+    """Class of a simulated study, see StudyFolder."""
+    return StudyFolder
+
+
 @pytest.fixture
 def simulate_study(tmp_path):
     """Function (effects, ...) -> StudyFolder whose runs are all written."""
@@ -375,6 +383,12 @@ def simulate_study(tmp_path):
         return study
 
     return make
+
+
+@pytest.fixture(scope="session")
+def page_class():
+    """Class of a parsed page, see Page."""
+    return Page
 
 
 @pytest.fixture
