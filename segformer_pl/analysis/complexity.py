@@ -179,6 +179,30 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
     )
 
 
+def executed_macs(network: Segmenter, height: int, width: int) -> int:
+    """Count the MACs alone, in a third of the time that :func:`complexity` takes.
+
+    Args:
+        network: Segmenter; its state and mode do not change.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+
+    Raises:
+        UserError: The network refuses images of this size.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+        tensors = (*network.named_parameters(), *network.named_buffers())
+        state: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors}
+        first = next(network.parameters())
+        images = torch.zeros(
+            1, network.in_channels, height, width, dtype=first.dtype, device=first.device
+        )
+        flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv_flops})
+        with _evaluating(network), flops, torch.no_grad():
+            functional_call(network, state, (images,))
+    return flops.get_total_flops() // 2
+
+
 def measure_latency(
     network: Segmenter,
     height: int,
@@ -214,7 +238,7 @@ def measure_latency(
         iqr_ms=1e3 * measured.iqr,
         num_runs=len(measured.times) * measured.number_per_run,
         num_warmup=num_warmup,
-        device=_device_name(device),
+        device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         num_threads=torch.get_num_threads(),
     )
@@ -388,7 +412,8 @@ def _evaluating(network: nn.Module, evaluating: bool = True) -> Iterator[None]:
             module.training = training
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """Return the name of a device for a report."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device} ({platform.processor() or platform.machine()})"

@@ -85,7 +85,7 @@ class TransplantReport:
             *self.resampled,
             *self.left_out,
             *self.initialised,
-            *(f"{change[0].upper()}{change[1:]}." for change in self.load.changed),
+            *(f"Argument {change}." for change in self.load.changed),
         ]
 
     def __str__(self) -> str:

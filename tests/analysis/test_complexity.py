@@ -9,6 +9,7 @@ from segformer_pl import models
 from segformer_pl.analysis.complexity import (
     as_dict,
     complexity,
+    executed_macs,
     measure_latency,
     table,
 )
@@ -234,3 +235,10 @@ def test_table_and_dictionary_state_what_was_measured():
     assert data["paper_gflops"] == round(cost.paper_macs / 1e9, 1)
     assert data["latency"]["num_warmup"] == 3
     assert data["parts"][0]["key_length"] == 4
+
+
+@pytest.mark.slow
+def test_executed_macs_are_those_of_the_whole_count():
+    network = small(sr_ratios=(8, 8, 2, 1)).train()
+    assert executed_macs(network, 64, 96) == complexity(network, 64, 96).macs
+    assert network.training

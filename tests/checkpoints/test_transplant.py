@@ -186,7 +186,8 @@ def test_the_paddings_are_those_that_the_source_states(trained):
     assert torch.equal(network.encoder.stages[0].patch_embed.proj.weight, expected)
     assert "from kernel 4 and padding 2 to 7 and 3" in report.resampled[0]
     assert any(
-        sentence.startswith("Paddings is (3, 1, 1, 1) here") for sentence in report.sentences
+        sentence.startswith("Argument paddings is (3, 1, 1, 1) here")
+        for sentence in report.sentences
     )
 
 
