@@ -1,5 +1,6 @@
 """State and lock of a run folder, with real processes that hold the lock and are killed."""
 
+import json
 import subprocess
 import sys
 import time
@@ -9,7 +10,9 @@ import pytest
 from segformer_pl.ablation.folder import (
     State,
     check_record,
+    copy_run,
     find_state,
+    find_twin,
     is_locked,
     locked,
 )
@@ -104,3 +107,49 @@ def test_a_renamed_or_edited_folder_is_refused(tmp_path):
     atomic_write_text(tmp_path / "ablation.json", '{"study"')
     with pytest.raises(UserError, match=r"cannot be read .*move its folder away"):
         check_record(tmp_path, record)
+
+
+@pytest.fixture
+def twin(tmp_path):
+    """A complete run of another study: seed 0, 8 steps, digest 0f3a9c1e."""
+    run = tmp_path / "first" / "base.seed0.small.0f3a9c1e"
+    files = {
+        "ablation.json": json.dumps({"study": "first", "seed": 0, "digest": "0f3a9c1e"}),
+        "config.yaml": "data: {path: here}\n",
+        "metrics.csv": "step\n",
+        "checkpoints/last.ckpt": "weights",
+        "evaluation/val_step_0000008.npz": "counts",
+        "evaluations/at_96/evaluation/val_step_0000000.npz": "",
+        ".lock": "",
+    }
+    for name, text in files.items():
+        atomic_write_text(run / name, text)
+    return run
+
+
+def test_the_same_training_is_found_in_another_study_alone(twin, tmp_path):
+    folder = tmp_path / "second" / "reference.seed0.long.0f3a9c1e"
+    same = {"seed": 0, "digest": "0f3a9c1e", "max_steps": 8, "data_path": "here"}
+    assert find_twin(folder, **same) == twin
+    assert find_twin(twin.parent / "other.seed0.small.0f3a9c1e", **same) is None
+    for change in ({"seed": 1}, {"digest": "00000000"}, {"max_steps": 9}, {"data_path": None}):
+        assert find_twin(folder, **same | change) is None, change
+    atomic_write_text(twin / "ablation.json", json.dumps({"seed": 1, "digest": "0f3a9c1e"}))
+    assert find_twin(folder, **same) is None  # renamed by hand
+
+
+def test_a_copy_holds_the_training_and_nothing_of_the_study(twin, tmp_path):
+    folder = tmp_path / "second" / "reference.seed0.small.0f3a9c1e"
+    atomic_write_text(folder / "ablation.json", "its own")
+    copy_run(twin, folder)
+    files = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    assert files == {
+        "ablation.json",
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints/last.ckpt",
+        "evaluation/val_step_0000008.npz",
+    }
+    assert (folder / "ablation.json").read_text() == "its own"
+    assert find_state(folder, 8, []) == State.DONE
+    assert find_state(folder, 8, ["at_96"]) == State.INTERRUPTED

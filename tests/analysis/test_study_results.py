@@ -139,6 +139,20 @@ def test_settings_edited_by_hand(study):
     assert "edited after the run was started" in message
 
 
+def test_weights_of_a_transplant_count_as_those_that_the_study_states(tmp_path, write_run):
+    counts = np.full((3, 2, 3), 4)
+    run = write_run(tmp_path, "base", 0, counts, transplant="mit_b0.pth")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["weights"] = "mit_b0.pth"
+    digest = settings_digest(training_configuration({0: config}, None))
+    config["model"]["weights"] = "made_for_this_run.safetensors"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "were edited" in refusal(tmp_path)
+    edit(run / "ablation.json", digest=digest)
+    run.rename(tmp_path / f"base.seed0.small.{digest}")
+    assert list(read_results(tmp_path, "small").runs["base"]) == [0]
+
+
 def test_folder_renamed_by_hand(study):
     run = only(study, "wide.seed1.*")
     run.rename(run.with_suffix(".00000000"))
