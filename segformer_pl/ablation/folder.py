@@ -186,6 +186,11 @@ def check_record(folder: Path, record: dict[str, Any]) -> None:
     """
     file = folder / RECORD_FILE
     if not file.is_file():
+        if any((folder / "evaluation").glob("*.npz")):
+            raise UserError(
+                f"'{folder}' holds a training, but not its {RECORD_FILE}, which says what was "
+                "trained; restore the file, or move the folder away, and the run is trained anew"
+            )
         return
     stored = read_record(folder)
     for key in IDENTITY:

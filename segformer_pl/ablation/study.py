@@ -381,6 +381,14 @@ def _changes(content: StudyFile, file: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{file}: give either variants or axes, with at least one entry")
     variants = content.variants or dict(_grid(content.axes or {}))
     _check_names(file, variants)
+    for name, changes in variants.items():
+        for key in changes:
+            if "." not in key:
+                raise UserError(
+                    f"{file}: variant '{name}' changes '{key}', which is no setting; give its "
+                    "dotted name, such as model.network.init_args.sr_ratios (seeds are no setting "
+                    "of a variant)"
+                )
     return variants
 
 
@@ -483,13 +491,14 @@ def _check_different(file: Path, variants: Sequence[Variant]) -> None:
 
 
 def _check_same_data(file: Path, variants: Sequence[Variant]) -> None:
-    """Check that all variants have one data set, because they are compared image by image."""
+    """Check that all variants are validated on the same images, by which they are compared."""
     first = variants[0]
     for variant in variants[1:]:
-        one, other = first.config["data"]["dataset"], variant.config["data"]["dataset"]
-        if one != other:
-            raise UserError(
-                f"{file}: variant '{first.name}' has the data set {one} and variant "
-                f"'{variant.name}' {other}, and variants are compared on the same images; make a "
-                "study of each data set"
-            )
+        for part, key in (("data", "dataset"), ("trainer", "limit_val_batches")):
+            one, other = first.config[part][key], variant.config[part][key]
+            if one != other:
+                raise UserError(
+                    f"{file}: {part}.{key} is {one} in variant '{first.name}' and {other} in "
+                    f"'{variant.name}', and variants are compared on the same images; make a "
+                    "study of each"
+                )

@@ -89,8 +89,8 @@ def read_results(
 
     Raises:
         UserError: There are no such runs, a folder was edited by hand, or the runs do not belong
-            together: other training data, evaluated images or classes, a variant and seed twice, or
-            different numbers of training steps.
+            together: other training data, evaluated images or classes, or different numbers of
+            training steps.
     """
     every = list(_members(folder))
     members = [member for member in every if member.entry["budget"] == budget]
@@ -112,7 +112,6 @@ def read_results(
             f"all {len(members)} runs of budget '{budget}' in '{folder}' are of other settings "
             f"than the study has now, such as '{members[0].name}'; run `ablate` again"
         )
-    _check_repetition(current)
     first = _newest_first(current)[0].entry
     finished = [member for member in current if _missing(member) is None]
     _check_together(finished)
@@ -147,7 +146,7 @@ def _members(folder: Path) -> Iterator[_Member]:
         ):
             raise UserError(
                 f"'{run.ablation_file}' does not hold the place of a run in a study, as "
-                "`ablate` writes it; delete the folder and run `ablate` again"
+                "`ablate` writes it; move the folder away and run `ablate` again"
             )
         is_trained = run.config_file.is_file()
         yield _Member(run, entry, run.configuration(entry["max_steps"]) if is_trained else None)
@@ -156,11 +155,11 @@ def _members(folder: Path) -> Iterator[_Member]:
 def _check_settings(member: _Member) -> None:
     """Check that a folder still holds the settings that it was made with."""
     configuration, folder = member.configuration, member.run.folder
-    in_name = folder.name.rpartition(".")[2]
-    if not in_name.startswith(member.digest):
+    name = f"{member.variant}.seed{member.seed}.{member.entry['budget']}.{member.digest}"
+    if folder.name != name:
         raise UserError(
-            f"the name of '{folder}' ends with '{in_name}', but its ablation.json has the digest "
-            f"'{member.digest}'; restore the name, or delete the folder and run `ablate` again"
+            f"the folder '{folder}' should be called '{name}', as its ablation.json says; restore "
+            "the name, or move the folder away and run `ablate` again"
         )
     if configuration is None:
         return
@@ -172,25 +171,14 @@ def _check_settings(member: _Member) -> None:
         raise UserError(
             f"the settings in '{member.run.config_file}' have the digest '{digest}' instead of "
             f"'{member.digest}', so they were edited after the run was started; restore them, or "
-            "delete the folder and run `ablate` again"
+            "move the folder away and run `ablate` again"
         )
     if configuration.seed != member.seed:
         raise UserError(
             f"'{member.run.config_file}' has the seed {configuration.seed} and ablation.json the "
-            f"seed {member.seed}, so one of them was edited; restore it, or delete the folder and "
-            "run `ablate` again"
+            f"seed {member.seed}, so one of them was edited; restore it, or move the folder away "
+            "and run `ablate` again"
         )
-
-
-def _check_repetition(members: Sequence[_Member]) -> None:
-    by_place: dict[tuple[str, int], _Member] = {}
-    for member in members:
-        other = by_place.setdefault((member.variant, member.seed), member)
-        if other is not member:
-            raise UserError(
-                f"'{other.run.folder}' and '{member.run.folder}' are both seed {member.seed} of "
-                f"variant '{member.variant}', and would count twice; delete one of them"
-            )
 
 
 def _check_together(finished: Sequence[_Member]) -> None:
@@ -202,11 +190,18 @@ def _check_together(finished: Sequence[_Member]) -> None:
     data = first.run.training_data
     for member in finished[1:]:
         other = member.run.training_data
-        if data is None or other is None or data != other:
+        for one, known in ((first, data), (member, other)):
+            if known is None:
+                raise UserError(
+                    f"the training data of '{one.run.folder}' are not known, because its "
+                    "training_data.json is missing or damaged; restore the file, or move the "
+                    "folder away and run `ablate` again"
+                )
+        if data != other:
             raise UserError(
-                f"'{first.name}' was trained on {data or 'unknown data'} and '{member.name}' on "
-                f"{other or 'unknown data'}, so their difference is not that of the variants; "
-                "delete the runs on the wrong data and run `ablate` again"
+                f"'{first.name}' was trained on {data} and '{member.name}' on {other}, so their "
+                "difference is not that of the variants; move the runs on the wrong data away and "
+                "run `ablate` again"
             )
         is_axis = any(MAX_STEPS in (m.entry.get("changes") or {}) for m in (first, member))
         if member.max_steps != first.max_steps and not is_axis:

@@ -78,7 +78,7 @@ def describe_method(title: str, num_seeds: Sequence[int], num_images: int, block
         "images, from the jackknife over images (crossed random effects, the interaction of seed "
         "and image counted once). Intervals and p-values are those of Student's t with "
         "Satterthwaite's degrees of freedom.",
-        f"p is corrected for the {len(num_seeds)} comparisons of the study (Holm), intervals are "
+        f"p is corrected for the number of comparisons ({len(num_seeds)}, Holm), intervals are "
         "not corrected. A difference is resolved if the corrected p is below 0.05.",
         "The effect size is Hedges' g: the difference divided by the pooled standard deviation "
         "over seeds.",

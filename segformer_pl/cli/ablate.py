@@ -152,9 +152,7 @@ def _parse(arguments: list[str]) -> Namespace:
         metavar="FILE",
         help="train nothing; write the study as a W&B sweep",
     )
-    parser.add_argument(
-        "--output", default=str(OUTPUT), help=f"folder of all studies (default: {OUTPUT})"
-    )
+    parser.add_argument("--output", default=str(OUTPUT), help="folder of all studies")
     parser.add_argument(
         "--data.path", type=str | None, default=None, help="data.path of all variants"
     )

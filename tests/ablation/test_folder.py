@@ -109,6 +109,14 @@ def test_a_renamed_or_edited_folder_is_refused(tmp_path):
         check_record(tmp_path, record)
 
 
+def test_a_training_without_its_record_is_refused(tmp_path):
+    record = dict.fromkeys(("study", "variant", "seed", "budget", "digest"), "x")
+    check_record(tmp_path / "run", record)  # nothing there yet
+    atomic_write_text(tmp_path / "run" / "evaluation" / "val_step_0000008.npz", "")
+    with pytest.raises(UserError, match=r"holds a training, but not its ablation\.json"):
+        check_record(tmp_path / "run", record)
+
+
 @pytest.fixture
 def twin(tmp_path):
     """A complete run of another study: seed 0, 8 steps, digest 0f3a9c1e."""

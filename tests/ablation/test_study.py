@@ -145,6 +145,11 @@ def test_nested_settings():
             {"variants": {"a": {NETWORK + "sr_ratios": [32, 4, 2, 1]}}},
             "variant 'a': its network needs images of at least 125 pixels .* have 64x64",
         ),
+        ({"variants": {"a": {"sr_ratios": [1]}}}, "variant 'a' changes 'sr_ratios'.*init_args"),
+        (
+            {"variants": {"a": {}, "b": {"trainer.limit_val_batches": 2}}},
+            "trainer.limit_val_batches is None in variant 'a' and 2 in 'b'",
+        ),
         ({"variants": {"a": {}, "b": {}}}, "'a' and 'b' have the same settings"),
         ({"variants": {"a/b": {}}}, "name 'a/b'"),
         ({"variants": {}}, "either variants or axes"),
@@ -166,7 +171,7 @@ def test_nested_settings():
         ),
         (
             {"variants": {"a": {}, "b": {"data.dataset": "camvid"}}},
-            "'a' has the data set shapes and variant 'b' camvid",
+            "data.dataset is shapes in variant 'a' and camvid in 'b'",
         ),
     ],
 )

@@ -155,19 +155,24 @@ def test_weights_of_a_transplant_count_as_those_that_the_study_states(tmp_path, 
 
 def test_folder_renamed_by_hand(study):
     run = only(study, "wide.seed1.*")
-    run.rename(run.with_suffix(".00000000"))
-    assert "the name of" in refusal(study)
+    for name in (run.with_suffix(".00000000").name, run.name.replace("seed1", "seed5")):
+        renamed = run.rename(study / name)
+        assert f"should be called '{run.name}'" in refusal(study)
+        renamed.rename(run)
 
 
 def test_seed_edited_by_hand(study):
-    edit(only(study, "wide.seed1.*") / "ablation.json", seed=7)
+    run = only(study, "wide.seed1.*")
+    edit(run / "ablation.json", seed=7)
+    assert "should be called 'wide.seed7." in refusal(study)
+    run.rename(study / run.name.replace("seed1", "seed7"))
     assert "the seed 1 and ablation.json the seed 7" in refusal(study)
 
 
-def test_the_same_variant_and_seed_twice(study):
+def test_copied_folder(study):
     run = only(study, "wide.seed1.*")
     shutil.copytree(run, study / f"{run.name} (copy)")
-    assert "are both seed 1 of variant 'wide'" in refusal(study)
+    assert f"should be called '{run.name}'" in refusal(study)
 
 
 def test_different_training_data(study, write_run):
@@ -178,8 +183,12 @@ def test_different_training_data(study, write_run):
 
 
 def test_unknown_training_data(study):
-    (only(study, "wide.seed1.*") / "training_data.json").unlink()
-    assert "on unknown data" in refusal(study)
+    file = only(study, "wide.seed1.*") / "training_data.json"
+    for text in ("{}", "no JSON"):
+        file.write_text(text)
+        message = refusal(study)
+        assert str(file.parent) in message
+        assert "missing or damaged" in message
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def _resolved(main: StudySummary, tested: Sequence[VariantDifference]) -> str:
     if not found:
         subject = f"None of the {number} differences" if number > 1 else "The difference"
         verb = "is" if number > 1 else "is not"
-        return f"{subject} in {title} {verb} resolved (Holm-corrected p < 0.05)."
+        return f"{subject} in {title} {verb} resolved (that takes a Holm-corrected p below 0.05)."
     parts = [
         f"{_named([one.variant])} is {abs(100 * one.value):.2f} points "
         f"{'higher' if one.value > 0 else 'lower'} (95 % CI {_interval(one)}, p "
