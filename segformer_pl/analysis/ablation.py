@@ -257,7 +257,12 @@ def summarize_study(
         )
         for variant, seeds in pairs.items()
     }
-    p_holm = dict(zip(estimates, _holm_over_study([one.p_value for one in estimates.values()])))
+    p_holm = dict(
+        zip(
+            estimates,
+            holm(np.array([one.p_value for one in estimates.values()], dtype=np.float64)).tolist(),
+        )
+    )
     num_images = (first.counts[..., metrics.TARGET] > 0).sum(axis=0)
     differences = tuple(
         _difference(
@@ -407,33 +412,6 @@ def _classes(
         )
         for c, ((name, num_images), one) in enumerate(zip(classes, estimates))
     )
-
-
-def _holm_over_study(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number by Holm's method; nan stays nan and does not count.
-
-    Classes use :func:`.comparison.holm`, because statsmodels collects garbage in every call, which
-    takes up to a second.
-    """
-    given = np.array(p_values, dtype=np.float64)
-    known = ~np.isnan(given)
-    if known.any():
-        given[known] = _multipletests()(given[known], alpha=ALPHA, method="holm")[1]
-    corrected: list[float] = given.tolist()
-    return corrected
-
-
-def _multipletests() -> Callable[..., tuple[Floats, ...]]:
-    # Imported here, because it takes a second, and other commands need no statsmodels.
-    try:
-        from statsmodels.stats.multitest import multipletests
-    except ImportError as error:
-        raise UserError(
-            "the statistics of a study need the package statsmodels, which is not installed; "
-            "install it with `pip install segformer_pl[ablation]`"
-        ) from error
-    tests: Callable[..., tuple[Floats, ...]] = multipletests
-    return tests
 
 
 def _hedges_g(a: Floats, b: Floats) -> float:

@@ -218,8 +218,8 @@ def test_files_that_are_no_studies_are_refused(read, tmp_path):
 @pytest.mark.parametrize(
     "file", sorted(f for f in STUDIES.glob("*.yaml") if f.read_text().startswith("question:"))
 )
-def test_the_studies_of_the_repository_can_run_at_every_budget(file):
-    for budget in yaml.safe_load(file.read_text())["budgets"]:
-        study = read_study(file, budget, resolve)
-        assert len(study.variants) > 1
-        assert study.question.endswith("?")
+def test_the_studies_of_the_repository_can_run(file):
+    # The last budget has the largest images and mostly a base of its own.
+    study = read_study(file, list(yaml.safe_load(file.read_text())["budgets"])[-1], resolve)
+    assert len(study.variants) > 1
+    assert study.question.endswith("?")
