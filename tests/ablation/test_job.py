@@ -10,6 +10,8 @@ import pytest
 from segformer_pl.ablation.folder import State
 from segformer_pl.ablation.job import RunJob, _set_aside, last_sentence
 
+pytestmark = pytest.mark.slow
+
 TRACEBACK = """
 Traceback (most recent call last):
   File "a.py", line 1, in <module>

@@ -12,6 +12,8 @@ from segformer_pl.ablation.job import RunJob
 from segformer_pl.ablation.launchers import LocalLauncher, SlurmLauncher, gpu_sets
 from segformer_pl.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 RECORD = {"study": "s", "variant": "a", "seed": 0, "budget": "b", "digest": "c"}
 
 
@@ -23,7 +25,6 @@ def test_gpus_are_divided_among_jobs(monkeypatch):
     assert gpu_sets(2, 1) == ["2", "GPU-7a"]
 
 
-@pytest.mark.slow
 def test_local_jobs_share_slots_gpus_and_cores(tmp_path):
     """Real processes of submitit, whose job finds a complete run and ends."""
     run = tmp_path / "run"

@@ -20,6 +20,8 @@ from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer, mit_b0, segformer_b0
 from segformer_pl.models.mit import MixTransformer, to_channels_first, to_tokens
 
+pytestmark = pytest.mark.slow
+
 DIMS = (4, 8, 8, 16)
 
 
@@ -265,7 +267,6 @@ def test_other_classes_initialise_the_classifier_alone(trained):
     )
 
 
-@pytest.mark.slow
 def test_weights_of_another_code_base_and_other_channels(randomize):
     source = randomize(mit_b0()).float()
     state = from_canonical(NVLABS, "", canonical_tensors(source))[0]
@@ -325,7 +326,6 @@ def test_equal_variants_are_copied_as_load_weights_does(trained):
     ]
 
 
-@pytest.mark.slow
 def test_the_written_file_starts_a_training_of_its_network(trained, tmp_path):
     _, content = trained(sr_ratios=(4, 2, 2, 1))
     facts = {"class_names": ["a", "b", "c"], "image_mean": [0.1] * 3, "image_std": [0.5] * 3}

@@ -6,6 +6,8 @@ from matplotlib.text import Annotation
 
 from segformer_pl.analysis.report.study_charts import Point, front, pareto_figure
 
+pytestmark = pytest.mark.slow
+
 
 def points(costs, values):
     return [
@@ -31,7 +33,6 @@ def test_front_is_that_of_the_definition():
         assert {(one.cost, one.value) for one in front(some)} == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [3, 20])
 def test_labels_beside_points_do_not_overlap(number):
     rng = np.random.default_rng(number)

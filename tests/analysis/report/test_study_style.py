@@ -6,6 +6,8 @@ import pytest
 
 from segformer_pl.analysis.report.study_style import draw_panels, p_text, signed, spread, wrapped
 
+pytestmark = pytest.mark.slow
+
 
 def test_names_are_broken_after_separators():
     assert wrapped("r8-4-2-1") == "r8-4-2-1"
