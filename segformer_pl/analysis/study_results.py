@@ -89,8 +89,8 @@ def read_results(
 
     Raises:
         UserError: There are no such runs, a folder was edited by hand, or the runs do not belong
-            together: other training data, evaluated images or classes, or different numbers of
-            training steps.
+            together: other training data, evaluated images or classes, a variant and seed twice, or
+            different numbers of training steps.
     """
     every = list(_members(folder))
     members = [member for member in every if member.entry["budget"] == budget]
@@ -112,6 +112,7 @@ def read_results(
             f"all {len(members)} runs of budget '{budget}' in '{folder}' are of other settings "
             f"than the study has now, such as '{members[0].name}'; run `ablate` again"
         )
+    _check_repetition(current)
     first = _newest_first(current)[0].entry
     finished = [member for member in current if _missing(member) is None]
     _check_together(finished)
@@ -155,11 +156,11 @@ def _members(folder: Path) -> Iterator[_Member]:
 def _check_settings(member: _Member) -> None:
     """Check that a folder still holds the settings that it was made with."""
     configuration, folder = member.configuration, member.run.folder
-    name = f"{member.variant}.seed{member.seed}.{member.entry['budget']}.{member.digest}"
-    if folder.name != name:
+    ending = f".seed{member.seed}.{member.entry['budget']}.{member.digest}"
+    if not folder.name.endswith(ending):
         raise UserError(
-            f"the folder '{folder}' should be called '{name}', as its ablation.json says; restore "
-            "the name, or move the folder away and run `ablate` again"
+            f"the name of the folder '{folder}' does not end with '{ending}', which its "
+            "ablation.json says; restore the name, or move the folder away and run `ablate` again"
         )
     if configuration is None:
         return
@@ -179,6 +180,17 @@ def _check_settings(member: _Member) -> None:
             f"seed {member.seed}, so one of them was edited; restore it, or move the folder away "
             "and run `ablate` again"
         )
+
+
+def _check_repetition(members: Sequence[_Member]) -> None:
+    by_place: dict[tuple[str, int], _Member] = {}
+    for member in members:
+        other = by_place.setdefault((member.variant, member.seed), member)
+        if other is not member:
+            raise UserError(
+                f"'{other.run.folder}' and '{member.run.folder}' are both seed {member.seed} of "
+                f"variant '{member.variant}', and would count twice; move one of them away"
+            )
 
 
 def _check_together(finished: Sequence[_Member]) -> None:

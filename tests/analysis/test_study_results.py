@@ -157,22 +157,24 @@ def test_folder_renamed_by_hand(study):
     run = only(study, "wide.seed1.*")
     for name in (run.with_suffix(".00000000").name, run.name.replace("seed1", "seed5")):
         renamed = run.rename(study / name)
-        assert f"should be called '{run.name}'" in refusal(study)
+        assert "does not end with '.seed1.small." in refusal(study)
         renamed.rename(run)
 
 
 def test_seed_edited_by_hand(study):
     run = only(study, "wide.seed1.*")
     edit(run / "ablation.json", seed=7)
-    assert "should be called 'wide.seed7." in refusal(study)
+    assert "does not end with '.seed7.small." in refusal(study)
     run.rename(study / run.name.replace("seed1", "seed7"))
     assert "the seed 1 and ablation.json the seed 7" in refusal(study)
 
 
 def test_copied_folder(study):
     run = only(study, "wide.seed1.*")
-    shutil.copytree(run, study / f"{run.name} (copy)")
-    assert f"should be called '{run.name}'" in refusal(study)
+    copy = shutil.copytree(run, study / f"{run.name} (copy)")
+    assert "does not end with" in refusal(study)
+    copy.rename(study / f"copy of {run.name}")
+    assert "are both seed 1 of variant 'wide'" in refusal(study)
 
 
 def test_different_training_data(study, write_run):
