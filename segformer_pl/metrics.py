@@ -10,6 +10,13 @@ The functions of part 1 accept tensors and NumPy arrays, so that training, the r
 bootstrap of a comparison share one definition of every metric. A class that is neither in the
 target nor in the prediction has no IoU (nan) and is left out of the means, instead of counting as
 0.
+
+The fine-grained metrics average over images: :func:`image_miou`, :func:`miou_i` and
+:func:`miou_c`. They follow Wang et al., "Revisiting Evaluation Metrics for Semantic Segmentation"
+(NeurIPS 2023) and ``metrics/miouic_metric.py`` of github.com/zifuwanggg/JDTLosses: an image counts
+for the classes that are labelled in it, while a class that is only predicted lowers the IoU of the
+labelled class whose pixels it takes. The special case of that code for two classes, the foreground
+alone, does not apply here.
 """
 
 import math
@@ -26,6 +33,7 @@ from segformer_pl.errors import UserError
 
 NUM_BINS = 15  # confidence bins of the calibration error, as in Guo et al. 2017
 BOUNDARY_RATIO = 0.02  # boundary width as a fraction of the image diagonal, Cheng et al. 2021
+WORST = 0.1  # fraction of the images in the metrics of the worst images
 INTERSECTION, TARGET, PRED = range(3)  # entries of the last axis of class counts
 
 Array = TypeVar("Array", Tensor, npt.NDArray[Any])
@@ -76,6 +84,89 @@ def frequency_weighted_iou(counts: Array) -> Array:
     """Mean IoU weighted by the target frequency of each class: counts (..., C, 3) -> (...)."""
     target = counts[..., TARGET]
     return ratio(_nansum(target * class_iou(counts)), target.sum(-1))
+
+
+def labelled_iou(counts: Array) -> Array:
+    """IoU of each class: counts (..., 3) -> (...), nan where the target lacks the class."""
+    target = counts[..., TARGET]
+    return class_iou(counts) * ratio(target, target)
+
+
+def image_miou(counts: Array) -> Array:
+    """mIoU of each image by itself, over the classes labelled in it: (..., C, 3) -> (...)."""
+    return mean_present(labelled_iou(counts))
+
+
+def miou(counts: npt.NDArray[Any], weights: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    """mIoU of sets of images, from the sums of their counts (mIoU^D of Wang et al.).
+
+    Args:
+        counts: (N, C, 3) pixels of intersection, target and prediction of each image.
+        weights: (R, N), how often each image occurs in each of R sets. Default: one set with every
+            image once.
+
+    Returns:
+        (R,), nan without a labelled or predicted class.
+    """
+    weights = _weights(counts, weights)
+    sums = weights @ counts.reshape(len(counts), -1).astype(np.float64)
+    return mean_present(class_iou(sums.reshape(len(weights), *counts.shape[1:])))
+
+
+def miou_i(
+    counts: npt.NDArray[Any], weights: npt.NDArray[Any] | None = None, worst: float = 1.0
+) -> npt.NDArray[Any]:
+    """Mean of :func:`image_miou` over the images of a set (mIoU^I of Wang et al.).
+
+    Args:
+        counts: (N, C, 3) pixels of intersection, target and prediction of each image.
+        weights: (R, N), see :func:`miou`.
+        worst: Fraction of the images that count, those with the lowest mIoU. At least one counts.
+
+    Returns:
+        (R,), nan without a labelled image.
+    """
+    return _mean_of_worst(image_miou(counts), _weights(counts, weights), worst)
+
+
+def miou_c(
+    counts: npt.NDArray[Any], weights: npt.NDArray[Any] | None = None, worst: float = 1.0
+) -> npt.NDArray[Any]:
+    """Mean over classes of the mean IoU over images (mIoU^C of Wang et al.).
+
+    Args:
+        counts: (N, C, 3) pixels of intersection, target and prediction of each image.
+        weights: (R, N), see :func:`miou`.
+        worst: Fraction of the images with a class that count for it, those with its lowest IoU. At
+            least one counts.
+
+    Returns:
+        (R,), nan without a labelled image.
+    """
+    weights = _weights(counts, weights)
+    columns = [_mean_of_worst(values, weights, worst) for values in labelled_iou(counts).T]
+    return mean_present(np.stack(columns, axis=-1))
+
+
+def _weights(counts: npt.NDArray[Any], weights: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    return np.ones((1, len(counts))) if weights is None else weights
+
+
+def _mean_of_worst(
+    values: npt.NDArray[Any], weights: npt.NDArray[Any], worst: float
+) -> npt.NDArray[Any]:
+    """Mean of the lowest values of weighted sets: values (N,), weights (R, N) -> (R,).
+
+    Of n values that are not nan, the lowest ``max(1, floor(worst * n))`` count, as in JDTLosses.
+    """
+    present = np.flatnonzero(values == values)
+    order = present[np.argsort(values[present], kind="stable")]
+    weights = weights[:, order].astype(np.float64)
+    num_values = weights.sum(-1)
+    num_counted = np.minimum(np.maximum(np.floor(worst * num_values), 1), num_values)
+    before = weights.cumsum(-1) - weights
+    counted = np.clip(num_counted[:, None] - before, 0, weights)
+    return ratio(counted @ values[order], num_counted)
 
 
 def expected_calibration_error(calibration: Array) -> Array:

@@ -1,6 +1,7 @@
 """Semantic segmentation as a LightningModule: steps, loss, metrics and optimiser."""
 
 import inspect
+import math
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -161,7 +162,7 @@ class SegmentationTask(pl.LightningModule):
             "weight_decay": weight_decay,
             "poly_power": poly_power,
         }.items():
-            if value < 0:
+            if not 0 <= value < math.inf:  # NaN compares as false
                 raise UserError(f"model.{name} is {value}; give a number of at least 0")
         if loss is not None:
             _check_loss(loss)

@@ -13,7 +13,12 @@ from segformer_pl.cli import main
 from segformer_pl.data.catalog import find_dataset
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.yaml"))
+# Studies and their base are tested in ablation/test_study.py.
+EXPERIMENTS = sorted(
+    file
+    for file in ROOT.glob("experiments/**/*.yaml")
+    if file.parent.name != "ablations" and "results" not in file.parts
+)
 
 
 def header(file):

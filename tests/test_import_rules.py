@@ -13,6 +13,7 @@ PACKAGE = Path(segformer_pl.__file__).parent
 
 LEAVES = {"models", "data", "optim", "losses", "metrics", "inference", "upsampling"}
 EVERYTHING = LEAVES | {
+    "ablation",
     "analysis",
     "callbacks",
     "checkpoints",
@@ -30,6 +31,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "inference": {"models", "upsampling"},  # of models only the contract, models.segmenter
     "checkpoints": {"models"},
     "analysis": {"models", "metrics"},
+    "ablation": {"analysis", "checkpoints", "inference", "models"},
     "divergence": {"checkpoints"},
     "task": {"models", "checkpoints", "losses", "metrics", "optim", "inference", "divergence"},
     "callbacks": {"analysis", "metrics"},
@@ -41,6 +43,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
 }
 # Additional imports of single files. `data` imports none of these parts, so there is no cycle.
 FILES_MAY_IMPORT = {
+    "ablation/study.py": {"data"},  # the size of a data set's images, and its number of classes
     "checkpoints/run_data.py": {"data"},  # opens the data that a run was trained on
     "inference/predictor.py": {"checkpoints", "data"},  # loads checkpoints and decodes image files
 }
@@ -115,6 +118,10 @@ def test_the_package_follows_the_rules():
         ("upsampling.py", "from segformer_pl.losses import CrossEntropy"),
         ("metrics.py", "def f():\n    from segformer_pl.task import SegmentationTask"),
         ("analysis/erf.py", "from segformer_pl.task import SegmentationTask"),
+        ("analysis/ablation.py", "from segformer_pl.ablation.study import Study"),
+        ("ablation/study.py", "from segformer_pl.cli import resolve"),
+        ("ablation/runner.py", "from segformer_pl.data.catalog import find_dataset"),
+        ("ablation/runner.py", "from segformer_pl.callbacks import Interrupted"),
         ("callbacks/erf.py", "from segformer_pl.data.catalog import find_dataset"),
         ("callbacks/erf.py", "from segformer_pl.models import SegFormer"),
         ("task.py", "from segformer_pl.data import LabelSpec"),

@@ -1,3 +1,5 @@
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ from segformer_pl.metrics import (
     expected_calibration_error,
     frequency_weighted_iou,
     mean_present,
+    miou,
+    miou_c,
+    miou_i,
     pixel_accuracy,
 )
 
@@ -427,3 +432,16 @@ def test_calibration_error_against_torchmetrics():
     # torchmetrics sums in float32.
     assert ece == pytest.approx(theirs(15), rel=1e-5)
     assert ece != pytest.approx(theirs(10), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "metric", [miou, miou_i, miou_c, partial(miou_i, worst=0.1), partial(miou_c, worst=0.1)]
+)
+def test_weights_are_numbers_of_occurrences(metric):
+    generator = np.random.default_rng(0)
+    target = generator.integers(0, 20, (30, 4)) * (generator.random((30, 4)) < 0.6)
+    intersection = generator.binomial(target, 0.7)
+    counts = np.stack([intersection, target, target + 1], axis=-1)
+    weights = generator.integers(0, 3, (5, 30))
+    expected = [metric(np.repeat(counts, row, axis=0))[0] for row in weights]
+    np.testing.assert_allclose(metric(counts, weights), expected, rtol=1e-12)

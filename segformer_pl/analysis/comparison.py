@@ -290,11 +290,16 @@ def _overlaps(evaluation: Evaluation) -> Floats:
     return np.stack([counts[..., INTERSECTION], class_union(counts)], axis=-1)
 
 
-def _blocks(overlaps: Floats, block_size: int) -> Floats:
-    """Return sums (M, C, 2) over contiguous blocks, of which the last may be shorter."""
+def block_starts(num_images: int, block_size: int) -> npt.NDArray[np.int64]:
+    """Return the first index of each contiguous block, of which the last may be shorter."""
     if block_size < 1:
         raise UserError(f"--block_size is {block_size}; give an integer of at least 1")
-    return np.add.reduceat(overlaps, np.arange(0, len(overlaps), block_size), axis=0)
+    return np.arange(0, num_images, block_size)
+
+
+def _blocks(overlaps: Floats, block_size: int) -> Floats:
+    """Return sums (M, C, 2) over contiguous blocks."""
+    return np.add.reduceat(overlaps, block_starts(len(overlaps), block_size), axis=0)
 
 
 def _bootstrap(blocks: Floats, num_resamples: int, seed: int) -> Floats:

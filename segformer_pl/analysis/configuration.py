@@ -1,5 +1,6 @@
 """The settings of a training as plain data, and the settings in which runs differ."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,6 +89,15 @@ class Configuration:
     def is_that_of(self, other: "Configuration") -> bool:
         """Whether both are the same configuration, apart from the seed."""
         return self.settings == other.settings and self.has_data_of(other)
+
+
+def settings_digest(configuration: Configuration) -> str:
+    """Return 8 hexadecimal digits that identify the settings of a configuration.
+
+    They do not depend on the seed, on :data:`NOT_COMPARED` or on the order of the keys.
+    """
+    text = json.dumps(configuration.settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def is_evaluation(config: Mapping[str, Any]) -> bool:

@@ -103,11 +103,31 @@ class Evaluation:
 
     @property
     def image_miou(self) -> npt.NDArray[np.float64]:
-        """(N,), mIoU of each image by itself, over the classes labelled or predicted in it.
+        """(N,), mIoU of each image by itself, over the classes labelled in it.
 
-        It serves to rank the images. Its mean is not :attr:`miou`.
+        It serves to rank the images. Its mean is :attr:`miou_i`, and not :attr:`miou`.
         """
-        return metrics.mean_present(metrics.class_iou(self.counts))
+        return metrics.image_miou(self.counts)
+
+    @property
+    def miou_i(self) -> float:
+        """Mean of :attr:`image_miou` over the images (mIoU^I of Wang et al. 2023)."""
+        return float(metrics.miou_i(self.counts)[0])
+
+    @property
+    def miou_c(self) -> float:
+        """Mean over classes of the mean IoU over images (mIoU^C of Wang et al. 2023)."""
+        return float(metrics.miou_c(self.counts)[0])
+
+    @property
+    def worst_miou_i(self) -> float:
+        """:attr:`miou_i` of the tenth of the images in which it is lowest."""
+        return float(metrics.miou_i(self.counts, worst=metrics.WORST)[0])
+
+    @property
+    def worst_miou_c(self) -> float:
+        """:attr:`miou_c`, for each class of the tenth of its images with the lowest IoU."""
+        return float(metrics.miou_c(self.counts, worst=metrics.WORST)[0])
 
     def save(self, file: Path) -> None:
         """Write a compressed npz file atomically, and create its folder.

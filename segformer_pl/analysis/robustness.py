@@ -4,9 +4,7 @@ Table and figure follow the paper's Table 5 (16 corruptions in four groups) and 
 severity).
 """
 
-import csv
-import io
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from segformer_pl.analysis.results_file import markdown_table, read_rows, write_rows
 from segformer_pl.analysis.style import (
     BLUE,
     GREEN,
@@ -24,7 +23,6 @@ from segformer_pl.analysis.style import (
     VERMILLION,
     style_axes,
 )
-from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
 CLEAN = "clean"
@@ -73,20 +71,7 @@ def read_scores(file: Path) -> list[Score]:
     Raises:
         UserError: The file was not written by :func:`write_scores`.
     """
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        try:
-            return [
-                Score(**{field.name: field.type(row[field.name]) for field in fields(Score)})  # type: ignore[operator]
-                for row in reader
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{file}, line {reader.line_num}: not a row of robustness results ({error}); "
-                "remove the file, or give another folder"
-            ) from None
+    return read_rows(file, Score, "robustness")
 
 
 def write_scores(file: Path, scores: list[Score]) -> None:
@@ -95,11 +80,7 @@ def write_scores(file: Path, scores: list[Score]) -> None:
     Raises:
         WriteError: The file cannot be written.
     """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [field.name for field in fields(Score)])
-    writer.writeheader()
-    writer.writerows(asdict(score) for score in scores)
-    atomic_write_text(file, text.getvalue())
+    write_rows(file, scores, Score)
 
 
 @dataclass(frozen=True)
@@ -179,7 +160,7 @@ def markdown(robustness: Robustness) -> str:
         f"mIoU (%) of checkpoint {origin.checkpoint} (SHA-256) on {origin.num_images} validation "
         f"images of {origin.dataset}.",
         "",
-        *_table(
+        *markdown_table(
             ["clean", *(_title(name) for name in names)],
             [[_percent(clean), *(_percent(v) for by in table.values() for v in by.values())]],
         ),
@@ -190,7 +171,7 @@ def markdown(robustness: Robustness) -> str:
         )
         + ".",
         "",
-        *_table(
+        *markdown_table(
             ["clean", *robustness.groups, f"all {len(names)}", "of clean"],
             [
                 [
@@ -204,7 +185,7 @@ def markdown(robustness: Robustness) -> str:
         "",
         "By severity:",
         "",
-        *_table(
+        *markdown_table(
             ["", *map(str, levels)],
             [
                 [_title(name), *(_percent(by[k]) if k in by else "" for k in levels)]
@@ -305,8 +286,3 @@ def _percent(fraction: float) -> str:
 
 def _ratio(value: float, clean: float) -> float:
     return value / clean if clean else float("nan")
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -13,6 +13,12 @@ After resumptions at steps 400 and 900 the folder of a training holds::
     checkpoints/                            last.ckpt, and the files of other callbacks
     superseded_after_step_0000900/          files of steps after 900 from before the resumption
 
+The folder of a run of an ablation study also holds::
+
+    ablation.json                           study, variant, seed, budget and digest of the settings
+    evaluations/NAME/                       folder of an additional `validate` of the finished run
+    failure.txt                             last sentence of a failure
+
 :class:`Run` is the only reader of these files in the package.
 """
 
@@ -49,6 +55,9 @@ CONFIG_FILE = "config.yaml"
 HYPERPARAMETERS_FILE = "hparams.yaml"  # Lightning's
 METRICS_FILE = "metrics.csv"  # Lightning's
 FINDINGS_FILE = "findings.json"
+ABLATION_FILE = "ablation.json"
+FAILURE_FILE = "failure.txt"
+NAMED_EVALUATIONS = "evaluations"
 TRAINING_DATA_FILE = "training_data.json"
 TRAINING_DATA = ("dataset", "num_rows", "fingerprint")  # keys of the data state in checkpoints
 CHECKPOINT_FOLDER = "checkpoints"
@@ -234,6 +243,31 @@ class Run:
         content = _read_json(self.folder / FINDINGS_FILE)
         return [str(sentence) for sentence in content] if isinstance(content, list) else []
 
+    @property
+    def ablation_file(self) -> Path:
+        """Path of the place of the run in an ablation study, which `ablate` writes."""
+        return self.folder / ABLATION_FILE
+
+    @cached_property
+    def ablation(self) -> dict[str, Any] | None:
+        """Place of the run in an ablation study, such as ``variant`` and ``seed``.
+
+        None if there is no such file, or if it is damaged.
+        """
+        content = _read_json(self.ablation_file)
+        return content if isinstance(content, dict) else None
+
+    @property
+    def failure_file(self) -> Path:
+        """Path of the last sentence of a failed run of a study, which `ablate` writes."""
+        return self.folder / FAILURE_FILE
+
+    @cached_property
+    def failure(self) -> str | None:
+        """Last sentence of a failed run of a study; None if it has not failed."""
+        file = self.failure_file
+        return file.read_text("utf-8", errors="replace").strip() if file.is_file() else None
+
     def configuration(self, step: int) -> Configuration | None:
         """Return the configuration with which the network of an evaluation was trained.
 
@@ -326,6 +360,17 @@ class Run:
             if (match := re.fullmatch(r"(val|test)_step_(\d+)\.npz", file.name))
         ]
         return sorted(evaluations, key=lambda one: (one.step, one.split == "val", one.file))
+
+    @property
+    def named_evaluation_folder(self) -> Path:
+        """Folder of the additional evaluations of a run of a study, each in a folder by name."""
+        return self.folder / NAMED_EVALUATIONS
+
+    @cached_property
+    def named_evaluations(self) -> dict[str, "Run"]:
+        """Additional evaluations of a run of a study by name, each a run of its own."""
+        folders = sorted(self.named_evaluation_folder.glob("*"))
+        return {folder.name: run for folder in folders if (run := Run(folder)).evaluations}
 
     def last_evaluation(self) -> Evaluation:
         """Read the evaluation after the largest number of training steps.

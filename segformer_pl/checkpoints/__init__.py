@@ -7,6 +7,7 @@
 - ``matching.py`` brings a source and a network to common keys;
 - ``classifier.py`` reorders or re-initialises a classifier for other classes;
 - ``loading.py`` copies tensors into a network; ``report.py`` describes the result;
+- ``transplant.py`` loads weights into another variant, whose kernels have other sizes;
 - ``networks.py`` builds the network that weights belong to;
 - ``export.py`` writes a network in the layout of another code base;
 - ``run_checkpoint.py`` reads the checkpoint of a run; ``run_data.py`` opens its data;

@@ -91,6 +91,38 @@ def load_weights(
         )
     weights = source if isinstance(source, Weights) else read_weights(source)
     matched = match(weights, model, parts)
+    return load_matched(
+        model,
+        weights,
+        matched,
+        parts=parts,
+        strict=strict,
+        class_names=class_names,
+        match_classes=match_classes,
+        normalization=normalization,
+    )
+
+
+def load_matched(
+    model: Any,
+    weights: Weights,
+    matched: Matched,
+    *,
+    parts: Parts = "all",
+    strict: bool = True,
+    class_names: Sequence[str] | None = None,
+    match_classes: MatchClasses = "exact",
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> LoadReport:
+    """Load weights whose tensors were matched with the model's.
+
+    :mod:`~segformer_pl.checkpoints.transplant` changes tensors in between. The arguments that are
+    not listed are those of :func:`load_weights`.
+
+    Args:
+        weights: The source.
+        matched: Its tensors and the model's under common keys. Changed in place.
+    """
     source_tensors, model_tensors = matched.source_tensors, matched.model_tensors
     if matched.layout is not None:
         _check_variant(weights, source_tensors, model_tensors)
@@ -184,7 +216,7 @@ def _innermost(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 # Arguments that a comparison of networks ignores: the two rates matter in training only, and the
 # number of classes follows from the data set.
-FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes")
+FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes", "pretrained")
 
 
 def flat_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:

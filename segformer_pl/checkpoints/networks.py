@@ -84,6 +84,8 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
         key: build(value, name) if isinstance(value, Mapping) and "class_path" in value else value
         for key, value in spec.get("init_args", {}).items()
     }
+    if arguments.get("pretrained"):  # the source holds the weights, so do not download others
+        arguments["pretrained"] = False
     try:
         return factory(**arguments)
     except Exception as error:  # any type: the constructor may be the user's

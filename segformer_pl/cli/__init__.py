@@ -1,16 +1,19 @@
 """The command line, ``python -m segformer_pl COMMAND``.
 
 ``fit``, ``validate`` and ``test`` come from LightningCLI (training.py). ``doctor`` takes the same
-settings and checks them (doctor.py). The other commands are in the package ``commands``.
+settings and checks them (doctor.py), and ``ablate`` runs many of them (ablate.py). The other
+commands are in the package ``commands``.
 """
 
 import sys
+from collections.abc import Callable
 
 from segformer_pl.cli.doctor import doctor
 from segformer_pl.cli.exits import exits
 from segformer_pl.cli.training import SegformerCLI, resolve
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.recipe import recipe
+from segformer_pl.errors import UserError
 
 __all__ = ["SegformerCLI", "main", "resolve"]
 
@@ -37,6 +40,22 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
             doctor(options)
         elif command == "recipe":
             recipe(options, resolve)
+        elif command == "ablate":
+            _find_ablate()(options)
         else:
             return SegformerCLI(args, run)
     return None
+
+
+def _find_ablate() -> Callable[[list[str]], None]:
+    """Return the command ``ablate``, whose packages and file locks the others do not need."""
+    try:
+        from segformer_pl.cli.ablate import ablate
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("segformer_pl"):
+            raise
+        raise UserError(
+            f"ablate needs the package {error.name}, which is not installed; install it with "
+            "pip install 'segformer_pl[ablation]' (fcntl exists on Linux and macOS alone)"
+        ) from error
+    return ablate

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, capture_parser
+from jsonargparse import ArgumentError, Namespace, capture_parser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
@@ -44,7 +44,7 @@ from segformer_pl.commands.run_folder import (
 from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine_settings
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, find_user_error
 from segformer_pl.lightning_workarounds import SettingsWinCLI
 from segformer_pl.task import SegmentationTask
 
@@ -71,9 +71,13 @@ class SegformerCLI(SettingsWinCLI):
     Args:
         args: Command-line arguments. Default: those of the process.
         run: Whether ``args`` start with a command to run.
+        exit_on_error: Whether a mistake in the arguments ends the process with a message.
+            Otherwise it raises :class:`jsonargparse.ArgumentError`.
     """
 
-    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+    def __init__(
+        self, args: list[str] | None = None, run: bool = True, exit_on_error: bool = True
+    ) -> None:
         self.arguments = sys.argv[1:] if args is None else args
         self.history = RunHistory()
         self.continued_run: Path | None = None  # run folder of a resumed run
@@ -86,6 +90,8 @@ class SegformerCLI(SettingsWinCLI):
                 "prog": PROG,
                 "description": "Train, evaluate and apply segmentation networks. Other commands, "
                 f"each with its own --help: {', '.join(COMMANDS)}, doctor, recipe.",
+                "exit_on_error": exit_on_error,
+                **{name: {"exit_on_error": exit_on_error} for name in self.subcommands()},
             },
             # The task builds its optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,
@@ -306,8 +312,14 @@ def resolve(files: list[str]) -> dict[str, Any]:
 
     Args:
         files: Files to merge, in the order of ``--config`` options.
+
+    Raises:
+        UserError: A setting does not exist or has an impossible value.
     """
-    parser = capture_parser(SegformerCLI)
-    config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])
+    parser = capture_parser(SegformerCLI, exit_on_error=False)
+    try:
+        config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])
+    except ArgumentError as error:
+        raise UserError(" ".join(str(find_user_error(error) or error).split())) from error
     dumped = parser.dump(config, format="yaml", skip_none=False, skip_validation=True)
     return yaml.safe_load(dumped)["fit"]

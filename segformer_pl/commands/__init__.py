@@ -1,7 +1,8 @@
 """The commands besides ``fit``, ``validate``, ``test`` and ``doctor``; one file each.
 
 ``recipe`` is not in ``COMMANDS``: it needs the parser of ``fit``, which :mod:`segformer_pl.cli`
-passes to it. ``parser.py`` and ``device.py`` are shared by the commands. ``run_folder.py`` and
+passes to it. ``parser.py`` and ``device.py`` are shared by the commands, and
+``validation_split.py`` by those that evaluate many settings. ``run_folder.py`` and
 ``named_checkpoint.py`` are used by ``fit``, ``validate`` and ``test`` alone.
 """
 
@@ -13,11 +14,13 @@ from segformer_pl.commands.erf import erf
 from segformer_pl.commands.predict import predict
 from segformer_pl.commands.profile import profile
 from segformer_pl.commands.robustness import robustness
+from segformer_pl.commands.test_time import evaluate_at_test_time
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "compare": compare,
     "robustness": robustness,
+    "test_time": evaluate_at_test_time,
     "erf": erf,
     "profile": profile,
     "convert": convert,

@@ -15,7 +15,13 @@ from segformer_pl.checkpoints.networks import load_network
 from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.errors import UserError
-from segformer_pl.inference.engine import ClassMaps, predict_classes, probability_bands
+from segformer_pl.inference.engine import (
+    ClassMaps,
+    PixelPredictions,
+    predict_classes,
+    predict_pixels,
+    probability_bands,
+)
 from segformer_pl.inference.protocol import Inference
 from segformer_pl.models.segmenter import Network, Output, Segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
@@ -189,6 +195,30 @@ class Predictor:
         pred = predict_classes(network, on_device, size, self.protocol, self.normalization)
         network.check_finite()
         return pred
+
+    @torch.inference_mode()
+    def predict_pixels(self, images: Tensor, target: Tensor, ignore_index: int) -> PixelPredictions:
+        """Predict the class of every pixel of a batch, with its confidence and loss.
+
+        Args:
+            images: See :meth:`predict_batch`.
+            target: Class indices, (B, H', W') int64, on any device. The result has their size.
+            ignore_index: Class index of the pixels whose loss is 0.
+
+        Raises:
+            UserError: The network's output holds nan or infinity.
+        """
+        network = _FiniteCheck(self.network)
+        pixels = predict_pixels(
+            network,
+            images.to(self.device),
+            target.to(self.device),
+            ignore_index,
+            self.protocol,
+            self.normalization,
+        )
+        network.check_finite()
+        return pixels
 
     def _prepare(self, image: ImageSource) -> tuple["_FiniteCheck", Tensor]:
         if self.network.in_channels != 3:

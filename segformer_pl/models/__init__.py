@@ -20,6 +20,7 @@ from segformer_pl.models.segformer import (
     segformer_b5,
 )
 from segformer_pl.models.segmenter import Encoder, Segmenter
+from segformer_pl.models.timm_encoder import TimmEncoder
 
 __all__ = [
     "AllMLPHead",
@@ -27,6 +28,7 @@ __all__ = [
     "MixTransformer",
     "SegFormer",
     "Segmenter",
+    "TimmEncoder",
     "mit_b0",
     "mit_b1",
     "mit_b2",

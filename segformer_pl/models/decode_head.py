@@ -39,8 +39,8 @@ class AllMLPHead(nn.Module):
         num_classes: Number of classes.
         decoder_dim: Channels C of the head: 256 for B0 and B1, 768 for B2 to B5.
         in_indices: Stages of the encoder that the head uses, counted from 0. For a single stage the
-            fuse convolution is left out, which gives the parameter count of the paper's "MiT-B2, S4
-            only" row (Table 1d).
+            fuse convolution is left out, which gives the parameters and FLOPs of the paper's
+            "MiT-B2, S4" row (Table 1d).
         dropout: Rate of the channel dropout before the classifier.
 
     Raises:

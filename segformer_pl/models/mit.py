@@ -21,6 +21,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.models.mit_arguments import (
     KvBorder,
     PosEncoding,
+    check_drop_path_rate,
     check_kv_border,
     check_pos_encoding,
     check_stage_arguments,
@@ -354,6 +355,7 @@ class MixTransformer(Encoder):
         )
         check_pos_encoding(pos_encoding, image_size)
         check_kv_border(kv_border)
+        check_drop_path_rate(drop_path_rate)
 
         self.in_channels = in_channels
         self.drop_path_rate = drop_path_rate

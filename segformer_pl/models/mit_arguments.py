@@ -103,3 +103,13 @@ def check_kv_border(kv_border: KvBorder) -> None:
     """
     if kv_border not in get_args(KvBorder):
         raise UserError(f"kv_border={kv_border!r}: choose one of {', '.join(get_args(KvBorder))}")
+
+
+def check_drop_path_rate(rate: float) -> None:
+    """Check that the rate of stochastic depth is a probability below 1.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not 0 <= rate < 1:
+        raise UserError(f"drop_path_rate={rate}: give a number of at least 0 and below 1")

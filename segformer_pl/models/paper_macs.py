@@ -5,16 +5,20 @@ The numbers follow the reference code's ``tools/get_flops.py`` with mmcv's count
 - a convolution: its multiply-adds and bias additions at every output position;
 - a Linear layer: its multiply-adds, without the bias;
 - attention of N tokens and C channels: 2 N (N / R) C, R = sr_ratio squared;
-- ReLU: one for each element.
+- ReLU: one for each element of its output;
+- pooling: one for each element of its input.
 
-Norms, GELU, softmax and interpolation are not counted.
+Norms (synchronised BatchNorm), GELU, softmax and interpolation are not counted. In the tables of
+the paper these rules agree with every printed digit, apart from single cells that are rounded down
+or contradict other tables; tests/models/test_paper_macs.py lists them.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
     from segformer_pl.models.mit import Block, EfficientSelfAttention, MixFFN, Stage
@@ -34,6 +38,47 @@ def output_size(convolution: nn.Conv2d, size: Size) -> Size:
     padding = int(convolution.padding[0])
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
     return height, width
+
+
+_RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
+
+
+def counted_macs(network: nn.Module, run: Callable[[], Any]) -> int | None:
+    """Count the multiply-adds of a forward pass of one image from the layers that it calls.
+
+    Args:
+        network: A network of convolutions and linear layers.
+        run: Function that runs its forward pass, for example on the meta device.
+
+    Returns:
+        Multiply-adds; None if some are executed outside of convolutions and linear layers, such as
+        the matrix products of attention, for which the rules differ from paper to paper.
+    """
+    macs = products = 0
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal macs, products
+        if isinstance(module, nn.Conv2d):
+            num_outputs = math.prod(output.shape[2:])
+            macs += convolution_macs(module, num_outputs)
+            products += module.weight.numel() * num_outputs
+        elif isinstance(module, nn.Linear):
+            macs += inputs[0].numel() * module.out_features
+            products += inputs[0].numel() * module.out_features
+        elif isinstance(module, _RELUS):
+            macs += output.numel()
+        elif isinstance(module, _POOLS):
+            macs += inputs[0].numel()
+
+    handles = [module.register_forward_hook(count) for module in network.modules()]
+    try:
+        with FlopCounterMode(display=False) as executed:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs if 2 * products == executed.get_total_flops() else None
 
 
 def encoder_macs(stages: Sequence["Stage"], sizes: Sequence[Size]) -> int:

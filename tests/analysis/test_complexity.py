@@ -9,6 +9,7 @@ from segformer_pl import models
 from segformer_pl.analysis.complexity import (
     as_dict,
     complexity,
+    executed_macs,
     measure_latency,
     table,
 )
@@ -127,7 +128,32 @@ def test_activation_memory_equals_what_autograd_saves():
     parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
     buffers = {b.untyped_storage().data_ptr() for b in network.buffers()}
     kept = sum(size for key, (size, _) in stored.items() if key not in parameters | buffers)
-    assert complexity(network, 64, 96).activation_bytes == kept
+    cost = complexity(network, 64, 96)
+    assert cost.activation_bytes == kept
+    # SegFormer computes nothing outside of its parts but a change of the images' memory format.
+    image_bytes = 4 * 3 * 64 * 96
+    assert kept - image_bytes <= sum(part.activation_bytes for part in cost.parts) <= kept
+
+
+def test_activation_memory_of_a_part():
+    """ReLU saves its output, a convolution its input; each tensor counts once."""
+
+    class Chain(Convolutions):
+        def feature_maps(self, images):
+            return {"mixed": self.stem(images)}
+
+        def forward(self, images):
+            return self.classifier(self.feature_maps(images)["mixed"])
+
+    stem, classifier, auxiliary = complexity(Chain(), 8, 8).parts
+    # The stem saves the image (2 channels), the classifier the stem's output (4 channels).
+    assert (stem.activation_bytes, classifier.activation_bytes) == (4 * 2 * 64, 4 * 4 * 64)
+    assert auxiliary.activation_bytes == 0
+    assert stem.query_length is None
+    # In Convolutions attention runs between the parts, and its tensors belong to none.
+    cost = complexity(Convolutions(), 8, 8)
+    assert sum(part.attention_macs for part in cost.parts) == 0
+    assert cost.activation_bytes > sum(part.activation_bytes for part in cost.parts)
 
 
 @pytest.mark.slow
@@ -209,3 +235,10 @@ def test_table_and_dictionary_state_what_was_measured():
     assert data["paper_gflops"] == round(cost.paper_macs / 1e9, 1)
     assert data["latency"]["num_warmup"] == 3
     assert data["parts"][0]["key_length"] == 4
+
+
+@pytest.mark.slow
+def test_executed_macs_are_those_of_the_whole_count():
+    network = small(sr_ratios=(8, 8, 2, 1)).train()
+    assert executed_macs(network, 64, 96) == complexity(network, 64, 96).macs
+    assert network.training

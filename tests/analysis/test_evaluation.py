@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import jaccard_score
 
 from segformer_pl.analysis.evaluation import Evaluation, load_evaluation
 from segformer_pl.metrics import SegmentationMetrics
@@ -41,8 +42,38 @@ def test_metrics_by_hand():
     assert result.macc == pytest.approx((7 / 8 + 1 / 2) / 2)
     assert result.aacc == pytest.approx(8 / 10)
     assert result.fwiou == pytest.approx(8 / 10 * 7 / 8 + 2 / 10 * 1 / 3)
-    np.testing.assert_allclose(result.image_miou, [(2 / 3 + 1 / 3 + 0) / 3, 1])
+    np.testing.assert_allclose(result.image_miou, [(2 / 3 + 1 / 3) / 2, 1])
     assert result.image_miou.mean() > result.miou + 0.2  # another quantity
+
+
+def test_fine_grained_metrics_equal_those_of_pixel_masks():
+    """scikit-learn computes each IoU of each image from its pixels; the worst are sorted here."""
+    num_images, num_classes, ignored = 25, 4, 255
+    target = torch.randint(num_classes, (num_images, 6, 5))
+    target[::3][target[::3] == 2] = 0  # classes that an image lacks
+    target[1::2][target[1::2] == 3] = 1
+    target[torch.rand(target.shape) < 0.1] = ignored
+    target[7] = ignored  # an image without labelled pixels counts nowhere
+    pred = torch.where(torch.rand(target.shape) < 0.6, target % num_classes, target * 7 % 4)
+    counts = SegmentationMetrics(num_classes, ignored).update(
+        pred, target, torch.rand(target.shape), torch.rand(target.shape)
+    )["counts"]
+    iou = np.full((num_images, num_classes), NAN)
+    for row, (labels, classes) in enumerate(zip(target.numpy(), pred.numpy())):
+        known = labels != ignored
+        for c in np.unique(labels[known]):
+            iou[row, c] = jaccard_score(labels[known] == c, classes[known] == c)
+    images = np.array([row[~np.isnan(row)].mean() for row in iou if not np.isnan(row).all()])
+    columns = [np.sort(column[~np.isnan(column)]) for column in iou.T]
+    result = evaluation(counts.numpy())
+    np.testing.assert_allclose(np.delete(result.image_miou, 7), images)
+    assert np.isnan(result.image_miou[7])
+    assert result.miou_i == pytest.approx(images.mean())
+    assert result.miou_c == pytest.approx(np.mean([column.mean() for column in columns]))
+    # A tenth of 24 images is 2; a class in fewer than 10 images has 1.
+    assert result.worst_miou_i == pytest.approx(np.sort(images)[:2].mean())
+    worst = [column[: max(1, len(column) // 10)].mean() for column in columns]
+    assert result.worst_miou_c == pytest.approx(np.mean(worst))
 
 
 def test_metrics_equal_those_of_the_task():
@@ -67,6 +98,8 @@ def test_metrics_are_nan_without_labelled_pixels(counts):
     assert np.isnan([result.miou, result.macc, result.aacc, result.fwiou]).all()
     assert np.isnan(result.iou).all()
     assert np.isnan(result.image_miou).all()
+    fine = [result.miou_i, result.miou_c, result.worst_miou_i, result.worst_miou_c]
+    assert np.isnan(fine).all()
 
 
 @pytest.mark.parametrize(

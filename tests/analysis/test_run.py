@@ -211,7 +211,7 @@ def readings(path, source):
                 yield f"{path}:{node.lineno} {node.value!r}"
         elif isinstance(node, ast.ImportFrom) and path not in WRITERS:
             names = [one.name for one in node.names if one.name.endswith(("_FILE", "_FOLDER"))]
-            if names and "analysis" in (node.module or ""):
+            if names and (node.module or "").endswith(("analysis.run", "analysis.evaluation")):
                 yield f"{path}:{node.lineno} imports {', '.join(names)}"
 
 

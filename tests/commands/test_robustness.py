@@ -15,10 +15,9 @@ from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.cli import main
 from segformer_pl.commands.robustness import SETTINGS, robustness
+from segformer_pl.commands.validation_split import TransformedSamples, ValidationSplit
 from segformer_pl.data import shapes
-from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Samples
-from segformer_pl.data.transforms import to_tensors
 from segformer_pl.errors import UserError
 from segformer_pl.task import SegmentationTask
 
@@ -178,18 +177,20 @@ def test_another_checkpoint_or_number_is_not_mixed_in(few, checkpoint, tmp_path)
 
 def test_the_corruption_of_an_image_depends_on_the_seed_alone(checkpoint):
     data = load_data(RunCheckpoint.read(checkpoint))
-    source = data.open("validation")
-    samples = Samples(data.entry, source, StoredOrder(source.group_rows), to_tensors)
-    corrupted = command.CorruptedSamples(samples, FEW, 0)
-    fog, clean = corrupted[3, 4], corrupted[0, 4]
+    samples = ValidationSplit(data, None).samples
+
+    def corrupted(settings, seed=0):
+        transforms = [command.corrupting_transforms(setting, seed) for setting in settings]
+        return TransformedSamples(samples, transforms)
+
+    fog, clean = corrupted(FEW)[3, 4], corrupted(FEW)[0, 4]
     assert fog["id"] == clean["id"]
     assert torch.equal(fog["label"], clean["label"])
     assert not torch.equal(fog["image"], clean["image"])
-    alone = command.CorruptedSamples(samples, FEW[3:], 0)
-    assert torch.equal(alone[0, 4]["image"], fog["image"])
-    other = command.CorruptedSamples(samples, FEW, 1)
-    assert not torch.equal(other[3, 4]["image"], fog["image"])
-    noise = [(corrupted[2, n]["image"] - corrupted[0, n]["image"]).numpy() for n in (0, 1)]
+    assert torch.equal(corrupted(FEW[3:])[0, 4]["image"], fog["image"])
+    assert not torch.equal(corrupted(FEW, 1)[3, 4]["image"], fog["image"])
+    both = corrupted(FEW)
+    noise = [(both[2, n]["image"] - both[0, n]["image"]).numpy() for n in (0, 1)]
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.2
 
 

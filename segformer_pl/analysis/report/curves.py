@@ -92,7 +92,7 @@ def loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
     is_same = loss_name == CROSS_ENTROPY
     drawn = []
     if (train := columns.get("train/loss")) is not None:
-        smooth = _running_median(train)
+        smooth = running_median(train)
         axes.plot(
             train.step,
             train.value,
@@ -139,7 +139,7 @@ def loss_figure(columns: dict[str, Series], loss_name: str) -> Figure:
     return figure
 
 
-def _running_median(series: Series) -> Series:
+def running_median(series: Series) -> Series:
     """Return the median over a window of about 1/30 of the curve, at 300 points at most."""
     num_values = len(series.value)
     half_window = max(2, num_values // 60)

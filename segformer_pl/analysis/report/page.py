@@ -47,7 +47,7 @@ def write_report(run: Run) -> Path:
         _figures(run, "erf", "Effective receptive field"),
     ]
     html = (
-        _environment()
+        template_environment()
         .get_template("report.html.j2")
         .render(
             style=style,
@@ -84,7 +84,8 @@ def write_report(run: Run) -> Path:
     return report
 
 
-def _environment() -> jinja2.Environment:
+def template_environment() -> jinja2.Environment:
+    """Return the environment of the report's templates, which escapes everything."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("segformer_pl.analysis", "report"),
         autoescape=True,

@@ -1,6 +1,7 @@
-"""Fixtures of the report's tests: a run folder to fill, and the parsed page of its report."""
+"""Fixtures of the report's tests: folders of runs and studies to fill, and parsed reports."""
 
 import csv
+import json
 import math
 from html.parser import HTMLParser
 
@@ -9,6 +10,11 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
+from segformer_pl.analysis.configuration import (
+    TrainingData,
+    settings_digest,
+    training_configuration,
+)
 from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.report import write_report
 from segformer_pl.analysis.run import Run
@@ -162,3 +168,230 @@ def page(tmp_path_factory):
     for step in (10, 20):
         Figure(figsize=(1, 1)).savefig(folder.path / "worst" / f"step_{step:07d}.png")
     return folder.page()
+
+
+class StudyFolder:
+    """A simulated ablation study: folders of finished runs without any training.
+
+    The images, their labels and their difficulty are shared by all runs. Variant, class and seed
+    shift the share of pixels that are predicted correctly, and so does the pair of variant and
+    image, which is the spread over images of a paired difference.
+
+    Args:
+        path: Folder of the study.
+        effects: Shift of each variant in logits, by name; the first one is the reference.
+        seeds: Seeds of every variant.
+        class_names: Names of the classes; the last one is in no label and in no prediction if
+            ``has_absent_class``.
+        layers: Layers whose receptive field was measured.
+        evaluations: Shift of each named evaluation in logits, by name.
+    """
+
+    budget = "small"
+    steps = 60
+    data = {"dataset": "shapes", "num_rows": 400, "fingerprint": "0-1"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        path,
+        effects,
+        seeds=(0, 1, 2),
+        class_names=("road", "sky", "car", "sign"),
+        num_images=12,
+        layers=("stage1", "stage2", "stage3", "stage4", "head"),
+        evaluations=None,
+        has_absent_class=False,
+    ):
+        self.path, self.effects, self.seeds = path, effects, tuple(seeds)
+        self.names, self.layers = list(class_names), layers
+        self.evaluations = evaluations or {}
+        self.num_images, self.has_absent_class = num_images, has_absent_class
+        rng = np.random.default_rng(0)
+        self.pixels = rng.integers(50, 2000, (num_images, len(self.names)))
+        if has_absent_class:
+            self.pixels[:, -1] = 0
+        self.difficulty = rng.normal(0, 0.6, (num_images, len(self.names)))
+        self.difficulty += np.linspace(1.8, -0.4, len(self.names))
+
+    def config(self, variant, seed):
+        arguments = {"sr_ratios": [list(self.effects).index(variant) + 1] * 4}
+        network = {"class_path": "segformer_pl.models.segformer_b0", "init_args": arguments}
+        return {
+            "seed_everything": seed,
+            "trainer": {"max_steps": self.steps},
+            "model": {"network": network},
+            "data": {"dataset": "shapes"},
+        }
+
+    def folder(self, variant, seed):
+        # A variant's name may hold characters that a path may not.
+        name = "".join(c if c.isalnum() or c in "-_=+.," else "_" for c in variant)
+        return self.path / f"{name}.seed{seed}.{self.budget}.{self.digest(variant)}"
+
+    def digest(self, variant):
+        data = TrainingData(**self.data)
+        parts = {0: self.config(variant, 0)}
+        return settings_digest(training_configuration(parts, data, None))
+
+    def simulate(self, variant, seed, shift=0.0):
+        """Return the evaluation of one run."""
+        index = list(self.effects).index(variant)
+        by_variant = np.random.default_rng([1, index])
+        by_seed = np.random.default_rng([2, index, seed])
+        shape = self.pixels.shape
+        logits = self.difficulty + self.effects[variant] + shift
+        logits = logits + by_variant.normal(0, 0.15, shape[1]) * (index > 0)
+        logits = logits + by_variant.normal(0, 0.12, shape)
+        logits = logits + by_seed.normal(0, 0.05) + by_seed.normal(0, 0.05, shape[1])
+        correct = (self.pixels / (1 + np.exp(-logits))).astype(np.int64)
+        confusion = np.zeros((shape[1], shape[1]), np.int64)
+        counts = np.zeros((*shape, 3), np.int64)
+        present = np.flatnonzero(self.pixels.any(axis=0))
+        for place, c in enumerate(present):
+            mistaken = present[(place + 1) % len(present)]  # wrong pixels go to the next class
+            wrong = self.pixels[:, c] - correct[:, c]
+            confusion[c, c] += correct[:, c].sum()
+            confusion[c, mistaken] += wrong.sum()
+            counts[:, c, 0] = correct[:, c]
+            counts[:, c, 1] = self.pixels[:, c]
+            counts[:, c, 2] += correct[:, c]
+            counts[:, mistaken, 2] += wrong
+        right, total = confusion.trace(), confusion.sum()
+        return Evaluation(
+            split="val",
+            step=self.steps,
+            class_names=self.names,
+            ids=[f"image{i:03d}" for i in range(self.num_images)],
+            counts=counts,
+            loss=np.full(self.num_images, 0.5),
+            confusion=confusion,
+            calibration=np.array([[total, 0.8 * total, right]]),
+        )
+
+    def write_run(self, variant, seed, **changes):
+        """Write one finished run; ``changes`` replace entries of ``ablation.json``."""
+        folder = self.folder(variant, seed)
+        evaluation = self.simulate(variant, seed)
+        config = self.config(variant, seed)
+        self._write_folder(folder, evaluation, config, self._rows(variant, seed, evaluation.miou))
+        for name, shift in self.evaluations.items():
+            moved = self.simulate(variant, seed, shift)
+            rows = [{"epoch": 0, "step": self.steps - 1, "val/miou": moved.miou}]
+            self._write_folder(folder / "evaluations" / name, moved, config, rows)
+        (folder / "training_data.json").write_text(json.dumps(self.data))
+        arguments = config["model"]["network"]["init_args"]
+        is_reference = variant == next(iter(self.effects))
+        record = {
+            "study": self.path.name,
+            "question": "Does a larger reduction ratio cost the classes that need long context?",
+            "budget": self.budget,
+            "variant": variant,
+            "variants": list(self.effects),
+            "changes": {}
+            if is_reference
+            else {f"model.network.init_args.{k}": v for k, v in arguments.items()},
+            "reference": next(iter(self.effects)),
+            "seed": seed,
+            "digest": self.digest(variant),
+            "max_steps": self.steps,
+            "evaluations": list(self.evaluations),
+            "environment": {
+                "python": "3.11.7",
+                "torch": "2.11.0",
+                "lightning": "2.6.6",
+                "segformer_pl": "0.1.0",
+                "device": "cpu",
+                "num_threads": 1,
+                "platform": "Linux",
+            },
+            "transplanted": [],
+        }
+        (folder / "ablation.json").write_text(json.dumps(record | changes))
+        (folder / "report.html").write_text("<!doctype html><title>run</title>")
+        return folder
+
+    def write(self):
+        for seed in self.seeds:
+            for variant in self.effects:
+                self.write_run(variant, seed)
+        return self.path
+
+    def costs(self):
+        """Return costs of all variants, as ``ablate`` measures them."""
+        return [
+            {
+                "variant": variant,
+                "parameters": 3_700_000 + 40_000 * index,
+                "macs": int(5.2e8 * (1 + 0.35 * index)),
+                "paper_macs": int(5.9e8 * (1 + 0.35 * index)),
+                "activation_bytes": int(41e6 * (1 + 0.2 * index)),
+                "latency_median_ms": 12.5 + 1.7 * index,
+                "latency_iqr_ms": 0.8,
+                "stages": [
+                    {"keys": 64 * (index + 1), "attention_macs": 1_200_000 * (index + 1)}
+                    for _ in range(4)
+                ],
+            }
+            for index, variant in enumerate(self.effects)
+        ]
+
+    def _rows(self, variant, seed, miou):
+        index = list(self.effects).index(variant)
+        rng = np.random.default_rng([3, index, seed])
+        rows = []
+        for step in range(self.steps):
+            loss = 0.3 + 1.8 * math.exp(-step / 15) + rng.normal(0, 0.05)
+            rows.append({"epoch": 0, "step": step, "train/loss": loss})
+            if (step + 1) % (self.steps // 6) == 0:
+                progress = 1 - math.exp(-(step + 1) / (self.steps / 4))
+                last = step + 1 == self.steps
+                row = {"epoch": 0, "step": step, "val/loss": loss}
+                noise = 0 if last else rng.normal(0, 0.01)
+                row["val/miou"] = miou * (1 if last else progress) + noise
+                for depth, layer in enumerate(self.layers):
+                    radius = (3 + 4 * depth**1.5) * (1 + 0.04 * index) + rng.normal(0, 0.4)
+                    row[f"val/erf/{layer}/radius50"] = radius
+                    row[f"val/erf/{layer}/radius95"] = 2.6 * radius
+                rows.append(row)
+        return rows
+
+    @staticmethod
+    def _write_folder(folder, evaluation, config, rows):
+        evaluation.save(folder / "evaluation" / f"val_step_{evaluation.step:07d}.npz")
+        with (folder / "metrics.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, sorted({key for row in rows for key in row}))
+            writer.writeheader()
+            writer.writerows(rows)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        hparams = {"class_names": evaluation.class_names}
+        (folder / "hparams.yaml").write_text(yaml.safe_dump(hparams))
+
+
+@pytest.fixture(scope="session")
+def study_folder():
+    """Class of a simulated study, see StudyFolder."""
+    return StudyFolder
+
+
+@pytest.fixture
+def simulate_study(tmp_path):
+    """Function (effects, ...) -> StudyFolder whose runs are all written."""
+
+    def make(effects, **settings):
+        study = StudyFolder(tmp_path / "ablations" / "reduction_ratio", effects, **settings)
+        study.write()
+        return study
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def page_class():
+    """Class of a parsed page, see Page."""
+    return Page
+
+
+@pytest.fixture
+def read_page():
+    """Function (file) -> parsed page."""
+    return Page

@@ -1,0 +1,200 @@
+"""Where jobs run: as processes of this machine or as a Slurm array, both started by submitit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import submitit
+
+from segformer_pl.ablation.folder import State
+from segformer_pl.ablation.job import RunJob
+from segformer_pl.errors import UserError
+
+# submitit ends a local job after 2 minutes by default.
+NO_LIMIT_MIN = 60 * 24 * 3650
+# Options that submitit has for all its executors; the others get the prefix "slurm_".
+COMMON_OPTIONS = {
+    "cpus_per_task",
+    "gpus_per_node",
+    "mem_gb",
+    "name",
+    "nodes",
+    "stderr_to_stdout",
+    "tasks_per_node",
+    "timeout_min",
+}
+# Slurm ends a job after its time, and the job is requeued with a checkpoint, this often.
+MAX_NUM_TIMEOUTS = 1000
+QUEUE_INTERVAL = 5.0  # seconds between two calls of squeue
+
+
+class Launcher(Protocol):
+    """Starts jobs and says which of them have ended."""
+
+    def num_free(self) -> int:
+        """Return how many jobs can be submitted now."""
+
+    def submit(self, jobs: Sequence[RunJob]) -> list[submitit.Job[State]]:
+        """Start jobs, no more than :meth:`num_free`."""
+
+    def is_over(self, job: submitit.Job[State]) -> bool:
+        """Return whether a job has ended, however it ended."""
+
+    def stop(self, job: submitit.Job[State]) -> None:
+        """Ask a job to end with a checkpoint; a second time, at once."""
+
+
+class LocalLauncher:
+    """Runs at most a number of jobs at a time on this machine.
+
+    Args:
+        folder: Folder for submitit's files.
+        max_parallel: Number of jobs at a time.
+        gpus: Sets of GPUs, each for one job at a time; if there are fewer sets than jobs, jobs
+            share them. Empty: jobs use no GPU.
+    """
+
+    def __init__(self, folder: Path, max_parallel: int, gpus: Sequence[str] = ()) -> None:
+        self._executor = submitit.LocalExecutor(folder)
+        self._executor.update_parameters(timeout_min=NO_LIMIT_MIN)
+        self._gpus = gpus
+        self._slots: list[submitit.Job[State] | None] = [None] * max_parallel
+        self._num_threads = max(1, num_cores() // max_parallel)
+
+    def num_free(self) -> int:
+        self._slots = [None if job is None or self.is_over(job) else job for job in self._slots]
+        return self._slots.count(None)
+
+    def submit(self, jobs: Sequence[RunJob]) -> list[submitit.Job[State]]:
+        return [self._submit(job) for job in jobs]
+
+    def _submit(self, run_job: RunJob) -> submitit.Job[State]:
+        slot = self._slots.index(None)
+        # submitit gives a job CUDA_VISIBLE_DEVICES="" unless it counts GPUs itself, from 0.
+        gpus = self._gpus[slot % len(self._gpus)] if self._gpus else ""
+        run_job.variables = {
+            "OMP_NUM_THREADS": str(self._num_threads),
+            "CUDA_VISIBLE_DEVICES": gpus,
+        }
+        # Ctrl-C in a terminal reaches all its processes, and submitit's would kill the training
+        # one second later. They inherit this mask; the training does not, see RunJob.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            job = self._executor.submit(run_job)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        self._slots[slot] = job
+        return job
+
+    def is_over(self, job: submitit.Job[State]) -> bool:
+        return job.done()
+
+    def stop(self, job: submitit.Job[State]) -> None:
+        # LocalJob.cancel() sends SIGINT, after which submitit waits one second and kills. The id is
+        # that of the process that submitit started, and SIGTERM is passed on.
+        if not job.done():
+            with suppress(ProcessLookupError):
+                os.kill(int(job.job_id), signal.SIGTERM)
+
+
+class SlurmLauncher:
+    """Submits all jobs as one array of Slurm, of which a number run at a time.
+
+    Args:
+        folder: Folder for submitit's files, on a disk that the nodes share.
+        name: Name of the jobs.
+        max_parallel: Number of jobs at a time; None for as many as Slurm allows.
+        options: Options of submitit or Slurm, such as ``{"partition": "gpu", "timeout_min": 240}``.
+
+    Raises:
+        UserError: There is no Slurm here, or there is no such option.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, max_parallel: int | None, options: Mapping[str, Any]
+    ) -> None:
+        for program in ("sbatch", "squeue"):
+            if shutil.which(program) is None:
+                raise UserError(
+                    f"launcher: there is no program '{program}' on this machine; start the command "
+                    "on a login node of a Slurm cluster, or give --launcher local"
+                )
+        given = {"name": name, **options}
+        if max_parallel is not None:
+            given["array_parallelism"] = max_parallel
+        self._executor = submitit.AutoExecutor(
+            folder, cluster="slurm", slurm_max_num_timeout=MAX_NUM_TIMEOUTS
+        )
+        try:
+            self._executor.update_parameters(
+                **{
+                    key if key in COMMON_OPTIONS else f"slurm_{key}": value
+                    for key, value in given.items()
+                }
+            )
+        except (NameError, TypeError, ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"slurm: {reason}") from error
+        self._queue: set[str] | None = None
+        self._asked = 0.0
+
+    def num_free(self) -> int:
+        return 1_000_000
+
+    def submit(self, jobs: Sequence[RunJob]) -> list[submitit.Job[State]]:
+        try:
+            with self._executor.batch():
+                submitted = [self._executor.submit(job) for job in jobs]
+        except submitit.core.utils.FailedJobError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"slurm: sbatch refused the jobs ({reason})") from error
+        self._asked = 0.0
+        return submitted
+
+    def is_over(self, job: submitit.Job[State]) -> bool:
+        # submitit asks sacct, which not every cluster has, and which it trusts for ten minutes.
+        if job.paths.result_pickle.exists():
+            return True
+        if time.monotonic() - self._asked > QUEUE_INTERVAL:
+            self._queue = _read_queue()
+            self._asked = time.monotonic()
+        return self._queue is not None and job.job_id not in self._queue
+
+    def stop(self, job: submitit.Job[State]) -> None:
+        job.cancel()  # SIGTERM, or removal from the queue
+
+
+def _read_queue() -> set[str] | None:
+    """Return the ids of the jobs that wait or run; None if Slurm does not answer."""
+    user = str(os.getuid())
+    command = ["squeue", "--noheader", "--array", f"--user={user}", "--format=%i"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(done.stdout.split())
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def gpu_sets(num_gpus: int, num_each: int) -> list[str]:
+    """Divide the visible GPUs into sets, one per job, as values of ``CUDA_VISIBLE_DEVICES``.
+
+    Args:
+        num_gpus: Number of GPUs that torch sees.
+        num_each: GPUs of one job.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
+    starts = range(0, len(names) - num_each + 1, num_each)
+    return [",".join(names[start : start + num_each]) for start in starts]
