@@ -163,7 +163,7 @@ class SegmentationTask(pl.LightningModule):
             "poly_power": poly_power,
         }.items():
             if not 0 <= value < math.inf:  # NaN compares as false
-                raise UserError(f"model.{name} is {value}; give a number of at least 0")
+                raise UserError(f"model.{name} is {value}; give a finite number of at least 0")
         if loss is not None:
             _check_loss(loss)
             if not network.takes_criterion:

@@ -123,9 +123,11 @@ def test_a_diverged_network_is_not_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lr", "head_lr_mult", "weight_decay", "poly_power"])
-def test_negative_settings_are_refused(name):
-    with pytest.raises(ValueError, match=f"model.{name} is -1.0; give a number of at least 0"):
-        make_task(**{name: -1.0})
+def test_negative_and_non_finite_settings_are_refused(name):
+    for value in (-1.0, float("nan"), float("inf")):
+        message = f"model.{name} is {value}; give a finite number of at least 0"
+        with pytest.raises(ValueError, match=message):
+            make_task(**{name: value})
 
 
 def test_a_loss_with_another_signature_is_refused():
