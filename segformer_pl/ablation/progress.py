@@ -21,7 +21,7 @@ class RunProgress:
     Attributes:
         run: The run.
         evaluations: Names of its additional evaluations.
-        state: Its state when it was last looked at.
+        state: Its state as of the last :meth:`look`.
         is_elsewhere: Whether another invocation, or a process that outlived one, runs it.
         has_started: Whether its job has been seen at work; on Slurm it may wait in the queue.
         step: Training steps done.
