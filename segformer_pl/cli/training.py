@@ -34,7 +34,7 @@ from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 from segformer_pl.cli.resumption import check_settings
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
-from segformer_pl.commands.parser import PROG, RunArgumentParser
+from segformer_pl.commands.parser import PROG, RunArgumentParser, try_int_before_float
 from segformer_pl.commands.run_folder import (
     DEFAULT_LOGGER,
     find_continuation,
@@ -117,6 +117,7 @@ class SegformerCLI(SettingsWinCLI):
         return {name: skip for name, skip in commands.items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        try_int_before_float(parser)
         links = {
             "model.class_names": lambda name: list(_labels(name).names),
             "model.palette": lambda name: [list(color) for color in _labels(name).colors],

@@ -1,10 +1,12 @@
 """The argument parsers of all commands, and the networks that can be named on the command line."""
 
 import inspect
+import operator
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from functools import reduce
+from typing import Any, NoReturn, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -100,6 +102,22 @@ class RunArgumentParser(LightningArgumentParser):
         self, *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
     ) -> list[str]:
         return super().add_function_arguments(*args, **kwargs)
+
+
+def try_int_before_float(parser: LightningArgumentParser) -> None:
+    """Let the arguments that take a number or a share, such as limit_val_batches, take 2 as 2.
+
+    jsonargparse tries the types of a union in their order. ``typing`` considers Union[int, float]
+    and Union[float, int] equal and returns the one that any module made first, which depends on the
+    order of imports. With float first 2 is read as 2.0, which the trainer refuses, and 1 as 1.0,
+    which is all batches.
+    """
+    for action in parser._actions:
+        types = get_args(getattr(action, "_typehint", None))
+        if int in types and float in types:
+            ordered = sorted(types, key=lambda kind: kind is not int)
+            # Such unions are not cached.
+            action._typehint = reduce(operator.or_, ordered)  # type: ignore[attr-defined]
 
 
 class SegformerArgumentParser(RunArgumentParser):

@@ -7,9 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl.analysis.run import Run
-from segformer_pl.cli import main
+from segformer_pl.cli import main, resolve
 from segformer_pl.data import shapes
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
@@ -316,3 +318,28 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     assert "profile, convert" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [(int, float), (float, int)])
+def test_two_batches_are_no_share_whatever_was_imported_before(order, tmp_path, monkeypatch):
+    # typing takes one order of a union for the other if a module has used it before.
+    add_class_args = LightningArgumentParser.add_lightning_class_args
+
+    def add_with_order(parser, *args, **kwargs):
+        added = add_class_args(parser, *args, **kwargs)
+        for action in parser._actions:
+            if action.dest == "trainer.limit_val_batches":
+                action._typehint = order[0] | order[1] | None
+        return added
+
+    monkeypatch.setattr(LightningArgumentParser, "add_lightning_class_args", add_with_order)
+    file = tmp_path / "settings.yaml"
+    settings = {
+        "model": {"network": {"class_path": "segformer_pl.models.segformer_b0"}},
+        "data": {"dataset": "shapes"},
+    }
+    for value in (1, 2, 0.5, 1.0):
+        file.write_text(yaml.safe_dump(settings | {"trainer": {"limit_val_batches": value}}))
+        read = resolve([str(file)])["trainer"]["limit_val_batches"]
+        assert (read, type(read)) == (value, type(value))
