@@ -105,7 +105,6 @@ FORK_SERVER = """
 import json, os, resource, sys
 from segformer_pl.cli import main
 
-sys.path.append(sys.argv[1])
 for line in sys.stdin:
     job = json.loads(line)
     if "wait" in job:
@@ -119,6 +118,7 @@ for line in sys.stdin:
     os.setsid()
     os.chdir(job["folder"])
     os.environ.update(job["environment"])
+    sys.path.append(job["imports"])
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(target, stream)
@@ -159,37 +159,49 @@ class Command:
         return self.log.read_text() if self.log.exists() else ""
 
 
-@pytest.fixture(scope="module")
-def start_command(request, tmp_path_factory):
-    """Function (arguments) that starts ``python -m segformer_pl`` and returns its Command."""
+@pytest.fixture(scope="session")
+def fork_server():
+    """Function that sends a request to the fork server of all tests and returns the answer."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    folder = tmp_path_factory.mktemp("commands")
-    # The server can import callbacks from the folder of the test.
     server = subprocess.Popen(
-        [sys.executable, "-c", FORK_SERVER, str(request.path.parent)],
+        [sys.executable, "-c", FORK_SERVER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    started = []
 
-    def request_server(request):
-        server.stdin.write(json.dumps(request) + "\n")
+    def request(job):
+        server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
-    def start(arguments, folder=folder, largest_file=None, **environment):
-        log = folder / f"log{len(started)}"
-        job = {"arguments": [str(argument) for argument in arguments], "folder": str(folder)}
-        job |= {"log": str(log), "largest_file": largest_file, "environment": environment}
-        started.append(request_server(job))
-        return Command(started[-1], log, lambda pid: request_server({"wait": pid}))
-
-    yield start
+    yield request
     server.stdin.close()
     server.wait()
+
+
+@pytest.fixture
+def start_command(request, fork_server, tmp_path_factory):
+    """Function (arguments) that starts ``python -m segformer_pl`` and returns its Command.
+
+    The command and its children can import callbacks from ``imports``, the folder of the test.
+    What is still running at the end of the test is killed.
+    """
+    logs = tmp_path_factory.mktemp("commands")
+    started = []
+
+    def start(arguments, folder=logs, imports=None, largest_file=None, **environment):
+        log = logs / f"log{len(started)}"
+        imports = str(imports or request.path.parent)
+        job = {"arguments": [str(argument) for argument in arguments], "folder": str(folder)}
+        job |= {"log": str(log), "largest_file": largest_file, "imports": imports}
+        job["environment"] = {"PYTHONPATH": imports} | environment
+        started.append(fork_server(job))
+        return Command(started[-1], log, lambda pid: fork_server({"wait": pid}))
+
+    yield start
     for pid in started:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)

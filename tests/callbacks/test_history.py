@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -65,20 +63,18 @@ def options(data, runs, **changes):
     ]
 
 
-def killed_run(data, runs, step):
-    """Start a run whose process is killed after a step; return the run folder."""
-    kill = {"class_path": "test_history.KillAt", "init_args": {"step": step}}
-    process = subprocess.run(
-        [
-            *(sys.executable, "-m", "segformer_pl", "fit", *options(data, runs)),
-            f"--trainer.callbacks+={json.dumps(kill)}",
-        ],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=120,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    return runs / "unnamed" / "version_0"
+@pytest.fixture
+def killed_run(start_command):
+    """Function that starts a run whose process is killed after a step; returns the run folder."""
+
+    def call(data, runs, step):
+        kill = {"class_path": "test_history.KillAt", "init_args": {"step": step}}
+        callback = f"--trainer.callbacks+={json.dumps(kill)}"
+        process = start_command(["fit", *options(data, runs), callback])
+        assert process.wait() == -signal.SIGKILL, process.output
+        return runs / "unnamed" / "version_0"
+
+    return call
 
 
 def rows(run_dir):
@@ -96,7 +92,9 @@ def files(run_dir):
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_leaves_what_an_uninterrupted_one_leaves(data, tmp_path, caplog):
+def test_a_killed_and_resumed_run_leaves_what_an_uninterrupted_one_leaves(
+    data, killed_run, tmp_path, caplog
+):
     main(["fit", *options(data, tmp_path / "whole")])
     whole = tmp_path / "whole" / "unnamed" / "version_0"
     run_dir = killed_run(data, tmp_path / "killed", step=5)

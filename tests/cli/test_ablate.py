@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -54,38 +53,20 @@ def write_study(folder, data, bad=False, **entries):
     return file
 
 
-def start(folder, *options):
-    """Start ``ablate`` as the leader of a group of processes, as a shell does."""
-    output = (folder / f"output{len(list(folder.glob('output*')))}").open("w+")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "segformer_pl", "ablate", "tiny.yaml", "--output=out", *options],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"},
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        process_group=0,
-    )
-    process.output = Path(output.name)
-    return process
+@pytest.fixture
+def start(start_command, tmp_path):
+    """Function (options) that starts ``ablate`` as the leader of a group of processes."""
+
+    def call(*options):
+        arguments = ["ablate", "tiny.yaml", "--output=out", *options]
+        return start_command(arguments, folder=tmp_path, imports=SUPPORT)
+
+    return call
 
 
 def finish(process, status=0):
-    try:
-        process.wait(400)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    text = process.output.read_text()
-    assert process.returncode == status, text
-    return text
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 400
-    while not condition():
-        assert process.poll() is None, process.output.read_text()
-        assert time.monotonic() < deadline, process.output.read_text()
-        time.sleep(0.05)
+    assert process.wait(400) == status, process.output
+    return process.output
 
 
 def run_folder(folder, name):
@@ -116,14 +97,14 @@ def has_processes(group):
     return True
 
 
-def test_a_study_is_killed_fails_and_is_completed_by_two_invocations(folder, tmp_path):
+def test_a_study_is_killed_fails_and_is_completed_by_two_invocations(folder, tmp_path, start):
     write_study(tmp_path, folder, bad=True)
     (tmp_path / "fail").touch()
     (tmp_path / "hold.step.1").touch()
 
     # SIGKILL of everything, while seed 0 is complete and seed 1 of "good" is in step 2.
-    process = start(tmp_path, "--max-parallel=2")
-    wait_for(lambda: is_done(tmp_path, "good.seed0") and num_held(tmp_path, "step"), process)
+    process = start("--max-parallel=2")
+    process.wait_for(lambda: is_done(tmp_path, "good.seed0") and num_held(tmp_path, "step"), 400)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished = run_folder(tmp_path, "good.seed0")
@@ -132,7 +113,7 @@ def test_a_study_is_killed_fails_and_is_completed_by_two_invocations(folder, tmp
 
     # The same command: the complete run is left alone, the interrupted one resumes, the failed one
     # is listed and not started again, and its failure stops no other run.
-    text = finish(start(tmp_path, "--max-parallel=2"), status=1)
+    text = finish(start("--max-parallel=2"), status=1)
     after = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
     assert after == before
     assert [len(commands(tmp_path, f"good.seed{seed}")) for seed in (0, 1)] == [1, 2]
@@ -157,7 +138,7 @@ def test_a_study_is_killed_fails_and_is_completed_by_two_invocations(folder, tmp
     # Two invocations at once share the failed runs and start none of them twice.
     (tmp_path / "fail").unlink()
     counts = {seed: len(commands(tmp_path, f"other.seed{seed}")) for seed in (0, 1)}
-    both = [start(tmp_path, "--retry-failed", "--max-parallel=1") for _ in range(2)]
+    both = [start("--retry-failed", "--max-parallel=1") for _ in range(2)]
     for process in both:
         assert "4 of 4 runs done" in finish(process)
     for seed, number in counts.items():
@@ -169,16 +150,16 @@ def test_a_study_is_killed_fails_and_is_completed_by_two_invocations(folder, tmp
     assert "other" in table
 
 
-def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path):
+def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path, start):
     evaluations = {"at_96": {"model.inference": {"base_size": [96, 96]}}}
     write_study(tmp_path, folder, evaluations=evaluations, seeds=[0], variants={"good": {}})
     (tmp_path / "hold.step.0").touch()
 
     # Ctrl-C in a terminal reaches all processes of the group.
-    process = start(tmp_path)
-    wait_for(lambda: num_held(tmp_path, "step"), process)
+    process = start()
+    process.wait_for(lambda: num_held(tmp_path, "step"), 400)
     os.killpg(process.pid, signal.SIGINT)
-    wait_for(lambda: "Ctrl-C: 1 running; each ends" in process.output.read_text(), process)
+    process.wait_for(lambda: "Ctrl-C: 1 running; each ends" in process.output, 400)
     (tmp_path / "hold.step.0").unlink()
     text = finish(process, status=130)
     assert "Ctrl-C: stopped; go on with\npython -m segformer_pl ablate tiny.yaml" in text
@@ -187,16 +168,16 @@ def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path):
 
     # SIGTERM of the command alone is passed on, here in the validation after the last step.
     (tmp_path / "hold.validation.0").touch()
-    process = start(tmp_path)
-    wait_for(lambda: num_held(tmp_path, "validation"), process)
-    process.send_signal(signal.SIGTERM)
-    wait_for(lambda: "SIGTERM: 1 running; each ends" in process.output.read_text(), process)
+    process = start()
+    process.wait_for(lambda: num_held(tmp_path, "validation"), 400)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait_for(lambda: "SIGTERM: 1 running; each ends" in process.output, 400)
     (tmp_path / "hold.validation.0").unlink()
     finish(process, status=143)
     assert not has_processes(process.pid)
 
     # The missed validation and the additional evaluation are made up for.
-    assert "1 of 1 runs done" in finish(start(tmp_path))
+    assert "1 of 1 runs done" in finish(start())
     run = Run(run_folder(tmp_path, "good.seed0"))
     assert [file.step for file in run.evaluations] == [4]
     assert [file.step for file in run.named_evaluations["at_96"].evaluations] == [4]
@@ -214,11 +195,11 @@ def has_slurm():
 
 
 @pytest.mark.skipif(not has_slurm(), reason="needs a running Slurm")
-def test_a_run_that_slurm_preempts_is_requeued_and_resumes(folder, tmp_path):
+def test_a_run_that_slurm_preempts_is_requeued_and_resumes(folder, tmp_path, start):
     write_study(tmp_path, folder, seeds=[0], variants={"good": {}})
     (tmp_path / "hold.step.0").touch()
-    process = start(tmp_path, "--launcher=slurm", "--slurm={timeout_min: 60, cpus_per_task: 1}")
-    wait_for(lambda: num_held(tmp_path, "step"), process)
+    process = start("--launcher=slurm", "--slurm={timeout_min: 60, cpus_per_task: 1}")
+    process.wait_for(lambda: num_held(tmp_path, "step"), 400)
     queue = ["squeue", "--noheader", "--name=tiny", "--format=%i"]
     job = subprocess.run(queue, capture_output=True, text=True, check=True).stdout.strip()
     # What Slurm sends before it ends a job whose time is over.
