@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from segformer_pl.analysis.complexity import complexity, executed_macs
+from segformer_pl.analysis.complexity import complexity
 from segformer_pl.checkpoints import load_network
 from segformer_pl.checkpoints.export import export_weights
 from segformer_pl.errors import UserError
@@ -213,13 +214,6 @@ def _one_upsampling(network, patch):
     patch.setattr(semask, "_upsample_by_2", lambda feature_map: feature_map)
 
 
-def _next_stage_after_the_norm(network, patch):
-    for stage in network.encoder.stages[1:]:
-        patch.setattr(
-            stage, "forward", lambda tokens, stage=stage: type(stage).forward(stage, 1.1 * tokens)
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
@@ -348,9 +342,12 @@ def test_global_stages_are_an_argument(randomize):
 )
 def test_parameters_and_multiply_adds(backbone, num_classes, num_parameters, side, gmacs):
     with torch.device("meta"):
-        network = semask_fpn(num_classes, backbone)
+        network = semask_fpn(num_classes, backbone).eval()
+        images = torch.empty(1, 3, side, side)
     assert sum(p.numel() for p in network.parameters()) == num_parameters
-    assert executed_macs(network, side, side) / 1e9 == pytest.approx(gmacs, abs=0.051)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        network(images)
+    assert flops.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=0.051)
 
 
 @pytest.mark.slow
@@ -406,7 +403,10 @@ def test_every_parameter_changes_the_loss(randomize):
         if re.search(r"attn\.qkv\.bias", name):
             # A bias of the keys adds the same number to all logits of a query.
             gradient = torch.cat([gradient.chunk(3)[0], gradient.chunk(3)[2]])
-        assert gradient.any() if name.startswith("head.") else (gradient != 0).all(), name
+        # ReLU may zero channels of the head. A window holds not every relative position where it
+        # is larger than the map. All else has an effect.
+        is_partial = name.startswith("head.") or name.endswith("relative_position_bias_table")
+        assert gradient.any() if is_partial else (gradient != 0).all(), name
 
 
 def test_auxiliary_loss_is_weighted(randomize):
@@ -482,6 +482,7 @@ def test_parameter_groups():
     assert of_classes == set(network.classifier_paths)
 
 
+@pytest.mark.slow
 def test_complexity_by_part():
     cost = complexity(small(), 64, 96)
     assert [part.name for part in cost.parts] == [
@@ -505,11 +506,10 @@ def test_experiment_reaches_the_arguments_of_the_backbone():
         path = "segformer_pl.models.semask.semask_fpn"
         return parser.parse_object({"network": {"class_path": path, "init_args": init_args}})
 
-    lists = {
-        key: list(value) if key in ("depths", "num_heads") else value
-        for key, value in SMALL.items()
-    }
-    network = parser.instantiate(parse(drop_path_rate=0.1, global_stages=[3], **lists)).network
+    lists = {key: list(SMALL[key]) for key in ("depths", "num_heads")}
+    network = parser.instantiate(
+        parse(drop_path_rate=0.1, global_stages=[3], **SMALL | lists)
+    ).network
     assert network.encoder.init_args()["drop_path_rate"] == 0.1
     assert network.encoder.out_channels == (12, 24, 48, 96)
     assert network.global_stages == (3,)
