@@ -65,19 +65,19 @@ def shift_mask(padded: Tensor, window: Window, shift: Window) -> Tensor:
         (number of windows, M * M, M * M): 0 within a region and -100 between two.
     """
     rows, columns = (
-        (index >= size - side).long() + (index >= size - moved).long()
-        for index, size, side, moved in zip(
-            (torch.arange(size, device=padded.device) for size in padded.shape[1:3]),
-            padded.shape[1:3],
-            window,
-            shift,
-        )
+        _regions(torch.arange(size, device=padded.device), side, moved)
+        for size, side, moved in zip(padded.shape[1:3], window, shift)
     )
     regions = 3 * rows[:, None] + columns
     by_window = window_partition(regions[None, :, :, None], window).flatten(1)
     is_other = by_window[:, None, :] != by_window[:, :, None]
     # A finite number, as in the original, so that trained weights keep their results.
     return is_other.to(padded.dtype) * -100.0
+
+
+def _regions(index: Tensor, side: int, moved: int) -> Tensor:
+    """Return the region of every row or column, 0 to 2."""
+    return (index >= len(index) - side).long() + (index >= len(index) - moved).long()
 
 
 class SwinBlock(nn.Module):
