@@ -183,7 +183,8 @@ class VisionTransformerBlocks(nn.Module):
             self.register_parameter(name, getattr(model, name))
         table = model.pos_embed
         if not class_token:
-            table, num_rows = nn.Parameter(table.detach()[:, num_rows:].clone()), 0
+            rows = table.detach()[:, num_rows:]
+            table, num_rows = nn.Parameter(rows.clone(memory_format=torch.contiguous_format)), 0
         self.pos_embed = table
         self.num_prefix_rows = num_rows
         self.norm_pre = model.norm_pre
