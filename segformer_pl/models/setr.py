@@ -272,7 +272,8 @@ class SETR(Segmenter):
 
         Returns:
             ``stage1``, ``stage2``, ...: the encoder's maps, (B, C, h, w) each; ``head``: the
-            input of the classifier.
+            input of the classifier, (B, D, h, w) in Naive, (B, D, 8 h, 8 w) in PUP and
+            (B, 2 D, 4 h, 4 w) in MLA with four maps.
         """
         features = self.encoder(images)
         named = {f"stage{i}": feature for i, feature in enumerate(features, start=1)}
@@ -284,7 +285,7 @@ class SETR(Segmenter):
         """Return the loss of the head plus ``aux_weight`` times that of every auxiliary head."""
         maps = self._decoder_maps(self.encoder(images))
         loss = criterion(self.head(maps), target, ignore_index)
-        # The auxiliary heads belong to the first maps: to all but the last in Naive, to all others.
+        # Naive has no auxiliary head on the last map, and zip stops before it.
         for feature_map, head in zip(maps, self.aux_heads or []):
             loss = loss + self.aux_weight * criterion(head([feature_map]), target, ignore_index)
         return loss
