@@ -330,6 +330,7 @@ def test_arguments_out_of_range_are_refused(arguments, sentence):
         SETR(ViTEncoder(TINY, 32), 5, **arguments)
 
 
+@pytest.mark.slow
 def test_encoders_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"one stride, and TimmEncoder has strides 4, 8, 16, 32"):
         SETR(TimmEncoder("resnet18"), 5)
