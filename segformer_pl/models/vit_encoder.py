@@ -95,9 +95,8 @@ class ViTEncoder(Encoder):
         pretrained = pretrained and torch.get_default_device().type != "meta"
         grid = (size[0] // shape.stride, size[1] // shape.stride)
         arguments: dict[str, Any] = {"in_chans": in_channels, "dynamic_img_size": True}
-        if (
-            not pretrained
-        ):  # pretrained tables come at their own size: timm's resampling is not ours
+        # timm would resample a pretrained table bicubically, so take it at its own size.
+        if not pretrained:
             arguments["img_size"] = size
         model = _create(name, pretrained, arguments)
         self.backbone = VisionTransformerBlocks(model, indices, class_token)

@@ -196,6 +196,8 @@ def test_pretrained_table_is_resampled_bilinearly(monkeypatch, tmp_path, randomi
     # At the size of the weights the table is theirs.
     encoder = ViTEncoder(name, 160, pretrained=True)
     assert torch.equal(encoder.backbone.pos_embed, state["pos_embed"])
+    encoder = ViTEncoder(name, 160, class_token=False, pretrained=True)
+    assert torch.equal(encoder.backbone.pos_embed, state["pos_embed"][:, 1:])
 
 
 @pytest.mark.slow
