@@ -1,0 +1,291 @@
+"""Plain vision transformers of timm (ViT, DeiT) as an encoder, at any size of images.
+
+::
+
+    images (B, C_in, H, W)
+      |  patch embedding: convolution of kernel and stride P           h = H / P, w = W / P
+    tokens (B, h * w, C)
+      |  prefix tokens before them (class, distillation, registers), position table added
+    tokens (B, prefix + h * w, C)
+      |  blocks 0, 1, 2, ...; after each block of ``out_indices``: a map (B, C, h, w)
+"""
+
+import difflib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segformer_pl.errors import UserError
+from segformer_pl.models.mit import to_channels_first
+from segformer_pl.models.segmenter import Encoder
+
+# Parameters of timm's model that become tokens in front of the image's, in timm's order.
+PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+
+
+class ViTEncoder(Encoder):
+    """A plain vision transformer of timm: maps of several blocks, all of one stride.
+
+    It takes every model that timm builds as a ``VisionTransformer``: ``vit_*_patch16_*`` and
+    ``deit*``, also distilled, hybrid (``vit_*_r50_*``) and with registers. Blocks after the last
+    used one are left out, and so are the final norm and the classifier. Maps are the output of the
+    blocks without a norm.
+
+    The position table is stored at ``image_size``. For another size of images it is resampled in
+    every forward pass, bilinearly with ``align_corners=False``, which is how SETR's code resamples
+    pretrained tables when it loads them; timm resamples bicubically with antialiasing. The rows of
+    prefix tokens stay as they are. A pretrained table is resampled once, in the same way.
+
+    Parameters have the names of timm's model after ``backbone.``.
+
+    Args:
+        name: Name of the model in timm, with or without the tag of its weights
+            (``vit_base_patch16_384.augreg_in21k_ft_in1k``).
+        image_size: Size of the images that the position table is stored for, in pixels: the side,
+            or height and width. Usually the training crop.
+        out_indices: Blocks whose outputs are the maps, counted from 0, ascending. Default: four,
+            evenly spaced up to the last, such as 2, 5, 8, 11.
+        class_token: Whether the prefix tokens run through the blocks. If not, they and their rows
+            of the position table are left out.
+        pretrained: Whether the weights are downloaded from the Hugging Face hub.
+        in_channels: Number of channels of the images. Pretrained filters are adapted by timm.
+
+    Raises:
+        UserError: timm has no such model or it is no plain vision transformer, ``image_size`` is no
+            multiple of the patch, ``out_indices`` do not fit, or the weights cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int | tuple[int, int] = 512,
+        out_indices: Sequence[int] | None = None,
+        class_token: bool = True,
+        pretrained: bool = False,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        shape = vit_shape(name)
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(size) != 2 or any(side < shape.stride or side % shape.stride for side in size):
+            raise UserError(
+                f"image_size={image_size}: {name} has patches of {shape.stride}x{shape.stride} "
+                f"pixels; give a multiple of {shape.stride}, or height and width that are"
+            )
+        if out_indices is None:
+            out_indices = evenly_spaced(shape.depth)
+        indices = tuple(out_indices)
+        if indices != tuple(sorted(set(indices) & set(range(shape.depth)))) or not indices:
+            raise UserError(
+                f"out_indices={indices}: {name} has blocks 0 to {shape.depth - 1}; name at least "
+                "one of them, each once, in ascending order"
+            )
+        self.name, self.image_size, self.class_token = name, size, class_token
+        self.in_channels = in_channels
+        self.min_size = shape.stride
+        self.out_channels = (shape.dim,) * len(indices)
+        self.out_strides = (shape.stride,) * len(indices)
+        # On the meta device there are no values to download.
+        pretrained = pretrained and torch.get_default_device().type != "meta"
+        grid = (size[0] // shape.stride, size[1] // shape.stride)
+        arguments: dict[str, Any] = {"in_chans": in_channels, "dynamic_img_size": True}
+        # timm would resample a pretrained table bicubically, so take it at its own size.
+        if not pretrained:
+            arguments["img_size"] = size
+        model = _create(name, pretrained, arguments)
+        self.backbone = VisionTransformerBlocks(model, indices, class_token)
+        self.backbone.resize_table(grid)
+        # As in MixTransformer: channels-last maps give channels-last gradients.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps of images (B, in_channels, H, W).
+
+        Returns:
+            Maps (B, C, H / P, W / P) of the chosen blocks, from the first to the last.
+
+        Raises:
+            UserError: A side of the images is no multiple of the patch P.
+        """
+        height, width = images.shape[2:]
+        patch = self.out_strides[0]
+        # Padding here would not do: the maps would cover more than the image, and inference, which
+        # stretches class maps over the image, would shift every prediction. `pad_to` cuts off what
+        # it has added.
+        if height % patch or width % patch or min(height, width) < patch:
+            raise UserError(
+                f"{self.name} takes images whose sides are multiples of {patch}, and these have "
+                f"{height}x{width} pixels; give model.inference.pad_to {patch}, and a "
+                f"data.crop_size of multiples of {patch}"
+            )
+        return self.backbone(images.contiguous(memory_format=torch.channels_last))
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the arguments; ``pretrained`` is False, as the weights are stored themselves."""
+        return {
+            "name": self.name,
+            "image_size": self.image_size,
+            "out_indices": self.backbone.out_indices,
+            "class_token": self.class_token,
+            "pretrained": False,
+            "in_channels": self.in_channels,
+        }
+
+    def layer_ids(self) -> dict[str, int]:
+        """Return the layer of every parameter: that of its block, counted from 0.
+
+        Patch embedding, prefix tokens and position table belong to block 0.
+        """
+        names = (name for name, _ in self.named_parameters())
+        prefix = "backbone.blocks."
+        return {
+            name: int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else 0
+            for name in names
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters of norms, the position table and the prefix tokens."""
+        return {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+            if "norm" in type(module).__name__.lower() or name in ("pos_embed", *PREFIX_TOKENS)
+        }
+
+
+class VisionTransformerBlocks(nn.Module):
+    """The used part of timm's ``VisionTransformer``, with its parameter names.
+
+    Args:
+        model: timm's model, built with ``dynamic_img_size=True``. Its modules are taken over.
+        out_indices: Blocks whose outputs are returned, ascending.
+        class_token: Whether the prefix tokens are kept.
+    """
+
+    def __init__(self, model: Any, out_indices: tuple[int, ...], class_token: bool) -> None:
+        super().__init__()
+        self.out_indices = out_indices
+        self.patch_embed = model.patch_embed
+        self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
+        # In DeiT III and others, rows of the table belong to patches alone.
+        num_rows = 0 if model.no_embed_class else model.num_prefix_tokens
+        self.prefix_names = tuple(
+            name for name in PREFIX_TOKENS if class_token and getattr(model, name, None) is not None
+        )
+        for name in self.prefix_names:
+            self.register_parameter(name, getattr(model, name))
+        table = model.pos_embed
+        if not class_token:
+            rows = table.detach()[:, num_rows:]
+            table, num_rows = nn.Parameter(rows.clone(memory_format=torch.contiguous_format)), 0
+        self.pos_embed = table
+        self.num_prefix_rows = num_rows
+        self.norm_pre = model.norm_pre
+        self.blocks = nn.ModuleList(model.blocks[: out_indices[-1] + 1])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return maps (B, C, h, w) of images (B, C_in, h * P, w * P)."""
+        tokens = self.patch_embed(images)  # (B, h, w, C)
+        batch, height, width, _ = tokens.shape
+        tokens = tokens.flatten(1, 2)
+        table = self.position_table((height, width))
+        prefix = [getattr(self, name).expand(batch, -1, -1) for name in self.prefix_names]
+        num_prefix = sum(token.shape[1] for token in prefix)
+        if self.num_prefix_rows:
+            tokens = torch.cat([*prefix, tokens], dim=1) + table
+        else:
+            tokens = torch.cat([*prefix, tokens + table], dim=1)
+        tokens = self.norm_pre(tokens)
+        maps = []
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if index in self.out_indices:
+                patches = tokens[:, num_prefix:].unflatten(1, (height, width))
+                maps.append(to_channels_first(patches))
+        return maps
+
+    def position_table(self, grid: tuple[int, int]) -> Tensor:
+        """Return the position table (1, prefix rows + h * w, C) for a grid of h x w patches."""
+        if grid == self.grid:
+            return self.pos_embed
+        prefix, patches = self.pos_embed.tensor_split([self.num_prefix_rows], dim=1)
+        table = patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=grid, mode="bilinear", align_corners=False)
+        return torch.cat([prefix, table.flatten(2).transpose(1, 2)], dim=1)
+
+    def resize_table(self, grid: tuple[int, int]) -> None:
+        """Store the position table for a grid of h x w patches."""
+        if grid != self.grid:
+            self.pos_embed = nn.Parameter(self.position_table(grid).detach().contiguous())
+            self.grid = grid
+
+
+class ViTShape(NamedTuple):
+    """Shape of a vision transformer.
+
+    Attributes:
+        depth: Number of blocks.
+        dim: Channels of the tokens.
+        stride: Side of a patch in pixels.
+    """
+
+    depth: int
+    dim: int
+    stride: int
+
+
+@lru_cache(maxsize=64)
+def vit_shape(name: str) -> ViTShape:
+    """Return the shape of a vision transformer of timm, by its name.
+
+    Raises:
+        UserError: timm has no such model, or it is no plain vision transformer.
+    """
+    with torch.device("meta"):
+        model = _create(name, False, {})
+    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
+        raise UserError(
+            f"{name} is no plain vision transformer but a {type(model).__name__}; choose a model "
+            "of timm such as vit_base_patch16_384 or deit_base_distilled_patch16_384"
+        )
+    info = cast(list[dict[str, Any]], model.feature_info)[0]
+    return ViTShape(len(model.blocks), info["num_chs"], info["reduction"])
+
+
+def evenly_spaced(depth: int) -> tuple[int, ...]:
+    """Return four blocks, evenly spaced up to the last; all of them where there are fewer."""
+    return tuple(sorted({depth * i // 4 - 1 for i in range(1, 5)} - {-1}))
+
+
+def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
+    """Build a model of timm without classifier.
+
+    Raises:
+        UserError: There is no such model, or its weights cannot be loaded.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*it*"), 3, 0.6)
+        advice = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(
+            f"timm {timm.__version__} has no model {name!r}{advice or '; see timm.list_models()'}"
+        )
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+    except Exception as error:  # raised by the model, the HTTP library, the hub or the cache
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+        if pretrained:
+            raise UserError(
+                f"the weights of {name} cannot be loaded ({reason}); without network give "
+                "pretrained false and a file of weights by --model.encoder_weights"
+            ) from error
+        raise UserError(
+            f"timm cannot build {name} ({reason}); choose another model, such as "
+            "vit_base_patch16_384"
+        ) from error
