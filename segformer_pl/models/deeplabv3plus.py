@@ -175,8 +175,9 @@ class DeepLabV3Plus(Segmenter):
 
     def parts(self) -> dict[str, str]:
         stages = {name: f"encoder.{path}" for name, path in self.encoder.parts().items()}
-        heads = [name for name, module in self.named_children() if any(module.parameters())]
-        return stages | {name: name for name in heads if name != "encoder"}
+        heads = ["aspp", "low_level", "decoder", "classifier"]
+        heads += [] if self.aux_head is None else ["aux_head"]
+        return stages | {name: name for name in heads}
 
     def layer_ids(self) -> dict[str, int]:
         """Return the layers of the encoder's parameters. All other parameters are the head."""
@@ -191,8 +192,9 @@ class DeepLabV3Plus(Segmenter):
 
         For mmsegmentation's variant on ResNet-101 they are the table's 255.1 G (ADE20K, 512x512)
         and 2032.3 G (Cityscapes, 1024x2048). The auxiliary head is not counted. See
-        :mod:`~segformer_pl.models.paper_macs` for the rules. DeepLabv3+'s own paper counts otherwise
-        (101.28 G for ResNet-101 at output stride 16, 513x513 and 21 classes; here 92.9 G).
+        :mod:`~segformer_pl.models.paper_macs` for the rules. The paper of DeepLabv3+ counts
+        otherwise: 101.28 G with ResNet-101 at output stride 16, 513x513 pixels and 21 classes,
+        and here 93.0 G.
 
         Args:
             height: Height of the image in pixels.

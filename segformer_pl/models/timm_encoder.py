@@ -238,9 +238,10 @@ def _pyramid(
         arguments["out_indices"] = indices
         # The stages are chosen by the strides without dilation, with which several may share one.
         if output_stride is not None:
-            _check_output_stride(name, arguments, output_stride)
             arguments["output_stride"] = output_stride
-        model = _create(name, False, arguments)
+            model = _create_dilated(name, arguments)
+        else:
+            model = _create(name, False, arguments)
         try:
             maps = _try_sizes(model, in_channels, (64, 96))
             if maps is None:  # Swin: by default only images of the size in its name
@@ -271,24 +272,25 @@ def _pyramid(
     return _Pyramid(indices, channels, strides, is_channels_last, needs_whole_patches, known)
 
 
-def _check_output_stride(name: str, arguments: dict[str, Any], output_stride: int) -> None:
-    """Check that timm can limit the strides of a model.
+def _create_dilated(name: str, arguments: dict[str, Any]) -> Any:
+    """Build a model of timm whose largest stride is ``arguments["output_stride"]``.
 
     Raises:
-        UserError: It cannot.
+        UserError: timm cannot limit the model's strides.
     """
+    output_stride = arguments["output_stride"]
     if output_stride not in STRIDES[1:]:
         raise UserError(f"output_stride={output_stride}: choose one of {_numbers(STRIDES[1:])}")
     try:
-        model = _create(name, False, arguments | {"output_stride": output_stride})
-        is_limited = max(model.feature_info.reduction()) == output_stride
-    except UserError:
-        is_limited = False
-    if not is_limited:
+        model = _create(name, False, arguments)
+    except UserError:  # depends on the model: it has no such argument, or takes only 32
+        model = None
+    if model is None or max(model.feature_info.reduction()) != output_stride:
         raise UserError(
             f"timm cannot give {name} an output_stride of {output_stride}; leave it out, or choose "
             "a convolutional network whose strides timm replaces by dilation, such as resnet50c"
         )
+    return model
 
 
 def _try_sizes(model: nn.Module, in_channels: int, size: tuple[int, int]) -> list[Tensor] | None:
