@@ -194,7 +194,7 @@ class DeepLabV3Plus(Segmenter):
         and 2032.3 G (Cityscapes, 1024x2048). The auxiliary head is not counted. See
         :mod:`~segformer_pl.models.paper_macs` for the rules. The paper of DeepLabv3+ counts
         otherwise: 101.28 G with ResNet-101 at output stride 16, 513x513 pixels and 21 classes,
-        and here 93.0 G.
+        and here 92.9 G.
 
         Args:
             height: Height of the image in pixels.
@@ -263,6 +263,8 @@ class ASPP(nn.Module):
                 channel, as the batch holds a single image.
         """
         pooled = self._pool(features).expand(-1, -1, *features.shape[2:])
+        # Otherwise the concatenation of channels-last branches would not be channels-last.
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
         branches = [branch(features) for branch in self.branches]
         return self.dropout(self.project(torch.cat([pooled, *branches], dim=1)))
 
