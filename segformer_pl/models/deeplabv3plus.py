@@ -45,8 +45,9 @@ class DeepLabV3Plus(Segmenter):
             the last but one.
         num_classes: Number of classes.
         decoder_dim: Channels of ASPP and of the decoder. Paper: 256; mmsegmentation: 512.
-        atrous_rates: Rates of ASPP's 3x3 convolutions. Default: 6, 12, 18 at output stride 16, and
-            twice that at 8.
+        atrous_rates: Rates of ASPP's 3x3 convolutions, in cells of the encoder's last map. Default:
+            6, 12, 18 at output stride 16, and twice that at 8. On maps that are not larger than a
+            rate, only the middle of the kernel meets the map: give small images small rates.
         separable: Whether ASPP's atrous convolutions and the decoder's 3x3 convolutions are split
             into a depthwise and a pointwise one, each followed by BatchNorm and ReLU. In the paper
             they are with Xception, but not with ResNet (Tables 3 and 5).
