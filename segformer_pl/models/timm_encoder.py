@@ -42,6 +42,10 @@ class TimmEncoder(Encoder):
             Default: the last one of each stride of 4, 8, 16 and 32.
         in_channels: Number of channels of the images. Pretrained filters are adapted by timm.
         drop_path_rate: Rate of stochastic depth. Default: the one of timm's model.
+        output_stride: Largest stride, 8, 16 or 32. Later strides are replaced by dilation, which
+            keeps the weights: 16 gives maps of strides 4, 8, 16 and 16, and 8 gives 4, 8, 8 and 8.
+            As in torchvision and mmsegmentation, the first block of a dilated stage has the
+            dilation of the stage before. Default: no dilation.
 
     Raises:
         UserError: timm has no such model, the model has no feature pyramid or does not take these
@@ -55,11 +59,12 @@ class TimmEncoder(Encoder):
         out_indices: Sequence[int] | None = None,
         in_channels: int = 3,
         drop_path_rate: float | None = None,
+        output_stride: int | None = None,
     ) -> None:
         super().__init__()
         indices = None if out_indices is None else tuple(out_indices)
-        known = _pyramid(name, indices, in_channels, drop_path_rate)
-        self.in_channels = in_channels
+        known = _pyramid(name, indices, in_channels, drop_path_rate, output_stride)
+        self.in_channels, self.output_stride = in_channels, output_stride
         self.name, self.out_indices, self.drop_path_rate = name, known.indices, drop_path_rate
         self.out_channels, self.out_strides = known.channels, known.strides
         # Below it the coarsest map has one pixel, which sees mostly padding.
@@ -102,6 +107,7 @@ class TimmEncoder(Encoder):
             "out_indices": self.out_indices,
             "in_channels": self.in_channels,
             "drop_path_rate": self.drop_path_rate,
+            "output_stride": self.output_stride,
         }
 
     def parts(self) -> dict[str, str]:
@@ -194,7 +200,11 @@ class _Pyramid:
 
 @lru_cache(maxsize=64)
 def _pyramid(
-    name: str, out_indices: tuple[int, ...] | None, in_channels: int, drop_path_rate: float | None
+    name: str,
+    out_indices: tuple[int, ...] | None,
+    in_channels: int,
+    drop_path_rate: float | None,
+    output_stride: int | None,
 ) -> _Pyramid:
     """Examine a model of timm on the meta device, without weights and data.
 
@@ -226,7 +236,12 @@ def _pyramid(
                     "the finest to the coarsest"
                 )
         arguments["out_indices"] = indices
-        model = _create(name, False, arguments)
+        # The stages are chosen by the strides without dilation, with which several may share one.
+        if output_stride is not None:
+            arguments["output_stride"] = output_stride
+            model = _create_dilated(name, arguments)
+        else:
+            model = _create(name, False, arguments)
         try:
             maps = _try_sizes(model, in_channels, (64, 96))
             if maps is None:  # Swin: by default only images of the size in its name
@@ -255,6 +270,27 @@ def _pyramid(
     del arguments["out_indices"]
     known = tuple(arguments.items())
     return _Pyramid(indices, channels, strides, is_channels_last, needs_whole_patches, known)
+
+
+def _create_dilated(name: str, arguments: dict[str, Any]) -> Any:
+    """Build a model of timm whose largest stride is ``arguments["output_stride"]``.
+
+    Raises:
+        UserError: timm cannot limit the model's strides.
+    """
+    output_stride = arguments["output_stride"]
+    if output_stride not in STRIDES[1:]:
+        raise UserError(f"output_stride={output_stride}: choose one of {_numbers(STRIDES[1:])}")
+    try:
+        model = _create(name, False, arguments)
+    except UserError:  # depends on the model: it has no such argument, or takes only 32
+        model = None
+    if model is None or max(model.feature_info.reduction()) != output_stride:
+        raise UserError(
+            f"timm cannot give {name} an output_stride of {output_stride}; leave it out, or choose "
+            "a convolutional network whose strides timm replaces by dilation, such as resnet50c"
+        )
+    return model
 
 
 def _try_sizes(model: nn.Module, in_channels: int, size: tuple[int, int]) -> list[Tensor] | None:

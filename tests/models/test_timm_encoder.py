@@ -5,7 +5,9 @@ import sys
 import pytest
 import timm
 import torch
+import torchvision
 from torch.nn import functional as F
+from torchvision.models._utils import IntermediateLayerGetter
 
 from segformer_pl.analysis.complexity import complexity
 from segformer_pl.checkpoints import load_network, load_weights
@@ -152,6 +154,45 @@ def test_arguments_reach_the_backbone():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto"])
+@pytest.mark.parametrize(
+    ("output_stride", "strides"),
+    [(32, (4, 8, 16, 32)), (16, (4, 8, 16, 16)), (8, (4, 8, 8, 8))],
+)
+def test_output_stride(name, output_stride, strides):
+    """All four stages are kept, also if several have one stride."""
+    with torch.device("meta"):
+        plain, dilated = TimmEncoder(name), TimmEncoder(name, output_stride=output_stride)
+        maps = dilated.eval()(torch.empty(1, 3, 64, 96))
+    assert dilated.out_strides == strides
+    assert dilated.out_channels == plain.out_channels
+    assert dilated.min_size == output_stride
+    sizes = [(64 // stride, 96 // stride) for stride in strides]
+    assert [tuple(m.shape[2:]) for m in maps] == dilated.out_sizes(64, 96) == sizes
+    assert dilated.init_args()["output_stride"] == output_stride
+    shapes_ = [{k: v.shape for k, v in e.state_dict().items()} for e in (plain, dilated)]
+    assert shapes_[0] == shapes_[1]
+    assert dilated.layer_ids() == plain.layer_ids()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("output_stride", "replaced"), [(16, (False, True)), (8, (True, True))])
+def test_dilation_is_that_of_torchvision(randomize, output_stride, replaced):
+    encoder = TimmEncoder("resnet50", out_indices=(1, 3, 4), output_stride=output_stride)
+    randomize(encoder).eval()
+    reference = torchvision.models.resnet50(
+        weights=None, replace_stride_with_dilation=[False, *replaced]
+    )
+    reference = IntermediateLayerGetter(reference, {f"layer{i}": f"layer{i}" for i in (1, 3, 4)})
+    reference.double().eval().load_state_dict(encoder.backbone.state_dict())
+    images = torch.randn(1, 3, 65, 97, dtype=torch.float64)
+    with torch.no_grad():
+        maps, expected = encoder(images), list(reference(images).values())
+    for one, other in zip(maps, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.slow
 def test_initial_weights_depend_on_the_seed_alone():
     """Also if the backbone has been examined before, which happens once for each name."""
     states = []
@@ -173,6 +214,9 @@ def test_initial_weights_depend_on_the_seed_alone():
         ({"name": "resnet18", "out_indices": (2, 5)}, r"feature maps 0 to 4 of strides 2, 4"),
         ({"name": "resnet18", "out_indices": (3, 1)}, r"from the finest to the coarsest"),
         ({"name": "efficientnet_lite0", "out_indices": (1, 2)}, r"leaves \d+ parameters unused"),
+        ({"name": "vgg11_bn", "output_stride": 16}, r"give vgg11_bn an output_stride of 16; leave"),
+        ({"name": SWIN, "output_stride": 8}, r"cannot give swin\w+ an output_stride of 8"),
+        ({"name": "resnet18", "output_stride": 12}, r"output_stride=12: choose one of 8, 16, 32"),
         ({"name": "vgg11_bn", "drop_path_rate": 0.1}, r"with in_chans 3, drop_path_rate 0.1"),
     ],
     ids=str,
