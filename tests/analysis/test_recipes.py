@@ -14,14 +14,39 @@ from segformer_pl.analysis.recipes import RECIPES
 from segformer_pl.analysis.recipes.settings import NETWORK, NOT_STATED, PROTOCOL
 from segformer_pl.cli import resolve
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "recipes"
-# Those of SegFormer are merged with a base, and tested in test_recipe.py.
-FILES = sorted(
+ROOT = Path(__file__).parents[2]
+
+
+def files_of(file):
+    """Return the files that the command in a header merges, a base first."""
+    return [
+        ROOT / name for name in re.findall(r"--config (experiments/[\w/]+\.yaml)", file.read_text())
+    ]
+
+
+def stated(file, *keys):
+    """Return the value of a key in the files that a header merges; the last file wins."""
+    found = None
+    for one in files_of(file):
+        value = yaml.safe_load(one.read_text())
+        for key in keys:
+            value = value.get(key, {})
+        found = value or found
+    return found
+
+
+def system_of(file):
+    return stated(file, "model", "network", "class_path").rpartition(".")[2]
+
+
+# Those of SegFormer are tested in test_recipe.py.
+FILES = [
     file
-    for file in FOLDER.glob("*.yaml")
+    for file in sorted(ROOT.glob("experiments/recipes/*.yaml"))
     if not file.stem.startswith("segformer_b")
-    and "network" in yaml.safe_load(file.read_text())["model"]
-)
+    and files_of(file)[-1:] == [file]
+    and stated(file, "model", "network")
+]
 CASES = [
     (name, number, dataset)
     for name, recipes in RECIPES.items()
@@ -203,14 +228,8 @@ def test_other_data_sets_and_remarks():
 
 def resolved(file):
     """Resolve the files of a header's command, with pretrained weights as on the command line."""
-    files = re.findall(r"--config (experiments/[\w/]+\.yaml)", file.read_text())
-    config = resolve([str(FOLDER.parents[1] / name) for name in files])
+    config = resolve([str(one) for one in files_of(file)])
     return changed(config, f"{NETWORK}pretrained", True)
-
-
-def system_of(file):
-    path = yaml.safe_load(file.read_text())["model"]["network"]["class_path"]
-    return path.rpartition(".")[2]
 
 
 @pytest.mark.slow
@@ -241,7 +260,7 @@ def test_every_system_has_files_for_both_data_sets(system):
     if not any(hasattr(models, name) for name in RECIPES if name.startswith(system)):
         pytest.skip(f"{system} is not part of segformer_pl.models")
     files = [file for file in FILES if file.stem.startswith(f"{system}_")]
-    datasets = {yaml.safe_load(file.read_text())["data"]["dataset"] for file in files}
+    datasets = {stated(file, "data", "dataset") for file in files}
     assert datasets == {"ade20k", "cityscapes"}
     assert all(system_of(file).startswith(system) for file in files)
 

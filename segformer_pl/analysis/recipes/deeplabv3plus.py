@@ -143,6 +143,7 @@ MMSEG = Recipe(
     backbones=("resnet101c", "resnet50c"),
     remarks=(
         *REMARKS,
+        "mmsegmentation decays all weights; here those of the encoder's norms are not decayed.",
         "timm has ImageNet weights of gluon for this stem, mmsegmentation its own.",
     ),
 )

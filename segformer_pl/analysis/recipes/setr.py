@@ -87,11 +87,13 @@ def _recipe(decoder: _Decoder) -> Recipe:
         other_schedules=((40_000, 4_000),),
         samples_per_step=8,
         crop=(768, 768),
-        base=(2049, 1025),
+        base=(2048, 1024),
+        image_size=(2048, 1024),
         validation_interval=8_000,
         window=768,
         stride=512,
         settings=(_lr(decoder.cityscapes_lr), _image_size(768)),
+        remarks=("The reference resizes the images to 2049x1025; here they keep 2048x1024.",),
     )
     arguments = {"decoder_dim": 256, "aux_weight": 0.4, "in_channels": 3}
     blocks = Setting(NETWORK + "out_indices", None, CONFIG, same=decoder.blocks)
@@ -104,7 +106,8 @@ def _recipe(decoder: _Decoder) -> Recipe:
             *sgd(10, 0, 0.9, 1e-4, PAPER + f" and {CONFIG}"),
             *training(CONFIG, PIPELINE),
             *cross_entropy("all", LOSS),
-            Setting(PROTOCOL + "pad_to", None, PIPELINE),
+            # Windows are whole patches of 16. Padding is for images that are smaller than one.
+            Setting(PROTOCOL + "pad_to", None, PIPELINE, same=(16,)),
         ),
         datasets=(ade20k, cityscapes),
         encoder_weights=ENCODER_WEIGHTS,
