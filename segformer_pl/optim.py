@@ -1,4 +1,4 @@
-"""Parameter groups and learning-rate schedules of the paper's training recipe.
+"""Optimisers, parameter groups and learning-rate schedules of the published training recipes.
 
 They follow the configurations of the reference code and mmcv's optimiser constructor. Two options
 come from elsewhere: the schedule of mmsegmentation 1.x, and layer-wise learning rates (BEiT, Bao et
@@ -6,9 +6,12 @@ al. 2022). For an exponential moving average of the weights use Lightning's call
 ``lightning.pytorch.callbacks.EMAWeightAveraging``.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, Protocol, cast, get_args
 
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
@@ -17,7 +20,55 @@ from segformer_pl.errors import UserError
 
 WARMUP_RATIO = 1e-6  # learning rate at step 0, as a fraction of the base rate
 
+OptimizerName = Literal["adamw", "sgd"]
 Schedule = Literal["paper", "mmseg1"]
+
+MOMENTUM = 0.9  # default of SGD in every published recipe
+
+
+def check_settings(optimizer: str, momentum: float, **others: float) -> None:
+    """Check settings of the optimiser and the schedule.
+
+    Args:
+        optimizer: Name of the optimiser.
+        momentum: Momentum of SGD; AdamW has to have the default.
+        others: Further settings by their names, which have to be finite and not negative.
+
+    Raises:
+        UserError: The optimiser does not exist, or a setting is out of range or would be ignored.
+    """
+    if optimizer not in get_args(OptimizerName):
+        raise UserError(
+            f"model.optimizer is {optimizer!r}; choose one of {', '.join(get_args(OptimizerName))}"
+        )
+    for name, value in {"momentum": momentum, **others}.items():
+        if not 0 <= value < math.inf:  # NaN compares as false
+            raise UserError(f"model.{name} is {value}; give a finite number of at least 0")
+    if momentum >= 1:
+        raise UserError(f"model.momentum is {momentum}; give a number below 1")
+    if optimizer != "sgd" and momentum != MOMENTUM:
+        raise UserError(
+            f"model.momentum is {momentum}, but {optimizer} has no such setting; leave it out, or "
+            "give --model.optimizer sgd"
+        )
+
+
+def build_optimizer(
+    name: OptimizerName, groups: list[dict[str, Any]], momentum: float, *, is_fused: bool
+) -> Optimizer:
+    """Return AdamW, or SGD with momentum, over parameter groups.
+
+    Weight decay is decoupled in AdamW. SGD adds it to the gradient, as an L2 penalty would.
+
+    Args:
+        name: ``"adamw"`` or ``"sgd"``.
+        groups: Parameter groups with their learning rates and weight decays.
+        momentum: Momentum of SGD, without dampening and not Nesterov's.
+        is_fused: Whether a step is one fused kernel.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=momentum, fused=is_fused)
+    return torch.optim.AdamW(groups, fused=is_fused)
 
 
 class HasOptimizerHints(Protocol):
@@ -41,7 +92,7 @@ def parameter_groups(
     head_lr_mult: float,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for AdamW; each parameter is in exactly one.
+    """Return parameter groups for the optimiser; each parameter is in exactly one.
 
     ====================  =================================  =====================  ==============
     group                 parameters                         learning rate          weight decay
@@ -61,7 +112,7 @@ def parameter_groups(
     Args:
         network: Network with ``layer_ids()`` and ``no_weight_decay()``.
         lr: Base learning rate, used in the encoder.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay.
         head_lr_mult: Factor on ``lr`` for all parameters outside the encoder.
         layer_decay: Factor on the learning rate per encoder layer, counted down from the last.
 
@@ -114,6 +165,7 @@ def poly_factor(
     warmup_steps: int,
     power: float = 1.0,
     schedule: Schedule = "paper",
+    floor: float = 0.0,
 ) -> float:
     """Return the learning rate of a step as a fraction of the base rate.
 
@@ -122,7 +174,9 @@ def poly_factor(
         reference code uses.
     ``"mmseg1"``
         Linear warm-up to the full rate, then polynomial decay over the remaining steps to exactly
-        0 in the last one, as in mmsegmentation 1.x.
+        the floor in the last one, as in mmsegmentation 1.x.
+
+    The decay goes from 1 to the floor f as ``(1 - f) * decay + f``. It is scaled and not clipped.
 
     Args:
         step: 0-based index of the optimiser step.
@@ -130,6 +184,7 @@ def poly_factor(
         warmup_steps: Number of linear warm-up steps.
         power: Exponent of the polynomial decay.
         schedule: ``"paper"`` or ``"mmseg1"``.
+        floor: End of the decay as a fraction of the base rate.
 
     Raises:
         UserError: The schedule does not exist.
@@ -138,7 +193,7 @@ def poly_factor(
         raise UserError(f"schedule={schedule!r}: choose one of {', '.join(get_args(Schedule))}")
     is_warmup = step < warmup_steps
     if schedule == "paper":
-        factor = (1 - min(step / max_steps, 1)) ** power
+        factor = (1 - floor) * (1 - min(step / max_steps, 1)) ** power + floor
         if is_warmup:
             factor *= 1 - (1 - step / warmup_steps) * (1 - WARMUP_RATIO)
         return cast(float, factor)
@@ -146,7 +201,8 @@ def poly_factor(
         # mmengine's LinearLR reaches the full rate in the last warm-up step, not the step after.
         return WARMUP_RATIO + (1 - WARMUP_RATIO) * step / max(warmup_steps - 1, 1)
     decay_steps = max(max_steps - 1 - warmup_steps, 1)
-    return cast(float, (1 - min((step - warmup_steps) / decay_steps, 1)) ** power)
+    decay = (1 - min((step - warmup_steps) / decay_steps, 1)) ** power
+    return cast(float, (1 - floor) * decay + floor)
 
 
 def poly_with_warmup(
@@ -155,10 +211,13 @@ def poly_with_warmup(
     warmup_steps: int,
     power: float = 1.0,
     schedule: Schedule = "paper",
+    min_lr: float = 0.0,
 ) -> LambdaLR:
     """Return a scheduler that applies :func:`poly_factor` to every group.
 
-    Call its ``step()`` after every optimiser step.
+    Call its ``step()`` after every optimiser step. All groups decay to the same ``min_lr``,
+    whatever their base rates, as in mmcv's ``PolyLrUpdaterHook`` and mmengine's ``PolyLR``: SETR's
+    encoder from 0.001 and its head from 0.01, both to 0.0001.
 
     Args:
         optimizer: Optimiser whose groups have their base learning rates.
@@ -166,7 +225,27 @@ def poly_with_warmup(
         warmup_steps: Number of linear warm-up steps.
         power: Exponent of the polynomial decay.
         schedule: ``"paper"`` or ``"mmseg1"``, see :func:`poly_factor`.
+        min_lr: Learning rate at the end of the decay.
+
+    Raises:
+        UserError: ``min_lr`` is above the base rate of a group, whose rate would grow.
     """
-    return LambdaLR(
-        optimizer, lambda step: poly_factor(step, max_steps, warmup_steps, power, schedule)
-    )
+
+    def factor_of(group: dict[str, Any]) -> Callable[[int], float]:
+        base = group.get("initial_lr", group["lr"])
+        if min_lr > base:
+            raise UserError(
+                f"model.min_lr is {min_lr:g}, but the learning rate of the parameter group "
+                f"{group['name']} begins at {base:g}; lower model.min_lr, or raise model.lr, "
+                "model.head_lr_mult or model.layer_decay"
+            )
+        return partial(
+            poly_factor,
+            max_steps=max_steps,
+            warmup_steps=warmup_steps,
+            power=power,
+            schedule=schedule,
+            floor=min_lr / base if min_lr else 0.0,
+        )
+
+    return LambdaLR(optimizer, [factor_of(group) for group in optimizer.param_groups])

@@ -1,7 +1,6 @@
 """Semantic segmentation as a LightningModule: steps, loss, metrics and optimiser."""
 
 import inspect
-import math
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -36,7 +35,15 @@ from segformer_pl.losses import CrossEntropy
 from segformer_pl.metrics import SegmentationMetrics, StepOutput
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
-from segformer_pl.optim import Schedule, parameter_groups, poly_with_warmup
+from segformer_pl.optim import (
+    MOMENTUM,
+    OptimizerName,
+    Schedule,
+    build_optimizer,
+    check_settings,
+    parameter_groups,
+    poly_with_warmup,
+)
 
 
 class SegmentationTask(pl.LightningModule):
@@ -52,7 +59,7 @@ class SegmentationTask(pl.LightningModule):
     label maps. ``<split>/loss`` is the mean cross-entropy over labelled pixels whatever the
     training loss, so that runs with different losses can be compared.
 
-    The defaults are the paper's training recipe (Sec. 4.1 and the reference configurations):
+    The defaults are SegFormer's training recipe (Sec. 4.1 and the reference configurations):
     cross-entropy averaged over all pixels; AdamW with learning rate 6e-5, ten times that in the
     head, and weight decay 0.01 except on the encoder's norms; linear warm-up over 1500 steps, then
     linear decay to 0 at ``trainer.max_steps``.
@@ -90,9 +97,13 @@ class SegmentationTask(pl.LightningModule):
             and flips. Default: ``Inference()``, one pass over the whole image at its original size.
         lr: Base learning rate, used in the encoder.
         head_lr_mult: Factor on ``lr`` for all parameters outside the encoder.
-        weight_decay: Decoupled weight decay of AdamW.
+        weight_decay: Weight decay, decoupled in AdamW, part of the gradient in SGD.
+        optimizer: ``"adamw"``, or ``"sgd"`` with momentum.
+        momentum: Momentum of SGD. AdamW has no such setting.
         warmup_steps: Number of linear warm-up steps.
         poly_power: Exponent of the polynomial learning-rate decay.
+        min_lr: Learning rate at the end of the decay, the same in the encoder and the head, see
+            :func:`segformer_pl.optim.poly_with_warmup`.
         schedule: Learning-rate schedule, ``"paper"`` or ``"mmseg1"``, see
             :func:`segformer_pl.optim.poly_factor`.
         layer_decay: Factor on the learning rate per encoder layer, counted down from the last, see
@@ -102,8 +113,8 @@ class SegmentationTask(pl.LightningModule):
 
     Raises:
         UserError: Both kinds of weights are given, ``match_classes`` is given without ``weights``,
-            a rate or factor is negative, or network, class names, normalisation and loss do not
-            fit each other.
+            a setting of the optimiser is out of range or would be ignored, or network, class names,
+            normalisation and loss do not fit each other.
     """
 
     image_mean: Tensor
@@ -124,8 +135,11 @@ class SegmentationTask(pl.LightningModule):
         lr: float = 6e-5,
         head_lr_mult: float = 10.0,
         weight_decay: float = 0.01,
+        optimizer: OptimizerName = "adamw",
+        momentum: float = MOMENTUM,
         warmup_steps: NonNegativeInt = 1500,
         poly_power: float = 1.0,
+        min_lr: float = 0.0,
         schedule: Schedule = "paper",
         layer_decay: float = 1.0,
         image_mean: tuple[float, ...] = IMAGENET_MEAN,
@@ -156,14 +170,15 @@ class SegmentationTask(pl.LightningModule):
             )
         # Checked here because values of jsonargparse's restricted types cannot be stored in a
         # checkpoint as plain data.
-        for name, value in {
-            "lr": lr,
-            "head_lr_mult": head_lr_mult,
-            "weight_decay": weight_decay,
-            "poly_power": poly_power,
-        }.items():
-            if not 0 <= value < math.inf:  # NaN compares as false
-                raise UserError(f"model.{name} is {value}; give a finite number of at least 0")
+        check_settings(
+            optimizer,
+            momentum,
+            lr=lr,
+            head_lr_mult=head_lr_mult,
+            weight_decay=weight_decay,
+            poly_power=poly_power,
+            min_lr=min_lr,
+        )
         if loss is not None:
             _check_loss(loss)
             if not network.takes_criterion:
@@ -197,8 +212,11 @@ class SegmentationTask(pl.LightningModule):
         self.lr = lr
         self.head_lr_mult = head_lr_mult
         self.weight_decay = weight_decay
+        self.optimizer: OptimizerName = optimizer
+        self.momentum = momentum
         self.warmup_steps = warmup_steps
         self.poly_power = poly_power
+        self.min_lr = min_lr
         self.schedule = schedule
         self.layer_decay = layer_decay
         # Not persistent, because the checkpoint has them in its hyperparameters.
@@ -457,7 +475,7 @@ class SegmentationTask(pl.LightningModule):
         strict = trainer is not None and self.strict_loading
         check_tensors(checkpoint["state_dict"], self.state_dict(), name, strict)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            check_training_state(checkpoint, self._parameter_groups(), name)
+            check_training_state(checkpoint, self.optimizer, self._parameter_groups(), name)
         self._weights_are_set = True
         self.trained_steps = checkpoint.get("global_step", 0)
         if constants := checked_constants(name, checkpoint):
@@ -471,6 +489,8 @@ class SegmentationTask(pl.LightningModule):
         schedule = cast(LambdaLR, self.lr_schedulers())
         for group, wanted in zip(optimizer.param_groups, self._parameter_groups()):
             group["initial_lr"], group["weight_decay"] = wanted["lr"], wanted["weight_decay"]
+            if "momentum" in group:
+                group["momentum"] = self.momentum
         schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         for group, lr_lambda in zip(optimizer.param_groups, schedule.lr_lambdas):
             group["lr"] = group["initial_lr"] * lr_lambda(schedule.last_epoch)
@@ -491,9 +511,13 @@ class SegmentationTask(pl.LightningModule):
                 "trainer.max_steps is not set, but the learning-rate schedule needs the number of "
                 "steps; give --trainer.max_steps N"
             )
-        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.lr, fused=True)
+        # A fused optimiser undoes the scaling of the loss by itself, so Lightning refuses to clip
+        # its gradients under mixed precision.
+        is_fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
+        groups = self._parameter_groups()
+        optimizer = build_optimizer(self.optimizer, groups, self.momentum, is_fused=is_fused)
         schedule = poly_with_warmup(
-            optimizer, max_steps, self.warmup_steps, self.poly_power, self.schedule
+            optimizer, max_steps, self.warmup_steps, self.poly_power, self.schedule, self.min_lr
         )
         return {
             "optimizer": optimizer,

@@ -7,8 +7,15 @@ import torch
 from torch import nn
 
 from segformer_pl import models
+from segformer_pl.errors import UserError
 from segformer_pl.models import segformer_b0
-from segformer_pl.optim import parameter_groups, poly_factor, poly_with_warmup
+from segformer_pl.optim import (
+    build_optimizer,
+    check_settings,
+    parameter_groups,
+    poly_factor,
+    poly_with_warmup,
+)
 
 
 def groups_of(network, **settings):
@@ -286,3 +293,142 @@ def test_scheduler_keeps_the_ratio_of_the_groups():
         assert lrs["head"] == pytest.approx(6e-4 * factor)
         optimizer.step()
         scheduler.step()
+
+
+def rates_of(schedule_of, base_rates, num_steps):
+    """Return the learning rates (num_steps, groups) that a scheduler sets."""
+    groups = [
+        {"name": str(lr), "params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in base_rates
+    ]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = schedule_of(optimizer)
+    rates = []
+    for _ in range(num_steps):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return torch.tensor(rates, dtype=torch.float64)
+
+
+def of_mmcv(base, step, max_steps, warmup_steps, power, min_lr):
+    """Return the learning rate of mmcv 1's ``PolyLrUpdaterHook`` with a linear warm-up."""
+    regular = (base - min_lr) * (1 - step / max_steps) ** power + min_lr
+    if step >= warmup_steps:
+        return regular
+    return regular * (1 - (1 - step / warmup_steps) * (1 - 1e-6))
+
+
+# (base rates of encoder and head, steps, warm-up steps, power, min_lr); the recipes, shortened
+SCHEDULES = {
+    "SETR on ADE20K": ((1e-3, 1e-2), 160, 0, 0.9, 1e-4),
+    "SETR-PUP on Cityscapes": ((1e-2, 1e-1), 80, 0, 0.9, 1e-4),
+    "DeepLabv3+ of mmsegmentation": ((1e-2, 1e-2), 80, 0, 0.9, 1e-4),
+    "MaskFormer": ((1e-5, 1e-4), 160, 0, 0.9, 0.0),
+    "SeMask": ((1e-4, 1e-4), 80, 15, 1.0, 0.0),
+    "a floor with a warm-up": ((1e-3, 1e-2), 60, 20, 0.9, 5e-4),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_rates_of_the_recipes_equal_those_of_mmcv_in_every_group(case):
+    bases, max_steps, warmup_steps, power, min_lr = SCHEDULES[case]
+    ours = rates_of(
+        lambda optimizer: poly_with_warmup(
+            optimizer, max_steps, warmup_steps, power, min_lr=min_lr
+        ),
+        bases,
+        max_steps + 1,
+    )
+    expected = [
+        [of_mmcv(base, step, max_steps, warmup_steps, power, min_lr) for base in bases]
+        for step in range(max_steps + 1)
+    ]
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    assert ours[-1].tolist() == pytest.approx([min_lr, min_lr], abs=1e-18)
+
+
+@pytest.mark.parametrize(("power", "min_lr"), [(0.9, 1e-4), (1.0, 1e-4), (0.9, 0.0), (2.0, 5e-4)])
+def test_the_decay_equals_that_of_torch_above_the_floor(power, min_lr):
+    """torch's schedule has no floor, so its base rates are the distances to it."""
+    from torch.optim.lr_scheduler import PolynomialLR
+
+    bases = (1e-3, 1e-2)
+    theirs = rates_of(
+        lambda optimizer: PolynomialLR(optimizer, total_iters=50, power=power),
+        [base - min_lr for base in bases],
+        56,
+    )
+    ours = rates_of(
+        lambda optimizer: poly_with_warmup(optimizer, 50, 0, power, min_lr=min_lr), bases, 56
+    )
+    torch.testing.assert_close(ours, theirs + min_lr, rtol=1e-9, atol=1e-15)
+    # Neither a clipped rate nor a floor that is multiplied in the head is the same.
+    clipped = rates_of(lambda optimizer: poly_with_warmup(optimizer, 50, 0, power), bases, 56)
+    if min_lr:
+        assert not torch.allclose(clipped.clamp(min=min_lr), ours, rtol=1e-3)
+        assert not torch.allclose(ours[:, :1] * 10, ours[:, 1:], rtol=1e-3)
+
+
+def test_a_floor_in_the_schedule_of_mmsegmentation_1():
+    ours = rates_of(
+        lambda optimizer: poly_with_warmup(optimizer, 11, 1, 1.0, "mmseg1", min_lr=0.1),
+        (1.0, 0.1),
+        12,
+    )
+    assert ours[:, 0].tolist() == pytest.approx(
+        [1e-6, *(0.9 * (1 - step / 9) + 0.1 for step in range(10)), 0.1]
+    )
+    assert ours[1:, 1].tolist() == pytest.approx([0.1] * 11)
+
+
+def test_a_floor_above_the_rate_of_a_group_is_refused():
+    network = Hinted({"0.weight": 0, "0.bias": 1}, **{"0": nn.Linear(2, 2), "1": nn.Linear(2, 2)})
+    for settings, group in (({"lr": 1e-5}, "encoder"), ({"layer_decay": 0.5}, "encoder_00")):
+        groups = list(groups_of(network, **{"lr": 1e-4, **settings}).values())
+        with pytest.raises(UserError, match=rf"min_lr is 0\.0001.* group {group} begins at"):
+            poly_with_warmup(torch.optim.SGD(groups), 10, 0, min_lr=1e-4)
+    frozen = [{"name": "head", "params": [nn.Parameter(torch.zeros(1))], "lr": 0.0}]
+    assert poly_with_warmup(torch.optim.SGD(frozen), 10, 0).get_last_lr() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("adam", 0.9), "model.optimizer is 'adam'; choose one of adamw, sgd"),
+        (("adamw", 0.8), "model.momentum is 0.8, but adamw has no such setting; leave it out"),
+        (("adamw", 0.0), "model.momentum is 0.0, but adamw has no such setting"),
+        (("sgd", 1.0), "model.momentum is 1.0; give a number below 1"),
+        (("sgd", -0.1), "model.momentum is -0.1; give a finite number of at least 0"),
+        (("sgd", float("nan")), "model.momentum is nan; give a finite number"),
+    ],
+)
+def test_settings_out_of_range_or_ignored_are_refused(arguments, message):
+    check_settings("sgd", 0.0, lr=0.0)
+    check_settings("adamw", 0.9, lr=1.0)
+    with pytest.raises(UserError) as error:
+        check_settings(*arguments)
+    assert message in str(error.value)
+    with pytest.raises(UserError, match=r"model\.min_lr is inf"):
+        check_settings("sgd", 0.9, min_lr=float("inf"))
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_sgd_follows_its_textbook_rule(is_fused):
+    """Velocity v <- 0.9 v + (g + weight decay * w), weight w <- w - lr v."""
+    start = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    weights = [nn.Parameter(start[:4].clone()), nn.Parameter(start[4:].clone())]
+    groups = [
+        {"name": "encoder", "params": weights[:1], "lr": 0.1, "weight_decay": 0.5},
+        {"name": "head", "params": weights[1:], "lr": 1.0, "weight_decay": 0.0},
+    ]
+    optimizer = build_optimizer("sgd", groups, momentum=0.9, is_fused=is_fused)
+    expected, velocity = start.clone(), torch.zeros(6, dtype=torch.float64)
+    rate, decay = torch.tensor([0.1] * 4 + [1.0] * 2), torch.tensor([0.5] * 4 + [0.0] * 2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        sum((weight**3).sum() for weight in weights).backward()
+        optimizer.step()
+        velocity = 0.9 * velocity + 3 * expected**2 + decay * expected
+        expected = expected - rate * velocity
+    torch.testing.assert_close(torch.cat([w.detach() for w in weights]), expected)

@@ -10,7 +10,6 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from segformer_pl.checkpoints.classifier import (
-    classifier_keys,
     data_of_rows,
     match_classifier,
     reinitialize_classifier,
@@ -48,7 +47,7 @@ def load_weights(
 
     Two differences are allowed, and reported:
 
-    - Another number of classes: the classifier is re-initialised, everything else is loaded.
+    - Another number of classes: the classifiers are re-initialised, everything else is loaded.
     - Another number of input channels than three, in a SegFormer: the stem's filters are adapted as
       in timm and segmentation_models_pytorch. For one channel, those of R, G and B are summed.
       Otherwise channel c takes the filter of channel c mod 3, and all are scaled by 3 / number of
@@ -59,14 +58,14 @@ def load_weights(
         source: File, folder, hub name ``owner/name@commit`` or state dict; see
             :func:`~segformer_pl.checkpoints.sources.read_weights`.
         parts: Parts of the model to load. ``"encoder"`` leaves the model's head as it is and drops
-            the source's.
+            the source's, and so it does with classifiers inside of the encoder.
         strict: Whether a missing or unexpected tensor is an error. If not, it is listed in the
             report. Another shape is always an error.
         class_names: The model's classes, to be compared with those that the source states. None:
             not compared.
         match_classes: Rule by which the source's classes become the model's, see
             :func:`~segformer_pl.checkpoints.facts.rows_of_classifier`. ``"by_name"`` reorders the
-            classifier's rows and re-initialises those of classes that the source lacks.
+            classifiers' rows and re-initialises those of classes that the source lacks.
         normalization: Mean and standard deviation of the model's images, to be compared with those
             that the source states. None: not compared.
 
@@ -131,7 +130,7 @@ def load_matched(
     border, changed = _compare_arguments(weights, model, matched)
     remarks = [*_compare_images(weights, normalization), *border]
     reinitialized, rows, remark = match_classifier(
-        weights, classifier_keys(model), source_tensors, model_tensors, class_names, match_classes
+        weights, model, source_tensors, model_tensors, class_names, match_classes
     )
     remarks += remark
 
@@ -164,7 +163,7 @@ def load_matched(
         for key, tensor in state.items():
             own[key].copy_(tensor)
     if reinitialized:
-        reinitialize_classifier(model, rows)
+        reinitialize_classifier(model, reinitialized, rows)
     return LoadReport(
         source=weights.name,
         layout=matched.description,

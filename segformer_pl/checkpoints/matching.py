@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
+from segformer_pl.checkpoints.classifier import classifier_keys
 from segformer_pl.checkpoints.layouts import NATIVE, Layout, detect, from_canonical, to_canonical
 from segformer_pl.checkpoints.report import Parts, listed
 from segformer_pl.checkpoints.sources import Weights
@@ -162,6 +163,8 @@ def _match_own_keys(weights: Weights, model: Any, parts: Parts) -> Matched:
 def _encoder_keys(model: Any, own: Iterable[str]) -> set[str]:
     """Return the keys of the encoder: its parameters (``layer_ids()``) and their modules' buffers.
 
+    Classifiers inside of the encoder, as in SeMask, depend on the classes, so they are left out.
+
     Raises:
         UserError: The network's ``layer_ids()`` is empty.
     """
@@ -171,6 +174,7 @@ def _encoder_keys(model: Any, own: Iterable[str]) -> set[str]:
             f"a {type(model).__name__} has no encoder that could be loaded alone: its layer_ids() "
             "are empty; load the whole network (model.weights on the command line)"
         )
+    layers = layers.keys() - {*classifier_keys(model)}
     modules = {key.rpartition(".")[0] for key in layers}
     parameters = dict(model.named_parameters())
     return {

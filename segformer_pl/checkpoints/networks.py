@@ -29,7 +29,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 
-CLASSIFIER = f"{SegFormer.classifier_path}.weight"
+CLASSIFIER = f"{SegFormer.classifier_paths[0]}.weight"
 
 # Defaults of transformers' SegformerConfig (5.23), which its config.json leaves out.
 _CONFIG_DEFAULTS: dict[str, Any] = {

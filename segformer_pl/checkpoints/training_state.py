@@ -17,8 +17,13 @@ from segformer_pl.errors import UserError
 
 # Lightning's weight averaging stores the average as "state_dict" and the trained weights beside it.
 STATE_DICTS = ("state_dict", "current_model_state")
-GROUP_SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of every parameter group
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each with the shape of its parameter
+# Numbers of every parameter group, by the name of the optimiser
+GROUP_SETTINGS = {
+    "adamw": ("lr", "betas", "eps", "weight_decay"),
+    "sgd": ("lr", "momentum", "weight_decay"),
+}
+# State of every parameter, each tensor with the shape of the parameter
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 REMEDY = "give another checkpoint, or start a new run from its weights with --model.weights"
 
@@ -133,12 +138,16 @@ def _some(keys: list[str]) -> str:
 
 
 def check_training_state(
-    checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], name: str
+    checkpoint: Mapping[str, Any],
+    optimizer: str,
+    groups: Sequence[Mapping[str, Any]],
+    name: str,
 ) -> None:
     """Check that optimiser, schedule and counters are there, fit this run and agree on the step.
 
     Args:
         checkpoint: Content of the checkpoint, after :func:`check_content`.
+        optimizer: Name of this run's optimiser, ``"adamw"`` or ``"sgd"``.
         groups: Parameter groups of this run's optimiser.
         name: Name of the checkpoint, for messages.
 
@@ -150,10 +159,13 @@ def check_training_state(
             raise UserError(f"{name} has no {key!r}, so training cannot resume from it; {REMEDY}")
     step = _check_counters(checkpoint, name)
     try:
-        (optimizer,) = checkpoint["optimizer_states"]
+        (stored,) = checkpoint["optimizer_states"]
         (schedule,) = checkpoint["lr_schedulers"]
-        theirs = [list(group["params"]) for group in optimizer["param_groups"]]
-        state, last_epoch = dict(optimizer["state"]), schedule["last_epoch"]
+        theirs = [list(group["params"]) for group in stored["param_groups"]]
+        trained_with = {
+            "sgd" if "momentum" in group else "adamw" for group in stored["param_groups"]
+        }
+        state, last_epoch = dict(stored["state"]), schedule["last_epoch"]
         rates = schedule.get("_last_lr", [])
         if any(not isinstance(values, Mapping) for values in state.values()):
             raise TypeError
@@ -161,6 +173,12 @@ def check_training_state(
         raise UserError(
             f"{name} does not hold the state of one optimiser and one schedule; {REMEDY}"
         ) from error
+    if trained_with != {optimizer}:
+        raise UserError(
+            f"{name} was trained with {min(trained_with)}, whose state does not fit {optimizer}; "
+            f"give --model.optimizer {min(trained_with)}, or start a new run from its weights with "
+            "--model.weights"
+        )
     sizes = [[len(params) for params in of] for of in (theirs, [g["params"] for g in groups])]
     if sizes[0] != sizes[1]:
         raise UserError(
@@ -175,16 +193,16 @@ def check_training_state(
     for path, value in _leaves(rates, "the schedule's _last_lr"):
         if not _is_rate(value):
             raise UserError(_wrong(name, path, value, "a finite number of at least 0"))
-    for number, group in enumerate(optimizer["param_groups"]):
+    for number, group in enumerate(stored["param_groups"]):
         for path, value in _leaves(
-            {key: group.get(key) for key in GROUP_SETTINGS}, f"group {number}"
+            {key: group.get(key) for key in GROUP_SETTINGS[optimizer]}, f"group {number}"
         ):
             if not _is_rate(value):
                 raise UserError(_wrong(name, path, value, "a finite number of at least 0"))
-        betas = group["betas"]
+        betas = group.get("betas", (0, 0))
         if not isinstance(betas, list | tuple) or len(betas) != 2 or not _are_below_1(betas):
             raise UserError(_wrong(name, f"group {number}.betas", betas, "two numbers below 1"))
-    _check_moments(state, theirs, groups, step, name)
+    _check_moments(optimizer, state, theirs, groups, step, name)
 
 
 def _are_below_1(values: Sequence[Any]) -> bool:
@@ -218,16 +236,19 @@ def _check_counters(checkpoint: Mapping[str, Any], name: str) -> int:
 
 
 def _check_moments(
+    optimizer: str,
     state: Mapping[Any, Mapping[str, Any]],
     theirs: list[list[Any]],
     groups: Sequence[Mapping[str, Any]],
     num_steps: int,
     name: str,
 ) -> None:
-    """Check AdamW's moments and step count for every parameter.
+    """Check the moments of every parameter, and AdamW's step count.
 
     Args:
-        state: State of the optimiser by parameter id; may be empty, as before the first step.
+        optimizer: Name of the optimiser.
+        state: State of the optimiser by parameter id; may be empty, as before the first step, and
+            always in SGD without momentum.
         theirs: Parameter ids of each group in the checkpoint.
         groups: Parameter groups of this run's optimiser.
         num_steps: Number of optimiser steps that the trainer counted.
@@ -236,7 +257,9 @@ def _check_moments(
     flat: dict[str, Tensor] = {}
     for ids, group in zip(theirs, groups):
         for key, parameter in zip(ids, group["params"]):
-            for moment in MOMENTS if state else ():
+            if not state:
+                continue
+            for moment in MOMENTS[optimizer]:
                 tensor = state.get(key, {}).get(moment)
                 if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
                     shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing"
@@ -245,9 +268,9 @@ def _check_moments(
                         f"shape is {tuple(parameter.shape)}; {REMEDY}"
                     )
                 flat[f"{moment} of parameter {key}"] = tensor
-            step = state.get(key, {}).get("step")
-            if not state:
+            if optimizer != "adamw":
                 continue
+            step = state.get(key, {}).get("step")
             if not (isinstance(step, Tensor) and step.numel() == 1 and step.item() >= 0):
                 raise UserError(_wrong(name, f"the step of parameter {key}", step, "a number"))
             # The optimiser may have counted fewer steps than the trainer: a gradient scaler skips

@@ -25,7 +25,7 @@ class SegFormer(Segmenter):
         dropout: Rate of the channel dropout before the classifier.
     """
 
-    classifier_path = "head.classifier"
+    classifier_paths = ("head.classifier",)
 
     def __init__(
         self,

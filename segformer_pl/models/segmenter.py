@@ -159,16 +159,18 @@ class Segmenter(Network):
         output: Kind of the class maps. ``"logits"`` become probabilities by a softmax over the
             classes, ``"scores"`` (non-negative, such as MaskFormer's sum over queries) by division
             by their sum.
-        classifier_path: Path of the submodule whose parameters have the classes as their first
-            dimension. For weights of other classes its rows are reordered, or re-initialised by
-            ``reset_parameters()`` of its modules. None: there is no such submodule.
+        classifier_paths: Paths of all submodules whose parameters have the classes as their first
+            dimension, the main classifier first, then those of auxiliary heads. For weights of
+            other classes their first ``num_classes`` rows are reordered, or the submodules are
+            re-initialised by ``reset_parameters()`` of their modules. Further rows, such as
+            MaskFormer's no-object class, keep their place.
         takes_criterion: Whether :meth:`training_loss` uses its ``criterion``. If not, the task
             refuses a configured loss.
     """
 
     num_classes: int
     output: Output = "logits"
-    classifier_path: str | None = None
+    classifier_paths: tuple[str, ...] = ()
     takes_criterion: bool = True
 
     @abstractmethod
@@ -231,9 +233,26 @@ def check_segmenter(network: Any) -> None:
             f"init_args() of {name} returns a {type(network.init_args()).__name__}; let it return "
             "a dict of the constructor's arguments"
         )
-    path = network.classifier_path
-    if path is not None and path not in dict(network.named_modules()):
+    _check_classifiers(network)
+
+
+def _check_classifiers(network: Segmenter) -> None:
+    name, paths = type(network).__name__, network.classifier_paths
+    if not isinstance(paths, tuple) or not all(isinstance(path, str) for path in paths):
         raise UserError(
-            f"the network's classifier_path is {path!r}, and {name} has no such submodule; correct "
-            "it, or leave it None"
+            f"the network's classifier_paths are {paths!r}; let {name} set them to a tuple of paths"
         )
+    modules = dict(network.named_modules())
+    for path in paths:
+        if path not in modules:
+            raise UserError(
+                f"the network's classifier_paths name {path!r}, and {name} has no such submodule; "
+                "correct the path, or leave it out"
+            )
+        for key, tensor in modules[path].named_parameters():
+            if not tensor.ndim or len(tensor) < network.num_classes:
+                raise UserError(
+                    f"the network's classifier_paths name {path!r}, whose {key} has no row for "
+                    f"each of the {network.num_classes} classes; let {name} name only submodules "
+                    "whose parameters have the classes as their first dimension"
+                )

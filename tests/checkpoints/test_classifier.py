@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.layouts import NVLABS, from_canonical
@@ -9,6 +10,7 @@ from segformer_pl.checkpoints.matching import canonical_tensors
 from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer
 from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.segmenter import Segmenter
 
 NAMES = ["sky", "road", "car"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,3 +111,87 @@ def test_another_number_of_classes_reinitialises_the_classifier(randomize):
     for key, tensor in source.state_dict().items():
         if "classifier" not in key:
             assert torch.equal(network.state_dict()[key], tensor), key
+
+
+class Auxiliary(Segmenter):
+    """A main and an auxiliary classifier, one of them in the encoder; the main one has a row more.
+
+    The main classifier is a convolution without bias, the auxiliary one a Sequential.
+    """
+
+    classifier_paths = ("main", "auxiliary.0")
+
+    def __init__(self, num_classes: int, num_further: int = 1) -> None:
+        super().__init__()
+        self.in_channels, self.num_classes, self.num_further = 3, num_classes, num_further
+        self.stem = nn.Conv2d(3, 4, 3, 4, 1)
+        self.auxiliary = nn.Sequential(nn.Conv2d(4, num_classes, 1), nn.Sigmoid())
+        self.main = nn.Conv2d(4, num_classes + num_further, 1, bias=False)
+
+    def forward(self, images):
+        return self.main(self.stem(images))[:, : self.num_classes]
+
+    def feature_maps(self, images):
+        return {"stem": self.stem(images)}
+
+    def init_args(self):
+        return {"num_classes": self.num_classes, "num_further": self.num_further}
+
+    def layer_ids(self):
+        return {name: 0 for name, _ in self.named_parameters() if name.split(".")[0] != "main"}
+
+
+KEYS = ("main.weight", "auxiliary.0.weight", "auxiliary.0.bias")
+
+
+@pytest.fixture
+def auxiliary_run(randomize):
+    """Content of a checkpoint of a network with two classifiers and a row that is no class."""
+    state = randomize(Auxiliary(3)).float().state_dict()
+    return {"state_dict": state, "hyper_parameters": {"class_names": NAMES}}
+
+
+@pytest.mark.parametrize("num_further", [0, 1, 2])
+def test_all_classifiers_are_reordered_and_further_rows_keep_their_place(randomize, num_further):
+    state = randomize(Auxiliary(3, num_further)).float().state_dict()
+    content = {"state_dict": state, "hyper_parameters": {"class_names": NAMES}}
+    network = Auxiliary(5, num_further)
+    before = {key: network.state_dict()[key].clone() for key in KEYS}
+    names = ["tree", "road", "Sky", "wall", "car"]
+    report = load_weights(network, content, class_names=names, match_classes="by_name")
+    assert set(report.reinitialized) == set(KEYS)
+    for key in KEYS:
+        found = network.state_dict()[key]
+        assert torch.equal(found[[1, 2, 4]], state[key][[1, 0, 2]]), key
+        assert torch.equal(found[5:], state[key][3:]), key
+        for new in (0, 3):  # initialised anew, not copied from a class of the source
+            assert not any(torch.equal(found[new], row) for row in (before[key][new], *state[key]))
+    assert len(network.main.weight) == 5 + num_further
+
+
+def test_all_classifiers_are_reinitialised_for_another_number_of_classes(auxiliary_run):
+    network = Auxiliary(7)
+    before = {key: network.state_dict()[key].clone() for key in KEYS}
+    report = load_weights(network, auxiliary_run, class_names=list("abcdefg"))
+    assert report.reinitialized == dict.fromkeys(KEYS, "3 classes in the source, 7 in the model")
+    assert all(not torch.equal(network.state_dict()[key], before[key]) for key in KEYS)
+    assert torch.equal(network.stem.weight, auxiliary_run["state_dict"]["stem.weight"])
+
+
+def test_classifiers_that_disagree_on_the_number_of_classes_are_refused(auxiliary_run):
+    # Without its further row, the main classifier would have one class fewer than the auxiliary.
+    assert "has main.weight as 4x4x1x1, the model as 3x4x1x1" in refuse(
+        auxiliary_run, Auxiliary(3, 0)
+    )
+    auxiliary_run["state_dict"]["auxiliary.0.bias"] = torch.zeros(4)
+    assert "as 3x4x1x1, the model as 5x4x1x1, and 2 more" in refuse(auxiliary_run, Auxiliary(5))
+
+
+def test_the_encoder_alone_is_loaded_without_the_classifier_inside_of_it(auxiliary_run):
+    network = Auxiliary(7)
+    before = {key: network.state_dict()[key].clone() for key in KEYS}
+    report = load_weights(network, auxiliary_run, parts="encoder", class_names=list("abcdefg"))
+    assert all(torch.equal(network.state_dict()[key], before[key]) for key in KEYS)
+    assert torch.equal(network.stem.weight, auxiliary_run["state_dict"]["stem.weight"])
+    assert set(report.dropped) == set(KEYS)
+    assert report.reinitialized == {}

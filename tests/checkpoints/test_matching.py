@@ -19,7 +19,7 @@ NAMES = ["sky", "road", "car"]
 class Tiny(Segmenter):
     """A stem with a BatchNorm, which is the encoder, and a classifier; one weight constant."""
 
-    classifier_path = "predict.1"
+    classifier_paths = ("predict.1",)
 
     def __init__(self, num_classes: int, width: int = 4, slope: float = 0.1) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Tiny(Segmenter):
 class Undeclared(Tiny):
     """A network that declares neither an encoder nor a classifier."""
 
-    classifier_path = None
+    classifier_paths = ()
 
     def layer_ids(self):
         return {}

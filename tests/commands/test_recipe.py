@@ -113,7 +113,7 @@ def test_a_network_that_is_not_in_the_paper_has_no_recipe(diff, tmp_path, monkey
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({"model": {"network": toy}, "data": {"dataset": "ade20k"}}))
     sentence = (
-        "The network is toy_of_recipe.ToySegmenter: the paper has no recipe for it, "
+        "The network is toy_of_recipe.ToySegmenter: there is no published recipe for it, "
         "nothing is compared."
     )
     assert diff(mine) == [sentence]

@@ -167,12 +167,15 @@ class Sound(Segmenter):
         ({"in_channels": 0}, "in_channels is 0"),
         ({"min_size": 7.5}, r"min_size is 7\.5"),
         ({"output": "probs"}, "output is 'probs'; let Sound choose one of logits, scores"),
-        ({"classifier_path": "clasifier"}, "Sound has no such submodule"),
+        ({"classifier_paths": ("classifier", "clasifier")}, "name 'clasifier', and Sound has no"),
+        ({"classifier_paths": "classifier"}, "are 'classifier'; let Sound set them to a tuple"),
+        ({"classifier_paths": ("classifier",), "num_classes": 3}, "weight has no row for each of"),
         ({"arguments": [2]}, r"init_args\(\) of Sound returns a list"),
     ],
 )
 def test_what_the_contract_asks_for_is_checked(changes, message):
-    check_segmenter(Sound(classifier_path="classifier"))
+    check_segmenter(Sound(classifier_paths=("classifier",)))
+    check_segmenter(Sound(classifier_paths=("classifier",), num_classes=1))  # one further row
     with pytest.raises(UserError, match=message):
         check_segmenter(Sound(**changes))
     with pytest.raises(UserError, match="is a Conv2d, which does not inherit from"):

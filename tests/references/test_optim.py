@@ -6,7 +6,7 @@ from torch import nn
 
 from segformer_pl.checkpoints.layouts import detect, to_canonical
 from segformer_pl.models import segformer_b0
-from segformer_pl.optim import parameter_groups, poly_factor
+from segformer_pl.optim import parameter_groups, poly_factor, poly_with_warmup
 
 LR, WEIGHT_DECAY = 6e-5, 0.01
 # From the SegFormer configurations of NVlabs and mmsegmentation
@@ -51,6 +51,31 @@ def test_schedule_of_mmsegmentation_1(mmseg, max_steps, warmup_steps):
     assert paper != pytest.approx(expected, rel=1e-4, abs=1e-18)
     shifted = [*ours[1:], 0.0]
     assert shifted != pytest.approx(expected, rel=1e-4, abs=1e-18)
+
+
+def test_a_floor_is_the_same_in_every_group(mmseg):
+    """Multipliers of the learning rate do not multiply ``eta_min``."""
+    from mmengine.optim import PolyLR
+
+    def groups():
+        return [
+            {"name": name, "params": [nn.Parameter(torch.zeros(1))], "lr": lr}
+            for name, lr in (("encoder", 1e-3), ("head", 1e-2))
+        ]
+
+    def rates(optimizer, scheduler):
+        found = []
+        for _ in range(101):
+            found.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            scheduler.step()
+        return torch.tensor(found, dtype=torch.float64)
+
+    theirs, ours = torch.optim.SGD(groups()), torch.optim.SGD(groups())
+    # As below, mmcv 1 counts one step further.
+    poly = PolyLR(theirs, eta_min=1e-4, power=0.9, begin=0, end=101, by_epoch=False)
+    found = rates(ours, poly_with_warmup(ours, 100, 0, 0.9, min_lr=1e-4))
+    torch.testing.assert_close(found, rates(theirs, poly), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(("max_steps", "warmup_steps"), [(1600, 15), (3000, 1500)])
