@@ -21,12 +21,12 @@ code and of transformers, such as a 3x3 convolution for the pixel embeddings.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from segformer_pl.errors import UserError
 from segformer_pl.models.maskformer_loss import IgnoredPixels, MaskClassificationLoss
@@ -270,7 +270,9 @@ class MaskFormer(Segmenter):
         self.num_classes = num_classes
         self.min_size = encoder.min_size
         self.freeze_batch_norm = freeze_batch_norm
-        self.encoder = _with_frozen_batch_norm(encoder) if freeze_batch_norm else encoder
+        self.encoder = encoder
+        if freeze_batch_norm:
+            self._freeze_batch_norm()
         self.pixel_decoder = PixelDecoder(encoder.out_channels, dim)
         self.transformer_decoder = TransformerDecoder(
             encoder.out_channels[-1], num_queries, dim, num_layers, num_heads, mlp_dim, dropout
@@ -325,6 +327,14 @@ class MaskFormer(Segmenter):
         """
         return self.loss(self.predict(images).layers(), target, ignore_index)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode; frozen BatchNorm layers stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for norm in self._batch_norms():
+                norm.eval()
+        return self
+
     def init_args(self) -> dict[str, Any]:
         layers = self.transformer_decoder.layers
         layer = cast(DecoderLayer, layers[0])
@@ -364,6 +374,20 @@ class MaskFormer(Segmenter):
         }
         of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return of_encoder | own | {"transformer_decoder.query_pos"}
+
+    def _batch_norms(self) -> list[nn.Module]:
+        # The base class, because Lightning's sync_batchnorm replaces BatchNorm2d.
+        return [module for module in self.encoder.modules() if isinstance(module, _BatchNorm)]
+
+    def _freeze_batch_norm(self) -> None:
+        norms = self._batch_norms()
+        if not norms:
+            raise UserError(
+                f"freeze_batch_norm is true, but {type(self.encoder).__name__} has no BatchNorm; "
+                "leave it false"
+            )
+        for norm in norms:
+            norm.eval().requires_grad_(False)
 
     def weight_constants(self) -> dict[str, float]:
         return self.encoder.weight_constants()
@@ -408,20 +432,6 @@ def _init_convolution(convolution: nn.Conv2d) -> None:
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     if convolution.bias is not None:
         nn.init.zeros_(convolution.bias)
-
-
-def _with_frozen_batch_norm(encoder: Encoder) -> Encoder:
-    """Return the encoder with its BatchNorm layers as constants, whose tensors are buffers.
-
-    Raises:
-        UserError: It has no such layer.
-    """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
-        raise UserError(
-            f"freeze_batch_norm is true, but {type(encoder).__name__} has no BatchNorm; leave it "
-            "false"
-        )
-    return cast(Encoder, freeze_batch_norm_2d(encoder))
 
 
 def maskformer(
