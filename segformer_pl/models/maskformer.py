@@ -14,9 +14,9 @@ Not All You Need for Semantic Segmentation", arXiv 2107.06278).
 
     score of class k in a pixel = sum over queries q of p[q, k] * sigmoid(m[q])
 
-Symbols: B images, C channels (``dim``), Q queries, K classes, L layers of the transformer decoder,
-(h, w) the size of the encoder's finest map. Details that the paper leaves open are those of its
-code and of transformers, such as a 3x3 convolution for the pixel embeddings.
+Symbols: B images, C channels (``decoder_dim``), Q queries, K classes, L layers of the transformer
+decoder, (h, w) the size of the encoder's finest map. Details that the paper leaves open are those
+of its code and of transformers, such as a 3x3 convolution for the pixel embeddings.
 """
 
 import math
@@ -146,7 +146,7 @@ class TransformerDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.projection = nn.Conv2d(in_channels, dim, 1)
-        self.query_pos = nn.Parameter(torch.randn(num_queries, dim))
+        self.query_pos = nn.Embedding(num_queries, dim)
         self.layers = nn.ModuleList(
             DecoderLayer(dim, num_heads, mlp_dim, dropout) for _ in range(num_layers)
         )
@@ -162,10 +162,11 @@ class TransformerDecoder(nn.Module):
         values = projected.flatten(2).transpose(1, 2)  # (B, N, C), N = H_n * W_n
         _, dim, height, width = projected.shape
         keys = values + sine_positions(height, width, dim, like=values)
-        x = self.query_pos.new_zeros(len(feature), *self.query_pos.shape)
+        query_pos = self.query_pos.weight
+        x = query_pos.new_zeros(len(feature), *query_pos.shape)
         after_layers = []
         for layer in self.layers:
-            x = layer(x, self.query_pos, keys, values)
+            x = layer(x, query_pos, keys, values)
             after_layers.append(self.norm(x))
         return torch.stack(after_layers)
 
@@ -211,10 +212,11 @@ class MaskFormer(Segmenter):
         encoder: Encoder, whose output is a feature pyramid (B, C_i, H_i, W_i), finest map first.
         num_classes: Number of classes K.
         num_queries: Number of queries Q (varied in Table 4 of the paper).
-        dim: Channels of both decoders and of the embeddings, a multiple of 32 for GroupNorm.
-        num_layers: Number of layers L of the transformer decoder.
-        num_heads: Number of attention heads.
-        mlp_dim: Hidden channels of the transformer decoder's MLPs.
+        decoder_dim: Channels C of both decoders and of the embeddings, a multiple of 32 for
+            GroupNorm, and at least 64.
+        decoder_layers: Number of layers L of the transformer decoder.
+        decoder_heads: Number of its attention heads.
+        decoder_mlp_dim: Hidden channels of its MLPs.
         dropout: Dropout rate of the transformer decoder.
         freeze_batch_norm: Whether the encoder's BatchNorm layers are constants: they use their
             running statistics in training too, and their weights are not trained. The paper's
@@ -227,7 +229,8 @@ class MaskFormer(Segmenter):
 
     Raises:
         UserError: The encoder has a single map, or no BatchNorm to freeze; a number is below 1;
-            ``dim`` is no multiple of 32 or of ``num_heads``; a weight of the loss is negative.
+            ``decoder_dim`` is 32, or no multiple of 32 or of ``decoder_heads``; a weight of the
+            loss is negative.
     """
 
     output = "scores"
@@ -239,10 +242,10 @@ class MaskFormer(Segmenter):
         encoder: Encoder,
         num_classes: int,
         num_queries: int = 100,
-        dim: int = 256,
-        num_layers: int = 6,
-        num_heads: int = 8,
-        mlp_dim: int = 2048,
+        decoder_dim: int = 256,
+        decoder_layers: int = 6,
+        decoder_heads: int = 8,
+        decoder_mlp_dim: int = 2048,
         dropout: float = 0.1,
         freeze_batch_norm: bool = False,
         mask_weight: float = 20.0,
@@ -257,15 +260,22 @@ class MaskFormer(Segmenter):
                 "MaskFormer's pixel decoder needs at least two, in the paper those of strides 4, "
                 "8, 16 and 32; choose a hierarchical encoder"
             )
-        numbers = {"num_queries": num_queries, "num_layers": num_layers, "num_heads": num_heads}
+        numbers = {
+            "num_queries": num_queries,
+            "decoder_layers": decoder_layers,
+            "decoder_heads": decoder_heads,
+            "decoder_mlp_dim": decoder_mlp_dim,
+        }
         for name, number in numbers.items():
             if number < 1:
                 raise UserError(f"{name}={number}: give at least 1")
-        if dim < 1 or dim % math.lcm(GROUPS, num_heads):
+        # With one channel in a group, GroupNorm would make a map of a single pixel 0.
+        if decoder_dim < 2 * GROUPS or decoder_dim % math.lcm(GROUPS, decoder_heads):
             raise UserError(
-                f"dim={dim}: give a multiple of {GROUPS}, the groups of GroupNorm, and of "
-                f"num_heads={num_heads}"
+                f"decoder_dim={decoder_dim}: give at least {2 * GROUPS}, and a multiple of "
+                f"{GROUPS}, the groups of GroupNorm, and of decoder_heads={decoder_heads}"
             )
+        dim = decoder_dim
         self.in_channels = encoder.in_channels
         self.num_classes = num_classes
         self.min_size = encoder.min_size
@@ -275,7 +285,13 @@ class MaskFormer(Segmenter):
             self._freeze_batch_norm()
         self.pixel_decoder = PixelDecoder(encoder.out_channels, dim)
         self.transformer_decoder = TransformerDecoder(
-            encoder.out_channels[-1], num_queries, dim, num_layers, num_heads, mlp_dim, dropout
+            encoder.out_channels[-1],
+            num_queries,
+            dim,
+            decoder_layers,
+            decoder_heads,
+            decoder_mlp_dim,
+            dropout,
         )
         self.class_head = nn.Linear(dim, num_classes + 1)  # the last one is "no object"
         self.mask_head = nn.Sequential(
@@ -310,7 +326,7 @@ class MaskFormer(Segmenter):
 
         Returns:
             ``stage1`` ... ``stage4``: the map of each stage, (B, C_i, H_i, W_i); ``head``: the
-            pixel embeddings, (B, dim, H_1, W_1), which the masks are dot products with. The
+            pixel embeddings, (B, decoder_dim, H_1, W_1), which the masks are dot products with. The
             queries, which depend on the whole image, are not part of it.
         """
         features = self.encoder(images)
@@ -338,15 +354,15 @@ class MaskFormer(Segmenter):
     def init_args(self) -> dict[str, Any]:
         layers = self.transformer_decoder.layers
         layer = cast(DecoderLayer, layers[0])
-        num_queries, dim = self.transformer_decoder.query_pos.shape
+        num_queries, dim = self.transformer_decoder.query_pos.weight.shape
         return {
             "encoder": self.encoder.spec(),
             "num_classes": self.num_classes,
             "num_queries": num_queries,
-            "dim": dim,
-            "num_layers": len(layers),
-            "num_heads": layer.self_attn.num_heads,
-            "mlp_dim": layer.fc1.out_features,
+            "decoder_dim": dim,
+            "decoder_layers": len(layers),
+            "decoder_heads": layer.self_attn.num_heads,
+            "decoder_mlp_dim": layer.fc1.out_features,
             "dropout": layer.dropout.p,
             "freeze_batch_norm": self.freeze_batch_norm,
             "mask_weight": self.loss.mask_weight,
@@ -373,7 +389,7 @@ class MaskFormer(Segmenter):
             for name, _ in module.named_parameters()
         }
         of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-        return of_encoder | own | {"transformer_decoder.query_pos"}
+        return of_encoder | own | {"transformer_decoder.query_pos.weight"}
 
     def _batch_norms(self) -> list[nn.Module]:
         # The base class, because Lightning's sync_batchnorm replaces BatchNorm2d.
@@ -440,10 +456,10 @@ def maskformer(
     pretrained: bool = False,
     freeze_batch_norm: bool = False,
     num_queries: int = 100,
-    dim: int = 256,
-    num_layers: int = 6,
-    num_heads: int = 8,
-    mlp_dim: int = 2048,
+    decoder_dim: int = 256,
+    decoder_layers: int = 6,
+    decoder_heads: int = 8,
+    decoder_mlp_dim: int = 2048,
     dropout: float = 0.1,
     ignored_pixels: IgnoredPixels = "background",
     **kwargs: Any,
@@ -463,10 +479,10 @@ def maskformer(
         encoder,
         num_classes,
         num_queries,
-        dim,
-        num_layers,
-        num_heads,
-        mlp_dim,
+        decoder_dim,
+        decoder_layers,
+        decoder_heads,
+        decoder_mlp_dim,
         dropout,
         freeze_batch_norm,
         ignored_pixels=ignored_pixels,
@@ -477,10 +493,10 @@ def maskformer_swin(
     num_classes: int,
     backbone: str = "swin_tiny_patch4_window7_224",
     num_queries: int = 100,
-    dim: int = 256,
-    num_layers: int = 6,
-    num_heads: int = 8,
-    mlp_dim: int = 2048,
+    decoder_dim: int = 256,
+    decoder_layers: int = 6,
+    decoder_heads: int = 8,
+    decoder_mlp_dim: int = 2048,
     dropout: float = 0.1,
     ignored_pixels: IgnoredPixels = "background",
     **kwargs: Any,
@@ -498,10 +514,10 @@ def maskformer_swin(
         encoder,
         num_classes,
         num_queries,
-        dim,
-        num_layers,
-        num_heads,
-        mlp_dim,
+        decoder_dim,
+        decoder_layers,
+        decoder_heads,
+        decoder_mlp_dim,
         dropout,
         ignored_pixels=ignored_pixels,
     )
