@@ -13,14 +13,11 @@ version 4. Its keys in memory are read too.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from segformer_pl.checkpoints.layouts import KeyTable, Layout, from_canonical, to_canonical
-from segformer_pl.errors import UserError
 
 MODEL_TYPE = "maskformer"
 CLASS_PATH = "segformer_pl.models.maskformer.MaskFormer"
@@ -34,7 +31,10 @@ _UNIT, _OUR_UNIT = "encoder.stages.{s}.layers.{b}.", "backbone.layer{i}.{b}."
 
 _ANCHOR = f"{_PIXELS}mask_projection.weight"
 _RESNET_STEM = f"{_BACKBONE}embedder.embedder.convolution.weight"
-_OUR_RESNET_STEM, _OUR_SWIN_STEM = "encoder.backbone.conv1.weight", "encoder.patch_embed.proj.weight"
+_OUR_RESNET_STEM, _OUR_SWIN_STEM = (
+    "encoder.backbone.conv1.weight",
+    "encoder.patch_embed.proj.weight",
+)
 
 _RESNET: KeyTable = {
     "embedder.embedder.convolution": ("backbone.conv1",),
