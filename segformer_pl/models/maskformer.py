@@ -1,0 +1,523 @@
+"""MaskFormer: a set of masks, each with one class (Cheng et al. 2021, "Per-Pixel Classification is
+Not All You Need for Semantic Segmentation", arXiv 2107.06278).
+
+::
+
+    images --encoder--> maps of stride 4, 8, 16, 32
+                          |            |
+                    pixel decoder   transformer decoder (stride 32 only, Q learned queries)
+                          |            |
+      pixel embeddings (C, h, w)    query embeddings (Q, C) --class head--> p (Q, K+1)
+                          |            |
+                          |        mask head
+                          +-- dot product --> mask logits m (Q, h, w)
+
+    score of class k in a pixel = sum over queries q of p[q, k] * sigmoid(m[q])
+
+Symbols: B images, C channels (``decoder_dim``), Q queries, K classes, L layers of the transformer
+decoder, (h, w) the size of the encoder's finest map. Details that the paper leaves open are those
+of its code and of transformers, such as a 3x3 convolution for the pixel embeddings.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from segformer_pl.errors import UserError
+from segformer_pl.models.maskformer_loss import IgnoredPixels, MaskClassificationLoss
+from segformer_pl.models.segmenter import Criterion, Encoder, Segmenter
+from segformer_pl.models.swin import SwinEncoder
+from segformer_pl.models.timm_encoder import TimmEncoder
+
+GROUPS = 32  # of every GroupNorm
+
+
+class PixelDecoder(nn.Module):
+    """Feature pyramid network, whose output has an embedding for every pixel.
+
+    From the coarsest stage on, each map is upsampled to the next finer one (nearest neighbours),
+    added to its projection and convolved. Every convolution but the last is followed by GroupNorm.
+
+    Shapes:
+        input   list of (B, C_i, H_i, W_i), the encoder's feature pyramid
+        output  (B, dim, H_1, W_1)
+
+    Args:
+        in_channels: Channels C_i of every feature map of the encoder.
+        dim: Channels of the decoder.
+    """
+
+    def __init__(self, in_channels: Sequence[int], dim: int) -> None:
+        super().__init__()
+        *finer, coarsest = in_channels
+        self.laterals = nn.ModuleList(_conv_norm(channels, dim, 1) for channels in finer)
+        self.fusions = nn.ModuleList(
+            nn.Sequential(*_conv_norm(channels, dim, 3), nn.ReLU())
+            for channels in (*[dim] * len(finer), coarsest)
+        )
+        self.embedding = nn.Conv2d(dim, dim, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                _init_convolution(module)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Return embeddings (B, dim, H_1, W_1) of a feature pyramid of (B, C_i, H_i, W_i)."""
+        *finer, coarsest = features
+        fused = self.fusions[-1](coarsest)
+        for index in reversed(range(len(finer))):
+            upsampled = F.interpolate(fused, size=finer[index].shape[2:], mode="nearest")
+            fused = self.fusions[index](self.laterals[index](finer[index]) + upsampled)
+        return self.embedding(fused)
+
+
+class DecoderLayer(nn.Module):
+    """A layer of the transformer decoder: self-attention, cross-attention and MLP, post-norm.
+
+    Position embeddings are added to the queries and keys of the attentions, not to their values.
+
+    Args:
+        dim: Channels C.
+        num_heads: Number of attention heads.
+        mlp_dim: Hidden channels of the MLP.
+        dropout: Dropout rate of attention weights, of the MLP's hidden units and of the branches.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, query_pos: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return the queries (B, Q, C) after this layer.
+
+        Args:
+            x: Queries, (B, Q, C).
+            query_pos: Position embedding of the queries, (Q, C).
+            keys: Pixels with their position embedding, (B, N, C).
+            values: Pixels, (B, N, C).
+        """
+        positioned = x + query_pos
+        attended = self.self_attn(positioned, positioned, x, need_weights=False)[0]
+        x = self.norm1(x + self.dropout(attended))
+        attended = self.cross_attn(x + query_pos, keys, values, need_weights=False)[0]
+        x = self.norm2(x + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.fc1(x)))
+        return self.norm3(x + self.dropout(self.fc2(hidden)))
+
+
+class TransformerDecoder(nn.Module):
+    """Transformer decoder of DETR (Carion et al. 2020), without an encoder before it.
+
+    The queries start as zeros and differ by their learned position embedding alone.
+
+    Shapes:
+        input   (B, C_n, H_n, W_n), the encoder's coarsest map
+        output  (L, B, Q, dim), the queries after every layer, normalised
+
+    Args:
+        in_channels: Channels C_n of the encoder's coarsest map.
+        num_queries: Number of queries Q.
+        dim: Channels.
+        num_layers: Number of layers L.
+        num_heads: Number of attention heads.
+        mlp_dim: Hidden channels of the MLPs.
+        dropout: Dropout rate.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_queries: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, dim, 1)
+        self.query_pos = nn.Embedding(num_queries, dim)
+        self.layers = nn.ModuleList(
+            DecoderLayer(dim, num_heads, mlp_dim, dropout) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(dim)  # shared by the outputs of all layers
+        _init_convolution(self.projection)
+        for parameter in self.layers.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return the normalised queries (L, B, Q, dim) after every layer."""
+        projected = self.projection(feature)
+        values = projected.flatten(2).transpose(1, 2)  # (B, N, C), N = H_n * W_n
+        _, dim, height, width = projected.shape
+        keys = values + sine_positions(height, width, dim, like=values)
+        query_pos = self.query_pos.weight
+        x = query_pos.new_zeros(len(feature), *query_pos.shape)
+        after_layers = []
+        for layer in self.layers:
+            x = layer(x, query_pos, keys, values)
+            after_layers.append(self.norm(x))
+        return torch.stack(after_layers)
+
+
+class Predictions(NamedTuple):
+    """What the queries predict after every decoder layer.
+
+    Attributes:
+        class_logits: Logits of the classes and, last, of "no object", (L, B, Q, K+1).
+        mask_embeddings: (L, B, Q, C).
+        pixel_embeddings: (B, C, h, w).
+    """
+
+    class_logits: Tensor
+    mask_embeddings: Tensor
+    pixel_embeddings: Tensor
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return class logits (B, Q, K+1) and mask logits (B, Q, h, w) of one layer."""
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embeddings[index], self.pixel_embeddings)
+        return self.class_logits[index], masks
+
+    def layers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield class logits and mask logits of the layers, from the first to the last."""
+        yield from (self.layer(index) for index in range(len(self.class_logits)))
+
+
+class MaskFormer(Segmenter):
+    """MaskFormer for semantic segmentation.
+
+    Shapes: (B, in_channels, H, W) -> scores (B, num_classes, H_1, W_1) at the stride of the
+    encoder's finest map, 4 in the paper.
+
+    The scores are non-negative and need no softmax: argmax gives the prediction. Inference
+    upsamples the scores, as transformers does. The original upsamples the mask logits instead,
+    before the sigmoid, which needs Q maps of the image's size.
+
+    The loss is that of the paper, on the predictions of every decoder layer, see
+    :class:`~segformer_pl.models.maskformer_loss.MaskClassificationLoss`. The number of classes of
+    the data set may exceed the number of queries, that of a single image should not.
+
+    Args:
+        encoder: Encoder, whose output is a feature pyramid (B, C_i, H_i, W_i), finest map first.
+        num_classes: Number of classes K.
+        num_queries: Number of queries Q (varied in Table 4 of the paper).
+        decoder_dim: Channels C of both decoders and of the embeddings, a multiple of 32 for
+            GroupNorm, and at least 64.
+        decoder_layers: Number of layers L of the transformer decoder.
+        decoder_heads: Number of its attention heads.
+        decoder_mlp_dim: Hidden channels of its MLPs.
+        dropout: Dropout rate of the transformer decoder.
+        freeze_batch_norm: Whether the encoder's BatchNorm layers are constants: they use their
+            running statistics in training too, and their weights are not trained. The paper's
+            ResNets have it. Only for pretrained weights: without them the encoder has no norm.
+        mask_weight: Weight of the focal loss of masks.
+        dice_weight: Weight of the dice loss of masks.
+        no_object_weight: Weight of the queries without a class in the cross-entropy.
+        ignored_pixels: ``"background"``: the loss takes ignored pixels as background of every mask,
+            as the original does. ``"left_out"``: it does not count them.
+
+    Raises:
+        UserError: The encoder has a single map, or no BatchNorm to freeze; a number is below 1;
+            ``decoder_dim`` is 32, or no multiple of 32 or of ``decoder_heads``; a weight of the
+            loss is negative.
+    """
+
+    output = "scores"
+    classifier_paths = ("class_head",)
+    takes_criterion = False
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        num_queries: int = 100,
+        decoder_dim: int = 256,
+        decoder_layers: int = 6,
+        decoder_heads: int = 8,
+        decoder_mlp_dim: int = 2048,
+        dropout: float = 0.1,
+        freeze_batch_norm: bool = False,
+        mask_weight: float = 20.0,
+        dice_weight: float = 1.0,
+        no_object_weight: float = 0.1,
+        ignored_pixels: IgnoredPixels = "background",
+    ) -> None:
+        super().__init__()
+        if len(encoder.out_channels) < 2:
+            raise UserError(
+                f"the encoder has a single feature map, of stride {encoder.out_strides[0]}, and "
+                "MaskFormer's pixel decoder needs at least two, in the paper those of strides 4, "
+                "8, 16 and 32; choose a hierarchical encoder"
+            )
+        numbers = {
+            "num_queries": num_queries,
+            "decoder_layers": decoder_layers,
+            "decoder_heads": decoder_heads,
+            "decoder_mlp_dim": decoder_mlp_dim,
+        }
+        for name, number in numbers.items():
+            if number < 1:
+                raise UserError(f"{name}={number}: give at least 1")
+        # With one channel in a group, GroupNorm would make a map of a single pixel 0.
+        if decoder_dim < 2 * GROUPS or decoder_dim % math.lcm(GROUPS, decoder_heads):
+            raise UserError(
+                f"decoder_dim={decoder_dim}: give at least {2 * GROUPS}, and a multiple of "
+                f"{GROUPS}, the groups of GroupNorm, and of decoder_heads={decoder_heads}"
+            )
+        dim = decoder_dim
+        self.in_channels = encoder.in_channels
+        self.num_classes = num_classes
+        self.min_size = encoder.min_size
+        self.freeze_batch_norm = freeze_batch_norm
+        self.encoder = encoder
+        if freeze_batch_norm:
+            self._freeze_batch_norm()
+        self.pixel_decoder = PixelDecoder(encoder.out_channels, dim)
+        self.transformer_decoder = TransformerDecoder(
+            encoder.out_channels[-1],
+            num_queries,
+            dim,
+            decoder_layers,
+            decoder_heads,
+            decoder_mlp_dim,
+            dropout,
+        )
+        self.class_head = nn.Linear(dim, num_classes + 1)  # the last one is "no object"
+        self.mask_head = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
+        )
+        self.loss = MaskClassificationLoss(
+            num_classes, mask_weight, dice_weight, no_object_weight, ignored_pixels
+        )
+        # Gradients get the strides of the encoder's channels-last maps.
+        self.pixel_decoder.to(memory_format=torch.channels_last)
+        self.transformer_decoder.projection.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores (B, num_classes, H_1, W_1) of images (B, in_channels, H, W).
+
+        They are non-negative; those of a pixel sum to at most Q.
+        """
+        class_logits, mask_logits = self.predict(images).layer(-1)
+        probabilities = class_logits.softmax(2)[..., : self.num_classes]
+        return torch.einsum("bqk,bqhw->bkhw", probabilities, mask_logits.sigmoid())
+
+    def predict(self, images: Tensor) -> Predictions:
+        """Return the predictions of the queries for images (B, in_channels, H, W)."""
+        features = self.encoder(images)
+        queries = self.transformer_decoder(features[-1])
+        return Predictions(
+            self.class_head(queries), self.mask_head(queries), self.pixel_decoder(features)
+        )
+
+    def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the intermediate maps for analysis, from the image to the classifier.
+
+        Returns:
+            ``stage1`` ... ``stage4``: the map of each stage, (B, C_i, H_i, W_i); ``head``: the
+            pixel embeddings, (B, decoder_dim, H_1, W_1), which the masks are dot products with. The
+            queries, which depend on the whole image, are not part of it.
+        """
+        features = self.encoder(images)
+        named = {f"stage{i}": feature for i, feature in enumerate(features, start=1)}
+        return named | {"head": self.pixel_decoder(features)}
+
+    def training_loss(
+        self, images: Tensor, target: Tensor, criterion: Criterion, ignore_index: int
+    ) -> Tensor:
+        """Return the loss of the paper, a scalar. It does not use ``criterion``.
+
+        Raises:
+            UserError: A label is neither a class nor ``ignore_index``.
+        """
+        return self.loss(self.predict(images).layers(), target, ignore_index)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode; frozen BatchNorm layers stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for norm in self._batch_norms():
+                norm.eval()
+        return self
+
+    def init_args(self) -> dict[str, Any]:
+        layers = self.transformer_decoder.layers
+        layer = cast(DecoderLayer, layers[0])
+        num_queries, dim = self.transformer_decoder.query_pos.weight.shape
+        return {
+            "encoder": self.encoder.spec(),
+            "num_classes": self.num_classes,
+            "num_queries": num_queries,
+            "decoder_dim": dim,
+            "decoder_layers": len(layers),
+            "decoder_heads": layer.self_attn.num_heads,
+            "decoder_mlp_dim": layer.fc1.out_features,
+            "dropout": layer.dropout.p,
+            "freeze_batch_norm": self.freeze_batch_norm,
+            "mask_weight": self.loss.mask_weight,
+            "dice_weight": self.loss.dice_weight,
+            "no_object_weight": self.loss.no_object_weight,
+            "ignored_pixels": self.loss.ignored_pixels,
+        }
+
+    def parts(self) -> dict[str, str]:
+        stages = {name: f"encoder.{path}" for name, path in self.encoder.parts().items()}
+        heads = ("pixel_decoder", "transformer_decoder", "class_head", "mask_head")
+        return stages | {name: name for name in heads}
+
+    def layer_ids(self) -> dict[str, int]:
+        """Return the layers of the encoder's parameters. All other parameters are the head."""
+        return {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return those of the encoder, and the norms and position embeddings of both decoders."""
+        own = {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm) and not path.startswith("encoder.")
+            for name, _ in module.named_parameters()
+        }
+        of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return of_encoder | own | {"transformer_decoder.query_pos.weight"}
+
+    def _batch_norms(self) -> list[nn.Module]:
+        # The base class, because Lightning's sync_batchnorm replaces BatchNorm2d.
+        return [module for module in self.encoder.modules() if isinstance(module, _BatchNorm)]
+
+    def _freeze_batch_norm(self) -> None:
+        norms = self._batch_norms()
+        if not norms:
+            raise UserError(
+                f"freeze_batch_norm is true, but {type(self.encoder).__name__} has no BatchNorm; "
+                "leave it false"
+            )
+        for norm in norms:
+            norm.eval().requires_grad_(False)
+
+    def weight_constants(self) -> dict[str, float]:
+        return self.encoder.weight_constants()
+
+    def set_weight_constants(self, constants: Mapping[str, float]) -> None:
+        self.encoder.set_weight_constants(constants)
+
+
+def sine_positions(height: int, width: int, dim: int, like: Tensor) -> Tensor:
+    """Return the sine position embedding of DETR for a map, (height * width, dim).
+
+    The first half of the channels encodes the row, the second half the column. Positions are
+    normalised to 2 pi at the last row or column; sines and cosines alternate.
+
+    Args:
+        height: Number of rows.
+        width: Number of columns.
+        dim: Number of channels, a multiple of 4.
+        like: Tensor whose device and dtype the result has. It is computed in at least float32.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    pairs = torch.arange(dim // 4, dtype=dtype, device=like.device)
+    frequencies = 10_000 ** (-4 * pairs / dim)
+    axes = []
+    for length in (height, width):
+        positions = torch.arange(1, length + 1, dtype=dtype, device=like.device)
+        angles = 2 * math.pi * positions[:, None] / (length + 1e-6) * frequencies
+        axes.append(torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1))
+    rows = axes[0][:, None].expand(-1, width, -1)
+    columns = axes[1][None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1).to(like.dtype)
+
+
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+        nn.GroupNorm(GROUPS, out_channels),
+    )
+
+
+def _init_convolution(convolution: nn.Conv2d) -> None:
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+
+
+def maskformer(
+    num_classes: int,
+    backbone: str = "resnet50",
+    pretrained: bool = False,
+    freeze_batch_norm: bool = False,
+    num_queries: int = 100,
+    decoder_dim: int = 256,
+    decoder_layers: int = 6,
+    decoder_heads: int = 8,
+    decoder_mlp_dim: int = 2048,
+    dropout: float = 0.1,
+    ignored_pixels: IgnoredPixels = "background",
+    **kwargs: Any,
+) -> MaskFormer:
+    """MaskFormer on a convolutional network of timm, 41.3 M parameters at 150 classes by default.
+
+    Args:
+        num_classes: Number of classes.
+        backbone: Name of the network in timm. The paper's are ``resnet50`` and ``resnet101``.
+        pretrained: Whether the backbone's weights are downloaded.
+        freeze_batch_norm: See :class:`MaskFormer`. The paper's results have it.
+        num_queries: See :class:`MaskFormer`, as the arguments that follow.
+        kwargs: Arguments of the encoder, :class:`~segformer_pl.models.timm_encoder.TimmEncoder`.
+    """
+    encoder = TimmEncoder(backbone, pretrained, **kwargs)
+    return MaskFormer(
+        encoder,
+        num_classes,
+        num_queries,
+        decoder_dim,
+        decoder_layers,
+        decoder_heads,
+        decoder_mlp_dim,
+        dropout,
+        freeze_batch_norm,
+        ignored_pixels=ignored_pixels,
+    )
+
+
+def maskformer_swin(
+    num_classes: int,
+    backbone: str = "swin_tiny_patch4_window7_224",
+    num_queries: int = 100,
+    decoder_dim: int = 256,
+    decoder_layers: int = 6,
+    decoder_heads: int = 8,
+    decoder_mlp_dim: int = 2048,
+    dropout: float = 0.1,
+    ignored_pixels: IgnoredPixels = "background",
+    **kwargs: Any,
+) -> MaskFormer:
+    """MaskFormer on Swin, 41.8 M parameters at 150 classes by default.
+
+    Args:
+        num_classes: Number of classes.
+        backbone: Name of the Swin in timm.
+        num_queries: See :class:`MaskFormer`, as the arguments that follow.
+        kwargs: Arguments of the encoder, :class:`~segformer_pl.models.swin.SwinEncoder`.
+    """
+    encoder = SwinEncoder(backbone, **kwargs)
+    return MaskFormer(
+        encoder,
+        num_classes,
+        num_queries,
+        decoder_dim,
+        decoder_layers,
+        decoder_heads,
+        decoder_mlp_dim,
+        dropout,
+        ignored_pixels=ignored_pixels,
+    )
