@@ -213,9 +213,13 @@ def _innermost(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(spec.get("class_path")), dict(arguments)
 
 
-# Arguments that a comparison of networks ignores: the two rates matter in training only, and the
-# number of classes follows from the data set.
-FREE_ARGUMENTS = ("drop_path_rate", "dropout", "num_classes", "pretrained")
+# Arguments that a comparison of networks ignores: rates and weights of losses matter in training
+# only, and the number of classes follows from the data set.
+FREE_ARGUMENTS = (
+    *("drop_path_rate", "dropout", "semantic_dropout", "aspp_dropout"),
+    *("aux_weight", "mask_weight", "dice_weight", "no_object_weight", "ignored_pixels"),
+    *("num_classes", "pretrained"),
+)
 
 
 def flat_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:

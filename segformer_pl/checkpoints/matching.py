@@ -142,22 +142,57 @@ def split(
 
 def _match_own_keys(weights: Weights, model: Any, parts: Parts) -> Matched:
     own = dict(model.state_dict())
+    if parts == "encoder":
+        return _match_encoder(weights, model, own)
     wrapper = _wrapper(weights.tensors, own)
     if wrapper is None:
-        raise UserError(
-            f"{weights.name} holds no tensor of a {type(model).__name__} ({listed(list(own))}): it "
-            f"holds {len(weights.tensors)} tensors, such as {listed(list(weights.tensors))}; give "
-            "weights that were trained in this network"
-        )
+        raise _no_tensor(weights, model, own)
     tensors, outside = _unwrapped(weights.tensors, wrapper)
-    dropped: dict[str, str] = {}
-    if parts == "encoder":
-        encoder = _encoder_keys(model, own)
-        rest = [key for key in tensors if key in own and key not in encoder]
-        dropped = dict.fromkeys(rest, "only the encoder was asked for")
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
-        own = {key: tensor for key, tensor in own.items() if key in encoder}
-    return Matched(None, "segmenter", tensors, own, dropped, outside)
+    return Matched(None, "segmenter", tensors, own, {}, outside)
+
+
+def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matched:
+    """Match the encoder alone, with that of any segmenter or with a file of a backbone alone.
+
+    Both may hold other modules, such as another head or a classification layer. Those are left out
+    if the encoder has no module of their name::
+
+        model           encoder.backbone.conv1.weight
+        a segmenter     encoder.backbone.conv1.weight   head.bn.weight: left out
+        an encoder      backbone.conv1.weight
+        a backbone      conv1.weight                    fc.weight: left out
+    """
+    names = _encoder_keys(model, own)
+    encoder = {key: tensor for key, tensor in own.items() if key in names}
+    wrapper, prefix = _wrapper(weights.tensors, encoder), ""
+    if wrapper is not None:
+        tensors, outside = _unwrapped(weights.tensors, wrapper)
+    else:
+        prefix = _wrapper(encoder, weights.tensors) or ""
+        tensors = {prefix + key: tensor for key, tensor in weights.tensors.items()}
+        outside = []
+        if 2 * len(tensors.keys() & encoder.keys()) < len(tensors):  # equal names by chance
+            raise _no_tensor(weights, model, own)
+
+    def module_of(key: str) -> str:
+        return key.removeprefix(prefix).partition(".")[0]
+
+    modules = {module_of(key) for key in encoder if key.startswith(prefix)}
+    dropped = {
+        key: "only the encoder was asked for"
+        for key in tensors
+        if key not in encoder and (key in own or module_of(key) not in modules)
+    }
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
+    return Matched(None, "segmenter", tensors, encoder, dropped, outside)
+
+
+def _no_tensor(weights: Weights, model: Any, own: Mapping[str, Tensor]) -> UserError:
+    return UserError(
+        f"{weights.name} holds no tensor of a {type(model).__name__} ({listed(list(own))}): it "
+        f"holds {len(weights.tensors)} tensors, such as {listed(list(weights.tensors))}; give "
+        "weights that were trained in this network"
+    )
 
 
 def _encoder_keys(model: Any, own: Iterable[str]) -> set[str]:

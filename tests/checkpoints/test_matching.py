@@ -138,6 +138,75 @@ def test_the_encoder_alone_is_loaded_with_its_running_statistics(source):
     assert "a Undeclared has no encoder that could be loaded alone" in message
 
 
+class Backbone(nn.Module):
+    """A classification network, whose stem is the encoder of a :class:`Wrapping`."""
+
+    def __init__(self, has_classes=True):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, 4, 1), nn.BatchNorm2d(4)
+        if has_classes:
+            self.fc = nn.Linear(4, 1000)
+
+
+class Wrapping(Tiny):
+    """The same network with its encoder deeper in the tree, as with an encoder of timm."""
+
+    classifier_paths = ("other_head",)
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        del self.stem, self.predict
+        self.encoder = nn.ModuleDict({"backbone": Backbone(has_classes=False)})
+        self.other_head = nn.Conv2d(4, num_classes, 1)
+
+    def init_args(self):
+        return {"num_classes": self.num_classes}
+
+    def layer_ids(self):
+        return {name: 0 for name, _ in self.named_parameters() if name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize("wrapper", ["", "encoder.backbone.", "module.encoder.backbone."])
+def test_a_backbone_without_its_classes_fills_an_encoder(randomize, wrapper):
+    backbone = randomize(Backbone()).float()
+    state = {f"{wrapper}{name}": tensor for name, tensor in backbone.state_dict().items()}
+    if not wrapper:
+        before = Wrapping(2).state_dict().keys()
+        network = Wrapping(2)
+        report = load_weights(network, state, parts="encoder")
+        assert set(report.dropped) == {"encoder.backbone.fc.weight", "encoder.backbone.fc.bias"}
+        assert network.state_dict().keys() == before
+    else:  # under the prefix of the encoder's own modules, unknown tensors are mistakes
+        assert "no place for" in refuse(Wrapping(2), state, parts="encoder")
+        state = {key: tensor for key, tensor in state.items() if ".fc." not in key}
+        network = Wrapping(2)
+        load_weights(network, state, parts="encoder")
+    for name, tensor in network.encoder["backbone"].state_dict().items():
+        assert torch.equal(tensor, backbone.state_dict()[name]), name
+
+
+def test_the_encoder_of_another_segmenter_is_loaded(randomize):
+    state = randomize(Wrapping(2)).float().state_dict()
+    head = {"decode.conv.weight": torch.zeros(3), "decode.norm.bias": torch.zeros(2)}
+    other = {key: t for key, t in state.items() if key.startswith("encoder.")} | head
+    network = Wrapping(5)
+    report = load_weights(network, other, parts="encoder")
+    assert set(report.dropped) == set(head)
+    assert torch.equal(
+        network.encoder["backbone"].conv.weight, state["encoder.backbone.conv.weight"]
+    )
+    deeper = other | {"encoder.backbone.conv2.weight": torch.zeros(2)}
+    assert "no place for (encoder.backbone.conv2.weight)" in refuse(
+        Wrapping(5), deeper, parts="encoder"
+    )
+    gap = {key: tensor for key, tensor in other.items() if "norm.bias" not in key}
+    assert "lacks 1 tensors of the model" in refuse(Wrapping(5), gap, parts="encoder")
+    # Names that are equal by chance make no backbone.
+    stranger = {"conv.weight": torch.zeros(4, 3, 3, 3)}
+    stranger |= {f"blocks.{number}.weight": torch.zeros(2) for number in range(3)}
+    assert "holds no tensor of a Wrapping" in refuse(Wrapping(5), stranger, parts="encoder")
+
+
 def test_arguments_and_constants_of_the_training_are_compared(source):
     spec = {"class_path": "mine.Tiny", "init_args": {"num_classes": 9, "width": 8, "slope": 0.5}}
     content = {"state_dict": source.state_dict(), "hyper_parameters": {"network": spec}}

@@ -20,9 +20,10 @@ SWIN_CONFIG = "reference, configs/ade20k-150/swin"
 
 ARGUMENTS = {
     "num_queries": 100,
-    "dim": 256,
-    "num_layers": 6,
-    "mlp_dim": 2048,
+    "decoder_dim": 256,
+    "decoder_layers": 6,
+    "decoder_heads": 8,
+    "decoder_mlp_dim": 2048,
     "dropout": 0.1,
     "ignored_pixels": "background",
     "in_channels": 3,
@@ -74,7 +75,6 @@ RESNET = Recipe(
     reference=ADE20K_CONFIG,
     settings=(
         *settings(ARGUMENTS, ADE20K_CONFIG, NETWORK),
-        Setting(NETWORK + "num_heads", 8, ADE20K_CONFIG),
         Setting(NETWORK + "freeze_batch_norm", True, "detectron2's default, FrozenBN"),
         Setting(NETWORK + "drop_path_rate", None, ADE20K_CONFIG, same=(0,)),
         Setting(NETWORK + "out_indices", None, ADE20K_CONFIG, same=([1, 2, 3, 4],)),
@@ -92,13 +92,12 @@ RESNET = Recipe(
 
 def _swin(backbones: tuple[str, ...], short: int, weights: str) -> Recipe:
     # None takes the sizes that the name of the backbone stands for.
-    sizes = dict.fromkeys(("embed_dim", "depths", "window_size"))
+    sizes = dict.fromkeys(("embed_dim", "depths", "num_heads", "window_size"))
     return Recipe(
         title="MaskFormer with Swin",
         reference=SWIN_CONFIG,
         settings=(
             *settings(ARGUMENTS | {"drop_path_rate": 0.3} | sizes, SWIN_CONFIG, NETWORK),
-            Setting(NETWORK + "num_heads", 8, SWIN_CONFIG),
             *adamw(6e-5, 1, 0.01, 1500, 0.9, PAPER),
             *training(SWIN_CONFIG, SWIN_CONFIG, DETECTRON2, gradient_clip=0.01),
         ),
