@@ -1,5 +1,6 @@
 """MaskFormer: sizes, the original's numbers, parity with transformers, gradients, arguments."""
 
+import importlib
 import zlib
 
 import jsonargparse
@@ -15,12 +16,15 @@ from segformer_pl.checkpoints.networks import build
 from segformer_pl.errors import UserError
 from segformer_pl.inference import predict_pixels
 from segformer_pl.inference.engine import predict_probabilities
-from segformer_pl.models import TimmEncoder, maskformer
+from segformer_pl.models import TimmEncoder
 from segformer_pl.models.maskformer import MaskFormer, Predictions, sine_positions
 from segformer_pl.models.maskformer_loss import MaskClassificationLoss
 from segformer_pl.models.segmenter import check_segmenter
 from segformer_pl.models.swin import SwinEncoder
 from segformer_pl.optim import parameter_groups
+
+# The package has a function of the same name.
+maskformer = importlib.import_module("segformer_pl.models.maskformer")
 
 SWIN, SWIN_S = "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"
 SWIN_B, SWIN_L = "swin_base_patch4_window12_384", "swin_large_patch4_window12_384"
