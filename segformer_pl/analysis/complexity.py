@@ -315,7 +315,10 @@ def _num_parameters(module: nn.Module) -> int:
 
 
 class _AttentionLengths(TorchFunctionMode):
-    """Record MACs and lengths of every scaled dot-product attention, by part of the network."""
+    """Record MACs and lengths of every attention, by part of the network.
+
+    Attention is ``scaled_dot_product_attention`` and ``nn.MultiheadAttention``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,11 +329,16 @@ class _AttentionLengths(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             query, key, value = args[:3]
-            length = (query.shape[-2], key.shape[-2])
-            products = query.shape[:-2].numel() * math.prod(length)
-            self.macs[self.part] += products * (query.shape[-1] + value.shape[-1])
-            self.longest[self.part] = max(length, self.longest.get(self.part, (0, 0)))
+            batch, length = query.shape[:-2].numel(), (query.shape[-2], key.shape[-2])
+            self._record(batch, length, query.shape[-1] + value.shape[-1])
+        elif func is F.multi_head_attention_forward:  # inside of it, this mode is not active
+            query, key = args[:2]  # (N, B, C)
+            self._record(query.shape[1], (len(query), len(key)), 2 * query.shape[2])
         return func(*args, **(kwargs or {}))
+
+    def _record(self, batch: int, length: tuple[int, int], num_channels: int) -> None:
+        self.macs[self.part] += batch * math.prod(length) * num_channels
+        self.longest[self.part] = max(length, self.longest.get(self.part, (0, 0)))
 
 
 class _SavedForBackward(torch.autograd.graph.saved_tensors_hooks):

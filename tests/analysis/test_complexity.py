@@ -196,6 +196,21 @@ class Convolutions(Segmenter):
         return {"stem.weight": 0}
 
 
+@pytest.mark.slow
+def test_attention_of_a_transformer_decoder():
+    """Of 2 layers with 8 queries and 64 channels, on a map of 2x3 pixels."""
+    arguments = {"decoder_dim": 64, "decoder_heads": 2, "decoder_mlp_dim": 16, "decoder_layers": 2}
+    network = models.maskformer(3, "test_resnet", num_queries=8, **arguments)
+    parts = {part.name: part for part in complexity(network, 64, 96).parts}
+    decoder = parts["transformer_decoder"]
+    assert decoder.attention_macs == 2 * 2 * 64 * (8 * 8 + 8 * 6)
+    assert (decoder.query_length, decoder.key_length) == (8, 8)
+    # A 1x1 convolution of 6 pixels; in both layers six projections of queries, two of pixels, MLP.
+    projections = 6 * network.encoder.out_channels[-1] * 64
+    projections += 2 * (6 * 8 * 64 * 64 + 2 * 6 * 64 * 64 + 2 * 8 * 64 * 16)
+    assert decoder.macs == projections + decoder.attention_macs
+
+
 def test_any_segmenter():
     cost = complexity(Convolutions(), 8, 8)
     assert cost.paper_macs is None
