@@ -6,8 +6,9 @@ A network of this package is an :class:`Encoder` or a :class:`Segmenter`::
     images (B, C, H, W) --Segmenter--> (B, num_classes, h, w)
 
 The rest of the package uses only the attributes and methods below, and tests for no architecture.
-There are two exceptions: ``checkpoints`` knows the parameter names of SegFormer, to translate those
-of other code bases, and ``analysis/erf/head_units.py`` has a shortcut for SegFormer's head.
+There are two exceptions: ``checkpoints`` knows the parameter names of SegFormer and MaskFormer, to
+translate those of other code bases, and ``analysis/erf/head_units.py`` has a shortcut for
+SegFormer's head.
 
 A new network inherits from one of the two classes, sets the attributes and implements the abstract
 methods::

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from segformer_pl.doctor.cost import state_bytes
+from segformer_pl.errors import UserError
 from segformer_pl.optim import build_optimizer
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,17 @@ def test_slow_loading_is_reported(visit, monkeypatch):
     )
     (finding,) = visit(data={"num_workers": 0}).findings
     assert "without data-loader workers" in finding.message
+
+
+@pytest.mark.parametrize("function", ["_time_step", "complexity"])
+def test_what_the_network_refuses_is_an_error_of_the_run(visit, monkeypatch, function):
+    def refuse(*_):
+        raise UserError("a batch of 1 image; give data.batch_size 2")
+
+    monkeypatch.setattr(f"segformer_pl.doctor.cost.{function}", refuse)
+    (finding,) = visit().findings
+    assert (finding.level, finding.check) == ("error", "network")
+    assert finding.message == "a batch of 1 image; give data.batch_size 2"
 
 
 @pytest.mark.parametrize(
