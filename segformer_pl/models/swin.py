@@ -210,7 +210,7 @@ class SwinEncoder(Encoder):
         super().__init__()
         check_drop_path_rate(drop_path_rate)
         _check_arguments(embed_dim, depths, num_heads, window_size)
-        changes = {
+        changes: dict[str, Any] = {
             "embed_dim": embed_dim,
             "depths": None if depths is None else tuple(depths),
             "num_heads": None if num_heads is None else tuple(num_heads),
