@@ -25,6 +25,11 @@ from typing import Any
 from torch import Tensor
 
 from segformer_pl.checkpoints.layouts import NATIVE, Layout, detect, from_canonical, to_canonical
+from segformer_pl.checkpoints.maskformer_layout import (
+    check_heads,
+    is_transformers_maskformer,
+    own_keys,
+)
 from segformer_pl.checkpoints.report import Parts, listed
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
@@ -141,22 +146,25 @@ def split(
 
 def _match_own_keys(weights: Weights, model: Any, parts: Parts) -> Matched:
     own = dict(model.state_dict())
-    wrapper = _wrapper(weights.tensors, own)
+    source, dropped, unknown = dict(weights.tensors), dict[str, str](), list[str]()
+    if is_transformers_maskformer(source):
+        check_heads(weights.name, weights.config, model)
+        source, dropped, unknown = own_keys(source)
+    wrapper = _wrapper(source, own)
     if wrapper is None:
         raise UserError(
             f"{weights.name} holds no tensor of a {type(model).__name__} ({listed(list(own))}): it "
             f"holds {len(weights.tensors)} tensors, such as {listed(list(weights.tensors))}; give "
             "weights that were trained in this network"
         )
-    tensors, outside = _unwrapped(weights.tensors, wrapper)
-    dropped: dict[str, str] = {}
+    tensors, outside = _unwrapped(source, wrapper)
     if parts == "encoder":
         encoder = _encoder_keys(model, own)
         rest = [key for key in tensors if key in own and key not in encoder]
-        dropped = dict.fromkeys(rest, "only the encoder was asked for")
+        dropped |= dict.fromkeys(rest, "only the encoder was asked for")
         tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
         own = {key: tensor for key, tensor in own.items() if key in encoder}
-    return Matched(None, "segmenter", tensors, own, dropped, outside)
+    return Matched(None, "segmenter", tensors, own, dropped, outside + unknown)
 
 
 def _encoder_keys(model: Any, own: Iterable[str]) -> set[str]:
