@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, Namespace, capture_parser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, capture_parser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
@@ -328,5 +328,5 @@ def resolve(files: list[str]) -> dict[str, Any]:
 
 
 @cache  # building it takes longer than parsing, and a study resolves the files of every variant
-def _parser() -> LightningArgumentParser:
+def _parser() -> ArgumentParser:
     return capture_parser(SegformerCLI, exit_on_error=False)

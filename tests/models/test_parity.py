@@ -27,8 +27,8 @@ VARIANTS = {
     "b4": (WIDE, (3, 8, 27, 3), 768),
     "b5": (WIDE, (3, 6, 40, 3), 768),
 }
-# transformers gets its depths from this file, so B3 and B4 would tell no more than B2 and B5. smp has
-# depths of its own.
+# transformers gets its depths from this file, so B3 and B4 would tell no more than B2 and B5. The
+# depths of smp are its own.
 BY_DEPTHS = ["b0", *(pytest.param(v, marks=pytest.mark.slow) for v in ("b1", "b2", "b5"))]
 # Rounding changes the logits by about 1e-15 of their size; the smallest planted fault, an epsilon,
 # by 1e-7.
