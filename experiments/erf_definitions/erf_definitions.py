@@ -26,8 +26,9 @@ The maps of single images are kept in a scratch file of FOLDER until then. The r
                             one thing (definition, size or number), or that publications use
     correlations_all.csv.gz the same of every pair
     table.md                summary
-    agreement_LAYER.png     tau of every two definitions and sizes, and of published protocols
-    ranks_LAYER.png         ranks of the networks
+    definitions_LAYER.png   tau of every two definitions and sizes, at one number
+    protocols_LAYER.png     tau of every two protocols (definition with its own number) and sizes
+    ranks_LAYER.png         ranks of the networks by protocol and size
 
 Intervals are over images (bootstrap, all networks and orderings with the same samples); networks
 and trainings are fixed. An interval of tau below 1 is not by itself evidence of different orders:

@@ -124,6 +124,13 @@ def interval(replicates: Array) -> Interval:
     return Interval(replicates[0], np.where(missing, np.nan, low), np.where(missing, np.nan, high))
 
 
+def mean(values: Array) -> Array:
+    """(K, ...) -> (...), mean of the values that are not nan; nan where there is none."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0.0).sum(0) / known.sum(0)
+
+
 class Agreement:
     """How far the orderings of one layer agree.
 
@@ -147,7 +154,7 @@ class Agreement:
             [kendall_tau(one[None], other[None])[0, 0] for one, other in zip(first, second)]
             for first, second in zip(halves[::2], halves[1::2])
         ]
-        self.halves = np.nanmean(taus, axis=0)
+        self.halves = mean(np.array(taus))
         self.resolved = resolved_signs(self.values, num_images)
 
     def flips(self, i: int, j: int) -> tuple[int, int]:
@@ -182,8 +189,8 @@ class Agreement:
         flips = np.array([self.flips(i, j) for i, j in pairs])
         return {
             "pairs": len(pairs),
-            "tau": interval(np.nanmean(taus, axis=1)),
-            "rho": interval(np.nanmean(self.rho[:, rows, columns], axis=1)),
+            "tau": interval(mean(taus.T)),
+            "rho": interval(mean(self.rho[:, rows, columns].T)),
             "least": interval(taus[:, least]),
             "pair": tuple(self.orderings[index] for index in pairs[least]),
             "resolved": int(flips[:, 0].sum()),

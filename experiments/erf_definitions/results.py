@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from orderings import Agreement, Interval, Ordering, interval
 from scipy.stats import rankdata
 
 from segformer_pl.analysis.erf.definitions import PROTOCOLS, Protocol
-from segformer_pl.analysis.style import INK
+from segformer_pl.analysis.erf.panels import wrap
+from segformer_pl.analysis.style import FAINT, INK
 from segformer_pl.atomic import atomic_write, atomic_write_text
 
 FIGURE_NUMBER = "radius_50"  # the number of the panel that compares definitions
@@ -74,7 +74,7 @@ def write_results(
     with atomic_write(paths[-1]) as stream:
         stream.write(gzip.compress(everything.encode(), mtime=0))
     for layer, agreement in agreements.items():
-        for name, draw in {"agreement": plot_agreement, "ranks": plot_ranks}.items():
+        for name, draw in FIGURES.items():
             paths.append(folder / f"{name}_{layer}.png")
             figure = draw(agreement, networks, f"{layer}; {what}")
             with atomic_write(paths[-1]) as stream:
@@ -209,59 +209,70 @@ def _text(bounds: Interval) -> str:
     return f"{bounds.value:.2f} ({bounds.low:.2f} to {bounds.high:.2f})"
 
 
-def plot_agreement(agreement: Agreement, networks: Sequence[str], title: str) -> Figure:
-    """Draw tau of definitions and sizes at one number, and of published protocols and sizes.
-
-    The diagonal is the tau between two halves of the images.
-    """
-    definitions = [
+def plot_definitions(agreement: Agreement, networks: Sequence[str], title: str) -> Figure:
+    """Draw tau of every two definitions and sizes, all by one number."""
+    rows = [
         (i, f"{one.definition} {one.size}")
         for i, one in enumerate(agreement.orderings)
         if one.number == FIGURE_NUMBER
     ]
-    protocols = [
-        (i, f"{name} {one.size}")
+    rows.sort(key=lambda row: agreement.orderings[row[0]].definition)  # sizes stay in order
+    return _plot_matrix(agreement, rows, f"definition and image size, by {FIGURE_NUMBER}; {title}")
+
+
+def plot_protocols(agreement: Agreement, networks: Sequence[str], title: str) -> Figure:
+    """Draw tau of every two protocols and sizes."""
+    rows = [(i, f"{name} {agreement.orderings[i].size}") for i, name in _protocol_rows(agreement)]
+    return _plot_matrix(agreement, rows, f"protocol and image size; {title}")
+
+
+def _protocol_rows(agreement: Agreement) -> list[tuple[int, str]]:
+    """Return index of the ordering and name, by protocol, then by size."""
+    return [
+        (i, name)
         for name, protocol in PROTOCOLS.items()
         for i, one in enumerate(agreement.orderings)
         if (one.definition, one.number) == protocol
     ]
-    definitions.sort(key=lambda item: agreement.orderings[item[0]].definition)
-    longest = max(len(definitions), len(protocols))
-    side = 1.9 + 0.36 * longest
-    figure = Figure(figsize=(2 * side, side + 0.7), layout="constrained")
-    panels = figure.subplots(1, 2)
-    headings = (f"definition and size, by {FIGURE_NUMBER}", "published protocol and size")
-    for axes, rows, heading in zip(panels, (definitions, protocols), headings):
-        drawn = _draw_matrix(axes, agreement, rows)
-        axes.set_title(heading, fontsize=10, color=INK)
-    bar = figure.colorbar(drawn, ax=panels, shrink=0.6, aspect=30)
-    bar.set_label("Kendall's tau-b")
-    note = "diagonal: tau between two halves of the images; small: 95 % CI over images (bootstrap)"
-    figure.suptitle(f"{title}\n{note}", fontsize=10, color=INK)
-    return figure
 
 
-def _draw_matrix(axes: Axes, agreement: Agreement, rows: Sequence[tuple[int, str]]) -> Any:
+def _plot_matrix(agreement: Agreement, rows: Sequence[tuple[int, str]], title: str) -> Figure:
+    """Draw tau with its interval; the diagonal is the tau between two halves of the images."""
     indices = [index for index, _ in rows]
     bounds = interval(agreement.tau[:, indices][:, :, indices])
     matrix = bounds.value.copy()
     np.fill_diagonal(matrix, agreement.halves[indices])
-    drawn = axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1)
+    side = 0.47 * len(rows)
+    figure = Figure(figsize=(side + 2.8, side + 2.2), layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["RdBu"].with_extremes(bad=FAINT)
+    drawn = axes.imshow(np.ma.masked_invalid(matrix), cmap=colors, vmin=-1, vmax=1)
     for i in range(len(rows)):
         for j in range(len(rows)):
             if not np.isfinite(matrix[i, j]):
                 continue
-            color = "white" if abs(matrix[i, j]) > 0.65 else INK
-            text = f"{matrix[i, j]:.2f}".replace("0.", ".", 1)
-            axes.text(j, i - 0.12, text, ha="center", va="center", fontsize=7, color=color)
+            style = {"ha": "center", "color": "white" if abs(matrix[i, j]) > 0.65 else INK}
+            middle = i - 0.13 if i != j else i
+            axes.text(j, middle, f"{matrix[i, j]:.2f}", va="center", fontsize=7.5, **style)
             if i != j:
-                both = f"{bounds.low[i, j]:.1f}\u2013{bounds.high[i, j]:.1f}"
-                axes.text(j, i + 0.27, both, ha="center", va="center", fontsize=3.8, color=color)
+                low, high = bounds.low[i, j], bounds.high[i, j]
+                axes.text(j, i + 0.26, f"{low:.1f}, {high:.1f}", va="center", fontsize=5.2, **style)
     labels = [label for _, label in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=90, fontsize=8)
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.tick_params(length=0)
-    return drawn
+    sizes = len({one.size for one in agreement.orderings})
+    for edge in range(sizes, len(rows), sizes):
+        axes.axhline(edge - 0.5, color="white", linewidth=2)
+        axes.axvline(edge - 0.5, color="white", linewidth=2)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=30)
+    bar.set_label("Kendall's tau-b")
+    note = (
+        "small: 95 % CI over images (bootstrap); diagonal: tau between two halves of the images; "
+        "grey: all networks equal"
+    )
+    figure.suptitle(f"{wrap(title, side + 2.6)}\n{wrap(note, side + 2.6)}", fontsize=8, color=INK)
+    return figure
 
 
 def plot_ranks(agreement: Agreement, networks: Sequence[str], title: str) -> Figure:
@@ -269,15 +280,10 @@ def plot_ranks(agreement: Agreement, networks: Sequence[str], title: str) -> Fig
 
     Colours follow the rank in the first column, so that crossing colours are changes of order.
     """
-    columns = [
-        (i, f"{one.size}", name)
-        for name, protocol in PROTOCOLS.items()
-        for i, one in enumerate(agreement.orderings)
-        if (one.definition, one.number) == protocol
-    ]
-    values = agreement.values[0, [index for index, *_ in columns]]
-    ranks = rankdata(-values, axis=-1, method="ordinal")
-    order = np.argsort(ranks[0])
+    columns = _protocol_rows(agreement)
+    values = agreement.values[0, [index for index, _ in columns]]
+    ranks = rankdata(-values, axis=-1)
+    order = np.argsort(ranks[0], kind="stable")
     figure = Figure(
         figsize=(3.4 + 0.5 * len(columns), 1.6 + 0.24 * len(networks)), layout="constrained"
     )
@@ -305,13 +311,15 @@ def plot_ranks(agreement: Agreement, networks: Sequence[str], title: str) -> Fig
         axes.text(
             start + (sizes - 1) / 2,
             0.1,
-            columns[start][2].replace(", ", "\n"),
+            columns[start][1].replace(", ", "\n"),
             ha="center",
             va="bottom",
             fontsize=8,
             color=INK,
         )
-    axes.set_xticks(range(len(columns)), [label for _, label, _ in columns], fontsize=8)
+    axes.set_xticks(
+        range(len(columns)), [str(agreement.orderings[i].size) for i, _ in columns], fontsize=8
+    )
     axes.set_xlim(-0.4, len(columns) - 0.6)
     axes.set_ylim(len(networks) + 0.6, 0.4)
     axes.set_yticks([])
@@ -320,3 +328,6 @@ def plot_ranks(agreement: Agreement, networks: Sequence[str], title: str) -> Fig
         spine.set_visible(False)
     axes.set_title(f"rank by size of the ERF (1 at the top), {title}", fontsize=9, pad=34)
     return figure
+
+
+FIGURES = {"definitions": plot_definitions, "protocols": plot_protocols, "ranks": plot_ranks}
