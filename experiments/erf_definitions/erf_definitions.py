@@ -33,7 +33,8 @@ The maps of single images are kept in a scratch file of FOLDER until then. The r
 Intervals are over images (bootstrap, all networks and orderings with the same samples); networks
 and trainings are fixed. An interval of tau below 1 is not by itself evidence of different orders:
 noise alone makes tau smaller. Evidence is a pair of networks in opposite order that both orderings
-resolve; the table counts these.
+resolve; the table counts these. The tau between two halves of the images, on the diagonal of the
+figures, says whether there are enough images: below about 0.5 the intervals are too narrow.
 """
 
 import argparse

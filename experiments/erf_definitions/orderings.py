@@ -109,18 +109,43 @@ def resolved_signs(values: Array, num_images: int, level: float = 0.95) -> Array
 
 
 class Interval(NamedTuple):
-    """An estimate from all images with the bounds of its 95 % bootstrap interval (percentile)."""
+    """An estimate from all images with the bounds of its 95 % interval, see :func:`interval`."""
 
     value: Any
     low: Any
     high: Any
 
 
-def interval(replicates: Array) -> Interval:
-    """(1 + B, ...) -> estimate and bounds (...); nan where an estimate is not defined."""
-    missing = np.isnan(replicates[1:]).all(0)
-    filled = np.where(missing, 0.0, replicates[1:])
-    low, high = np.nanquantile(filled, (0.025, 0.975), axis=0)
+def interval(
+    replicates: Array, num_images: int, limits: tuple[float, float] = (-1.0, 1.0)
+) -> Interval:
+    """(1 + B, ...) -> estimate and bounds (...); nan where an estimate is not defined.
+
+    The interval reaches from the lower to the higher of the bounds of two bootstrap intervals: the
+    percentiles, which are too narrow where noise that two orderings share or do not share moves all
+    samples away from the estimate, and the estimate plus and minus its standard error times
+    Student's t, which is too narrow near a tau of 1. In simulated studies (8 or 20 networks, 12 or
+    50 images) it covers the true tau in 93 to 100 % where the tau between halves of the images is
+    at least 0.75, in 88 to 97 % at 0.55, and in 69 to 95 % between 0.2 and 0.5: more images are
+    needed there.
+
+    Args:
+        replicates: The number from all images, then from every bootstrap sample.
+        num_images: Number of images N.
+        limits: Least and largest possible value, at which the bounds are clipped.
+    """
+    samples = replicates[1:]
+    count = np.isfinite(samples).sum(0)
+    missing = (count == 0) | np.isnan(replicates[0])
+    filled = np.where(missing, 0.0, samples)
+    low, high = (
+        np.nanquantile(filled, (0.025, 0.975), axis=0)
+        if np.isnan(filled).any()
+        else np.quantile(filled, (0.025, 0.975), axis=0)
+    )
+    reach = stdtrit(num_images - 1, 0.975) * np.nanstd(filled, axis=0)
+    low = np.clip(np.minimum(low, replicates[0] - reach), *limits)
+    high = np.clip(np.maximum(high, replicates[0] + reach), *limits)
     return Interval(replicates[0], np.where(missing, np.nan, low), np.where(missing, np.nan, high))
 
 
@@ -139,6 +164,9 @@ class Agreement:
         values: (1 + B, O, M), numbers from all images and from the bootstrap samples.
         tau: (1 + B, O, O), Kendall's tau-b of every pair.
         rho: (1 + B, O, O), Spearman's rho.
+        tau_interval: Tau with the bounds of its interval, (O, O) each.
+        rho_interval: The same of rho.
+        num_images: Number of images N.
         halves: (O,), mean tau between an ordering from one half of the images and that from the
             other. Two orderings that agree as well as that may differ by the choice of images
             alone. It is lower than for all images, since a half is noisier.
@@ -148,7 +176,10 @@ class Agreement:
     def __init__(self, orderings: Sequence[Ordering], rows: Array, num_images: int, resamples: int):
         self.orderings = list(orderings)
         self.values = rows[: 1 + resamples]
+        self.num_images = num_images
         self.tau, self.rho = kendall_tau(self.values), spearman_rho(self.values)
+        self.tau_interval = interval(self.tau, num_images)
+        self.rho_interval = interval(self.rho, num_images)
         halves = rows[1 + resamples :]
         taus = [
             [kendall_tau(one[None], other[None])[0, 0] for one, other in zip(first, second)]
@@ -189,9 +220,9 @@ class Agreement:
         flips = np.array([self.flips(i, j) for i, j in pairs])
         return {
             "pairs": len(pairs),
-            "tau": interval(mean(taus.T)),
-            "rho": interval(mean(self.rho[:, rows, columns].T)),
-            "least": interval(taus[:, least]),
+            "tau": interval(mean(taus.T), self.num_images),
+            "rho": interval(mean(self.rho[:, rows, columns].T), self.num_images),
+            "least": interval(taus[:, least], self.num_images),
             "pair": tuple(self.orderings[index] for index in pairs[least]),
             "resolved": int(flips[:, 0].sum()),
             "flipped": int(flips[:, 1].sum()),
