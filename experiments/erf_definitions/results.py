@@ -103,7 +103,7 @@ def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         writer.writerow(
             {
-                key: f"{value:.5g}" if isinstance(value, float) else value
+                key: f"{value:.4g}" if isinstance(value, float) else value
                 for key, value in row.items()
             }
         )
