@@ -64,7 +64,7 @@ from segformer_pl.atomic import atomic_write, make_writable_folder
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
-from segformer_pl.commands.erf import TIMM, Subject, _against, _image_batches
+from segformer_pl.commands.erf import TIMM, Subject, against, image_batches
 from segformer_pl.commands.parser import segmenter_names
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.errors import UserError
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make_writable_folder(folder / "networks", "--output")
     data = open_data(options, networks)
     ids = [
-        name for batch in _image_batches(data, options.num_images, (32, 32)) for name in batch["id"]
+        name for batch in image_batches(data, options.num_images, (32, 32)) for name in batch["id"]
     ]
     weights = image_weights(len(ids), options.resamples, HALVES, options.seed)
     numbers = np.empty(
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     progress = tqdm(total=len(networks) * len(options.sizes), unit="measurement")
     for row, (label, source) in enumerate(networks.items()):
-        subject = _against(source, data)
+        subject = against(source, data)
         subject.network.to(options.device)
         for column, size in enumerate(options.sizes):
             name = re.sub(r"[^\w.+-]", "_", label)
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description = describe(options, size, ids, subject)
             values = stored(file, description)
             if values is None:
-                batches = _image_batches(data, options.num_images, (size, size))
+                batches = image_batches(data, options.num_images, (size, size))
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     values = measure(subject, batches, weights, options, Path(scratch))
                 with atomic_write(file) as stream:
