@@ -32,11 +32,12 @@ COST_AXES = {
 }
 DECADES = (3, 5)  # fewest and most decades of the colour scale
 # Lengths in inches, sizes of letters in points
-NAMES, GAP, MAX_PANEL = 1.5, 0.1, 1.75
+NAMES, GAP, MAX_PANEL = 1.6, 0.1, 1.75
 LINE = 0.155  # from one line of text to the next
+BELOW = 0.14  # from a row of panels to the next row
 BAR = 0.1  # height of the colour bar
 FONT = 8.5
-NAME_LENGTH = 18  # characters of a line of a system's name
+NAME_LENGTH = 17  # characters of a line of a system's name
 MAP_LENGTH = 14  # characters of a feature map's name
 
 
@@ -102,7 +103,7 @@ def field_figure(rows: Mapping[str, Mapping[str, Field]], columns: Sequence[str]
     tall = panel * min(aspect, 1.5)
     width = NAMES + len(columns) * (panel + GAP)
     texts = [1 + any(field.title for field in row.values()) for row in rows.values()]
-    height = 2 * LINE + sum(LINE * lines + 0.05 + tall + 0.08 for lines in texts) + 0.75
+    height = 2 * LINE + sum(LINE * lines + 0.04 + tall + BELOW for lines in texts) + 0.75
     figure = Figure(figsize=(width, height))
 
     def write(x: float, top: float, text: str, **style: Any) -> None:
@@ -121,8 +122,8 @@ def field_figure(rows: Mapping[str, Mapping[str, Field]], columns: Sequence[str]
     top = 2 * LINE
     drawn: Any = None
     for (name, row), lines in zip(rows.items(), texts):
-        below = top + LINE * lines + 0.05
-        style = {"fontsize": FONT + 1.5, "ha": "left", "va": "center", "weight": "bold"}
+        below = top + LINE * lines + 0.04
+        style = {"fontsize": FONT + 0.5, "ha": "left", "va": "center", "weight": "bold"}
         write(0.04, below + tall / 2, wrapped(name, NAME_LENGTH), **style)
         for left, column in zip(lefts, columns):
             field = row.get(column)
@@ -134,7 +135,7 @@ def field_figure(rows: Mapping[str, Mapping[str, Field]], columns: Sequence[str]
             write(x, top + LINE * (lines - 1), pixels_text(field.radius))
             box = (left / width, 1 - (below + tall) / height, panel / width, tall / height)
             drawn = _draw(figure, box, field, floor)
-        top = below + tall + 0.08
+        top = below + tall + BELOW
     bar_width = min(4.0, width - NAMES)
     box = (NAMES / width, 1 - (top + 0.1 + BAR) / height, bar_width / width, BAR / height)
     bar = figure.colorbar(drawn, cax=figure.add_axes(box), orientation="horizontal", extend="min")

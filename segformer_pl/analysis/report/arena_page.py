@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from segformer_pl.analysis import style
 from segformer_pl.analysis.ablation import StudyResults, summarize_study
@@ -52,19 +51,17 @@ class FieldFigure:
     """The figure of all receptive fields.
 
     Attributes:
-        figure: The figure.
+        files: Content of the figure's file by format, ``png`` and ``pdf``.
         caption: What it shows, in whole sentences.
     """
 
-    figure: Figure
+    files: dict[str, bytes]
     caption: str
 
-    def png(self) -> Markup:
-        """Return the figure as a data URL."""
-        stream = io.BytesIO()
-        self.figure.savefig(stream, format="png", dpi=DPI["png"])
-        text = base64.b64encode(stream.getvalue()).decode()
-        return Markup(f"data:image/png;base64,{text}")
+    @property
+    def url(self) -> Markup:
+        """The PNG file as a data URL."""
+        return Markup(f"data:image/png;base64,{base64.b64encode(self.files['png']).decode()}")
 
 
 def write_arena_report(
@@ -141,9 +138,9 @@ def write_arena_report(
     }
     if fields is not None:
         texts[ERF_CSV] = radius_csv(systems, columns)
-        for kind, dpi in DPI.items():
+        for kind, content in fields.files.items():
             with atomic_write(folder / f"{ERF_FIGURE}.{kind}") as stream:
-                fields.figure.savefig(stream, format=kind, dpi=dpi)
+                stream.write(content)
     for name, text in texts.items():
         # Class names and ids may contain unpaired surrogates, which UTF-8 cannot encode.
         atomic_write_text(folder / name, text.encode(errors="replace").decode())
@@ -210,7 +207,12 @@ def _fields(
         "panel are the radius that holds half of the field, mean over seeds; a field that is equal "
         f"everywhere has {uniform:.1f} px."
     )
-    return FieldFigure(field_figure(rows, shown), caption), unread
+    figure, files = field_figure(rows, shown), {}
+    for kind, dpi in DPI.items():
+        stream = io.BytesIO()
+        figure.savefig(stream, format=kind, dpi=dpi)
+        files[kind] = stream.getvalue()
+    return FieldFigure(files, caption), unread
 
 
 def _images(number: int) -> str:
