@@ -190,7 +190,7 @@ def starting_weights(config: Mapping[str, Any]) -> str:
     model = config["model"]
     for key, what in (("weights", "all weights"), ("encoder_weights", "encoder")):
         if model.get(key) is not None:
-            return f"{what} from {Path(str(model[key])).name}"
+            return f"{what} from {Path(str(model[key])).stem}"
     if any(_is_pretrained(model.get("network"))):
         return "encoder with pretrained weights of timm"
     return "random"
@@ -218,7 +218,7 @@ def compare_systems(
         results: Runs of the study.
         measurements: What was measured on its finished runs.
         costs: Entries of ``costs.json``. One that could not be measured has a ``failure``, a
-            clause, in place of numbers.
+            clause, in place of numbers other than ``parameters``.
         starts: Weights that each variant starts from, see :func:`starting_weights`.
         notes: Notes of the study on its variants.
     """
@@ -262,7 +262,7 @@ def _system(
             if math.isfinite(value):
                 values[key][seed] = value
     missing = [] if runs else [f"{name} has no finished run"]
-    if not any(cost.get(key) is not None for key in COSTS):
+    if any(cost.get(key) is None for key in COSTS):
         missing.append(f"{name}: {cost.get('failure') or 'its costs were not measured'}")
     return System(
         name=name,

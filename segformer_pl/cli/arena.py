@@ -123,7 +123,7 @@ def _costs(study: Study, file: Path) -> list[dict[str, Any]]:
 
 
 def _measure_costs(study: Study) -> list[dict[str, Any]]:
-    """Count and time the variants; one that cannot be has a ``failure`` instead of numbers."""
+    """Count and time the variants; one that cannot be has a ``failure`` in place of most."""
     size, device = study.variants[0].image_size, _device(study)
     failures: dict[str, str] = {}
     measurable: list[Variant] = []
@@ -144,12 +144,23 @@ def _measure_costs(study: Study) -> list[dict[str, Any]]:
     if measurable and size is not None:
         first = measurable[0].name
         costs = costs_of_report(study, variant_costs(measurable, first, *size, device=device))
-    digests = {variant.name: variant.digest for variant in study.variants}
     unknown = [
-        {"variant": name, "digest": digests[name], "failure": sentence}
-        for name, sentence in failures.items()
+        {
+            "variant": variant.name,
+            "digest": variant.digest,
+            "parameters": _num_parameters(variant),
+            "failure": failures[variant.name],
+        }
+        for variant in study.variants
+        if variant.name in failures
     ]
     return [*costs, *unknown]
+
+
+def _num_parameters(variant: Variant) -> int:
+    with torch.device("meta"):
+        network = variant.build_network()
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _measure_runs(study: Study, results: StudyResults, options: Namespace) -> Measurements:

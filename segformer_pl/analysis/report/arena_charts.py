@@ -36,6 +36,7 @@ NAMES, GAP, MAX_PANEL = 1.6, 0.1, 1.75
 LINE = 0.155  # from one line of text to the next
 BELOW = 0.14  # from a row of panels to the next row
 BAR = 0.1  # height of the colour bar
+MIN_WIDTH = 3.0  # of all panels; the label of the colour bar needs it
 FONT = 8.5
 NAME_LENGTH = 17  # characters of a line of a system's name
 MAP_LENGTH = 14  # characters of a feature map's name
@@ -101,7 +102,7 @@ def field_figure(rows: Mapping[str, Mapping[str, Field]], columns: Sequence[str]
     panel = min(MAX_PANEL, (PAGE_WIDTH - NAMES) / len(columns) - GAP)
     aspect = max(field.mean.shape[0] / field.mean.shape[1] for field in fields)
     tall = panel * min(aspect, 1.5)
-    width = NAMES + len(columns) * (panel + GAP)
+    width = NAMES + max(len(columns) * (panel + GAP), MIN_WIDTH)
     texts = [1 + any(field.title for field in row.values()) for row in rows.values()]
     height = 2 * LINE + sum(LINE * lines + 0.04 + tall + BELOW for lines in texts) + 0.75
     figure = Figure(figsize=(width, height))
@@ -136,7 +137,7 @@ def field_figure(rows: Mapping[str, Mapping[str, Field]], columns: Sequence[str]
             box = (left / width, 1 - (below + tall) / height, panel / width, tall / height)
             drawn = _draw(figure, box, field, floor)
         top = below + tall + BELOW
-    bar_width = min(4.0, width - NAMES)
+    bar_width = min(4.0, width - NAMES - GAP)
     box = (NAMES / width, 1 - (top + 0.1 + BAR) / height, bar_width / width, BAR / height)
     bar = figure.colorbar(drawn, cax=figure.add_axes(box), orientation="horizontal", extend="min")
     bar.ax.tick_params(labelsize=FONT, labelcolor=INK)
