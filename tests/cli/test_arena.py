@@ -63,7 +63,7 @@ def test_systems_are_trained_measured_once_and_compared(folder, tmp_path, start_
 
     def finish():
         process = start_command(arguments, folder=tmp_path)
-        assert process.wait(500) == 0, process.output
+        assert process.wait(600) == 0, process.output
         return process.output
 
     text = finish()
