@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import Segmenter
 
 
@@ -144,9 +145,7 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
             for context in contexts:
                 stack.enter_context(context)
             logits = functional_call(network, state, (images,))
-        saved = _SavedForBackward(state.values())
-        with _evaluating(network, False), _marked(parts, saved), saved:
-            functional_call(network, state, (images,))
+        saved, num_images = _saved_in_training(network, state, parts, images)
     counts = flops.get_flop_counts()
     root = type(network).__name__
     costs = tuple(
@@ -158,7 +157,7 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
             attention_macs=lengths.macs[name],
             query_length=lengths.longest.get(name, (None, None))[0],
             key_length=lengths.longest.get(name, (None, None))[1],
-            activation_bytes=saved.num_bytes_of(name),
+            activation_bytes=saved.num_bytes_of(name) // num_images,
         )
         for name, (path, module) in parts.items()
     )
@@ -174,9 +173,33 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
         head_parameters=_num_parameters(network) - encoder_parameters,
         macs=flops.get_total_flops() // 2,
         paper_macs=network.paper_macs(height, width),
-        activation_bytes=saved.num_bytes,
+        activation_bytes=saved.num_bytes // num_images,
         parts=costs,
     )
+
+
+def _saved_in_training(
+    network: Segmenter,
+    state: dict[str, Tensor],
+    parts: dict[str, tuple[str, nn.Module]],
+    images: Tensor,
+) -> tuple["_SavedForBackward", int]:
+    """Return what a forward pass in training mode saves, and the number of images that it is of.
+
+    It is one image. Where a BatchNorm follows a global pooling, as in DeepLabv3+, one image gives
+    it a single value for each channel, on which it cannot train, so there are two.
+    """
+
+    def save(images: Tensor) -> "_SavedForBackward":
+        saved = _SavedForBackward(state.values())
+        with _evaluating(network, False), _marked(parts, saved), saved:
+            functional_call(network, state, (images,))
+        return saved
+
+    try:
+        return save(images), 1
+    except (UserError, ValueError):  # DeepLabv3+'s error, and torch's own
+        return save(torch.cat([images, images])), 2
 
 
 def executed_macs(network: Segmenter, height: int, width: int) -> int:
