@@ -13,6 +13,7 @@ Cross-entropy never stores the upsampled logits. It computes them in bands of ro
 (:mod:`segformer_pl.upsampling`), together with the gradient.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -428,3 +429,19 @@ def _jaccard_gradient(mask: Tensor) -> Tensor:
         mask.sum() + torch.arange(1, len(mask) + 1).to(intersection) - intersection
     )
     return torch.cat([jaccard[:1], jaccard.diff()])
+
+
+def check_loss(loss: nn.Module) -> None:
+    """Check that a loss takes three arguments; torch's own losses take two.
+
+    Raises:
+        UserError: The loss cannot be called with logits, target and ``ignore_index``.
+    """
+    try:
+        inspect.signature(loss.forward).bind(None, None, None)
+    except TypeError as error:
+        raise UserError(
+            f"model.loss: {type(loss).__name__} cannot be called as loss(logits, target, "
+            "ignore_index) with logits at the network's stride; take one of segformer_pl.losses, "
+            "or wrap it"
+        ) from error

@@ -1,6 +1,5 @@
 """Semantic segmentation as a LightningModule: steps, loss, metrics and optimiser."""
 
-import inspect
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -31,7 +30,7 @@ from segformer_pl.checkpoints.training_state import (
 from segformer_pl.divergence import DivergenceWatch, divergence_error
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, predict_classes, predict_pixels
-from segformer_pl.losses import CrossEntropy
+from segformer_pl.losses import CrossEntropy, check_loss
 from segformer_pl.metrics import SegmentationMetrics, StepOutput
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
@@ -180,7 +179,7 @@ class SegmentationTask(pl.LightningModule):
             min_lr=min_lr,
         )
         if loss is not None:
-            _check_loss(loss)
+            check_loss(loss)
             if not network.takes_criterion:
                 raise UserError(
                     f"model.loss is given, but {type(network).__name__} trains with a loss of its "
@@ -523,19 +522,3 @@ class SegmentationTask(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-
-def _check_loss(loss: nn.Module) -> None:
-    """Check that a loss takes three arguments; torch's own losses take two.
-
-    Raises:
-        UserError: The loss cannot be called with logits, target and ``ignore_index``.
-    """
-    try:
-        inspect.signature(loss.forward).bind(None, None, None)
-    except TypeError as error:
-        raise UserError(
-            f"model.loss: {type(loss).__name__} cannot be called as loss(logits, target, "
-            "ignore_index) with logits at the network's stride; take one of segformer_pl.losses, "
-            "or wrap it"
-        ) from error

@@ -25,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import Segmenter
+
+NUM_TRAINED = 2  # images in the batch whose tensors for the backward pass are counted
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class PartCost:
         query_length: Number of queries of the largest attention inside; None without attention.
         key_length: Number of keys of the largest attention inside; None without attention.
         activation_bytes: Memory of the tensors that the part saves for the backward pass in
-            training mode. A tensor that several parts save, such as a feature map that the next
-            stage and the head read, counts in the first of them.
+            training mode, for each image of a batch of two. A tensor that several parts save, such
+            as a feature map that the next stage and the head read, counts in the first of them.
     """
 
     name: str
@@ -93,8 +94,9 @@ class Complexity:
         macs: MACs executed in a forward pass.
         paper_macs: "FLOPs" as counted by the network's paper; None if there is no paper.
         activation_bytes: Memory of the tensors that a forward pass in training mode saves for the
-            backward pass, in the dtype of the parameters, without the parameters themselves. It is
-            the sum over the parts, and what is saved outside of them.
+            backward pass, in the dtype of the parameters, without the parameters themselves, for
+            each image of a batch of two. It is the sum over the parts, and what is saved outside
+            of them.
         parts: Costs of the parts, in order.
     """
 
@@ -145,7 +147,11 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
             for context in contexts:
                 stack.enter_context(context)
             logits = functional_call(network, state, (images,))
-        saved, num_images = _saved_in_training(network, state, parts, images)
+        saved = _SavedForBackward(state.values())
+        # On one image, a BatchNorm after image pooling (DeepLabv3+) could not train: it would have
+        # one value for each channel.
+        with _evaluating(network, False), _marked(parts, saved), saved:
+            functional_call(network, state, (images.repeat(NUM_TRAINED, 1, 1, 1),))
     counts = flops.get_flop_counts()
     root = type(network).__name__
     costs = tuple(
@@ -157,7 +163,7 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
             attention_macs=lengths.macs[name],
             query_length=lengths.longest.get(name, (None, None))[0],
             key_length=lengths.longest.get(name, (None, None))[1],
-            activation_bytes=saved.num_bytes_of(name) // num_images,
+            activation_bytes=saved.num_bytes_of(name),
         )
         for name, (path, module) in parts.items()
     )
@@ -173,33 +179,9 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
         head_parameters=_num_parameters(network) - encoder_parameters,
         macs=flops.get_total_flops() // 2,
         paper_macs=network.paper_macs(height, width),
-        activation_bytes=saved.num_bytes // num_images,
+        activation_bytes=saved.num_bytes,
         parts=costs,
     )
-
-
-def _saved_in_training(
-    network: Segmenter,
-    state: dict[str, Tensor],
-    parts: dict[str, tuple[str, nn.Module]],
-    images: Tensor,
-) -> tuple["_SavedForBackward", int]:
-    """Return what a forward pass in training mode saves, and the number of images that it is of.
-
-    It is one image. Where a BatchNorm follows a global pooling, as in DeepLabv3+, one image gives
-    it a single value for each channel, on which it cannot train, so there are two.
-    """
-
-    def save(images: Tensor) -> "_SavedForBackward":
-        saved = _SavedForBackward(state.values())
-        with _evaluating(network, False), _marked(parts, saved), saved:
-            functional_call(network, state, (images,))
-        return saved
-
-    try:
-        return save(images), 1
-    except (UserError, ValueError):  # DeepLabv3+'s error, and torch's own
-        return save(torch.cat([images, images])), 2
 
 
 def executed_macs(network: Segmenter, height: int, width: int) -> int:
@@ -354,7 +336,8 @@ class _AttentionLengths(TorchFunctionMode):
 class _SavedForBackward(torch.autograd.graph.saved_tensors_hooks):
     """Sum the memory of the tensors that autograd saves, counting each storage once.
 
-    A storage belongs to the part of the network that saves it first.
+    A storage belongs to the part of the network that saves it first. The sums are those of one
+    image, the batch's divided by its size.
     """
 
     def __init__(self, state: Any) -> None:
@@ -372,10 +355,12 @@ class _SavedForBackward(torch.autograd.graph.saved_tensors_hooks):
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor, _ in self.storages.values())
+        sizes = [tensor.untyped_storage().nbytes() for tensor, _ in self.storages.values()]
+        return sum(sizes) // NUM_TRAINED
 
     def num_bytes_of(self, part: str) -> int:
-        return sum(t.untyped_storage().nbytes() for t, p in self.storages.values() if p == part)
+        sizes = [t.untyped_storage().nbytes() for t, p in self.storages.values() if p == part]
+        return sum(sizes) // NUM_TRAINED
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
 
@@ -9,6 +10,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor
 
+from segformer_pl.checkpoints.backbones import adapt_encoder, innermost
 from segformer_pl.checkpoints.classifier import (
     data_of_rows,
     match_classifier,
@@ -45,13 +47,15 @@ def load_weights(
     ``module.``, fits any network. Other layouts are detected from their keys and fit a network with
     the keys of our SegFormer or MiT. If anything does not fit, the model is left as it was.
 
-    Two differences are allowed, and reported:
+    Three differences are allowed, and reported:
 
     - Another number of classes: the classifiers are re-initialised, everything else is loaded.
     - Another number of input channels than three, in a SegFormer: the stem's filters are adapted as
       in timm and segmentation_models_pytorch. For one channel, those of R, G and B are summed.
       Otherwise channel c takes the filter of channel c mod 3, and all are scaled by 3 / number of
       channels.
+    - With ``parts="encoder"``, what the encoder itself adapts, such as a position table for another
+      size of images (:meth:`~segformer_pl.models.segmenter.Encoder.adapt_weights`).
 
     Args:
         model: A segmenter or an encoder (:mod:`segformer_pl.models.segmenter`).
@@ -90,7 +94,9 @@ def load_weights(
         )
     weights = source if isinstance(source, Weights) else read_weights(source)
     matched = match(weights, model, parts)
-    return load_matched(
+    is_similar = parts == "encoder" and matched.layout is None
+    adapted = adapt_encoder(weights, model, matched) if is_similar else None
+    report = load_matched(
         model,
         weights,
         matched,
@@ -100,6 +106,9 @@ def load_weights(
         match_classes=match_classes,
         normalization=normalization,
     )
+    if adapted is None:
+        return report
+    return replace(report, resampled=adapted.resampled, initialized=adapted.initialized)
 
 
 def load_matched(
@@ -202,15 +211,7 @@ def _adapt_stem(
 
 def encoder_arguments(network: Any) -> dict[str, Any]:
     """Return the arguments of a segmenter's encoder, or those of an encoder itself."""
-    return _innermost({"init_args": network.init_args()})[1]
-
-
-def _innermost(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return class path and arguments of a specification's encoder, or of itself if it has none."""
-    arguments = spec.get("init_args", {})
-    if isinstance(arguments.get("encoder"), Mapping):
-        return _innermost(arguments["encoder"])
-    return str(spec.get("class_path")), dict(arguments)
+    return innermost({"init_args": network.init_args()})[1]
 
 
 # Arguments that a comparison of networks ignores: rates and weights of losses matter in training
@@ -296,7 +297,7 @@ def _stated_arguments(weights: Weights) -> dict[str, Any]:
 
     Sources of other code bases state the number of heads and the strides at most.
     """
-    class_path, arguments = _innermost(weights.task.get("network", {}))
+    class_path, arguments = innermost(weights.task.get("network", {}))
     if class_path.startswith("segformer_pl.models."):
         defaults = inspect.signature(MixTransformer).parameters
         known = ("num_heads", "strides", "patch_sizes", "paddings", "kv_border")
@@ -323,7 +324,7 @@ def _constants(weights: Weights, model: Any, matched: Matched) -> tuple[dict[str
     if weights.constants:
         constants, reason = weights.constants, "stated in the source"
     elif layout in (None, NATIVE) and "network" in weights.task:
-        arguments = _innermost(weights.task["network"])[1]
+        arguments = innermost(weights.task["network"])[1]
         defaults = {} if layout is None else REFERENCE_EPS
         constants = {key: arguments[key] for key in ours if key in arguments}
         constants = {**defaults, **constants}

@@ -190,7 +190,9 @@ def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matc
         prefix = _wrapper(encoder, weights.tensors) or ""
         tensors = {prefix + key: tensor for key, tensor in weights.tensors.items()}
         outside = []
-        if 2 * len(tensors.keys() & encoder.keys()) < len(tensors):  # equal names by chance
+        common = len(tensors.keys() & encoder.keys())
+        # Few keys of both are equal by chance. Of a deeper backbone only the first blocks are used.
+        if 2 * common < min(len(tensors), len(encoder)):
             raise _no_tensor(weights, model, own)
 
     def module_of(key: str) -> str:

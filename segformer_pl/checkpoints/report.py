@@ -21,6 +21,9 @@ class LoadReport:
         dropped: Keys of the source that were left out on purpose -> reason.
         reinitialized: Keys of the model that were re-initialised -> reason.
         inflated: Keys of the model that were adapted to another number of input channels -> rule.
+        resampled: Keys of the model whose tensors the encoder changed to fit -> rule.
+        initialized: Keys of the model that such a source never has, and that were left as
+            initialised -> reason.
         missing: Keys of the model that the source lacks; empty if strict.
         unexpected: Keys of the source that the model lacks; empty if strict.
         remarks: What the source states about itself, and how it agrees with the run.
@@ -40,6 +43,8 @@ class LoadReport:
     dropped: Mapping[str, str] = field(default_factory=dict)
     reinitialized: Mapping[str, str] = field(default_factory=dict)
     inflated: Mapping[str, str] = field(default_factory=dict)
+    resampled: Mapping[str, str] = field(default_factory=dict)
+    initialized: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -57,6 +62,8 @@ class LoadReport:
             ("left out", self.dropped),
             ("re-initialised", self.reinitialized),
             ("adapted", self.inflated),
+            ("resampled", self.resampled),
+            ("left as initialised", self.initialized),
         ):
             for reason in dict.fromkeys(reasons.values()):
                 keys = [key for key, other in reasons.items() if other == reason]

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from segformer_pl.analysis.complexity import complexity
@@ -17,6 +18,7 @@ from segformer_pl.data.order import EpochShuffle
 from segformer_pl.data.streaming import collate
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.doctor.splits import SplitSummary, samples_of
+from segformer_pl.errors import UserError
 from segformer_pl.task import SegmentationTask
 
 TIMED_STEPS = 3
@@ -92,9 +94,14 @@ def examine_cost(
     batch = collate([loaded[index % len(loaded)] for index in range(min(data.batch_size, 8))])
     height, width = batch["image"].shape[2:]
     device = trainer.strategy.root_device
-    cost = complexity(task.network, height, width)
-    # 16 bytes per parameter: weight, gradient and AdamW's two moments, four bytes each.
-    needed = data.batch_size * cost.activation_bytes + 16 * cost.num_parameters
+    try:
+        cost = complexity(task.network, height, width)
+    except UserError as error:  # a size that the network does not take
+        examination.error("network", str(error))
+        return
+    needed = data.batch_size * cost.activation_bytes + state_bytes(
+        task.network, task.optimizer, task.momentum
+    )
     available = _memory(device)
     figures: dict[str, Any] = {
         "loading (samples/s and process)": round(rate, 1),
@@ -110,7 +117,11 @@ def examine_cost(
             "--data.batch_size and raise --trainer.accumulate_grad_batches in return",
         )
         return
-    step = _time_step(task, batch, device) * data.batch_size / len(batch["id"])
+    try:
+        step = _time_step(task, batch, device) * data.batch_size / len(batch["id"])
+    except UserError as error:  # such as a single image where BatchNorm needs several
+        examination.error("network", str(error))
+        return
     wanted = data.batch_size / step
     figures["a step takes (s)"] = round(step, 3)
     figures["it needs (samples/s)"] = round(wanted, 1)
@@ -127,6 +138,22 @@ def examine_cost(
             f"deliver {rate * data.num_workers:.0f}; set --data.num_workers "
             f"{-(-wanted // rate):.0f}",
         )
+
+
+def state_bytes(network: nn.Module, optimizer: str, momentum: float) -> int:
+    """Return the memory of weights, their gradients and the optimiser's state.
+
+    AdamW stores two moments of every trained parameter, SGD one if it has momentum.
+
+    Args:
+        network: The network.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        momentum: Momentum of SGD.
+    """
+    num_moments = {"adamw": 2, "sgd": int(momentum > 0)}[optimizer]
+    parameters = list(network.parameters())
+    trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+    return sum(parameter.nbytes for parameter in parameters) + (1 + num_moments) * trained
 
 
 def _memory(device: torch.device) -> int:

@@ -1,15 +1,36 @@
 """Checks of training settings and initial weights."""
 
 import copy
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.errors import UserError
 from segformer_pl.lightning_workarounds import synchronizes_batch_norm
 from segformer_pl.task import SegmentationTask
+
+
+class UsualRates(NamedTuple):
+    """Learning rates that recipes have with an optimiser.
+
+    Attributes:
+        largest: Largest learning rate, in any part of the network, without a warning.
+        published: Rates of published recipes, for a message.
+    """
+
+    largest: float
+    published: str
+
+
+# Published rates are those of the files in experiments/recipes.
+USUAL_LR: dict[str, UsualRates] = {
+    "adamw": UsualRates(0.1, "1e-5 to 1e-3 in published recipes, up to about 1e-2 from scratch"),
+    "sgd": UsualRates(1.0, "1e-3 to 1e-1 in published recipes"),
+}
 
 
 def examine_weights(
@@ -82,13 +103,13 @@ def examine_recipe(
             f"the training loss is logged every {every} steps, but training ends after "
             f"{max_steps}, so it is never logged; lower --trainer.log_every_n_steps",
         )
-    head_lr = task.lr * task.head_lr_mult
-    if task.lr <= 0 or head_lr > 0.1:
+    head_lr, usual = task.lr * task.head_lr_mult, USUAL_LR[task.optimizer]
+    if task.lr <= 0 or head_lr > usual.largest:
         examination.warning(
             "recipe",
             f"learning rates of {task.lr:g} in the encoder and {head_lr:g} outside it are unusual "
-            "for SegFormer with AdamW (6e-5 and 6e-4 from ImageNet weights, up to about 1e-2 from "
-            "scratch); check --model.lr and --model.head_lr_mult",
+            f"for {task.optimizer} ({usual.published}); check --model.lr and "
+            "--model.head_lr_mult",
         )
     if float(task.image_mean.max()) > 1 or float(task.image_std.max()) > 1:
         examination.error(
@@ -102,9 +123,7 @@ def examine_recipe(
             "recipe",
             "trainer.sync_batchnorm works on GPUs only; remove it to train with plain BatchNorm",
         )
-    has_batch_norm = any(
-        isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) for module in task.network.modules()
-    )
+    has_batch_norm = _uses_batch_statistics(task.network)
     is_single_image = data.batch_size == 1 and not (synchronized and trainer.world_size > 1)
     if has_batch_norm and is_single_image:
         examination.warning(
@@ -116,3 +135,18 @@ def examine_recipe(
         examination.error(
             "recipe", "trainer.precision 16-mixed needs a GPU; use bf16-mixed or 32-true"
         )
+
+
+def _uses_batch_statistics(network: nn.Module) -> bool:
+    """Return whether a BatchNorm of the network normalises by its batch in training.
+
+    One that the network keeps in evaluation mode, frozen, uses its running statistics.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.train()
+    try:
+        norms = [module for module in modes if isinstance(module, _BatchNorm)]
+        return any(norm.training for norm in norms)
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training

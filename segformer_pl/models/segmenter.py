@@ -39,6 +39,7 @@ not be given on the command line.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -125,6 +126,24 @@ class Network(nn.Module, ABC):
         return None
 
 
+@dataclass(frozen=True)
+class AdaptedWeights:
+    """Result of :meth:`Encoder.adapt_weights`.
+
+    Attributes:
+        tensors: Tensors by the keys of the encoder.
+        left_out: Keys of the source that are not among them -> reason.
+        resampled: Keys of the encoder whose tensors were changed -> rule.
+        initialized: Keys of the encoder that the source never has, and that keep their initial
+            values -> reason.
+    """
+
+    tensors: Mapping[str, Tensor]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    resampled: Mapping[str, str] = field(default_factory=dict)
+    initialized: Mapping[str, str] = field(default_factory=dict)
+
+
 class Encoder(Network):
     """Base class of backbones, whose output is a feature pyramid, finest map first.
 
@@ -149,6 +168,20 @@ class Encoder(Network):
     def out_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return the size (H_i, W_i) of every map of an image of this height and width."""
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.out_strides]
+
+    def adapt_weights(
+        self, tensors: Mapping[str, Tensor], stated: Mapping[str, Any]
+    ) -> AdaptedWeights:
+        """Adapt weights of a similar backbone, such as a file of its classification network.
+
+        They are loaded as far as their keys and shapes are the encoder's. A backbone whose files
+        differ from it in other ways overrides this method. By default nothing is changed.
+
+        Args:
+            tensors: Tensors of the source by the keys of the encoder. Other keys may be among them.
+            stated: ``init_args()`` of the encoder that they were trained in; empty if unknown.
+        """
+        return AdaptedWeights(tensors)
 
 
 class Segmenter(Network):

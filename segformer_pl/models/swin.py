@@ -22,8 +22,7 @@ Symbols: B batch size, H_i x W_i token grid and C_i channels of stage i, M side 
 tokens. Tokens have the shape (B, H_i, W_i, C_i).
 """
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import timm
@@ -36,7 +35,8 @@ from torch.nn import functional as F
 from segformer_pl.errors import UserError
 from segformer_pl.models.mit import to_channels_first
 from segformer_pl.models.mit_arguments import check_drop_path_rate
-from segformer_pl.models.segmenter import Encoder
+from segformer_pl.models.segmenter import AdaptedWeights, Encoder
+from segformer_pl.models.timm_models import create_timm_model
 
 Window = tuple[int, int]  # height and width in tokens
 
@@ -223,10 +223,17 @@ class SwinEncoder(Encoder):
             "in_channels": in_channels,
             **changes,
         }
-        given = {key: value for key, value in changes.items() if value is not None}
-        model = _create(
-            name, pretrained, {"in_chans": in_channels, "drop_path_rate": drop_path_rate} | given
+        given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+        if timm.is_model(name) and not is_model_in_modules(name, ["swin_transformer"]):
+            raise UserError(
+                f"{name} is no Swin Transformer, whose stages this network needs; choose one of "
+                "timm's swin_* models, such as swin_tiny_patch4_window7_224"
+            )
+        given |= {"in_chans": in_channels, "drop_path_rate": drop_path_rate}
+        model = create_timm_model(
+            name, pretrained, given, "swin_*", num_classes=0, always_partition=True
         )
+        model.patch_embed.strict_img_size = False
         self.in_channels = in_channels
         self.patch_embed = model.patch_embed
         self.layers = nn.ModuleList(SwinStage(stage) for stage in model.layers)
@@ -275,6 +282,36 @@ class SwinEncoder(Encoder):
         stages = {f"stage{s + 1}": f"layers.{s}" for s in range(len(self.layers))}
         return {"stem": "patch_embed"} | stages
 
+    def adapt_weights(
+        self, tensors: Mapping[str, Tensor], stated: Mapping[str, Any]
+    ) -> AdaptedWeights:
+        """Adapt a file of timm's or Microsoft's classification network.
+
+        Neither has the norms of the maps. Older files hold tables that are computed here, and
+        count patch merging to the stage before it.
+        """
+        left_out = {
+            key: "it is computed from the size of the window"
+            for key in tensors
+            if key.endswith((".relative_position_index", ".attn_mask"))
+        }
+        # Here and in timm, stage 1 has no patch merging.
+        is_older = any(key.startswith("layers.0.downsample.") for key in tensors)
+        adapted = {
+            _with_merging_after(key) if is_older else key: tensor
+            for key, tensor in tensors.items()
+            if key not in left_out
+        }
+        norms = [
+            f"layers.{s}.norm.{name}"
+            for s, stage in enumerate(self.stages)
+            for name, _ in stage.norm.named_parameters()
+        ]
+        if any(key in adapted for key in norms):  # trained in a segmentation network
+            return AdaptedWeights(adapted, left_out)
+        reason = "the source has no norms of the maps"
+        return AdaptedWeights(adapted, left_out, initialized=dict.fromkeys(norms, reason))
+
     def layer_ids(self) -> dict[str, int]:
         """Return the layer of every parameter: one layer for each block, from the image on.
 
@@ -305,6 +342,15 @@ class SwinEncoder(Encoder):
         }
 
 
+def _with_merging_after(key: str) -> str:
+    """Move patch merging from the end of a stage to the begin of the next one."""
+    stage, separator, rest = key.partition(".downsample.")
+    if not separator:
+        return key
+    path, _, number = stage.rpartition(".")
+    return f"{path}.{int(number) + 1}{separator}{rest}"
+
+
 def _check_arguments(
     embed_dim: int | None,
     depths: Sequence[int] | None,
@@ -325,40 +371,3 @@ def _check_arguments(
                 f"{name}={tuple(values)}: give one integer of at least 1 for each of the four "
                 "stages"
             )
-
-
-def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
-    """Build timm's Swin Transformer of a name.
-
-    Raises:
-        UserError: See :class:`SwinEncoder`.
-    """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("swin_*"), 3, 0.6)
-        advice = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UserError(f"timm {timm.__version__} has no model {name!r}; {advice}")
-    if not is_model_in_modules(name, ["swin_transformer"]):
-        raise UserError(
-            f"{name} is no Swin Transformer, whose stages this network needs; choose one of timm's "
-            "swin_* models, such as swin_tiny_patch4_window7_224"
-        )
-    # On the meta device there are no values to download.
-    pretrained = pretrained and torch.get_default_device().type != "meta"
-    try:
-        model: Any = timm.create_model(
-            name, pretrained=pretrained, num_classes=0, always_partition=True, **arguments
-        )
-    except Exception as error:  # raised by the model, the HTTP library, the hub or the cache
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
-        if pretrained:
-            raise UserError(
-                f"the weights of {name} cannot be loaded ({reason}); without network give "
-                "pretrained false and a file of weights by --model.encoder_weights"
-            ) from error
-        given = ", ".join(f"{key} {value}" for key, value in arguments.items())
-        raise UserError(
-            f"timm cannot build {name} with {given} ({reason}); change the arguments"
-        ) from error
-    model.patch_embed.strict_img_size = False
-    return model

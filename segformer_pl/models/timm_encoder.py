@@ -1,20 +1,20 @@
 """Any convolutional network or hierarchical transformer of timm as an encoder."""
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import timm
 import torch
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from segformer_pl.errors import UserError
 from segformer_pl.models.paper_macs import counted_macs
 from segformer_pl.models.segmenter import Encoder
+from segformer_pl.models.timm_models import create_timm_model
 
 # Strides of MiT's maps, which the MLP head expects. Convolutional networks also have finer ones.
 STRIDES = (4, 8, 16, 32)
@@ -25,10 +25,12 @@ class TimmEncoder(Encoder):
     """A backbone of timm, whose feature maps are those of MiT: strides 4, 8, 16, 32.
 
     Convolutional networks (``resnet50c``, ``efficientnet_lite0``, ``convnext_tiny``) and
-    hierarchical transformers (``swin_tiny_patch4_window7_224``, ``pvt_v2_b0``) have such maps.
-    Maps that timm returns channels-last are brought to (B, C, H, W). Not supported are backbones
-    with maps of one stride (ViT), and those that timm builds for a single size of images
-    (MaxViT, Hiera). Swin takes any size that is divisible by 32, at the window of its name.
+    hierarchical transformers (``pvt_v2_b0``, ``swinv2_tiny_window8_256``) have such maps. Maps that
+    timm returns channels-last are brought to (B, C, H, W). Not supported are backbones with maps of
+    one stride (for ViT take a :class:`~segformer_pl.models.vit_encoder.ViTEncoder`), those that
+    timm builds for a single size of images (MaxViT, Hiera), and Swin, whose shifted windows timm
+    computes in another way than the segmentation networks with Swin (take a
+    :class:`~segformer_pl.models.swin.SwinEncoder`). Swin V2 takes any size that is divisible by 32.
 
     The maps are as the backbone returns them, without an additional norm, as in Table 1d of the
     SegFormer paper.
@@ -71,10 +73,8 @@ class TimmEncoder(Encoder):
         self.min_size = max(known.strides)
         self.size_divisor = max(known.strides) if known.needs_whole_patches else 1
         self.is_channels_last = known.is_channels_last
-        # On the meta device there are no values to download.
-        is_meta = torch.get_default_device().type == "meta"
         arguments = dict(known.arguments) | {"out_indices": known.indices}
-        self.backbone = _create(name, pretrained and not is_meta, arguments)
+        self.backbone = create_timm_model(name, pretrained, arguments, features_only=True)
         # As in MixTransformer: channels-last maps give channels-last gradients.
         self.to(memory_format=torch.channels_last)
 
@@ -215,7 +215,12 @@ def _pyramid(
     if drop_path_rate is not None:
         arguments["drop_path_rate"] = drop_path_rate
     with torch.device("meta"):
-        model = _create(name, False, arguments)
+        model = create_timm_model(name, False, arguments, features_only=True)
+        if is_model_in_modules(name, ["swin_transformer"]):
+            raise UserError(
+                f"timm's {name} computes other windows than the segmentation networks with Swin "
+                "where the window does not divide a map; take a SwinEncoder"
+            )
         strides = model.feature_info.reduction()
         if out_indices is None:
             last = {stride: index for index, stride in enumerate(strides) if stride in STRIDES}
@@ -224,7 +229,7 @@ def _pyramid(
                 raise UserError(
                     f"{name} has feature maps of strides {_numbers(strides)} and not several of "
                     "4, 8, 16 and 32, so it is no hierarchical encoder; choose another, such as "
-                    "resnet50c or pvt_v2_b0"
+                    "resnet50c or pvt_v2_b0, or take a ViTEncoder for a plain vision transformer"
                 )
         else:
             indices = out_indices
@@ -241,11 +246,13 @@ def _pyramid(
             arguments["output_stride"] = output_stride
             model = _create_dilated(name, arguments)
         else:
-            model = _create(name, False, arguments)
+            model = create_timm_model(name, False, arguments, features_only=True)
         try:
             maps = _try_sizes(model, in_channels, (64, 96))
-            if maps is None:  # Swin: by default only images of the size in its name
-                model = _create(name, False, arguments | {"strict_img_size": False})
+            if maps is None:  # Swin V2: by default only images of the size in its name
+                model = create_timm_model(
+                    name, False, arguments | {"strict_img_size": False}, features_only=True
+                )
                 arguments["strict_img_size"] = False
                 maps = _try_sizes(model, in_channels, (64, 96))
         except UserError:
@@ -253,7 +260,7 @@ def _pyramid(
         if maps is None:
             raise UserError(
                 f"{name} takes images of a single size alone, as timm builds it; choose a "
-                "convolutional network, Swin or PVT"
+                "convolutional network or PVT, or take a SwinEncoder"
             )
         needs_whole_patches = _try_sizes(model, in_channels, (65, 97)) is None
     strides = tuple(model.feature_info.reduction())
@@ -282,7 +289,7 @@ def _create_dilated(name: str, arguments: dict[str, Any]) -> Any:
     if output_stride not in STRIDES[1:]:
         raise UserError(f"output_stride={output_stride}: choose one of {_numbers(STRIDES[1:])}")
     try:
-        model = _create(name, False, arguments)
+        model = create_timm_model(name, False, arguments, features_only=True)
     except UserError:  # depends on the model: it has no such argument, or takes only 32
         model = None
     if model is None or max(model.feature_info.reduction()) != output_stride:
@@ -316,35 +323,6 @@ def _check_gradients(
             f"{name} with out_indices={indices} leaves {len(unused)} parameters unused, such as "
             f"{unused[0]}; add the index of its coarsest map"
         )
-
-
-def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
-    """Build a model of timm that returns feature maps.
-
-    Raises:
-        UserError: There is no such model, it takes other arguments, or its weights are not there.
-    """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3, 0.6)
-        advice = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(
-            f"timm {timm.__version__} has no model {name!r}{advice or '; see timm.list_models()'}"
-        )
-    try:
-        return timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
-    except Exception as error:  # raised by the model, the HTTP library, the hub or the cache
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
-        if pretrained:
-            raise UserError(
-                f"the weights of {name} cannot be loaded ({reason}); without network give "
-                "pretrained false and a file of weights by --model.encoder_weights"
-            ) from error
-        given = ", ".join(f"{key} {value}" for key, value in arguments.items())
-        raise UserError(
-            f"timm cannot build {name} as an encoder with {given} ({reason}); change the "
-            "arguments or choose another model"
-        ) from error
 
 
 def _numbers(values: Sequence[int]) -> str:

@@ -10,12 +10,11 @@
       |  blocks 0, 1, 2, ...; after each block of ``out_indices``: a map (B, C, h, w)
 """
 
-import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -23,10 +22,13 @@ from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
 from segformer_pl.models.mit import to_channels_first
-from segformer_pl.models.segmenter import Encoder
+from segformer_pl.models.segmenter import AdaptedWeights, Encoder
+from segformer_pl.models.timm_models import create_timm_model
 
 # Parameters of timm's model that become tokens in front of the image's, in timm's order.
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+
+FAMILY = "*it*"  # pattern of the names of vision transformers: vit_*, deit_*
 
 
 class ViTEncoder(Encoder):
@@ -94,11 +96,13 @@ class ViTEncoder(Encoder):
         # On the meta device there are no values to download.
         pretrained = pretrained and torch.get_default_device().type != "meta"
         grid = (size[0] // shape.stride, size[1] // shape.stride)
-        arguments: dict[str, Any] = {"in_chans": in_channels, "dynamic_img_size": True}
+        arguments: dict[str, Any] = {"in_chans": in_channels}
         # timm would resample a pretrained table bicubically, so take it at its own size.
         if not pretrained:
             arguments["img_size"] = size
-        model = _create(name, pretrained, arguments)
+        model = create_timm_model(
+            name, pretrained, arguments, FAMILY, num_classes=0, dynamic_img_size=True
+        )
         self.backbone = VisionTransformerBlocks(model, indices, class_token)
         self.backbone.resize_table(grid)
         # As in MixTransformer: channels-last maps give channels-last gradients.
@@ -136,6 +140,32 @@ class ViTEncoder(Encoder):
             "pretrained": False,
             "in_channels": self.in_channels,
         }
+
+    def adapt_weights(
+        self, tensors: Mapping[str, Tensor], stated: Mapping[str, Any]
+    ) -> AdaptedWeights:
+        """Adapt a file of timm's classification network, or of this encoder at another size.
+
+        The position table is resampled to ``image_size`` as in :meth:`forward`. If the source does
+        not state its size, its grid is taken to be square. Blocks after the last used one are left
+        out.
+        """
+        prefix, num_blocks = "backbone.blocks.", len(self.backbone.blocks)
+        left_out = {
+            key: f"the encoder uses {num_blocks} blocks"
+            for key in tensors
+            if key.startswith(prefix)
+            and int(key.removeprefix(prefix).partition(".")[0]) >= num_blocks
+        }
+        adapted = {key: tensor for key, tensor in tensors.items() if key not in left_out}
+        resampled = {}
+        key = "backbone.pos_embed"
+        size, stride = stated.get("image_size"), self.out_strides[0]
+        height, width = (size, size) if isinstance(size, int) else size or (0, 0)
+        grid = (height // stride, width // stride) if size else None
+        if key in adapted and (changed := self.backbone.adapt_table(adapted[key], grid)):
+            adapted[key], resampled[key] = changed
+        return AdaptedWeights(adapted, left_out, resampled)
 
     def layer_ids(self) -> dict[str, int]:
         """Return the layer of every parameter: that of its block, counted from 0.
@@ -175,6 +205,7 @@ class VisionTransformerBlocks(nn.Module):
         self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
         # In DeiT III and others, rows of the table belong to patches alone.
         num_rows = 0 if model.no_embed_class else model.num_prefix_tokens
+        self.num_prefix_rows_in_timm = num_rows
         self.prefix_names = tuple(
             name for name in PREFIX_TOKENS if class_token and getattr(model, name, None) is not None
         )
@@ -215,15 +246,56 @@ class VisionTransformerBlocks(nn.Module):
         if grid == self.grid:
             return self.pos_embed
         prefix, patches = self.pos_embed.tensor_split([self.num_prefix_rows], dim=1)
-        table = patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        table = F.interpolate(table, size=grid, mode="bilinear", align_corners=False)
-        return torch.cat([prefix, table.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([prefix, resample_table(patches, self.grid, grid)], dim=1)
 
     def resize_table(self, grid: tuple[int, int]) -> None:
         """Store the position table for a grid of h x w patches."""
         if grid != self.grid:
             self.pos_embed = nn.Parameter(self.position_table(grid).detach().contiguous())
             self.grid = grid
+
+    def adapt_table(self, table: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, str] | None:
+        """Adapt a position table of another size, or one with more prefix rows, to this network.
+
+        Args:
+            table: The table (1, prefix rows + h * w, C).
+            grid: Its grid (h, w); None if unknown. Then it is taken to be square.
+
+        Returns:
+            The adapted table and how that was done; None if it fits already, or in no way.
+        """
+        if table.ndim != 3 or (table.shape == self.pos_embed.shape and grid in (None, self.grid)):
+            return None
+        counts = dict.fromkeys((self.num_prefix_rows_in_timm, self.num_prefix_rows))
+        for num_rows in counts:
+            num_patches = table.shape[1] - num_rows
+            side = math.isqrt(max(num_patches, 0))
+            old = (side, side) if grid is None else grid
+            if (
+                num_patches > 0
+                and math.prod(old) == num_patches
+                and num_rows >= self.num_prefix_rows
+            ):
+                break
+        else:
+            return None
+        rows, patches = table.tensor_split([num_rows], dim=1)
+        rules = []
+        if old != self.grid:
+            patches = resample_table(patches, old, self.grid)
+            sizes = ("{}x{}".format(*size) for size in (old, self.grid))
+            rules.append("bilinearly from a grid of {} to {} patches".format(*sizes))
+        if num_rows > self.num_prefix_rows:
+            rows = rows[:, : self.num_prefix_rows]
+            rules.append(f"without the rows of {num_rows} prefix tokens")
+        return torch.cat([rows, patches], dim=1), ", ".join(rules)
+
+
+def resample_table(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resample a position table (1, h * w, C) without prefix rows to another grid, bilinearly."""
+    patches = table.unflatten(1, grid).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=new_grid, mode="bilinear", align_corners=False)
+    return patches.flatten(2).transpose(1, 2)
 
 
 class ViTShape(NamedTuple):
@@ -248,7 +320,7 @@ def vit_shape(name: str) -> ViTShape:
         UserError: timm has no such model, or it is no plain vision transformer.
     """
     with torch.device("meta"):
-        model = _create(name, False, {})
+        model = create_timm_model(name, False, {}, FAMILY, num_classes=0)
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
         raise UserError(
             f"{name} is no plain vision transformer but a {type(model).__name__}; choose a model "
@@ -261,31 +333,3 @@ def vit_shape(name: str) -> ViTShape:
 def evenly_spaced(depth: int) -> tuple[int, ...]:
     """Return four blocks, evenly spaced up to the last; all of them where there are fewer."""
     return tuple(sorted({depth * i // 4 - 1 for i in range(1, 5)} - {-1}))
-
-
-def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
-    """Build a model of timm without classifier.
-
-    Raises:
-        UserError: There is no such model, or its weights cannot be loaded.
-    """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*it*"), 3, 0.6)
-        advice = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(
-            f"timm {timm.__version__} has no model {name!r}{advice or '; see timm.list_models()'}"
-        )
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
-    except Exception as error:  # raised by the model, the HTTP library, the hub or the cache
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
-        if pretrained:
-            raise UserError(
-                f"the weights of {name} cannot be loaded ({reason}); without network give "
-                "pretrained false and a file of weights by --model.encoder_weights"
-            ) from error
-        raise UserError(
-            f"timm cannot build {name} ({reason}); choose another model, such as "
-            "vit_base_patch16_384"
-        ) from error

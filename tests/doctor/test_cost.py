@@ -3,6 +3,11 @@
 import re
 
 import pytest
+import torch
+from torch import nn
+
+from segformer_pl.doctor.cost import state_bytes
+from segformer_pl.optim import build_optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -41,3 +46,20 @@ def test_slow_loading_is_reported(visit, monkeypatch):
     )
     (finding,) = visit(data={"num_workers": 0}).findings
     assert "without data-loader workers" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum"), [("adamw", 0.9), ("sgd", 0.9), ("sgd", 0.0)], ids=str
+)
+def test_memory_of_the_state_is_that_of_the_optimiser(name, momentum):
+    """Weights, gradients and what torch's optimiser stores for each parameter that is trained."""
+    network = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 7, bias=False))
+    network[0].weight.requires_grad_(False)
+    optimizer = build_optimizer(name, [{"params": network.parameters()}], momentum, is_fused=False)
+    network(torch.ones(1, 20)).sum().backward()
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    moments = [t for t in moments if isinstance(t, torch.Tensor) and t.ndim]
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    expected = sum(t.nbytes for t in (*network.parameters(), *gradients, *moments))
+    assert state_bytes(network, name, momentum) == expected

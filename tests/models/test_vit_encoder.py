@@ -9,7 +9,6 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from segformer_pl.errors import UserError
-from segformer_pl.models import vit_encoder
 from segformer_pl.models.vit_encoder import ViTEncoder, evenly_spaced, vit_shape
 from segformer_pl.optim import parameter_groups
 
@@ -179,7 +178,7 @@ def test_pretrained_table_is_resampled_bilinearly(monkeypatch, tmp_path, randomi
     create = partial(
         timm.create_model, pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")}
     )
-    monkeypatch.setattr(vit_encoder.timm, "create_model", create)
+    monkeypatch.setattr(timm, "create_model", create)
     encoder = ViTEncoder(name, (96, 128), pretrained=True, in_channels=1)
     state = source.state_dict()
     for key, tensor in encoder.backbone.state_dict().items():

@@ -147,7 +147,7 @@ class FeatureExtractor:
             name: maps[name]
             if name in maps
             else channels_first(
-                caught[name], size, self.layout, name, is_convolutional(self._module(name))
+                caught[name], size, self.layout, name, self._has_channels_first(name)
             )
             for name in wanted or maps
         }
@@ -206,8 +206,11 @@ class FeatureExtractor:
             for name, t in tensors
         }
 
-    def _module(self, name: str) -> nn.Module:
-        return self.modules.get(name, self.model)
+    def _has_channels_first(self, name: str) -> bool:
+        """Return whether a layer is known to have the channels first, whatever its sizes."""
+        if name == OUTPUT and name not in self.modules and hasattr(self.model, "feature_maps"):
+            return True  # class maps are (B, num_classes, h, w) in every segmenter
+        return is_convolutional(self.modules.get(name, self.model))
 
     def _no_such_layer(self, name: str, maps: dict[str, Tensor]) -> str:
         known = [*maps, *filter(None, self.modules)]
@@ -300,7 +303,7 @@ def channels_first(
     size: tuple[int, int],
     layout: AxisLayout,
     name: str,
-    of_convolutions: bool = False,
+    prefers_first: bool = False,
 ) -> Tensor:
     """Return a view (B, C, h, w) of the output of a layer.
 
@@ -317,8 +320,8 @@ def channels_first(
         size: Height and width of the images.
         layout: Order of the axes, or ``auto``.
         name: Name of the layer, for messages.
-        of_convolutions: Whether the layer is made of convolutions. If so, and if both axes could
-            be the channels, they come first.
+        prefers_first: Whether the channels come first if both axes could be the channels, as in a
+            layer that is made of convolutions.
 
     Raises:
         UserError: The shape fits in no way, or in two.
@@ -327,7 +330,7 @@ def channels_first(
         first = _is_grid(tensor.shape[2:], size)
         last = _is_grid(tensor.shape[1:3], size)
         if layout == "channels_first" or (
-            layout == "auto" and first and (not last or of_convolutions)
+            layout == "auto" and first and (not last or prefers_first)
         ):
             return tensor
         if layout == "channels_last" or (layout == "auto" and last and not first):

@@ -113,6 +113,20 @@ def test_ambiguous_numbers_of_tokens_are_refused():
         assert channels_first(torch.rand(1, count, 8), size, "auto", "x").shape[2:] == grid
 
 
+def test_class_maps_of_a_segmenter_have_their_channels_first():
+    """Four classes on a grid of 4x4 could be read both ways."""
+
+    class Linears(nn.Linear):
+        def forward(self, images):
+            return super().forward(images[:, :, ::16, ::16].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+        def feature_maps(self, images):
+            return {}
+
+    model, images = Linears(3, 4), torch.rand(1, 3, 64, 64)
+    assert torch.equal(feature_maps(model, images, ["output"])["output"], model(images))
+
+
 def test_maps_of_convolutions_have_their_channels_first():
     """64 channels of 64x64 units, as in the first layer of a ResNet-18 on 256x256 pixels."""
     layers = [nn.Conv2d(3, 64, 7, 4, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Linear(64, 64)]

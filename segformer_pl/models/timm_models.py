@@ -1,0 +1,53 @@
+"""Models of timm by their names."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+
+from segformer_pl.errors import UserError
+
+
+def create_timm_model(
+    name: str,
+    pretrained: bool,
+    arguments: Mapping[str, Any],
+    family: str = "*",
+    **fixed: Any,
+) -> Any:
+    """Build a model of timm.
+
+    Args:
+        name: Name of the model, with or without the tag of its weights.
+        pretrained: Whether its weights are downloaded. On the meta device there are no values, so
+            they are not.
+        arguments: Arguments of the model that the user can change; messages name them.
+        family: Pattern of the names that are suggested for a name that does not exist.
+        fixed: Further arguments of the model.
+
+    Raises:
+        UserError: There is no such model, it does not take these arguments, or its weights cannot
+            be loaded.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(family), 3, 0.6)
+        advice = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        raise UserError(f"timm {timm.__version__} has no model {name!r}; {advice}")
+    pretrained = pretrained and torch.get_default_device().type != "meta"
+    try:
+        return timm.create_model(name, pretrained=pretrained, **fixed, **arguments)
+    except Exception as error:  # raised by the model, the HTTP library, the hub or the cache
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+        if pretrained:
+            raise UserError(
+                f"the weights of {name} cannot be loaded ({reason}); without network give "
+                "pretrained false and a file of weights by --model.encoder_weights"
+            ) from error
+        given = ", ".join(f"{key} {value}" for key, value in arguments.items())
+        raise UserError(
+            f"timm cannot build {name}{' with ' if given else ''}{given} ({reason}); change the "
+            "arguments or choose another model"
+        ) from error
