@@ -13,11 +13,11 @@ from segformer_pl.cli import main
 from segformer_pl.data.catalog import find_dataset
 
 ROOT = Path(__file__).parents[1]
-# Studies and their base are tested in ablation/test_study.py.
+# Studies and their base are tested in ablation/test_study.py and cli/test_arena.py.
 EXPERIMENTS = sorted(
     file
     for file in ROOT.glob("experiments/**/*.yaml")
-    if file.parent.name != "ablations" and "results" not in file.parts
+    if file.parent.name not in ("ablations", "arena") and "results" not in file.parts
 )
 
 

@@ -95,6 +95,7 @@ class StudyFile:
         transplant: Weights that every variant starts from, adapted to its shapes; a file or hub
             name, as ``model.weights``.
         spread: Spread of mIoU to plan with, while there are no finished runs.
+        notes: Sentences about variants, by their name, which the report of ``arena`` shows.
     """
 
     question: str
@@ -107,6 +108,7 @@ class StudyFile:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     transplant: str | None = None
     spread: Spread | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ class Study:
         transplant: Weights that every variant starts from; None for random weights, or those that
             the base states.
         spread: Spread of mIoU to plan with, if the file states one.
+        notes: Sentences about variants, by their name.
     """
 
     name: str
@@ -199,6 +202,7 @@ class Study:
     evaluations: dict[str, dict[str, Any]]
     transplant: str | None
     spread: Spread | None
+    notes: dict[str, str]
 
     def runs(self, output: Path) -> tuple[StudyRun, ...]:
         """Return the runs in the order of execution: all variants of the first seed come first.
@@ -253,6 +257,11 @@ def read_study(
             f"{file}: reference: there is no variant '{reference}'; choose one of "
             f"{', '.join(changes)}"
         )
+    for name in content.notes:
+        if name not in changes:
+            raise UserError(
+                f"{file}: notes: there is no variant '{name}'; choose one of {', '.join(changes)}"
+            )
     names = [reference, *(name for name in changes if name != reference)]
     common = {**chosen.settings, SEED: seeds[0]}
     if content.transplant is not None:
@@ -279,6 +288,7 @@ def read_study(
         evaluations=content.evaluations,
         transplant=content.transplant,
         spread=content.spread,
+        notes=content.notes,
     )
 
 
@@ -353,6 +363,7 @@ def _check_entries(file: Path, content: Mapping[str, Any]) -> None:
         "axes": (list, "a list of at least one value"),
         "evaluations": (dict, "settings of `validate` by dotted name, or {} for none"),
         "budgets": (dict, "its settings, such as {settings: {trainer.max_steps: 4}}"),
+        "notes": (str, "a sentence for the report"),
     }
     known = [one.name for one in fields(StudyFile)]
     for key in content:

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from segformer_pl.atomic import WriteError, atomic_write, atomic_write_text
+from segformer_pl.checkpoints import maskformer_layout
 from segformer_pl.checkpoints.layouts import (
     NATIVE,
     NVLABS,
@@ -56,8 +57,8 @@ def export_weights(
     """Export a network in the layout of a code base. On an error no file is left behind.
 
     - ``"huggingface"``: a folder that ``SegformerForSemanticSegmentation.from_pretrained`` opens
-      (``SegformerModel`` for an encoder alone), with ``config.json``, ``model.safetensors`` and
-      ``preprocessor_config.json``;
+      (``SegformerModel`` for an encoder alone), or ``MaskFormerForInstanceSegmentation``, with
+      ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``;
     - ``"smp"``: a folder that ``segmentation_models_pytorch.from_pretrained`` opens;
     - ``"nvlabs"``: a ``.pth`` file with ``state_dict`` and ``meta``; for an encoder alone the bare
       state dict;
@@ -66,7 +67,8 @@ def export_weights(
       constants that the weights depend on.
 
     Args:
-        model: A segmenter or an encoder. Layouts other than ``"native"`` are for SegFormer and MiT.
+        model: A segmenter or an encoder. Layouts other than ``"native"`` are for SegFormer and MiT,
+            ``"huggingface"`` for MaskFormer too.
         destination: Path of the file or folder to write, which must not exist.
         layout: Layout of the result.
         task: Facts about classes, images and network that are stored with the weights, see
@@ -146,6 +148,8 @@ def _tensors(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
 
 
 def _foreign_state(model: Any, layout: ExportLayout) -> dict[str, Tensor]:
+    if _is_maskformer(model):
+        return maskformer_layout.transformers_state(model)
     table: Layout = LAYOUTS[layout]
     segmenter, *encoder = table.encoder_prefixes
     if isinstance(model, Segmenter):
@@ -171,7 +175,7 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
     Raises:
         UserError: The network is no SegFormer, or has an argument that the layout cannot express.
     """
-    if layout == "native":
+    if layout == "native" or (layout == "huggingface" and _is_maskformer(model)):
         return
     if native_prefix(model) is None:
         raise UserError(
@@ -202,10 +206,14 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
         )
 
 
+def _is_maskformer(model: Any) -> bool:
+    return maskformer_layout.is_ours(model.state_dict())
+
+
 def _eps_remarks(model: Any, layout: ExportLayout) -> list[str]:
     """Return a remark if the other code base computes with other LayerNorm epsilons."""
     ours, theirs = model.weight_constants(), LAYOUTS[layout].constants
-    if not theirs or theirs == ours:
+    if not theirs or theirs == ours or _is_maskformer(model):
         return []
     return [
         f"LayerNorm epsilons are {ours['norm_eps']:g} in blocks and stages and "
@@ -234,6 +242,53 @@ def _write_huggingface(
     preprocessor: Mapping[str, Any],
 ) -> list[str]:
     remarks = []
+    is_maskformer = _is_maskformer(model)
+    config = (
+        maskformer_layout.transformers_config(model) if is_maskformer else _segformer_config(model)
+    )
+    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    if isinstance(model, Segmenter):
+        num_classes = model.num_classes
+        names = task.get("class_names", [])
+        if len(names) != num_classes:
+            if names:
+                remarks.append(
+                    f"the source names {len(names)} classes and has {num_classes}, so config.json "
+                    "names them LABEL_0, LABEL_1, ..."
+                )
+            names = [f"LABEL_{n}" for n in range(num_classes)]
+        config |= {
+            "semantic_loss_ignore_index": task.get("ignore_index", 255),
+            "id2label": {str(n): name for n, name in enumerate(names)},
+            "label2id": {name: n for n, name in enumerate(names)},
+        }
+        if task.get("palette"):  # transformers ignores and keeps entries that it does not know
+            config["palette"] = [list(color) for color in task["palette"]]
+    processor = "MaskFormerImageProcessor" if is_maskformer else "SegformerImageProcessor"
+    default = "the shorter side to 800 pixels" if is_maskformer else "every image to 512x512"
+    if not preprocessor:
+        preprocessor = {
+            "image_processor_type": processor,
+            "do_resize": False,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": task.get("image_mean", IMAGENET_MEAN),
+            "image_std": task.get("image_std", IMAGENET_STD),
+            "do_reduce_labels": False,
+        }
+        remarks.append(
+            "preprocessor_config.json normalises and does not resize, while transformers' own "
+            f"default resizes {default}"
+        )
+    folder.mkdir()
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", preprocessor)
+    _write_safetensors(folder / "model.safetensors", tensors)
+    return remarks
+
+
+def _segformer_config(model: Any) -> dict[str, Any]:
     arguments = encoder_arguments(model)
     config: dict[str, Any] = {
         "model_type": "segformer",
@@ -254,48 +309,15 @@ def _write_huggingface(
         "layer_norm_eps": arguments["norm_eps"],
         "initializer_range": 0.02,
         "reshape_last_stage": True,
-        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
     }
     if isinstance(model, Segmenter):
-        whole, num_classes = model.init_args(), model.num_classes
-        names = task.get("class_names", [])
-        if len(names) != num_classes:
-            if names:
-                remarks.append(
-                    f"the source names {len(names)} classes and has {num_classes}, so config.json "
-                    "names them LABEL_0, LABEL_1, ..."
-                )
-            names = [f"LABEL_{n}" for n in range(num_classes)]
+        whole = model.init_args()
         config |= {
             "architectures": ["SegformerForSemanticSegmentation"],
             "decoder_hidden_size": whole["decoder_dim"],
             "classifier_dropout_prob": whole["dropout"],
-            "semantic_loss_ignore_index": task.get("ignore_index", 255),
-            "id2label": {str(n): name for n, name in enumerate(names)},
-            "label2id": {name: n for n, name in enumerate(names)},
         }
-        if task.get("palette"):  # transformers ignores and keeps entries that it does not know
-            config["palette"] = [list(color) for color in task["palette"]]
-    if not preprocessor:
-        preprocessor = {
-            "image_processor_type": "SegformerImageProcessor",
-            "do_resize": False,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": task.get("image_mean", IMAGENET_MEAN),
-            "image_std": task.get("image_std", IMAGENET_STD),
-            "do_reduce_labels": False,
-        }
-        remarks.append(
-            "preprocessor_config.json normalises and does not resize, while transformers' own "
-            "default resizes every image to 512x512"
-        )
-    folder.mkdir()
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", preprocessor)
-    _write_safetensors(folder / "model.safetensors", tensors)
-    return remarks
+    return config
 
 
 def _write_smp(model: Any, folder: Path, tensors: dict[str, Tensor]) -> list[str]:

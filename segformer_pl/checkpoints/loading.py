@@ -219,7 +219,7 @@ def encoder_arguments(network: Any) -> dict[str, Any]:
 FREE_ARGUMENTS = (
     *("drop_path_rate", "dropout", "semantic_dropout", "aspp_dropout"),
     *("aux_weight", "mask_weight", "dice_weight", "no_object_weight", "ignored_pixels"),
-    *("num_classes", "pretrained"),
+    *("num_classes", "pretrained", "freeze_batch_norm"),
 )
 
 
@@ -279,11 +279,12 @@ def _compare_arguments(
         ours = flat_arguments({"init_args": encoder_arguments(model)})
         theirs = _stated_arguments(weights)
     differing = [key for key in theirs if key in ours and theirs[key] != ours[key]]
-    if "num_heads" in differing:
-        raise UserError(
-            f"{weights.name} was trained with num_heads {theirs['num_heads']}, and the model has "
-            f"{ours['num_heads']}; build the model that the weights are for"
-        )
+    for key in ("num_heads", "decoder_heads"):  # no tensor's shape depends on them
+        if key in differing:
+            raise UserError(
+                f"{weights.name} was trained with {key} {theirs[key]}, and the model has "
+                f"{ours[key]}; build the model that the weights are for"
+            )
     sentences = {
         key: f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing
     }

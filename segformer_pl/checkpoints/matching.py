@@ -19,13 +19,18 @@ network whose keys are those of our SegFormer or MiT, whatever its class.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from segformer_pl.checkpoints.classifier import classifier_keys
 from segformer_pl.checkpoints.layouts import NATIVE, Layout, detect, from_canonical, to_canonical
+from segformer_pl.checkpoints.maskformer_layout import (
+    check_heads,
+    is_transformers_maskformer,
+    own_keys,
+)
 from segformer_pl.checkpoints.report import Parts, listed
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
@@ -142,8 +147,22 @@ def split(
 
 def _match_own_keys(weights: Weights, model: Any, parts: Parts) -> Matched:
     own = dict(model.state_dict())
-    if parts == "encoder":
-        return _match_encoder(weights, model, own)
+    dropped, unknown = dict[str, str](), list[str]()
+    if is_transformers_maskformer(weights.tensors):
+        check_heads(weights.name, weights.config, model)
+        tensors, dropped, unknown = own_keys(weights.tensors)
+        weights = replace(weights, tensors=tensors)
+    matched = (
+        _match_encoder(weights, model, own)
+        if parts == "encoder"
+        else _match_all(weights, model, own)
+    )
+    matched.dropped |= dropped
+    matched.unknown += unknown
+    return matched
+
+
+def _match_all(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matched:
     wrapper = _wrapper(weights.tensors, own)
     if wrapper is None:
         raise _no_tensor(weights, model, own)

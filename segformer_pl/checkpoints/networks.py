@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from segformer_pl.checkpoints import maskformer_layout
 from segformer_pl.checkpoints.loading import (
     FREE_ARGUMENTS,
     STEM,
@@ -160,6 +161,8 @@ def network_spec(weights: Weights) -> dict[str, Any]:
     """
     if "network" in weights.task:
         return dict(weights.task["network"])
+    if maskformer_layout.is_transformers_maskformer(weights.tensors):
+        return maskformer_layout.network_spec(weights.name, weights.tensors, weights.config)
     tensors = split(weights, "all")[2]
     config = weights.config if weights.config.get("model_type") == "segformer" else {}
     _check_config(weights.name, config, tensors)

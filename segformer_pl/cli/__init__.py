@@ -1,10 +1,11 @@
 """The command line, ``python -m segformer_pl COMMAND``.
 
 ``fit``, ``validate`` and ``test`` come from LightningCLI (training.py). ``doctor`` takes the same
-settings and checks them (doctor.py), and ``ablate`` runs many of them (ablate.py). The other
-commands are in the package ``commands``.
+settings and checks them (doctor.py), and ``ablate`` and ``arena`` run many of them (ablate.py,
+arena.py, study_command.py). The other commands are in the package ``commands``.
 """
 
+import importlib
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from segformer_pl.commands.recipe import recipe
 from segformer_pl.errors import UserError
 
 __all__ = ["SegformerCLI", "main", "resolve"]
+
+STUDY_COMMANDS = ("ablate", "arena")
 
 
 def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None:
@@ -40,22 +43,21 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
             doctor(options)
         elif command == "recipe":
             recipe(options, resolve)
-        elif command == "ablate":
-            _find_ablate()(options)
+        elif command in STUDY_COMMANDS:
+            _find_study_command(command)(options)
         else:
             return SegformerCLI(args, run)
     return None
 
 
-def _find_ablate() -> Callable[[list[str]], None]:
-    """Return the command ``ablate``, whose packages and file locks the others do not need."""
+def _find_study_command(name: str) -> Callable[[list[str]], None]:
+    """Return a command that runs a study, whose packages and locks the others do not need."""
     try:
-        from segformer_pl.cli.ablate import ablate
+        return getattr(importlib.import_module(f"segformer_pl.cli.{name}"), name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("segformer_pl"):
             raise
         raise UserError(
-            f"ablate needs the package {error.name}, which is not installed; install it with "
+            f"{name} needs the package {error.name}, which is not installed; install it with "
             "pip install 'segformer_pl[ablation]' (fcntl exists on Linux and macOS alone)"
         ) from error
-    return ablate

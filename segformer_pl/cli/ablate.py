@@ -1,43 +1,17 @@
 """``ablate STUDY``: plan, run and report an ablation study."""
 
 import json
-import shlex
 import sys
-import time
 from pathlib import Path
-from textwrap import fill
-from typing import Any, Literal
 
-import torch
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
 
-from segformer_pl.ablation.costs import costs_table
-from segformer_pl.ablation.folder import JOBS_FOLDER, State, check_record
-from segformer_pl.ablation.launchers import Launcher, LocalLauncher, SlurmLauncher, gpu_sets
-from segformer_pl.ablation.live import make_display, overall_progress
-from segformer_pl.ablation.planning import (
-    costs_of_report,
-    find_spread,
-    has_costs,
-    resolution,
-    study_costs,
-)
-from segformer_pl.ablation.progress import RunProgress
-from segformer_pl.ablation.run_settings import check_transplants, make_job, run_record
-from segformer_pl.ablation.runner import StudyRunner, signal_name
-from segformer_pl.ablation.study import Study, read_study
-from segformer_pl.ablation.sweep import write_wandb_sweep
+from segformer_pl.ablation.planning import costs_of_report, has_costs, study_costs
+from segformer_pl.ablation.study import Study
 from segformer_pl.analysis.report.study_page import COSTS_FILE, write_study_report
-from segformer_pl.atomic import atomic_write_text, make_writable_folder
-from segformer_pl.callbacks.signals import Interrupted
-from segformer_pl.cli.training import resolve
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.atomic import atomic_write_text
+from segformer_pl.cli.study_command import StudyCommand, run_study_command
 from segformer_pl.errors import UserError
-
-OUTPUT = Path("runs/ablations")
-# Options have underscores, as those of `fit`. Hyphens are accepted in those of this command.
-HYPHENS = ("--dry-run", "--max-parallel", "--retry-failed", "--block-size", "--wandb-sweep")
 
 
 def ablate(arguments: list[str]) -> None:
@@ -50,211 +24,25 @@ def ablate(arguments: list[str]) -> None:
         UserError: The study or an option is wrong.
         Interrupted: SIGTERM or Ctrl-C has ended the study.
     """
-    options = _parse(arguments)
-    settings = {} if options.data.path is None else {"data.path": options.data.path}
-    study = read_study(Path(options.study), options.budget, resolve, settings)
-    output = Path(options.output)
-    if options.wandb_sweep is not None:
-        if Path(options.wandb_sweep).resolve() == study.file.resolve():
-            raise UserError(
-                f"--wandb_sweep '{options.wandb_sweep}' is the study itself, which the sweep would "
-                "overwrite; give another file"
-            )
-        file, *configs = write_wandb_sweep(study, Path(options.wandb_sweep), output)
-        sys.stdout.write(
-            f"wrote {file} and the settings of {len(configs)} variants in {configs[0].parent}\n"
-            f"start it with\nwandb sweep {shlex.quote(str(file))}\n"
-        )
-        return
-    runs = [RunProgress(run, tuple(study.evaluations)) for run in study.runs(output)]
-    check_transplants(study)
-    for run in runs:
-        check_record(run.run.folder, run_record(study, run.run))
-    if options.dry_run:
-        for run in runs:
-            run.look()
-        sys.stdout.write("\n".join(_plan(study, runs, output)) + "\n")
-        return
-    signum = 0
-    if not options.report:
-        make_writable_folder(output / study.name, "output")
-        signum = _execute(study, runs, options)
-    else:
-        for run in runs:
-            run.look()
-    sys.stdout.write("\n".join(_summary(runs)) + "\n")
-    if signum:
-        command = shlex.join([*PROG.split(), "ablate", *arguments])
-        raise Interrupted(128 + signum, f"{signal_name(signum)}: stopped; go on with\n{command}")
-    is_written = _report(study, output, options.block_size)
-    if not is_written or any(run.state == State.FAILED for run in runs):
-        sys.exit(1)
-
-
-def _parse(arguments: list[str]) -> Namespace:
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} ablate",
-        description="Run an ablation study: train every variant with every seed, each as an "
-        "ordinary `fit` with a run folder of its own, evaluate them, and write a report that says "
-        "which differences are resolved. The state of a study is in its run folders alone. The "
-        "same command continues an interrupted study: finished runs are skipped and interrupted "
-        "ones resume from their last checkpoint. Several invocations can work on one study.",
+    description = (
+        "Run an ablation study: train every variant with every seed, each as an ordinary `fit` "
+        "with a run folder of its own, evaluate them, and write a report that says which "
+        "differences are resolved."
     )
-    parser.add_argument(
-        "study", help="study file, such as experiments/ablations/reduction_ratio.yaml"
-    )
-    parser.add_argument("--budget", default="small", help="name of a budget of the study")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="train nothing; print what the variants cost, what is left to do, and the smallest "
-        "difference that the planned seeds and images can resolve",
-    )
-    parser.add_argument(
-        "--launcher",
-        type=Literal["local", "slurm"],
-        default="local",
-        help="run on this machine, or as an array of Slurm jobs",
-    )
-    parser.add_argument(
-        "--max_parallel",
-        type=PositiveInt | None,
-        default=None,
-        help="runs at a time; default: one per GPU, or one on a machine without; on Slurm, as many "
-        "as it allows. Local runs divide the cores among them",
-    )
-    parser.add_argument(
-        "--slurm",
-        type=dict[str, Any],
-        default={},
-        help="options of the Slurm jobs, such as '{partition: gpu, timeout_min: 240, "
-        "gpus_per_node: 1, cpus_per_task: 8}': those of submitit, and those of sbatch with "
-        "underscores. Ctrl-C cancels the jobs; a closed connection does not",
-    )
-    parser.add_argument(
-        "--retry_failed",
-        action="store_true",
-        help="start runs again that have failed; otherwise they are only listed",
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="train nothing; write the report of finished runs"
-    )
-    parser.add_argument(
-        "--block_size",
-        type=PositiveInt,
-        default=1,
-        help="number of consecutive images that resemble each other, as in a video; see `compare`",
-    )
-    parser.add_argument(
-        "--wandb_sweep",
-        type=str | None,
-        default=None,
-        metavar="FILE",
-        help="train nothing; write the study as a W&B sweep",
-    )
-    parser.add_argument("--output", default=str(OUTPUT), help="folder of all studies")
-    parser.add_argument(
-        "--data.path", type=str | None, default=None, help="data.path of all variants"
-    )
-    options = parser.parse_args([_with_underscores(argument) for argument in arguments])
-    chosen = [name for name in ("dry_run", "report", "wandb_sweep") if options[name]]
-    if len(chosen) > 1:
-        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one of them")
-    if options.slurm and options.launcher != "slurm":
-        raise UserError("slurm: these are options for --launcher slurm, which is not given")
-    return options
+    run_study_command(StudyCommand("ablate", description, _report), arguments)
 
 
-def _with_underscores(argument: str) -> str:
-    option, equals, value = argument.partition("=")
-    if option in HYPHENS:
-        option = "--" + option.removeprefix("--").replace("-", "_")
-    return option + equals + value
-
-
-def _execute(study: Study, runs: list[RunProgress], options: Namespace) -> int:
-    """Execute the unfinished runs; return the number of the signal that ended them, or 0."""
-    runner = StudyRunner(
-        runs,
-        lambda progress: make_job(study, progress.run),
-        _launcher(study, options),
-        make_display(),
-        options.retry_failed,
-    )
-    runner.run()
-    return runner.signal
-
-
-def _launcher(study: Study, options: Namespace) -> Launcher:
-    # A folder of its own: submitit names its files by process ids, which return.
-    jobs = Path(options.output, study.name, JOBS_FOLDER)
-    folder = jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000:06d}"
-    if options.launcher == "slurm":
-        return SlurmLauncher(folder, study.name, options.max_parallel, options.slurm)
-    trainers = [variant.config["trainer"] for variant in study.variants]
-    uses_gpus = any(trainer["accelerator"] != "cpu" for trainer in trainers)
-    num_gpus = torch.cuda.device_count() if uses_gpus else 0
-    devices = [trainer["devices"] for trainer in trainers]
-    num_each = max([1, *(number for number in devices if isinstance(number, int))])
-    if num_gpus and num_each > num_gpus:
-        raise UserError(
-            f"trainer.devices is {num_each}, but this machine has {num_gpus} GPUs; give "
-            "--launcher slurm or set trainer.devices in the budget"
-        )
-    gpus = gpu_sets(num_gpus, num_each) if num_gpus else []
-    return LocalLauncher(folder, options.max_parallel or max(1, len(gpus)), gpus)
-
-
-def _plan(study: Study, runs: list[RunProgress], output: Path) -> list[str]:
-    """Return what a study would do, cost and resolve, as lines of text."""
-    num = {state: sum(run.state == state for run in runs) for state in State}
-    left = [run for run in runs if run.state not in (State.DONE, State.FAILED)]
-    steps = sum(run.run.max_steps - run.step for run in left)
-    seeds = ", ".join(map(str, study.seeds))
-    costs = study_costs(study)
-    table = (
-        "costs: unknown, because nothing states the size of the images; give data.crop_size"
-        if costs is None
-        else costs_table(costs)
-    )
-    lines = [
-        f"{len(study.variants)} variants x {len(study.seeds)} seeds ({seeds}) = {len(runs)} runs "
-        f"with budget {study.budget}: {num[State.DONE]} done, {num[State.FAILED]} failed, "
-        f"{len(left)} left ({steps:,} steps)",
-        *_failures(runs),
-        "",
-        *resolution(study, find_spread(study, output / study.name)),
-    ]
-    return [study.question, "", table, "", *(fill(line, 100) for line in lines)]
-
-
-def _summary(runs: list[RunProgress]) -> list[str]:
-    """Return the outcome of all runs in the end, as lines of text."""
-    return [f"{overall_progress(runs, None)}", *_failures(runs)]
-
-
-def _failures(runs: list[RunProgress]) -> list[str]:
-    failed = [run for run in runs if run.state == State.FAILED]
-    lines = [f"{run.name} failed: {run.sentence}" for run in failed]
-    if lines:
-        lines.append("failed runs are started again with --retry_failed")
-    return lines
-
-
-def _report(study: Study, output: Path, block_size: int) -> bool:
-    """Write costs and report, and print where they are, or why there is none.
-
-    Returns:
-        Whether the report was written.
-    """
-    folder = output / study.name
+def _report(study: Study, options: Namespace) -> bool:
+    folder = Path(options.output, study.name)
     file = folder / f"report_{study.budget}" / COSTS_FILE
     digests = {variant.name: variant.digest for variant in study.variants}
     try:
         if not has_costs(file, study) and (costs := study_costs(study)):
             text = json.dumps(costs_of_report(study, costs), indent=1)
             atomic_write_text(file, f"{text}\n")
-        page = write_study_report(folder, study.budget, digests=digests, block_size=block_size)
+        page = write_study_report(
+            folder, study.budget, digests=digests, block_size=options.block_size
+        )
     except UserError as error:
         sys.stdout.write(f"no report: {error}\n")
         return False

@@ -7,11 +7,12 @@ entry of the data set, so an experiment file gives only ``data.dataset``.
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, Namespace, capture_parser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, capture_parser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
@@ -317,10 +318,15 @@ def resolve(files: list[str]) -> dict[str, Any]:
     Raises:
         UserError: A setting does not exist or has an impossible value.
     """
-    parser = capture_parser(SegformerCLI, exit_on_error=False)
+    parser = _parser()
     try:
         config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])
     except ArgumentError as error:
         raise UserError(" ".join(str(find_user_error(error) or error).split())) from error
     dumped = parser.dump(config, format="yaml", skip_none=False, skip_validation=True)
     return yaml.safe_load(dumped)["fit"]
+
+
+@cache  # building it takes longer than parsing, and a study resolves the files of every variant
+def _parser() -> ArgumentParser:
+    return capture_parser(SegformerCLI, exit_on_error=False)

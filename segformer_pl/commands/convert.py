@@ -23,8 +23,8 @@ def convert(arguments: list[str]) -> None:
         prog=f"{PROG} convert",
         description="Convert the weights of a network from one layout (naming scheme of a state "
         "dict) to another. The layout of the source is detected from its key names: that of this "
-        "package, NVlabs/SegFormer, Hugging Face transformers, mmsegmentation or "
-        "segmentation_models_pytorch.",
+        "package, NVlabs/SegFormer, Hugging Face transformers (SegFormer and MaskFormer), "
+        "mmsegmentation or segmentation_models_pytorch.",
     )
     parser.add_argument(
         "source",

@@ -178,7 +178,7 @@ def erf(arguments: list[str]) -> None:
     else:
         subjects = [_random(options.model, data)]
     if options.against is not None:
-        subjects.append(_against(options.against, data))
+        subjects.append(against(options.against, data))
     if options.reduction.isdigit():
         options.reduction = int(options.reduction)
     folder = Path(options.output)
@@ -241,7 +241,7 @@ def _random(name: str, data: StreamingSegmentationData) -> Subject:
     return Subject(network.eval(), name, "random weights", name)
 
 
-def _against(source: str, data: StreamingSegmentationData) -> Subject:
+def against(source: str, data: StreamingSegmentationData) -> Subject:
     if source in segmenter_names():
         return _random(source, data)
     if not source.startswith(TIMM):
@@ -254,7 +254,7 @@ def _against(source: str, data: StreamingSegmentationData) -> Subject:
     return Subject(network, f"timm {name}", origin, source, normalization)
 
 
-def _image_batches(
+def image_batches(
     data: StreamingSegmentationData, num_images: int, size: tuple[int, int] | None
 ) -> Iterator[dict[str, Any]]:
     """Yield batches of validation images, evenly spaced over the split.
@@ -301,7 +301,7 @@ def _measure(
     subject: Subject, data: StreamingSegmentationData, options: Any, num_images: int
 ) -> ERF:
     network = subject.network.to(options.device)
-    batches = _image_batches(data, num_images, options.size)
+    batches = image_batches(data, num_images, options.size)
     return effective_receptive_field(
         network,
         tqdm(batches, desc=subject.label, unit="batch", leave=False),

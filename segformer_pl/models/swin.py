@@ -223,7 +223,7 @@ class SwinEncoder(Encoder):
             "in_channels": in_channels,
             **changes,
         }
-        given = {key: value for key, value in changes.items() if value is not None}
+        given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
         if timm.is_model(name) and not is_model_in_modules(name, ["swin_transformer"]):
             raise UserError(
                 f"{name} is no Swin Transformer, whose stages this network needs; choose one of "

@@ -135,6 +135,26 @@ def test_activation_memory_equals_what_autograd_saves():
     assert kept - image_bytes <= sum(part.activation_bytes for part in cost.parts) <= kept
 
 
+def test_activation_memory_where_one_image_cannot_be_trained_on():
+    """BatchNorm after a global pooling needs two images; half of their memory is counted."""
+
+    class Pooling(Convolutions):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, images):
+            mixed = self.stem(images)
+            pooled = self.norm(mixed.mean((2, 3), keepdim=True))
+            return self.classifier(mixed + pooled)
+
+    cost = complexity(Pooling(), 8, 8)
+    stem = cost.parts[0]
+    assert stem.activation_bytes == 4 * 2 * 64
+    # The image, the sum, and the pooled values; BatchNorm also keeps mean and deviation of a batch.
+    assert cost.activation_bytes == 4 * (2 * 64 + 4 * 64 + 4) + 4 * 2 * 4 // 2
+
+
 def test_activation_memory_of_a_part():
     """ReLU saves its output, a convolution its input; each tensor counts once."""
 

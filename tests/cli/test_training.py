@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl.analysis.run import Run
-from segformer_pl.cli import main, resolve
+from segformer_pl.cli import main, resolve, training
 from segformer_pl.data import shapes
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
@@ -334,6 +334,7 @@ def test_two_batches_are_no_share_whatever_was_imported_before(order, tmp_path, 
         return added
 
     monkeypatch.setattr(LightningArgumentParser, "add_lightning_class_args", add_with_order)
+    monkeypatch.setattr(training, "_parser", training._parser.__wrapped__)
     file = tmp_path / "settings.yaml"
     settings = {
         "model": {"network": {"class_path": "segformer_pl.models.segformer_b0"}},

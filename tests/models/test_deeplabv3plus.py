@@ -173,6 +173,14 @@ def test_logits_are_computed_from_the_feature_maps(randomize, variant):
 
 
 @pytest.mark.slow
+def test_map_of_stride_4_need_not_be_the_first():
+    encoder = TimmEncoder("resnet18", out_indices=(0, 1, 4), output_stride=16)
+    assert encoder.out_strides == (2, 4, 16)
+    with torch.no_grad():
+        assert DeepLabV3Plus(encoder, 5, 16).eval()(torch.zeros(1, 3, 64, 96)).shape[2:] == (16, 24)
+
+
+@pytest.mark.slow
 def test_output_strides_share_their_weights(randomize):
     fine, coarse = randomize(small(output_stride=8)).eval(), small(output_stride=16).double().eval()
     coarse.load_state_dict(fine.state_dict())

@@ -16,8 +16,9 @@ from segformer_pl.checkpoints.networks import build
 from segformer_pl.errors import UserError
 from segformer_pl.inference import predict_pixels
 from segformer_pl.inference.engine import predict_probabilities
-from segformer_pl.models import TimmEncoder
-from segformer_pl.models.maskformer import MaskFormer, Predictions, sine_positions
+from segformer_pl.models import TimmEncoder, maskformer_decoders
+from segformer_pl.models.maskformer import MaskFormer, Predictions
+from segformer_pl.models.maskformer_decoders import DecoderLayer, sine_positions
 from segformer_pl.models.maskformer_loss import MaskClassificationLoss
 from segformer_pl.models.segmenter import check_segmenter
 from segformer_pl.models.swin import SwinEncoder
@@ -303,21 +304,19 @@ def bilinear(*arguments, interpolate=F.interpolate, mode=None, **settings):
     return interpolate(*arguments, mode="bilinear", **settings)
 
 
-def values_with_positions(
-    layer, x, query_pos, keys, values, forward=maskformer.DecoderLayer.forward
-):
+def values_with_positions(layer, x, query_pos, keys, values, forward=DecoderLayer.forward):
     return forward(layer, x, query_pos, keys, keys)
 
 
-def no_query_positions(layer, x, pos, keys, values, forward=maskformer.DecoderLayer.forward):
+def no_query_positions(layer, x, pos, keys, values, forward=DecoderLayer.forward):
     return forward(layer, x, 0 * pos, keys, values)
 
 
 FAULTS = {
-    "rows and columns": (maskformer, "sine_positions", swapped_axes),
+    "rows and columns": (maskformer_decoders, "sine_positions", swapped_axes),
     "bilinear pixel decoder": (F, "interpolate", bilinear),
-    "positions in values": (maskformer.DecoderLayer, "forward", values_with_positions),
-    "no query positions": (maskformer.DecoderLayer, "forward", no_query_positions),
+    "positions in values": (DecoderLayer, "forward", values_with_positions),
+    "no query positions": (DecoderLayer, "forward", no_query_positions),
 }
 
 

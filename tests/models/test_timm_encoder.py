@@ -229,6 +229,16 @@ def test_what_timm_cannot_give_is_refused(arguments, sentence):
 
 
 @pytest.mark.slow
+def test_output_stride_that_a_model_ignores_is_refused(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, output_stride=32, **kwargs: create(*args, **kwargs)
+    )
+    with pytest.raises(UserError, match="cannot give resnet10t an output_stride of 16"):
+        TimmEncoder("resnet10t", output_stride=16)
+
+
+@pytest.mark.slow
 def test_an_undivided_size_is_refused_where_the_backbone_needs_whole_patches():
     encoder = TimmEncoder(SWIN_V2).eval()
     assert encoder.size_divisor == 32

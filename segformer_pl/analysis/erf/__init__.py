@@ -12,6 +12,7 @@
     plots.py              figures
       panels.py           axes, colour bars and legends of a figure
       captions.py         text of a figure
+    definitions.py        definitions in use, their numbers, published protocols
     backbones.py          networks of timm, for comparison
 
 SegFormer's Figures 3 and 6 show the ERF of stage 1 to 4 and of the head. The authors' code for them

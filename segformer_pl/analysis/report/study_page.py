@@ -144,7 +144,7 @@ def write_study_report(
         classes=class_rows(shown["miou"]),
         class_variants=[one.variant for one in shown["miou"].differences],
         signed=signed,
-        breakable=_breakable,
+        breakable=breakable,
         costs=cost_table(by_variant) if by_variant else None,
         runs=_run_links(results, shown["miou"], target),
         transplanted=_transplanted(results),
@@ -162,7 +162,7 @@ def write_study_report(
     return target / REPORT_FILE
 
 
-def _breakable(name: str) -> Markup:
+def breakable(name: str) -> Markup:
     """Escape a name for HTML, and allow line breaks after its separators."""
     return Markup("").join(
         Markup("{}<wbr>").format(letter) if letter in BREAKS else letter for letter in name
@@ -225,7 +225,7 @@ def _figures(
     }
     pareto, no_pareto = _pareto(results, main, costs)
     curves = [
-        _chart(
+        make_chart(
             curve_figure(readable, column),
             title,
             f"{title} of every variant over the training steps, with a band over its seeds",
@@ -235,7 +235,7 @@ def _figures(
     ]
     named = {name: summaries[name, "miou"] for name, measure in summaries if measure == "miou"}
     return {
-        "forest": _chart(
+        "forest": make_chart(
             forest_figure(main) if main.differences else None,
             f"Differences from {results.reference}",
             "Differences of all variants from the reference; the numbers are in the table above",
@@ -245,7 +245,7 @@ def _figures(
         ),
         "pareto": pareto,
         "no_pareto": no_pareto,
-        "heat_map": _chart(
+        "heat_map": make_chart(
             class_figure(class_rows(main), [one.variant for one in main.differences]),
             "Differences of the IoU of each class",
             "Differences of the IoU of each class from the reference; the table below has all "
@@ -255,7 +255,7 @@ def _figures(
             "itself.",
         ),
         "curves": [chart for chart in curves if chart],
-        "erf": _chart(
+        "erf": make_chart(
             erf_figure(readable),
             "Radius of the effective receptive field",
             "Radii that hold half and 95 % of the effective receptive field of each layer, for "
@@ -263,7 +263,7 @@ def _figures(
             "Point: mean over seeds; line: from the lowest to the highest seed. Measured after "
             "the last validation.",
         ),
-        "lines": _chart(
+        "lines": make_chart(
             evaluations_figure(named, "mIoU (%)") if len(named) > 1 and main.variants else None,
             "mIoU over the evaluations",
             "mIoU of every variant in every evaluation; the numbers are in the tables below",
@@ -273,7 +273,8 @@ def _figures(
     }
 
 
-def _chart(figure: Figure | None, title: str, alt: str, note: str) -> Chart | None:
+def make_chart(figure: Figure | None, title: str, alt: str, note: str) -> Chart | None:
+    """Return a figure as a chart of the page; None without a figure."""
     if figure is None:
         return None
     width = figure.get_size_inches()[0] / PAGE_WIDTH
@@ -321,7 +322,7 @@ def _pareto(
     sentence = f"All variants have the same {' and '.join(same)}." if same else ""
     if not panels:
         return None, sentence or "There are too few variants with known costs to plot them."
-    chart = _chart(
+    chart = make_chart(
         pareto_figure(panels, "mIoU (%)"),
         "mIoU against costs",
         f"mIoU of every variant against {', '.join(panels)}; the numbers are in the table above",
