@@ -102,9 +102,11 @@ def write_shards():
 # A server that reads one JSON request per line and forks a process for each command line. The
 # imports, which take longer than a small training, happen only once.
 FORK_SERVER = """
-import json, os, resource, sys
+import json, os, resource, signal, sys
 from segformer_pl.cli import main
 
+# A shell that runs the tests in the background lets them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for line in sys.stdin:
     job = json.loads(line)
     if "wait" in job:
