@@ -194,7 +194,7 @@ def test_recipe_diff_reports_no_recipe(run, capsys):
     main(["recipe", "diff", str(run)])
     text = capsys.readouterr().out
     assert "ToySegmenter" in text
-    assert "no recipe" in text
+    assert "no published recipe" in text
 
 
 @pytest.mark.slow
