@@ -27,6 +27,9 @@ NOT_COMPARED = (
     "data.num_workers.",
     "data.path.",  # data can be moved; their fingerprint identifies them
 )
+# Settings that later versions added -> value of runs that were trained before. It is left out, so
+# that such runs still equal later ones.
+ADDED = {"model.optimizer": "adamw", "model.momentum": 0.9, "model.min_lr": 0.0}
 FOLDER = "dirpath"
 # All other callbacks of Lightning log, display or end a training, and change none of its steps.
 LIGHTNING = ("lightning.pytorch.callbacks.", "pytorch_lightning.callbacks.")
@@ -245,7 +248,9 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         if key.startswith(CALLBACKS):
             if _changes_training(config, key):
                 yield key, value
-        elif not f"{key}.".startswith(NOT_COMPARED) and FOLDER not in key.split("."):
+        elif f"{key}.".startswith(NOT_COMPARED) or FOLDER in key.split("."):
+            continue
+        elif key not in ADDED or value != ADDED[key]:
             yield key, value
 
 

@@ -13,6 +13,7 @@ from segformer_pl.cli import resolve
 from segformer_pl.errors import UserError
 
 STUDIES = Path(__file__).parents[2] / "experiments" / "ablations"
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "ablations"
 STUDY = {
     "question": "Does it matter?",
     "base": "base.yaml",
@@ -223,3 +224,14 @@ def test_the_studies_of_the_repository_can_run(file):
     study = read_study(file, list(yaml.safe_load(file.read_text())["budgets"])[-1], resolve)
     assert len(study.variants) > 1
     assert study.question.endswith("?")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reduction_ratio", "patch_overlap"])
+def test_stored_runs_of_earlier_versions_are_those_of_the_study(name):
+    """Otherwise ``ablate`` would train them again."""
+    study = read_study(STUDIES / f"{name}.yaml", "small", _resolve)
+    planned = {run.folder.name for run in study.runs(Path())}
+    stored = {path.parent.name for path in RESULTS.glob(f"{name}/*/ablation.json")}
+    assert stored
+    assert stored <= planned
