@@ -1,8 +1,8 @@
 """Store the small files of a study's finished runs: ``store_results.py STUDY_FOLDER DESTINATION``.
 
 The statistics and the report of a study are rebuilt from these files alone (about 45 kB a run), and
-``ablate --output DESTINATION_PARENT`` continues such a study. Checkpoints, figures, reports of
-single runs and all evaluations but the last are left out.
+``ablate --output DESTINATION_PARENT`` continues such a study. Checkpoints, figures, maps of receptive
+fields, reports of single runs and all evaluations but the last are left out.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from segformer_pl.analysis.arena import ARENA_FOLDER
 from segformer_pl.analysis.run import Run
 from segformer_pl.errors import UserError
 
@@ -35,6 +36,7 @@ def store(folder: Path, destination: Path) -> int:
         target = destination / path.name
         files = [run.ablation_file, run.metrics_file, path / "training_data.json"]
         files.append(run.evaluations[-1].file)
+        files += (path / ARENA_FOLDER).rglob("*.json")
         for name in run.named_evaluations:
             named = run.named_evaluation_folder(name)
             files += [Run(named).config_file, *(one.file for one in Run(named).evaluations)]

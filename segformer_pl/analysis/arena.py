@@ -7,7 +7,8 @@ folder, so that an interrupted command continues::
       arena/robustness_20/              files of `robustness` on 20 images
       arena/erf_20.npz, erf_20.json     receptive fields of all feature maps over 20 images
 
-This module reads them and averages over seeds. What is missing stays None, with a sentence that
+They stand for the run after its checkpoint was removed, the .npz (maps) for the figure alone. This
+module reads them and averages over seeds. What is missing stays None, with a sentence that
 says why, so that a system that cannot be measured in one respect is still compared in the others.
 """
 
@@ -162,7 +163,8 @@ def read_erf(file: Path) -> tuple[StoredERF, dict[str, Any]] | None:
         file: Path without suffix.
 
     Returns:
-        The result, and the facts about it; None if there is none, or a file is damaged.
+        The result, and the facts about it; None if there is none, or the file is damaged. The file
+        of the maps may be missing.
     """
     content = _read_json(file.with_name(f"{file.name}.json"))
     maps = file.with_name(f"{file.name}.npz")
@@ -178,7 +180,26 @@ def read_erf(file: Path) -> tuple[StoredERF, dict[str, Any]] | None:
         about = dict(content["about"])
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    return (stored, about) if maps.is_file() else None
+    return stored, about
+
+
+def read_measurements(run: Run, num_images: int) -> RunMeasurements:
+    """Read what was measured on a run whose checkpoint no longer exists.
+
+    Args:
+        run: The run.
+        num_images: Number of images that it was measured on.
+    """
+    robustness = read_robustness(robustness_folder(run, num_images))
+    erf = read_erf(erf_file(run, num_images))
+    lacking = [
+        f"{what} not measured on {num_images} images, and '{run.last_checkpoint}' is missing"
+        for what, found in (("its robustness was", robustness), ("its receptive fields were", erf))
+        if found is None
+    ]
+    return RunMeasurements(
+        None if robustness is None else robustness[0], None if erf is None else erf[0], (*lacking,)
+    )
 
 
 def starting_weights(config: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from segformer_pl.analysis.arena import (
     compare_systems,
     erf_file,
     read_erf,
+    read_measurements,
     read_robustness,
     robustness_folder,
     starting_weights,
@@ -175,6 +176,8 @@ def _measure_runs(study: Study, results: StudyResults, options: Namespace) -> Me
 
 
 def _measure_run(run: Run, options: Namespace, device: str) -> RunMeasurements:
+    if not run.last_checkpoint.is_file():
+        return read_measurements(run, options.num_images)
     try:
         checkpoint = RunCheckpoint.read(run.last_checkpoint, "checkpoint of the run")
         data = load_data(checkpoint, path=options.data.path, num_workers=0)
@@ -222,7 +225,7 @@ def _erf(run: Run, checkpoint: RunCheckpoint, split: ValidationSplit, device: st
     file = erf_file(run, len(split.positions))
     origin = split.origin(checkpoint.digest)
     stored = read_erf(file)
-    if stored is None or stored[1].get("origin") != origin:
+    if stored is None or not stored[0].file.is_file() or stored[1].get("origin") != origin:
         predictor = Predictor.from_weights(checkpoint.weights())
         network = predictor.network.to(device)
         result = effective_receptive_field(

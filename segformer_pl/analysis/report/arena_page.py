@@ -176,7 +176,8 @@ def _fields(
     for system in systems:
         if not system.erfs:
             continue
-        seed, stored = next(iter(system.erfs.items()))
+        by_seed = system.erfs.items()
+        seed, stored = next((item for item in by_seed if item[1].file.is_file()), next(iter(by_seed)))
         try:
             layers = load_erf(stored.file).layers
         except UserError as error:
