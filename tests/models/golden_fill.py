@@ -1,8 +1,8 @@
 """Deterministic values for the tensors of a network, the same in every code base.
 
-The golden numbers of ``test_deeplabv3plus.py`` and of other networks were computed with the code of
-the authors (or of mmsegmentation), whose tensors were filled with :func:`fill` under their original
-names. A test fills its network under the same names and must reproduce the numbers.
+The golden numbers were computed with the code of the authors (DeepLabv3+: of mmsegmentation), whose
+tensors were filled with :func:`fill` under their original names. A test fills its network under the
+same names and must reproduce the numbers.
 """
 
 import zlib

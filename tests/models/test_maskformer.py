@@ -1,7 +1,6 @@
 """MaskFormer: sizes, the original's numbers, parity with transformers, gradients, arguments."""
 
 import importlib
-import zlib
 
 import jsonargparse
 import numpy as np
@@ -23,6 +22,7 @@ from segformer_pl.models.maskformer_loss import MaskClassificationLoss
 from segformer_pl.models.segmenter import check_segmenter
 from segformer_pl.models.swin import SwinEncoder
 from segformer_pl.optim import parameter_groups
+from tests.models.golden_fill import fill_network, uniform
 
 # The package has a function of the same name.
 maskformer = importlib.import_module("segformer_pl.models.maskformer")
@@ -82,13 +82,6 @@ def test_cost_of_the_variants(variant, backbone, at_150, at_19, size, gmacs):
 # The original's numbers
 
 
-def _fill(key, shape):
-    """Deterministic values of a tensor, as the golden numbers were made with."""
-    n = torch.arange(int(np.prod(shape)), dtype=torch.int64)
-    values = (7 * n**2 + 31 * n + zlib.crc32(key.encode()) % 10007) % 10007
-    return (values.double() / 10007 - 0.5).reshape(shape)
-
-
 def original_key(key):
     """Return the original's name of a parameter of the heads."""
     part, *rest = key.split(".")
@@ -134,21 +127,10 @@ class Maps(maskformer.Encoder):
 def golden():
     sizes = [(25, 33), (13, 17), (7, 9), (4, 5)]
     maps = [
-        4 * _fill(f"res{s + 2}", (2, channels, *size))
+        4 * uniform(f"res{s + 2}", (2, channels, *size))
         for s, (channels, size) in enumerate(zip(Maps.out_channels, sizes))
     ]
-    network = MaskFormer(Maps(maps), 19).double().eval()
-    for name, parameter in network.named_parameters():
-        key, shape = original_key(name), tuple(parameter.shape)
-        values = _fill(key, shape)
-        if "query_embed" in key:
-            pass
-        elif len(shape) > 1:
-            values = values * (12 * shape[0] / values.numel()) ** 0.5
-        else:
-            values = 1 + 0.4 * values if key.endswith("weight") else 0.2 * values
-        parameter.data = values
-    return network
+    return fill_network(MaskFormer(Maps(maps), 19), original_key)
 
 
 @pytest.mark.slow
