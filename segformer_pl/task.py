@@ -21,6 +21,7 @@ from segformer_pl.checkpoints import (
     non_finite,
 )
 from segformer_pl.checkpoints.facts import check_facts, checked_constants
+from segformer_pl.checkpoints.matching import auxiliary_keys
 from segformer_pl.checkpoints.training_state import (
     check_content,
     check_tensors,
@@ -471,15 +472,29 @@ class SegmentationTask(pl.LightningModule):
         stated = checkpoint.get("hyper_parameters", {})
         check_facts(stated, name, self.class_names, self._normalization())
         trainer = self._trainer  # None in load_from_checkpoint, whose `strict` may be False
+        is_training = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        if not is_training:  # a training's optimiser has to fit too
+            self._leave_out_auxiliary(checkpoint["state_dict"])
         strict = trainer is not None and self.strict_loading
         check_tensors(checkpoint["state_dict"], self.state_dict(), name, strict)
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        if is_training:
             check_training_state(checkpoint, self.optimizer, self._parameter_groups(), name)
         self._weights_are_set = True
         self.trained_steps = checkpoint.get("global_step", 0)
         if constants := checked_constants(name, checkpoint):
             self.network.set_weight_constants(constants)
             self._constants_are_from_weights = True
+
+    def _leave_out_auxiliary(self, state: dict[str, Tensor]) -> None:
+        """Delete the tensors of auxiliary heads from a state dict if the network has none."""
+        left_out = auxiliary_keys(state, self.network, "network.")
+        for key in left_out:
+            del state[key]
+        if left_out:
+            rank_zero_info(
+                f"{len(left_out)} tensors of the checkpoint are left out, such as "
+                f"{next(iter(left_out))}: {next(iter(left_out.values()))}"
+            )
 
     def on_train_start(self) -> None:
         # Lightning restores the optimiser's settings with its state, so a resumed run would keep

@@ -167,7 +167,30 @@ def _match_all(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matched:
     if wrapper is None:
         raise _no_tensor(weights, model, own)
     tensors, outside = _unwrapped(weights.tensors, wrapper)
-    return Matched(None, "segmenter", tensors, own, {}, outside)
+    dropped = auxiliary_keys(tensors, model)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
+    return Matched(None, "segmenter", tensors, own, dropped, outside)
+
+
+def auxiliary_keys(keys: Iterable[str], model: Any, prefix: str = "") -> dict[str, str]:
+    """Return the keys of submodules that only a training loss uses and that a network is without.
+
+    Args:
+        keys: Keys of a state dict.
+        model: The network, with ``auxiliary_paths`` if it is a segmenter.
+        prefix: Prefix of the network's keys in the state dict.
+
+    Returns:
+        Keys -> reason why they can be left out.
+    """
+    own = model.state_dict()
+    lacking = tuple(
+        f"{prefix}{path}."
+        for path in getattr(model, "auxiliary_paths", ())
+        if not any(key.startswith(f"{path}.") for key in own)
+    )
+    reason = "only the training loss uses it, and the network was built without it"
+    return {key: reason for key in keys if key.startswith(lacking)}
 
 
 def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matched:
@@ -217,26 +240,26 @@ def _no_tensor(weights: Weights, model: Any, own: Mapping[str, Tensor]) -> UserE
 
 
 def _encoder_keys(model: Any, own: Iterable[str]) -> set[str]:
-    """Return the keys of the encoder: its parameters (``layer_ids()``) and their modules' buffers.
+    """Return the keys of the encoder: its parameters and the buffers of their modules.
 
     Classifiers inside of the encoder, as in SeMask, depend on the classes, so they are left out.
 
     Raises:
-        UserError: The network's ``layer_ids()`` is empty.
+        UserError: The network has no encoder and no ``layer_ids()``.
     """
-    layers = model.layer_ids()
-    if not layers:
+    names = model.encoder_parameters()
+    if not names:
         raise UserError(
             f"a {type(model).__name__} has no encoder that could be loaded alone: its layer_ids() "
             "are empty; load the whole network (model.weights on the command line)"
         )
-    layers = layers.keys() - {*classifier_keys(model)}
-    modules = {key.rpartition(".")[0] for key in layers}
+    names = names - {*classifier_keys(model)}
+    modules = {key.rpartition(".")[0] for key in names}
     parameters = dict(model.named_parameters())
     return {
         key
         for key in own
-        if key in layers or (key not in parameters and key.rpartition(".")[0] in modules)
+        if key in names or (key not in parameters and key.rpartition(".")[0] in modules)
     }
 
 

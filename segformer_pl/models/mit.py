@@ -322,6 +322,8 @@ class MixTransformer(Encoder):
         [(1, 32, 16, 24), (1, 64, 8, 12), (1, 160, 4, 6), (1, 256, 2, 3)]
     """
 
+    training_arguments = ("drop_path_rate",)
+
     def __init__(
         self,
         embed_dims: Sequence[int],

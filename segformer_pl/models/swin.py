@@ -196,6 +196,8 @@ class SwinEncoder(Encoder):
         [(1, 8, 16, 25), (1, 16, 8, 13), (1, 32, 4, 7), (1, 64, 2, 4)]
     """
 
+    training_arguments = ("pretrained", "drop_path_rate")
+
     def __init__(
         self,
         name: str,

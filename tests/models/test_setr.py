@@ -1,6 +1,6 @@
 """SETR: goldens of the authors' code, the paper's sizes, the contract."""
 
-import zlib
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from segformer_pl.models import TimmEncoder
 from segformer_pl.models.segmenter import check_segmenter
 from segformer_pl.models.setr import SETR, setr_mla, setr_naive, setr_pup
 from segformer_pl.models.vit_encoder import ViTEncoder
+from tests.models import golden_fill as golden
 
 TINY = "test_vit"  # 6 blocks, 64 channels
 VARIANTS = {"naive": setr_naive, "pup": setr_pup, "mla": setr_mla}
@@ -31,24 +32,6 @@ def cross_entropy(logits, target, ignore_index):
 
 
 # Goldens of the authors' code: parameters are filled by their original keys.
-
-
-def _noise(key, shape):
-    n = torch.arange(torch.Size(shape).numel())
-    offset = zlib.crc32(key.encode()) % 10007
-    return (((7 * n**2 + 31 * n + offset) % 10007).double() / 10007 - 0.5).view(shape)
-
-
-def _fill(key, shape):
-    """Return the stated value of a parameter or buffer with this original key."""
-    noise, name = _noise(key, shape), key.rpartition(".")[2]
-    if name == "running_var":
-        return 1 + 0.5 * noise
-    if name in ("pos_embed", "cls_token"):
-        return noise
-    if len(shape) > 1:
-        return noise * (12 * shape[0] / noise.numel()) ** 0.5
-    return 1 + 0.4 * noise if name == "weight" else 0.2 * noise
 
 
 def original_key(key, decoder):
@@ -76,17 +59,13 @@ def original_key(key, decoder):
     return f"{head}.{'.'.join(path)}"  # LayerNorm
 
 
-def fill(network):
-    """Fill a network in float64 as the goldens state."""
-    network.double().eval()
-    for key, tensor in network.state_dict().items():
-        if key.endswith("num_batches_tracked"):
-            continue
-        original = original_key(key, network.decoder)
-        if key.endswith("pos_embed"):  # in MLA, row 0 belongs to the class token that is left out
-            tensor.copy_(_fill(original, (1, 37, 192))[:, -tensor.shape[1] :])
-        else:
-            tensor.copy_(_fill(original, tensor.shape))
+def filled(decoder):
+    """Return a network of the goldens."""
+    network = VARIANTS[decoder](19, "vit_tiny_patch16_224", 96)
+    golden.fill_network(network, partial(original_key, decoder=decoder))
+    table = network.encoder.backbone.pos_embed
+    # In MLA, row 0 of the original's table belongs to the class token that is left out.
+    table.data = golden.fill("backbone.pos_embed", (1, 37, 192))[:, -table.shape[1] :]
     return network
 
 
@@ -101,19 +80,14 @@ GOLDENS = {
 @pytest.mark.slow
 @decoders
 def test_goldens_of_the_authors_code(decoder):
-    network = fill(VARIANTS[decoder](19, "vit_tiny_patch16_224", 96))
-    images = 4 * _noise("input", (1, 3, 96, 96))
-    cells = torch.arange(96) // 16
-    target = ((5 * cells[:, None] + 3 * cells) % 19)[None]
-    target[:, :8] = 255
+    network, images = filled(decoder), golden.images(96, 96)
     with torch.no_grad():
         logits = network(images)
-        loss = network.training_loss(images, target, cross_entropy, 255)
-    logits = F.interpolate(logits, size=(96, 96), mode="bilinear").flatten()
-    probes = [logits[k * (len(logits) // 5) + 3 * k].item() for k in range(5)]
+        loss = network.training_loss(images, golden.labels(96, 96, 19), cross_entropy, 255)
+    logits = F.interpolate(logits, size=(96, 96), mode="bilinear")
     total, expected_probes, expected_loss = GOLDENS[decoder]
     assert logits.sum().item() == pytest.approx(total, rel=0, abs=6e-5)
-    assert probes == pytest.approx(expected_probes, rel=0, abs=6e-6)
+    assert golden.probes(logits) == pytest.approx(expected_probes, rel=0, abs=6e-6)
     assert loss.item() == pytest.approx(expected_loss, rel=0, abs=6e-7)
 
 
@@ -246,8 +220,14 @@ def test_contract(decoder):
     check_segmenter(network)
     assert network.min_size == 16
     names = {name for name, _ in network.named_parameters()}
-    assert network.layer_ids().keys() == {name for name in names if name.startswith("encoder.")}
-    assert network.no_weight_decay() < network.layer_ids().keys()
+    encoder = {name for name in names if name.startswith("encoder.")}
+    assert network.encoder_parameters() == encoder
+    assert network.no_weight_decay() < encoder
+    # In the authors' code only the heads train at ten times the rate, and the neck is none.
+    ids = network.layer_ids()
+    neck = {name for name in names if name.startswith("neck.")}
+    assert ids.keys() == encoder | neck
+    assert {ids[name] for name in neck} == ({max(ids.values())} if decoder == "mla" else set())
     paths = [f"{path}." for path in network.parts().values()]
     assert all(sum(name.startswith(path) for path in paths) == 1 for name in names)
     classifiers = [network.get_submodule(path) for path in network.classifier_paths]
