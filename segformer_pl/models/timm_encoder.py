@@ -14,7 +14,7 @@ from torch.func import functional_call
 from segformer_pl.errors import UserError
 from segformer_pl.models.paper_macs import counted_macs
 from segformer_pl.models.segmenter import Encoder
-from segformer_pl.models.timm_models import create_timm_model
+from segformer_pl.models.timm_models import create_timm_model, on_meta
 
 # Strides of MiT's maps, which the MLP head expects. Convolutional networks also have finer ones.
 STRIDES = (4, 8, 16, 32)
@@ -53,6 +53,8 @@ class TimmEncoder(Encoder):
         UserError: timm has no such model, the model has no feature pyramid or does not take these
             arguments, or its weights cannot be downloaded.
     """
+
+    training_arguments = ("pretrained", "drop_path_rate")
 
     def __init__(
         self,
@@ -214,7 +216,7 @@ def _pyramid(
     arguments: dict[str, Any] = {"in_chans": in_channels}
     if drop_path_rate is not None:
         arguments["drop_path_rate"] = drop_path_rate
-    with torch.device("meta"):
+    with on_meta():
         model = create_timm_model(name, False, arguments, features_only=True)
         if is_model_in_modules(name, ["swin_transformer"]):
             raise UserError(
