@@ -34,6 +34,7 @@ from segformer_pl.checkpoints.maskformer_layout import (
 from segformer_pl.checkpoints.report import Parts, listed
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
+from segformer_pl.models.segmenter import Encoder
 
 OWN_KEYS = "keys of the model"
 
@@ -210,8 +211,9 @@ def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matc
     if wrapper is not None:
         tensors, outside = _unwrapped(weights.tensors, wrapper)
     else:
-        prefix = _wrapper(encoder, weights.tensors) or ""
-        tensors = {prefix + key: tensor for key, tensor in weights.tensors.items()}
+        of_backbone = _renamed(weights.tensors, model)
+        prefix = _wrapper(encoder, of_backbone) or ""
+        tensors = {prefix + key: tensor for key, tensor in of_backbone.items()}
         outside = []
         common = len(tensors.keys() & encoder.keys())
         # Few keys of both are equal by chance. Of a deeper backbone only the first blocks are used.
@@ -229,6 +231,17 @@ def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matc
     }
     tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
     return Matched(None, "segmenter", tensors, encoder, dropped, outside)
+
+
+def _renamed(tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return the tensors of a file of a backbone alone under the keys of the network's encoder."""
+    encoders = [module for module in model.modules() if isinstance(module, Encoder)]
+    renamed = {}
+    for key, tensor in tensors.items():
+        for encoder in encoders:
+            key = encoder.own_key(key)
+        renamed[key] = tensor
+    return renamed
 
 
 def _no_tensor(weights: Weights, model: Any, own: Mapping[str, Tensor]) -> UserError:

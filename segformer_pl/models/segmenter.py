@@ -181,6 +181,14 @@ class Encoder(Network):
         """Return the size (H_i, W_i) of every map of an image of this height and width."""
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.out_strides]
 
+    def own_key(self, key: str) -> str:
+        """Return the encoder's key for a key of its classification network. By default the same.
+
+        Args:
+            key: Key of a file of the backbone alone, perhaps after a prefix such as ``module.``.
+        """
+        return key
+
     def adapt_weights(
         self, tensors: Mapping[str, Tensor], stated: Mapping[str, Any]
     ) -> AdaptedWeights:

@@ -112,6 +112,21 @@ class TimmEncoder(Encoder):
             "output_stride": self.output_stride,
         }
 
+    def own_key(self, key: str) -> str:
+        """Return the key of timm's model with feature maps for one of its classification network.
+
+        Where maps come from inside a sequence of modules, as in ConvNeXt, timm takes the sequence
+        apart: ``stages.0.blocks.1.gamma`` becomes ``stages_0.blocks.1.gamma``.
+        """
+        children = dict(self.backbone.named_children())
+        steps = key.split(".")
+        for i in range(len(steps) - 1):
+            if steps[i] in children:
+                return key
+            if (joined := f"{steps[i]}_{steps[i + 1]}") in children:
+                return ".".join([*steps[:i], joined, *steps[i + 2 :]])
+        return key
+
     def parts(self) -> dict[str, str]:
         """Return timm's own division: stem, norm and stages."""
         return {path: f"backbone.{path}" for path in _part_paths(self.backbone)}
