@@ -19,11 +19,13 @@ def on_meta() -> Iterator[None]:
 
     Tensors there have no values, but initialising them takes most of the time, so it is skipped.
     """
-    with torch.device("meta"), _SkipInitialization():
+    with torch.device("meta"), SkipInitialization():
         yield
 
 
-class _SkipInitialization(TorchFunctionMode):
+class SkipInitialization(TorchFunctionMode):
+    """Context in which functions that change the values of a parameter do nothing."""
+
     def __torch_function__(
         self,
         func: Callable[..., Any],

@@ -3,6 +3,8 @@
 All tensors of a network are filled with values that follow from their names in that code.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +12,8 @@ from torch.nn import functional as F
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.models import semask
 from segformer_pl.models.semask import SemanticLayer, semask_fpn
-from tests.models.golden_fill import fill_network, images, labels, probes
+from tests.models import golden_fill as golden
+from tests.models.golden_fill import images, labels, probes
 
 SEMANTIC_NAMES = {
     "norm": "norm1",
@@ -49,7 +52,8 @@ def filled():
 
     def get(num_classes):
         if num_classes not in networks:
-            networks[num_classes] = fill_network(semask_fpn(num_classes), original_name)
+            build = partial(semask_fpn, num_classes)
+            networks[num_classes] = golden.filled(build, original_name)
         return networks[num_classes]
 
     return get

@@ -1,11 +1,13 @@
 """SETR: goldens of the authors' code, the paper's sizes, the contract."""
 
+import inspect
+import re
 from functools import partial
 
+import jsonargparse
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from segformer_pl.analysis.complexity import complexity
 from segformer_pl.checkpoints import load_network, load_weights
@@ -16,8 +18,10 @@ from segformer_pl.inference import Inference, predict_classes
 from segformer_pl.models import TimmEncoder
 from segformer_pl.models.segmenter import check_segmenter
 from segformer_pl.models.setr import SETR, setr_mla, setr_naive, setr_pup
+from segformer_pl.models.timm_models import on_meta
 from segformer_pl.models.vit_encoder import ViTEncoder
 from tests.models import golden_fill as golden
+from tests.models.counting import executed_gmacs
 
 TINY = "test_vit"  # 6 blocks, 64 channels
 VARIANTS = {"naive": setr_naive, "pup": setr_pup, "mla": setr_mla}
@@ -61,8 +65,8 @@ def original_key(key, decoder):
 
 def filled(decoder):
     """Return a network of the goldens."""
-    network = VARIANTS[decoder](19, "vit_tiny_patch16_224", 96)
-    golden.fill_network(network, partial(original_key, decoder=decoder))
+    build = partial(VARIANTS[decoder], 19, "vit_tiny_patch16_224", 96)
+    network = golden.filled(build, partial(original_key, decoder=decoder))
     table = network.encoder.backbone.pos_embed
     # In MLA, row 0 of the original's table belongs to the class token that is left out.
     table.data = golden.fill("backbone.pos_embed", (1, 37, 192))[:, -table.shape[1] :]
@@ -129,18 +133,15 @@ def unused_in_mla(network):
 def test_parameters_and_macs(decoder, size, setting):
     with_aux, without_aux, gmacs = SIZES[decoder, size][setting]
     num_classes, side = ((150, 512), (19, 768))[setting]
-    with torch.device("meta"):
-        network = VARIANTS[decoder](num_classes, f"vit_{size}_patch16_384", side).eval()
-        images = torch.empty(1, 3, side, side)
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
-            network(images)
+    with on_meta():
+        network = VARIANTS[decoder](num_classes, f"vit_{size}_patch16_384", side)
     assert network.encoder.backbone.out_indices == BLOCKS[decoder, size]
     assert len(network.aux_heads) == (3 if decoder == "naive" else 4)
     unused = unused_in_mla(network)
     assert num_parameters(network) + unused == with_aux
     aux_parameters = num_parameters(network.aux_heads)
     assert num_parameters(network) - aux_parameters + unused == without_aux
-    assert flops.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.002)
+    assert executed_gmacs(network, (side, side)) == pytest.approx(gmacs, rel=0.002)
 
 
 @pytest.mark.slow
@@ -148,7 +149,7 @@ def test_parameters_and_macs(decoder, size, setting):
     ("decoder", "expected"), [("mla", 91467539), ("pup", 97088095), ("naive", 87248204)]
 )
 def test_parameters_with_19_classes_at_512(decoder, expected):
-    with torch.device("meta"):
+    with on_meta():
         network = VARIANTS[decoder](19, "vit_base_patch16_384", 512)
     assert num_parameters(network) + unused_in_mla(network) == expected
 
@@ -241,7 +242,7 @@ def test_contract(decoder):
 @decoders
 def test_native_file_rebuilds_the_network(decoder, tmp_path, randomize):
     network = VARIANTS[decoder](
-        5, TINY, (32, 48), (1, 4), decoder_dim=8, aux_weight=0.3, in_channels=2
+        5, TINY, (32, 48), out_indices=(1, 4), decoder_dim=8, aux_weight=0.3, in_channels=2
     )
     network = randomize(network).float().eval()
     export_weights(network, tmp_path / "network.safetensors", "native")
@@ -253,7 +254,7 @@ def test_native_file_rebuilds_the_network(decoder, tmp_path, randomize):
         loss = loaded.eval().training_loss(images, target, cross_entropy, 255)
         assert torch.equal(loaded(images), network(images))
     assert loss == expected
-    other = VARIANTS[decoder](3, TINY, (32, 48), (1, 4), in_channels=2)
+    other = VARIANTS[decoder](3, TINY, (32, 48), out_indices=(1, 4), in_channels=2)
     load_weights(other, tmp_path / "network.safetensors", parts="encoder")
     for key, tensor in other.encoder.state_dict().items():
         assert torch.equal(tensor, network.encoder.state_dict()[key])
@@ -261,7 +262,7 @@ def test_native_file_rebuilds_the_network(decoder, tmp_path, randomize):
 
 @pytest.mark.slow
 def test_complexity_by_part():
-    cost = complexity(setr_mla(5, TINY, 32, decoder_dim=8), 32, 48)
+    cost = complexity(setr_mla(5, TINY, 32, out_indices=(0, 1), decoder_dim=8), 32, 48)
     assert [part.name for part in cost.parts] == ["backbone", "neck", "head", "aux_heads"]
     assert sum(part.num_parameters for part in cost.parts) == cost.num_parameters
     assert sum(part.macs for part in cost.parts) == cost.macs
@@ -294,6 +295,15 @@ def test_on_the_command_line():
     assert network.encoder.backbone.out_indices == (1, 4)
     assert network.decoder == "mla"
     assert network.aux_weight == 0.2
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(setr_mla, "network")
+    options = re.findall(r"^  --network\.(\w+)", parser.format_help(), re.MULTILINE)
+    own, encoder = (inspect.signature(one).parameters for one in (SETR, ViTEncoder))
+    fixed = {"encoder", "name", "decoder", "class_token"}
+    assert set(options) == (own.keys() | encoder.keys() | {"backbone"}) - fixed
+    for wrong in ("aux_weight=much", "class_token=false"):
+        with pytest.raises(jsonargparse.ArgumentError, match=wrong.partition("=")[0]):
+            parser.parse_args(["--network.num_classes=3", f"--network.{wrong}"])
 
 
 @pytest.mark.parametrize(
@@ -313,7 +323,7 @@ def test_arguments_out_of_range_are_refused(arguments, sentence):
 @pytest.mark.slow
 def test_encoders_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"one stride, and TimmEncoder has strides 4, 8, 16, 32"):
-        SETR(TimmEncoder("resnet18"), 5)
+        SETR(TimmEncoder("test_resnet"), 5)
     with pytest.raises(UserError, match=r"no plain vision transformer but a ResNet"):
         setr_pup(5, "resnet18")
     single = ViTEncoder(TINY, 32, (5,))
