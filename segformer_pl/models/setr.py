@@ -350,12 +350,13 @@ def _setr(
     num_classes: int,
     backbone: str,
     image_size: int | tuple[int, int],
-    out_indices: Sequence[int] | None,
-    decoder_dim: int,
-    aux_weight: float,
-    pretrained: bool,
-    in_channels: int,
+    out_indices: Sequence[int] | None = None,
+    decoder_dim: int = 256,
+    aux_weight: float = 0.4,
+    pretrained: bool = False,
+    in_channels: int = 3,
 ) -> SETR:
+    """Build SETR on a :class:`ViTEncoder`, with the blocks of the paper by default."""
     if out_indices is None:
         depth = vit_shape(backbone).depth
         out_indices = PAPER_BLOCKS.get((decoder, depth), evenly_spaced(depth))
@@ -371,76 +372,35 @@ def _setr(
 
 
 # Variants. The paper's T-Large is vit_large_patch16_384, its T-Base vit_base_patch16_384, and its
-# DeiT deit_base_distilled_patch16_384. Arguments are those of ViTEncoder and SETR.
+# DeiT deit_base_distilled_patch16_384. Arguments are those of ViTEncoder and SETR; ``kwargs`` are
+# the further ones of _setr, which the command line finds too.
 
 
 def setr_naive(
     num_classes: int,
     backbone: str = "vit_large_patch16_384",
     image_size: int | tuple[int, int] = 512,
-    out_indices: Sequence[int] | None = None,
-    decoder_dim: int = 256,
-    aux_weight: float = 0.4,
-    pretrained: bool = False,
-    in_channels: int = 3,
+    **kwargs: Any,
 ) -> SETR:
     """SETR-Naive, 304.5 M parameters at 150 classes without auxiliary heads."""
-    return _setr(
-        "naive",
-        num_classes,
-        backbone,
-        image_size,
-        out_indices,
-        decoder_dim,
-        aux_weight,
-        pretrained,
-        in_channels,
-    )
+    return _setr("naive", num_classes, backbone, image_size, **kwargs)
 
 
 def setr_pup(
     num_classes: int,
     backbone: str = "vit_large_patch16_384",
     image_size: int | tuple[int, int] = 512,
-    out_indices: Sequence[int] | None = None,
-    decoder_dim: int = 256,
-    aux_weight: float = 0.4,
-    pretrained: bool = False,
-    in_channels: int = 3,
+    **kwargs: Any,
 ) -> SETR:
     """SETR-PUP, 308.3 M parameters at 150 classes without auxiliary heads."""
-    return _setr(
-        "pup",
-        num_classes,
-        backbone,
-        image_size,
-        out_indices,
-        decoder_dim,
-        aux_weight,
-        pretrained,
-        in_channels,
-    )
+    return _setr("pup", num_classes, backbone, image_size, **kwargs)
 
 
 def setr_mla(
     num_classes: int,
     backbone: str = "vit_large_patch16_384",
     image_size: int | tuple[int, int] = 512,
-    out_indices: Sequence[int] | None = None,
-    decoder_dim: int = 256,
-    aux_weight: float = 0.4,
-    pretrained: bool = False,
-    in_channels: int = 3,
+    **kwargs: Any,
 ) -> SETR:
     """SETR-MLA, 310.0 M parameters at 150 classes without auxiliary heads."""
-    return _setr(
-        "mla",
-        num_classes,
-        backbone,
-        image_size,
-        out_indices,
-        decoder_dim,
-        aux_weight,
-        pretrained,
-        in_channels,
-    )
+    return _setr("mla", num_classes, backbone, image_size, **kwargs)
