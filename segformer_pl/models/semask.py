@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import to_channels_first
 from segformer_pl.models.segmenter import Criterion, Segmenter
 from segformer_pl.models.swin import SwinEncoder, Window, pad_to_windows
+from segformer_pl.models.tokens import to_channels_first
 
 NUM_STAGES = 4
 

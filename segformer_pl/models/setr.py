@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import to_channels_first, to_tokens
 from segformer_pl.models.segmenter import Criterion, Encoder, Segmenter
+from segformer_pl.models.tokens import to_channels_first, to_tokens
 from segformer_pl.models.vit_encoder import ViTEncoder, evenly_spaced, vit_shape
 
 Decoder = Literal["naive", "pup", "mla"]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import to_channels_first
 from segformer_pl.models.segmenter import AdaptedWeights, Encoder
 from segformer_pl.models.timm_models import create_timm_model, on_meta
+from segformer_pl.models.tokens import to_channels_first
 
 # Parameters of timm's model that become tokens in front of the image's, in timm's order.
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
