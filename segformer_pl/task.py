@@ -21,7 +21,7 @@ from segformer_pl.checkpoints import (
     non_finite,
 )
 from segformer_pl.checkpoints.facts import check_facts, checked_constants
-from segformer_pl.checkpoints.matching import auxiliary_keys
+from segformer_pl.checkpoints.matching import leave_out_auxiliary
 from segformer_pl.checkpoints.training_state import (
     check_content,
     check_tensors,
@@ -392,20 +392,10 @@ class SegmentationTask(pl.LightningModule):
             )
         report = self.read_weights(self.network)
         self._check_labels(report)
-        if report.changed and not is_training:
-            raise UserError(
-                f"model.weights: {report.changed[0]}, so this is not the network that was "
-                "trained; set the arguments of the trained network, or train this one with `fit` "
-                "first"
-            )
+        if not is_training:
+            report.check_trained("model.weights")
         for difference in report.changed:
             rank_zero_warn(f"{report.source}: {difference}; using the arguments of this run")
-        if report.reinitialized and not is_training:
-            reason = next(iter(report.reinitialized.values()))
-            raise UserError(
-                f"model.weights: the classifier would be re-initialised ({reason}), so its "
-                "predictions would be meaningless; train it with `fit` first"
-            )
         # Each rank initialised these parameters independently; broadcast rank 0's values.
         parameters = dict(self.network.named_parameters())
         for name in report.reinitialized:
@@ -473,8 +463,10 @@ class SegmentationTask(pl.LightningModule):
         check_facts(stated, name, self.class_names, self._normalization())
         trainer = self._trainer  # None in load_from_checkpoint, whose `strict` may be False
         is_training = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        if not is_training:  # a training's optimiser has to fit too
-            self._leave_out_auxiliary(checkpoint["state_dict"])
+        state = checkpoint["state_dict"]
+        # In a training, the optimiser's state has to fit too.
+        if not is_training and (report := leave_out_auxiliary(state, self.network, "network.")):
+            rank_zero_info(f"the checkpoint: {report}")
         strict = trainer is not None and self.strict_loading
         check_tensors(checkpoint["state_dict"], self.state_dict(), name, strict)
         if is_training:
@@ -484,17 +476,6 @@ class SegmentationTask(pl.LightningModule):
         if constants := checked_constants(name, checkpoint):
             self.network.set_weight_constants(constants)
             self._constants_are_from_weights = True
-
-    def _leave_out_auxiliary(self, state: dict[str, Tensor]) -> None:
-        """Delete the tensors of auxiliary heads from a state dict if the network has none."""
-        left_out = auxiliary_keys(state, self.network, "network.")
-        for key in left_out:
-            del state[key]
-        if left_out:
-            rank_zero_info(
-                f"{len(left_out)} tensors of the checkpoint are left out, such as "
-                f"{next(iter(left_out))}: {next(iter(left_out.values()))}"
-            )
 
     def on_train_start(self) -> None:
         # Lightning restores the optimiser's settings with its state, so a resumed run would keep

@@ -168,21 +168,36 @@ def _match_all(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matched:
     if wrapper is None:
         raise _no_tensor(weights, model, own)
     tensors, outside = _unwrapped(weights.tensors, wrapper)
-    dropped = auxiliary_keys(tensors, model)
+    dropped = _auxiliary_keys(tensors, model)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
     return Matched(None, "segmenter", tensors, own, dropped, outside)
 
 
-def auxiliary_keys(keys: Iterable[str], model: Any, prefix: str = "") -> dict[str, str]:
-    """Return the keys of submodules that only a training loss uses and that a network is without.
+def leave_out_auxiliary(state: dict[str, Tensor], model: Any, prefix: str) -> str | None:
+    """Delete the tensors of auxiliary heads from a state dict if the network has none.
 
     Args:
-        keys: Keys of a state dict.
-        model: The network, with ``auxiliary_paths`` if it is a segmenter.
+        state: State dict, changed in place.
+        model: The network.
         prefix: Prefix of the network's keys in the state dict.
 
     Returns:
-        Keys -> reason why they can be left out.
+        What was deleted and why; None if nothing was.
+    """
+    left_out = _auxiliary_keys(state, model, prefix)
+    for key in left_out:
+        del state[key]
+    if not left_out:
+        return None
+    return (
+        f"{len(left_out)} tensors are left out ({listed(list(left_out))}): {min(left_out.values())}"
+    )
+
+
+def _auxiliary_keys(keys: Iterable[str], model: Any, prefix: str = "") -> dict[str, str]:
+    """Return the keys of submodules that only a training loss uses and that a network lacks.
+
+    Each comes with the reason why it can be left out.
     """
     own = model.state_dict()
     lacking = tuple(
