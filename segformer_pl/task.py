@@ -21,6 +21,7 @@ from segformer_pl.checkpoints import (
     non_finite,
 )
 from segformer_pl.checkpoints.facts import check_facts, checked_constants
+from segformer_pl.checkpoints.matching import leave_out_auxiliary
 from segformer_pl.checkpoints.training_state import (
     check_content,
     check_tensors,
@@ -391,20 +392,10 @@ class SegmentationTask(pl.LightningModule):
             )
         report = self.read_weights(self.network)
         self._check_labels(report)
-        if report.changed and not is_training:
-            raise UserError(
-                f"model.weights: {report.changed[0]}, so this is not the network that was "
-                "trained; set the arguments of the trained network, or train this one with `fit` "
-                "first"
-            )
+        if not is_training:
+            report.check_trained("model.weights")
         for difference in report.changed:
             rank_zero_warn(f"{report.source}: {difference}; using the arguments of this run")
-        if report.reinitialized and not is_training:
-            reason = next(iter(report.reinitialized.values()))
-            raise UserError(
-                f"model.weights: the classifier would be re-initialised ({reason}), so its "
-                "predictions would be meaningless; train it with `fit` first"
-            )
         # Each rank initialised these parameters independently; broadcast rank 0's values.
         parameters = dict(self.network.named_parameters())
         for name in report.reinitialized:
@@ -471,9 +462,14 @@ class SegmentationTask(pl.LightningModule):
         stated = checkpoint.get("hyper_parameters", {})
         check_facts(stated, name, self.class_names, self._normalization())
         trainer = self._trainer  # None in load_from_checkpoint, whose `strict` may be False
+        is_training = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        state = checkpoint["state_dict"]
+        # In a training, the optimiser's state has to fit too.
+        if not is_training and (report := leave_out_auxiliary(state, self.network, "network.")):
+            rank_zero_info(f"the checkpoint: {report}")
         strict = trainer is not None and self.strict_loading
         check_tensors(checkpoint["state_dict"], self.state_dict(), name, strict)
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        if is_training:
             check_training_state(checkpoint, self.optimizer, self._parameter_groups(), name)
         self._weights_are_set = True
         self.trained_steps = checkpoint.get("global_step", 0)

@@ -89,7 +89,7 @@ class Complexity:
         image_shape: (C, H, W).
         num_classes: Number of channels of the logits.
         num_parameters: Number of all parameters.
-        encoder_parameters: Number of the parameters in the network's ``layer_ids()``.
+        encoder_parameters: Number of the encoder's parameters.
         head_parameters: Number of all other parameters.
         macs: MACs executed in a forward pass.
         paper_macs: "FLOPs" as counted by the network's paper; None if there is no paper.
@@ -167,7 +167,7 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
         )
         for name, (path, module) in parts.items()
     )
-    encoder = network.layer_ids()
+    encoder = network.encoder_parameters()
     encoder_parameters = sum(
         parameter.numel() for name, parameter in network.named_parameters() if name in encoder
     )

@@ -214,13 +214,15 @@ def encoder_arguments(network: Any) -> dict[str, Any]:
     return innermost({"init_args": network.init_args()})[1]
 
 
-# Arguments that a comparison of networks ignores: rates and weights of losses matter in training
-# only, and the number of classes follows from the data set.
-FREE_ARGUMENTS = (
-    *("drop_path_rate", "dropout", "semantic_dropout", "aspp_dropout"),
-    *("aux_weight", "mask_weight", "dice_weight", "no_object_weight", "ignored_pixels"),
-    *("num_classes", "pretrained", "freeze_batch_norm"),
-)
+def free_arguments(network: Any) -> set[str]:
+    """Return the arguments that a comparison of networks ignores, by their names.
+
+    They are the number of classes, which follows from the data set, and the
+    :attr:`~segformer_pl.models.segmenter.Network.training_arguments` of the network and of those
+    inside it.
+    """
+    networks = [module for module in network.modules() if isinstance(module, Network)]
+    return {"num_classes", *(name for one in networks for name in one.training_arguments)}
 
 
 def flat_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,7 +274,7 @@ def _compare_arguments(
     """
     if matched.layout is None:
         ours = flat_arguments(model.spec())
-        compared_elsewhere = {*FREE_ARGUMENTS, *model.weight_constants()}
+        compared_elsewhere = {*free_arguments(model), *model.weight_constants()}
         theirs = flat_arguments(weights.task.get("network", {}))
         theirs = {key: value for key, value in theirs.items() if key not in compared_elsewhere}
     else:

@@ -34,6 +34,7 @@ from segformer_pl.checkpoints.maskformer_layout import (
 from segformer_pl.checkpoints.report import Parts, listed
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
+from segformer_pl.models.segmenter import Encoder
 
 OWN_KEYS = "keys of the model"
 
@@ -167,7 +168,45 @@ def _match_all(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matched:
     if wrapper is None:
         raise _no_tensor(weights, model, own)
     tensors, outside = _unwrapped(weights.tensors, wrapper)
-    return Matched(None, "segmenter", tensors, own, {}, outside)
+    dropped = _auxiliary_keys(tensors, model)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
+    return Matched(None, "segmenter", tensors, own, dropped, outside)
+
+
+def leave_out_auxiliary(state: dict[str, Tensor], model: Any, prefix: str) -> str | None:
+    """Delete the tensors of auxiliary heads from a state dict if the network has none.
+
+    Args:
+        state: State dict, changed in place.
+        model: The network.
+        prefix: Prefix of the network's keys in the state dict.
+
+    Returns:
+        What was deleted and why; None if nothing was.
+    """
+    left_out = _auxiliary_keys(state, model, prefix)
+    for key in left_out:
+        del state[key]
+    if not left_out:
+        return None
+    return (
+        f"{len(left_out)} tensors are left out ({listed(list(left_out))}): {min(left_out.values())}"
+    )
+
+
+def _auxiliary_keys(keys: Iterable[str], model: Any, prefix: str = "") -> dict[str, str]:
+    """Return the keys of submodules that only a training loss uses and that a network lacks.
+
+    Each comes with the reason why it can be left out.
+    """
+    own = model.state_dict()
+    lacking = tuple(
+        f"{prefix}{path}."
+        for path in getattr(model, "auxiliary_paths", ())
+        if not any(key.startswith(f"{path}.") for key in own)
+    )
+    reason = "only the training loss uses it, and the network was built without it"
+    return {key: reason for key in keys if key.startswith(lacking)}
 
 
 def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matched:
@@ -187,8 +226,9 @@ def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matc
     if wrapper is not None:
         tensors, outside = _unwrapped(weights.tensors, wrapper)
     else:
-        prefix = _wrapper(encoder, weights.tensors) or ""
-        tensors = {prefix + key: tensor for key, tensor in weights.tensors.items()}
+        of_backbone = _renamed(weights.tensors, model)
+        prefix = _wrapper(encoder, of_backbone) or ""
+        tensors = {prefix + key: tensor for key, tensor in of_backbone.items()}
         outside = []
         common = len(tensors.keys() & encoder.keys())
         # Few keys of both are equal by chance. Of a deeper backbone only the first blocks are used.
@@ -208,6 +248,17 @@ def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matc
     return Matched(None, "segmenter", tensors, encoder, dropped, outside)
 
 
+def _renamed(tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return the tensors of a file of a backbone alone under the keys of the network's encoder."""
+    encoders = [module for module in model.modules() if isinstance(module, Encoder)]
+    renamed = {}
+    for key, tensor in tensors.items():
+        for encoder in encoders:
+            key = encoder.own_key(key)
+        renamed[key] = tensor
+    return renamed
+
+
 def _no_tensor(weights: Weights, model: Any, own: Mapping[str, Tensor]) -> UserError:
     return UserError(
         f"{weights.name} holds no tensor of a {type(model).__name__} ({listed(list(own))}): it "
@@ -217,26 +268,26 @@ def _no_tensor(weights: Weights, model: Any, own: Mapping[str, Tensor]) -> UserE
 
 
 def _encoder_keys(model: Any, own: Iterable[str]) -> set[str]:
-    """Return the keys of the encoder: its parameters (``layer_ids()``) and their modules' buffers.
+    """Return the keys of the encoder: its parameters and the buffers of their modules.
 
     Classifiers inside of the encoder, as in SeMask, depend on the classes, so they are left out.
 
     Raises:
-        UserError: The network's ``layer_ids()`` is empty.
+        UserError: The network has no encoder and no ``layer_ids()``.
     """
-    layers = model.layer_ids()
-    if not layers:
+    names = model.encoder_parameters()
+    if not names:
         raise UserError(
             f"a {type(model).__name__} has no encoder that could be loaded alone: its layer_ids() "
             "are empty; load the whole network (model.weights on the command line)"
         )
-    layers = layers.keys() - {*classifier_keys(model)}
-    modules = {key.rpartition(".")[0] for key in layers}
+    names = names - {*classifier_keys(model)}
+    modules = {key.rpartition(".")[0] for key in names}
     parameters = dict(model.named_parameters())
     return {
         key
         for key in own
-        if key in layers or (key not in parameters and key.rpartition(".")[0] in modules)
+        if key in names or (key not in parameters and key.rpartition(".")[0] in modules)
     }
 
 

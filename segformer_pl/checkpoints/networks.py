@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from segformer_pl.checkpoints import maskformer_layout
 from segformer_pl.checkpoints.loading import (
-    FREE_ARGUMENTS,
     STEM,
     dims_and_depths,
     flat_arguments,
+    free_arguments,
     load_weights,
     variants,
 )
@@ -149,8 +149,8 @@ def function_arguments(spec: Mapping[str, Any], name: str) -> dict[str, Any] | N
         network: Any = build(spec, name)
     if not hasattr(network, "spec"):
         return None
-    arguments = flat_arguments(network.spec())
-    return {key: value for key, value in arguments.items() if key not in FREE_ARGUMENTS}
+    arguments, free = flat_arguments(network.spec()), free_arguments(network)
+    return {key: value for key, value in arguments.items() if key not in free}
 
 
 def network_spec(weights: Weights) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from segformer_pl.errors import UserError
+
 Parts = Literal["all", "encoder"]
 
 
@@ -50,6 +52,28 @@ class LoadReport:
     remarks: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_trained(self, option: str) -> None:
+        """Check that the network can be evaluated without further training.
+
+        Args:
+            option: Option that gave the weights, for messages.
+
+        Raises:
+            UserError: It computes another function than it was trained for, or its classifier is
+                new.
+        """
+        if self.changed:
+            raise UserError(
+                f"{option}: {self.changed[0]}, so this is not the network that was trained; set "
+                "the arguments of the trained network, or train this one with `fit` first"
+            )
+        if self.reinitialized:
+            reason = next(iter(self.reinitialized.values()))
+            raise UserError(
+                f"{option}: the classifier would be re-initialised ({reason}), so its "
+                "predictions would be meaningless; train it with `fit` first"
+            )
 
     def __str__(self) -> str:
         what = "the encoder" if self.parts == "encoder" else "the model"

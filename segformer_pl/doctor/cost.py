@@ -19,6 +19,7 @@ from segformer_pl.data.streaming import collate
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.doctor.splits import SplitSummary, samples_of
 from segformer_pl.errors import UserError
+from segformer_pl.lightning_workarounds import synchronizes_batch_norm
 from segformer_pl.task import SegmentationTask
 
 TIMED_STEPS = 3
@@ -91,7 +92,10 @@ def examine_cost(
     begin = time.perf_counter()
     loaded = [samples[position] for position in tqdm(train.usable, "loading", leave=False)]
     rate = len(loaded) / (time.perf_counter() - begin)
-    batch = collate([loaded[index % len(loaded)] for index in range(min(data.batch_size, 8))])
+    num_timed = min(data.batch_size, 8)
+    if synchronizes_batch_norm(trainer) and trainer.world_size > 1:
+        num_timed = max(num_timed, 2)  # training has the statistics of all devices, this copy not
+    batch = collate([loaded[index % len(loaded)] for index in range(num_timed)])
     height, width = batch["image"].shape[2:]
     device = trainer.strategy.root_device
     try:
@@ -118,8 +122,8 @@ def examine_cost(
         )
         return
     try:
-        step = _time_step(task, batch, device) * data.batch_size / len(batch["id"])
-    except UserError as error:  # such as a single image where BatchNorm needs several
+        step = _time_step(task, batch, device) * data.batch_size / num_timed
+    except UserError as error:
         examination.error("network", str(error))
         return
     wanted = data.batch_size / step
@@ -166,14 +170,29 @@ def _memory(device: torch.device) -> int:
 def _time_step(task: SegmentationTask, batch: Batch, device: torch.device) -> float:
     """Return the median seconds of a forward and backward pass on one device.
 
-    They run on a copy, so the task does not change.
+    They run on a copy, so the task does not change. Synchronised BatchNorm, which has no other
+    devices here and needs a GPU, is timed as plain BatchNorm.
+
+    Raises:
+        UserError: The network refuses the batch, such as a single image where BatchNorm needs
+            several.
     """
     task = copy.deepcopy(task).to(device).train()
     images, target = batch["image"].to(device), batch["label"].to(device)
     times = []
     for _ in tqdm(range(TIMED_STEPS + 1), "timing a step", leave=False):
         begin = time.perf_counter()
-        task.training_loss(images, target).backward()
+        try:
+            loss = task.training_loss(images, target)
+        except ValueError as error:
+            if isinstance(error, UserError) or "more than 1 value" not in str(error):
+                raise
+            raise UserError(
+                "a BatchNorm of the network cannot train on a batch of 1 image, whose map has a "
+                "single pixel there; give data.batch_size 2 or more, larger images, or "
+                "trainer.sync_batchnorm true on several GPUs"
+            ) from error
+        loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)

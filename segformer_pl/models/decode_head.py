@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import to_channels_first, to_tokens
 from segformer_pl.models.paper_macs import convolution_macs
+from segformer_pl.models.tokens import to_channels_first, to_tokens
 
 
 class AllMLPHead(nn.Module):

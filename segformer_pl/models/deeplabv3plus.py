@@ -64,6 +64,9 @@ class DeepLabV3Plus(Segmenter):
             than 8 and 16 and no rates are given, or an argument is out of range.
     """
 
+    auxiliary_paths = ("aux_head",)
+    training_arguments = ("aspp_dropout", "dropout", "aux_weight")
+
     def __init__(
         self,
         encoder: Encoder,
@@ -174,19 +177,9 @@ class DeepLabV3Plus(Segmenter):
             "aux_weight": self.aux_weight,
         }
 
-    def parts(self) -> dict[str, str]:
-        stages = {name: f"encoder.{path}" for name, path in self.encoder.parts().items()}
-        heads = ["aspp", "low_level", "decoder", "classifier"]
-        heads += [] if self.aux_head is None else ["aux_head"]
-        return stages | {name: name for name in heads}
-
-    def layer_ids(self) -> dict[str, int]:
-        """Return the layers of the encoder's parameters. All other parameters are the head."""
-        return {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
-
     def no_weight_decay(self) -> set[str]:
         """Return those of the encoder only; the head's BatchNorms decay, as in mmsegmentation."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return super().no_weight_decay()
 
     def paper_macs(self, height: int, width: int) -> int | None:
         """Return the "FLOPs" of SegFormer's Table 2, None if the encoder's are unknown.

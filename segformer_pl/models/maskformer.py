@@ -20,7 +20,7 @@ of its code and of transformers, such as a 3x3 convolution for the pixel embeddi
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -107,6 +107,14 @@ class MaskFormer(Segmenter):
     output = "scores"
     classifier_paths = ("class_head",)
     takes_criterion = False
+    training_arguments = (
+        "dropout",
+        "freeze_batch_norm",
+        "mask_weight",
+        "dice_weight",
+        "no_object_weight",
+        "ignored_pixels",
+    )
 
     def __init__(
         self,
@@ -242,15 +250,6 @@ class MaskFormer(Segmenter):
             "ignored_pixels": self.loss.ignored_pixels,
         }
 
-    def parts(self) -> dict[str, str]:
-        stages = {name: f"encoder.{path}" for name, path in self.encoder.parts().items()}
-        heads = ("pixel_decoder", "transformer_decoder", "class_head", "mask_head")
-        return stages | {name: name for name in heads}
-
-    def layer_ids(self) -> dict[str, int]:
-        """Return the layers of the encoder's parameters. All other parameters are the head."""
-        return {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
-
     def no_weight_decay(self) -> set[str]:
         """Return those of the encoder, and the norms and position embeddings of both decoders."""
         own = {
@@ -259,8 +258,7 @@ class MaskFormer(Segmenter):
             if isinstance(module, nn.GroupNorm | nn.LayerNorm) and not path.startswith("encoder.")
             for name, _ in module.named_parameters()
         }
-        of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-        return of_encoder | own | {"transformer_decoder.query_pos.weight"}
+        return super().no_weight_decay() | own | {"transformer_decoder.query_pos.weight"}
 
     def _batch_norms(self) -> list[nn.Module]:
         # The base class, because Lightning's sync_batchnorm replaces BatchNorm2d.
@@ -275,12 +273,6 @@ class MaskFormer(Segmenter):
             )
         for norm in norms:
             norm.eval().requires_grad_(False)
-
-    def weight_constants(self) -> dict[str, float]:
-        return self.encoder.weight_constants()
-
-    def set_weight_constants(self, constants: Mapping[str, float]) -> None:
-        self.encoder.set_weight_constants(constants)
 
 
 def maskformer(

@@ -27,9 +27,16 @@ from segformer_pl.models.mit_arguments import (
     check_stage_arguments,
     default_paddings,
     min_size,
+    position_grids,
 )
 from segformer_pl.models.paper_macs import encoder_macs, output_size
 from segformer_pl.models.segmenter import Encoder
+from segformer_pl.models.tokens import (
+    layer_ids_of_stages,
+    norms_and,
+    to_channels_first,
+    to_tokens,
+)
 
 
 class NormEps(NamedTuple):
@@ -41,16 +48,6 @@ class NormEps(NamedTuple):
 
     norm: float = 1e-6
     conv_norm: float = 1e-5
-
-
-def to_channels_first(tokens: Tensor) -> Tensor:
-    """Return tokens (B, H, W, C) as (B, C, H, W), a view in channels-last memory format."""
-    return tokens.permute(0, 3, 1, 2)
-
-
-def to_tokens(feature_map: Tensor) -> Tensor:
-    """Return a feature map (B, C, H, W) as tokens (B, H, W, C), a view."""
-    return feature_map.permute(0, 2, 3, 1)
 
 
 class OverlapPatchEmbed(nn.Module):
@@ -236,7 +233,7 @@ class Stage(nn.Module):
         patch_embed: Patch embedding.
         blocks: Transformer blocks.
         norm: Final LayerNorm.
-        pos_grid: Side of the learned position table in tokens. None: no table.
+        pos_grid: Side of the learned position table in tokens. 0: no table.
     """
 
     def __init__(
@@ -244,17 +241,14 @@ class Stage(nn.Module):
         patch_embed: OverlapPatchEmbed,
         blocks: Sequence[Block],
         norm: nn.LayerNorm,
-        pos_grid: int | None,
+        pos_grid: int,
     ) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.blocks = nn.Sequential(*blocks)
         self.norm = norm
-        if pos_grid is None:
-            self.register_parameter("pos_embed", None)
-        else:
-            dim = norm.normalized_shape[0]
-            self.pos_embed = nn.Parameter(torch.zeros(1, dim, pos_grid, pos_grid))
+        shape = (1, norm.normalized_shape[0], pos_grid, pos_grid)
+        self.pos_embed = nn.Parameter(torch.zeros(shape)) if pos_grid else None
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """Return the feature map (B, C, H', W') of an input (B, C_in, H, W)."""
@@ -322,6 +316,8 @@ class MixTransformer(Encoder):
         [(1, 32, 16, 24), (1, 64, 8, 12), (1, 160, 4, 6), (1, 256, 2, 3)]
     """
 
+    training_arguments = ("drop_path_rate",)
+
     def __init__(
         self,
         embed_dims: Sequence[int],
@@ -344,19 +340,32 @@ class MixTransformer(Encoder):
         eps = NormEps(norm_eps, conv_norm_eps)
         if paddings is None:
             paddings = default_paddings(patch_sizes, strides)
-        check_stage_arguments(
-            embed_dims=embed_dims,
-            depths=depths,
-            num_heads=num_heads,
-            sr_ratios=sr_ratios,
-            patch_sizes=patch_sizes,
-            strides=strides,
-            paddings=paddings,
-        )
+        per_stage = {
+            "embed_dims": tuple(embed_dims),
+            "depths": tuple(depths),
+            "num_heads": tuple(num_heads),
+            "sr_ratios": tuple(sr_ratios),
+            "patch_sizes": tuple(patch_sizes),
+            "strides": tuple(strides),
+            "paddings": tuple(paddings),
+        }
+        check_stage_arguments(**per_stage)
         check_pos_encoding(pos_encoding, image_size)
         check_kv_border(kv_border)
         check_drop_path_rate(drop_path_rate)
 
+        grids = position_grids(image_size, patch_sizes, strides, paddings)
+        if image_size is not None:
+            # Several image sizes give the same tables; state the smallest.
+            image_size = (grids[0] - 1) * strides[0] + patch_sizes[0] - 2 * paddings[0]
+        self._arguments: dict[str, Any] = per_stage | {
+            "mlp_ratio": mlp_ratio,
+            "kv_border": kv_border,
+            "pos_encoding": pos_encoding,
+            "image_size": image_size,
+            "in_channels": in_channels,
+            "drop_path_rate": drop_path_rate,
+        }
         self.in_channels = in_channels
         self.drop_path_rate = drop_path_rate
         self.out_channels = tuple(embed_dims)
@@ -366,15 +375,7 @@ class MixTransformer(Encoder):
         last_block = max(sum(depths) - 1, 1)
         stages = []
         num_built = 0
-        grid = image_size
         for s in range(4):
-            if grid is not None:
-                grid = (grid + 2 * paddings[s] - patch_sizes[s]) // strides[s] + 1
-                if grid < 1:
-                    raise UserError(
-                        f"image_size={image_size} leaves no token in stage {s + 1}; "
-                        "use larger images or smaller strides"
-                    )
             stages.append(
                 Stage(
                     OverlapPatchEmbed(
@@ -399,7 +400,7 @@ class MixTransformer(Encoder):
                         for b in range(depths[s])
                     ],
                     nn.LayerNorm(embed_dims[s], eps=norm_eps),
-                    pos_grid=grid,
+                    pos_grid=grids[s],
                 )
             )
             num_built += depths[s]
@@ -440,35 +441,7 @@ class MixTransformer(Encoder):
         return features
 
     def init_args(self) -> dict[str, Any]:
-        stages = cast(list[Stage], list(self.stages))
-        first = [cast(Block, stage.blocks[0]) for stage in stages]
-        convolutions = [stage.patch_embed.proj for stage in stages]
-        pos_encoding, image_size = "mix_ffn", None
-        if stages[0].pos_embed is not None:
-            pos_encoding, stem = "learned", convolutions[0]
-            # Several image sizes give the same table; return the smallest.
-            grid = stages[0].pos_embed.shape[-1]
-            padding = int(stem.padding[0])
-            image_size = (grid - 1) * stem.stride[0] + stem.kernel_size[0] - 2 * padding
-        elif isinstance(first[0].mlp.dwconv, nn.Identity):
-            pos_encoding = "none"
-        return {
-            "embed_dims": self.out_channels,
-            "depths": tuple(len(stage.blocks) for stage in stages),
-            "num_heads": tuple(block.attn.num_heads for block in first),
-            "mlp_ratio": first[0].mlp.fc1.out_features // first[0].mlp.fc1.in_features,
-            "sr_ratios": tuple(block.attn.sr_ratio for block in first),
-            "kv_border": first[0].attn.kv_border,
-            "patch_sizes": tuple(convolution.kernel_size[0] for convolution in convolutions),
-            "strides": tuple(convolution.stride[0] for convolution in convolutions),
-            "paddings": tuple(convolution.padding[0] for convolution in convolutions),
-            "pos_encoding": pos_encoding,
-            "image_size": image_size,
-            "in_channels": self.in_channels,
-            "drop_path_rate": self.drop_path_rate,
-            "norm_eps": self.norm_eps.norm,
-            "conv_norm_eps": self.norm_eps.conv_norm,
-        }
+        return self._arguments | self.weight_constants()
 
     def parts(self) -> dict[str, str]:
         return {f"stage{s + 1}": f"stages.{s}" for s in range(len(self.stages))}
@@ -479,28 +452,11 @@ class MixTransformer(Encoder):
         A stage's patch embedding and position table belong to its first block, its final norm to
         its last.
         """
-        ids = {}
-        first = 0
-        for s, stage in enumerate(cast(list[Stage], list(self.stages))):
-            last = first + len(stage.blocks) - 1
-            for name, _ in stage.named_parameters():
-                child, *rest = name.split(".")
-                if child == "blocks":
-                    layer = first + int(rest[0])
-                else:
-                    layer = last if child == "norm" else first
-                ids[f"stages.{s}.{name}"] = layer
-            first = last + 1
-        return ids
+        return layer_ids_of_stages("stages", self.stages)
 
     def no_weight_decay(self) -> set[str]:
         """Return the LayerNorms and the position tables, as in the reference's configurations."""
-        return {
-            f"{path}.{name}"
-            for path, module in self.named_modules()
-            for name, _ in module.named_parameters(recurse=False)
-            if isinstance(module, nn.LayerNorm) or name == "pos_embed"
-        }
+        return norms_and(self, "pos_embed")
 
     def out_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         sizes = []

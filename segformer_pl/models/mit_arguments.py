@@ -35,6 +35,31 @@ def min_size(
     return side
 
 
+def position_grids(
+    image_size: int | None,
+    patch_sizes: Sequence[int],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+) -> list[int]:
+    """Return the side of each stage's position table in tokens; four zeros without tables.
+
+    Raises:
+        UserError: A stage has no token.
+    """
+    if image_size is None:
+        return [0] * 4
+    grids, side = [], image_size
+    for stage, (kernel, stride, padding) in enumerate(zip(patch_sizes, strides, paddings), 1):
+        side = (side + 2 * padding - kernel) // stride + 1
+        if side < 1:
+            raise UserError(
+                f"image_size={image_size} leaves no token in stage {stage}; "
+                "use larger images or smaller strides"
+            )
+        grids.append(side)
+    return grids
+
+
 def check_stage_arguments(**per_stage: Sequence[int]) -> None:
     """Check the arguments that have one value for each of the four stages.
 

@@ -1,11 +1,10 @@
 """SegFormer = a hierarchical encoder and the All-MLP decode head (Xie et al. 2021, Fig. 2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from segformer_pl.errors import UserError
 from segformer_pl.models.decode_head import AllMLPHead
 from segformer_pl.models.mit import mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5
 from segformer_pl.models.segmenter import Encoder, Segmenter
@@ -26,6 +25,7 @@ class SegFormer(Segmenter):
     """
 
     classifier_paths = ("head.classifier",)
+    training_arguments = ("dropout",)
 
     def __init__(
         self,
@@ -69,35 +69,9 @@ class SegFormer(Segmenter):
             "dropout": self.head.dropout.p,
         }
 
-    def parts(self) -> dict[str, str]:
-        stages = {name: f"encoder.{path}" for name, path in self.encoder.parts().items()}
-        return stages | {"head": "head"}
-
-    def layer_ids(self) -> dict[str, int]:
-        """Return the layers of the encoder's parameters. All other parameters are the head.
-
-        Raises:
-            UserError: The encoder's ``layer_ids()`` leaves out some of its parameters, which would
-                then train at the head's learning rate.
-        """
-        layers = {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
-        names = {name for name, _ in self.named_parameters() if name.startswith("encoder.")}
-        if missing := sorted(names - layers.keys()):
-            raise UserError(
-                f"{type(self.encoder).__name__}.layer_ids() leaves out {len(missing)} parameters, "
-                f"such as {missing[0].removeprefix('encoder.')}; give every one a layer"
-            )
-        return layers
-
     def no_weight_decay(self) -> set[str]:
         """Return those of the encoder only, as the reference decays the head's BatchNorm."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-
-    def weight_constants(self) -> dict[str, float]:
-        return self.encoder.weight_constants()
-
-    def set_weight_constants(self, constants: Mapping[str, float]) -> None:
-        self.encoder.set_weight_constants(constants)
+        return super().no_weight_decay()
 
     def paper_macs(self, height: int, width: int) -> int | None:
         """Return the "FLOPs" of the paper's Tables 1 and 2, None if the encoder's are unknown.

@@ -39,7 +39,7 @@ not be given on the command line.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -59,10 +59,14 @@ class Network(nn.Module, ABC):
     Attributes:
         in_channels: Number of channels of the images.
         min_size: Smallest height and width of an image in pixels.
+        training_arguments: Names of the constructor arguments that matter only in training, such as
+            rates of dropout: whatever their values, equal weights compute the same. A comparison
+            of networks ignores them.
     """
 
     in_channels: int
     min_size: int = 1
+    training_arguments: tuple[str, ...] = ()
 
     @abstractmethod
     def init_args(self) -> dict[str, Any]:
@@ -91,6 +95,13 @@ class Network(nn.Module, ABC):
         which trains at a multiple of the encoder's learning rate. By default no parameter has one.
         """
         return {}
+
+    def encoder_parameters(self) -> set[str]:
+        """Return the names of the encoder's parameters, which are loaded and counted apart.
+
+        By default those in :meth:`layer_ids`.
+        """
+        return set(self.layer_ids())
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters without weight decay."""
@@ -170,6 +181,14 @@ class Encoder(Network):
         """Return the size (H_i, W_i) of every map of an image of this height and width."""
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.out_strides]
 
+    def own_key(self, key: str) -> str:
+        """Return the encoder's key for a key of its classification network. By default the same.
+
+        Args:
+            key: Key of a file of the backbone alone, perhaps after a prefix such as ``module.``.
+        """
+        return key
+
     def adapt_weights(
         self, tensors: Mapping[str, Tensor], stated: Mapping[str, Any]
     ) -> AdaptedWeights:
@@ -198,13 +217,20 @@ class Segmenter(Network):
             other classes their first ``num_classes`` rows are reordered, or the submodules are
             re-initialised by ``reset_parameters()`` of their modules. Further rows, such as
             MaskFormer's no-object class, keep their place.
+        auxiliary_paths: Paths of the submodules that only :meth:`training_loss` uses, also of those
+            that this network was built without. If it lacks one that weights hold, its tensors are
+            left out.
         takes_criterion: Whether :meth:`training_loss` uses its ``criterion``. If not, the task
             refuses a configured loss.
+
+    What the contract asks of a network's encoder is by default answered by its children that are
+    :class:`Encoder`.
     """
 
     num_classes: int
     output: Output = "logits"
     classifier_paths: tuple[str, ...] = ()
+    auxiliary_paths: tuple[str, ...] = ()
     takes_criterion: bool = True
 
     @abstractmethod
@@ -235,6 +261,64 @@ class Segmenter(Network):
             ignore_index: Class index of the pixels that do not contribute to the loss.
         """
         return criterion(self(images), target, ignore_index)
+
+    def _encoders(self) -> list[tuple[str, Encoder]]:
+        children = self.named_children()
+        return [(f"{name}.", child) for name, child in children if isinstance(child, Encoder)]
+
+    def parts(self) -> dict[str, str]:
+        """Return the children that have parameters, encoders divided into their own parts."""
+        encoders, parts = dict(self._encoders()), dict[str, str]()
+        for name, child in self.named_children():
+            if encoder := encoders.get(f"{name}."):
+                parts |= {part: f"{name}.{path}" for part, path in encoder.parts().items()}
+            elif any(True for _ in child.parameters()):
+                parts[name] = name
+        return parts
+
+    def layer_ids(self) -> dict[str, int]:
+        """Return the layers of the encoder's parameters. All other parameters are the head.
+
+        Raises:
+            UserError: The encoder leaves out some of its parameters.
+        """
+        layers: dict[str, int] = {}
+        for path, encoder in self._encoders():
+            of_encoder = encoder.layer_ids()
+            _check_complete(encoder, of_encoder, dict(encoder.named_parameters()))
+            layers |= {path + name: layer for name, layer in of_encoder.items()}
+        return layers
+
+    def encoder_parameters(self) -> set[str]:
+        """Return the names of the encoder's parameters; those in `layer_ids()` if there is none.
+
+        Other parameters may have a layer too, but a file of a backbone does not hold them.
+        """
+        names = {
+            path + name
+            for path, encoder in self._encoders()
+            for name, _ in encoder.named_parameters()
+        }
+        return names or super().encoder_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        """Return those of the encoder."""
+        return {
+            path + name for path, encoder in self._encoders() for name in encoder.no_weight_decay()
+        }
+
+    def weight_constants(self) -> dict[str, float]:
+        return {
+            name: value
+            for _, encoder in self._encoders()
+            for name, value in encoder.weight_constants().items()
+        }
+
+    def set_weight_constants(self, constants: Mapping[str, float]) -> None:
+        if not (encoders := self._encoders()):
+            super().set_weight_constants(constants)
+        for _, encoder in encoders:
+            encoder.set_weight_constants(constants)
 
 
 def check_segmenter(network: Any) -> None:
@@ -267,15 +351,41 @@ def check_segmenter(network: Any) -> None:
             f"init_args() of {name} returns a {type(network.init_args()).__name__}; let it return "
             "a dict of the constructor's arguments"
         )
+    for attribute in ("classifier_paths", "auxiliary_paths"):
+        paths = getattr(network, attribute)
+        if not isinstance(paths, tuple) or not all(isinstance(path, str) for path in paths):
+            raise UserError(
+                f"the network's {attribute} are {paths!r}; let {name} set them to a tuple of paths"
+            )
     _check_classifiers(network)
+    _check_layers(network)
+
+
+def _check_layers(network: Segmenter) -> None:
+    layers = network.layer_ids()
+    for path, module in network.named_modules():
+        if isinstance(module, Encoder):
+            names = [name for name, _ in module.named_parameters()]
+            _check_complete(module, module.layer_ids(), names)
+            _check_complete(network, layers, [f"{path}.{name}" for name in names])
+
+
+def _check_complete(owner: Network, layers: Mapping[str, int], names: Iterable[str]) -> None:
+    """Check that these parameters of an encoder have a layer.
+
+    Raises:
+        UserError: Some have none, so that they would train at the head's learning rate.
+    """
+    if missing := sorted(set(names) - layers.keys()):
+        raise UserError(
+            f"{type(owner).__name__}.layer_ids() leaves out {len(missing)} parameters, such as "
+            f"{missing[0]}, which would train at the head's learning rate; give every parameter of "
+            "an encoder a layer"
+        )
 
 
 def _check_classifiers(network: Segmenter) -> None:
     name, paths = type(network).__name__, network.classifier_paths
-    if not isinstance(paths, tuple) or not all(isinstance(path, str) for path in paths):
-        raise UserError(
-            f"the network's classifier_paths are {paths!r}; let {name} set them to a tuple of paths"
-        )
     modules = dict(network.named_modules())
     for path in paths:
         if path not in modules:

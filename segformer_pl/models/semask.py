@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import to_channels_first
 from segformer_pl.models.segmenter import Criterion, Segmenter
 from segformer_pl.models.swin import SwinEncoder, Window, pad_to_windows
+from segformer_pl.models.tokens import to_channels_first
 
 NUM_STAGES = 4
 
@@ -179,6 +179,8 @@ class SeMaskFPN(Segmenter):
         *(f"semantic_layers.{s}.{name}" for s in range(NUM_STAGES) for name in ("query", "key")),
     )
 
+    training_arguments = ("dropout", "semantic_dropout", "aux_weight")
+
     def __init__(
         self,
         encoder: SwinEncoder,
@@ -291,10 +293,6 @@ class SeMaskFPN(Segmenter):
                 parts[f"semantic{number}"] = f"semantic_layers.{number - 1}"
         return parts | {"head": "head"}
 
-    def layer_ids(self) -> dict[str, int]:
-        """Return the layers of Swin's parameters. Those of the semantic layers are the head."""
-        return {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
-
     def no_weight_decay(self) -> set[str]:
         """Return LayerNorms and position tables, as the reference decays the head's BatchNorm."""
         norms = {
@@ -302,7 +300,7 @@ class SeMaskFPN(Segmenter):
             for s in range(NUM_STAGES)
             for name in ("weight", "bias")
         }
-        return norms | {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return norms | super().no_weight_decay()
 
 
 def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -19,7 +19,7 @@ inference do that. Their heads also hold a dropout and a classifier that they ne
 left out, which is why the paper's parameter counts are slightly larger.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import to_channels_first, to_tokens
 from segformer_pl.models.segmenter import Criterion, Encoder, Segmenter
+from segformer_pl.models.tokens import to_channels_first, to_tokens
 from segformer_pl.models.vit_encoder import ViTEncoder, evenly_spaced, vit_shape
 
 Decoder = Literal["naive", "pup", "mla"]
@@ -207,9 +207,6 @@ class SETR(Segmenter):
     used by :meth:`training_loss` alone: in Naive on every map but the last, in PUP on every map, in
     MLA on every map of the neck.
 
-    All parameters outside the encoder train at the head's learning rate. In the authors' code, the
-    neck of MLA trains at the encoder's.
-
     Args:
         encoder: Encoder, in the paper a :class:`~segformer_pl.models.vit_encoder.ViTEncoder`; for
             MLA one with ``class_token=False``.
@@ -223,6 +220,9 @@ class SETR(Segmenter):
         UserError: The decoder does not exist, ``aux_weight`` is negative, or the encoder's maps
             have several strides or are too few.
     """
+
+    auxiliary_paths = ("aux_heads",)
+    training_arguments = ("aux_weight",)
 
     def __init__(
         self,
@@ -302,24 +302,17 @@ class SETR(Segmenter):
             "aux_weight": self.aux_weight,
         }
 
-    def parts(self) -> dict[str, str]:
-        encoder = {name: f"encoder.{path}" for name, path in self.encoder.parts().items()}
-        others = {name: name for name, _ in self.named_children() if name != "encoder"}
-        return encoder | others
-
     def layer_ids(self) -> dict[str, int]:
-        """Return the layers of the encoder's parameters. All other parameters are the head."""
-        return {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
+        """Return the layers of the encoder's parameters; the neck of MLA has the last one's.
 
-    def no_weight_decay(self) -> set[str]:
-        """Return those of the encoder."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-
-    def weight_constants(self) -> dict[str, float]:
-        return self.encoder.weight_constants()
-
-    def set_weight_constants(self, constants: Mapping[str, float]) -> None:
-        self.encoder.set_weight_constants(constants)
+        In the authors' configurations, parameters train at ten times the learning rate if their
+        name contains "head". Those of the neck do not.
+        """
+        layers = super().layer_ids()
+        if self.neck is not None:
+            last = max(layers.values())
+            layers |= {f"neck.{name}": last for name, _ in self.neck.named_parameters()}
+        return layers
 
 
 def _upsample(feature_map: Tensor, factor: int, align_corners: bool = False) -> Tensor:
@@ -357,12 +350,13 @@ def _setr(
     num_classes: int,
     backbone: str,
     image_size: int | tuple[int, int],
-    out_indices: Sequence[int] | None,
-    decoder_dim: int,
-    aux_weight: float,
-    pretrained: bool,
-    in_channels: int,
+    out_indices: Sequence[int] | None = None,
+    decoder_dim: int = 256,
+    aux_weight: float = 0.4,
+    pretrained: bool = False,
+    in_channels: int = 3,
 ) -> SETR:
+    """Build SETR on a :class:`ViTEncoder`, with the blocks of the paper by default."""
     if out_indices is None:
         depth = vit_shape(backbone).depth
         out_indices = PAPER_BLOCKS.get((decoder, depth), evenly_spaced(depth))
@@ -378,76 +372,35 @@ def _setr(
 
 
 # Variants. The paper's T-Large is vit_large_patch16_384, its T-Base vit_base_patch16_384, and its
-# DeiT deit_base_distilled_patch16_384. Arguments are those of ViTEncoder and SETR.
+# DeiT deit_base_distilled_patch16_384. Arguments are those of ViTEncoder and SETR; ``kwargs`` are
+# the further ones of _setr, which the command line finds too.
 
 
 def setr_naive(
     num_classes: int,
     backbone: str = "vit_large_patch16_384",
     image_size: int | tuple[int, int] = 512,
-    out_indices: Sequence[int] | None = None,
-    decoder_dim: int = 256,
-    aux_weight: float = 0.4,
-    pretrained: bool = False,
-    in_channels: int = 3,
+    **kwargs: Any,
 ) -> SETR:
     """SETR-Naive, 304.5 M parameters at 150 classes without auxiliary heads."""
-    return _setr(
-        "naive",
-        num_classes,
-        backbone,
-        image_size,
-        out_indices,
-        decoder_dim,
-        aux_weight,
-        pretrained,
-        in_channels,
-    )
+    return _setr("naive", num_classes, backbone, image_size, **kwargs)
 
 
 def setr_pup(
     num_classes: int,
     backbone: str = "vit_large_patch16_384",
     image_size: int | tuple[int, int] = 512,
-    out_indices: Sequence[int] | None = None,
-    decoder_dim: int = 256,
-    aux_weight: float = 0.4,
-    pretrained: bool = False,
-    in_channels: int = 3,
+    **kwargs: Any,
 ) -> SETR:
     """SETR-PUP, 308.3 M parameters at 150 classes without auxiliary heads."""
-    return _setr(
-        "pup",
-        num_classes,
-        backbone,
-        image_size,
-        out_indices,
-        decoder_dim,
-        aux_weight,
-        pretrained,
-        in_channels,
-    )
+    return _setr("pup", num_classes, backbone, image_size, **kwargs)
 
 
 def setr_mla(
     num_classes: int,
     backbone: str = "vit_large_patch16_384",
     image_size: int | tuple[int, int] = 512,
-    out_indices: Sequence[int] | None = None,
-    decoder_dim: int = 256,
-    aux_weight: float = 0.4,
-    pretrained: bool = False,
-    in_channels: int = 3,
+    **kwargs: Any,
 ) -> SETR:
     """SETR-MLA, 310.0 M parameters at 150 classes without auxiliary heads."""
-    return _setr(
-        "mla",
-        num_classes,
-        backbone,
-        image_size,
-        out_indices,
-        decoder_dim,
-        aux_weight,
-        pretrained,
-        in_channels,
-    )
+    return _setr("mla", num_classes, backbone, image_size, **kwargs)

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import to_channels_first
 from segformer_pl.models.mit_arguments import check_drop_path_rate
 from segformer_pl.models.segmenter import AdaptedWeights, Encoder
 from segformer_pl.models.timm_models import create_timm_model
+from segformer_pl.models.tokens import layer_ids_of_stages, norms_and, to_channels_first
 
 Window = tuple[int, int]  # height and width in tokens
 
@@ -196,6 +196,8 @@ class SwinEncoder(Encoder):
         [(1, 8, 16, 25), (1, 16, 8, 13), (1, 32, 4, 7), (1, 64, 2, 4)]
     """
 
+    training_arguments = ("pretrained", "drop_path_rate")
+
     def __init__(
         self,
         name: str,
@@ -319,27 +321,11 @@ class SwinEncoder(Encoder):
         map to the stage's last block.
         """
         ids = {f"patch_embed.{name}": 0 for name, _ in self.patch_embed.named_parameters()}
-        first = 0
-        for s, stage in enumerate(self.stages):
-            last = first + len(stage.blocks) - 1
-            for name, _ in stage.named_parameters():
-                child, *rest = name.split(".")
-                if child == "blocks":
-                    layer = first + int(rest[0])
-                else:
-                    layer = last if child == "norm" else first
-                ids[f"layers.{s}.{name}"] = layer
-            first = last + 1
-        return ids
+        return ids | layer_ids_of_stages("layers", self.stages)
 
     def no_weight_decay(self) -> set[str]:
         """Return the LayerNorms and the tables of relative positions, as the originals do."""
-        return {
-            f"{path}.{name}"
-            for path, module in self.named_modules()
-            for name, _ in module.named_parameters(recurse=False)
-            if isinstance(module, nn.LayerNorm) or name == "relative_position_bias_table"
-        }
+        return norms_and(self, "relative_position_bias_table")
 
 
 def _with_merging_after(key: str) -> str:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from segformer_pl.errors import UserError
 from segformer_pl.models.paper_macs import counted_macs
 from segformer_pl.models.segmenter import Encoder
-from segformer_pl.models.timm_models import create_timm_model
+from segformer_pl.models.timm_models import create_timm_model, on_meta
 
 # Strides of MiT's maps, which the MLP head expects. Convolutional networks also have finer ones.
 STRIDES = (4, 8, 16, 32)
@@ -53,6 +53,8 @@ class TimmEncoder(Encoder):
         UserError: timm has no such model, the model has no feature pyramid or does not take these
             arguments, or its weights cannot be downloaded.
     """
+
+    training_arguments = ("pretrained", "drop_path_rate")
 
     def __init__(
         self,
@@ -109,6 +111,21 @@ class TimmEncoder(Encoder):
             "drop_path_rate": self.drop_path_rate,
             "output_stride": self.output_stride,
         }
+
+    def own_key(self, key: str) -> str:
+        """Return the key of timm's model with feature maps for one of its classification network.
+
+        Where maps come from inside a sequence of modules, as in ConvNeXt, timm takes the sequence
+        apart: ``stages.0.blocks.1.gamma`` becomes ``stages_0.blocks.1.gamma``.
+        """
+        children = dict(self.backbone.named_children())
+        steps = key.split(".")
+        for i in range(len(steps) - 1):
+            if steps[i] in children:
+                return key
+            if (joined := f"{steps[i]}_{steps[i + 1]}") in children:
+                return ".".join([*steps[:i], joined, *steps[i + 2 :]])
+        return key
 
     def parts(self) -> dict[str, str]:
         """Return timm's own division: stem, norm and stages."""
@@ -214,7 +231,7 @@ def _pyramid(
     arguments: dict[str, Any] = {"in_chans": in_channels}
     if drop_path_rate is not None:
         arguments["drop_path_rate"] = drop_path_rate
-    with torch.device("meta"):
+    with on_meta():
         model = create_timm_model(name, False, arguments, features_only=True)
         if is_model_in_modules(name, ["swin_transformer"]):
             raise UserError(

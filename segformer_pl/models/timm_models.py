@@ -1,13 +1,49 @@
 """Models of timm by their names."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from segformer_pl.errors import UserError
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build networks on the meta device, for their shapes and counts alone.
+
+    Tensors there have no values, but initialising them takes most of the time, so it is skipped.
+    """
+    with torch.device("meta"), SkipInitialization():
+        yield
+
+
+class SkipInitialization(TorchFunctionMode):
+    """Context in which functions that change the values of a parameter do nothing."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        # In torch, names of functions that change their argument end in an underscore.
+        changes_values = name.endswith("_") and not name.startswith("_") and name not in _FLAGS
+        if changes_values and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)
+
+
+_FLAGS = ("requires_grad_", "detach_")
 
 
 def create_timm_model(

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import to_channels_first
 from segformer_pl.models.segmenter import AdaptedWeights, Encoder
-from segformer_pl.models.timm_models import create_timm_model
+from segformer_pl.models.timm_models import create_timm_model, on_meta
+from segformer_pl.models.tokens import to_channels_first
 
 # Parameters of timm's model that become tokens in front of the image's, in timm's order.
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -62,6 +62,8 @@ class ViTEncoder(Encoder):
         UserError: timm has no such model or it is no plain vision transformer, ``image_size`` is no
             multiple of the patch, ``out_indices`` do not fit, or the weights cannot be downloaded.
     """
+
+    training_arguments = ("pretrained",)
 
     def __init__(
         self,
@@ -319,7 +321,7 @@ def vit_shape(name: str) -> ViTShape:
     Raises:
         UserError: timm has no such model, or it is no plain vision transformer.
     """
-    with torch.device("meta"):
+    with on_meta():
         model = create_timm_model(name, False, {}, FAMILY, num_classes=0)
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
         raise UserError(

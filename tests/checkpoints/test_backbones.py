@@ -11,7 +11,14 @@ from timm.models.swin_transformer import checkpoint_filter_fn
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
-from segformer_pl.models import SETR, SeMaskFPN, SwinEncoder, ViTEncoder
+from segformer_pl.models import (
+    SETR,
+    SegFormer,
+    SeMaskFPN,
+    SwinEncoder,
+    TimmEncoder,
+    ViTEncoder,
+)
 
 SWIN = "swin_tiny_patch4_window7_224"
 SMALL = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}
@@ -136,3 +143,33 @@ def test_weights_of_another_backbone_are_refused():
             load_weights(network, source, parts="encoder")
         assert "\n" not in str(raised.value)
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out_indices", [None, (0, 2)], ids=str)
+@pytest.mark.parametrize("name", ["test_convnext", "test_mambaout"])
+def test_backbone_whose_sequences_timm_takes_apart(name, out_indices, randomize):
+    """ConvNeXt's ``stages.0`` is called ``stages_0`` where timm returns feature maps."""
+    model = randomize(timm.create_model(name, num_classes=7)).float().eval()
+    network = SegFormer(TimmEncoder(name, out_indices=out_indices), 3, 8)
+    indices = network.encoder.out_indices
+    report = load_weights(network, model.state_dict(), parts="encoder")
+    assert report.num_tensors == len(network.encoder.state_dict())
+    assert any(key.startswith("encoder.backbone.head.") for key in report.dropped)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps = network.encoder.eval()(images)
+        expected = model.forward_intermediates(images, list(indices), intermediates_only=True)
+    for one, other in zip(maps, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_file_that_lacks_tensors_of_such_a_backbone_is_refused():
+    source = timm.create_model("test_convnext").state_dict()
+    del source["stages.2.blocks.0.conv_dw.weight"]
+    network = SegFormer(TimmEncoder("test_convnext"), 3, 8)
+    with pytest.raises(
+        UserError, match=r"lacks 1 tensors of .*stages_2\.blocks\.0\.conv_dw\.weight"
+    ):
+        load_weights(network, source, parts="encoder")

@@ -8,6 +8,7 @@ from torch import nn
 
 from segformer_pl.doctor.cost import state_bytes
 from segformer_pl.errors import UserError
+from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.optim import build_optimizer
 
 pytestmark = pytest.mark.slow
@@ -58,6 +59,49 @@ def test_what_the_network_refuses_is_an_error_of_the_run(visit, monkeypatch, fun
     (finding,) = visit().findings
     assert (finding.level, finding.check) == ("error", "network")
     assert finding.message == "a batch of 1 image; give data.batch_size 2"
+
+
+class OnePixel(Segmenter):
+    """A network whose BatchNorm normalises a map of a single pixel, as image pooling does."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels, self.num_classes = 3, 3
+        self.norm = nn.BatchNorm2d(3)
+
+    def feature_maps(self, images):
+        return {"pooled": self.norm(images.mean((2, 3), keepdim=True))}
+
+    def forward(self, images):
+        return self.feature_maps(images)["pooled"]
+
+    def init_args(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "trainer", "is_refused"),
+    [
+        (1, {}, True),
+        (2, {}, False),
+        (1, {"devices": 2}, True),
+        # Every device normalises with the statistics of both.
+        (1, {"devices": 2, "sync_batchnorm": True}, False),
+        (1, {"sync_batchnorm": True}, True),
+    ],
+    ids=str,
+)
+def test_single_images_where_batch_norm_needs_several(
+    visit, monkeypatch, batch_size, trainer, is_refused
+):
+    monkeypatch.setitem(visit.__globals__, "network", OnePixel)
+    # It refuses sync_batchnorm without a GPU.
+    monkeypatch.setattr("segformer_pl.doctor.examine_recipe", lambda *_: None)
+    examination = visit(data={"batch_size": batch_size}, trainer=trainer)
+    refused = [one for one in examination.findings if one.check == "network"]
+    assert len(refused) == is_refused
+    assert all("cannot train on a batch of 1 image" in one.message for one in refused)
+    assert ("a step takes (s)" in examination.facts["cost"]) != is_refused
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Deterministic values for the tensors of a network, the same in every code base.
 
-The golden numbers of ``test_deeplabv3plus.py`` and of other networks were computed with the code of
-the authors (or of mmsegmentation), whose tensors were filled with :func:`fill` under their original
-names. A test fills its network under the same names and must reproduce the numbers.
+The golden numbers were computed with the code of the authors (DeepLabv3+: of mmsegmentation), whose
+tensors were filled with :func:`fill` under their original names. A test fills its network under the
+same names and must reproduce the numbers.
 """
 
 import zlib
 
 import torch
+
+from segformer_pl.models.timm_models import SkipInitialization
 
 LIKE_UNIFORM = ("relative_position_bias_table", "pos_embed", "cls_token", "query_embed")
 
@@ -15,9 +17,10 @@ LIKE_UNIFORM = ("relative_position_bias_table", "pos_embed", "cls_token", "query
 def uniform(key, shape):
     """Return values in -0.5 to 0.5 in float64 that depend on the key and the shape alone."""
     shape = torch.Size(shape)
-    n = torch.arange(shape.numel())
+    n = torch.arange(10007)  # from there on, the values repeat
     values = (7 * n**2 + 31 * n + zlib.crc32(key.encode()) % 10007) % 10007
-    return values.double().div(10007).sub(0.5).reshape(shape)
+    values = values.double().div(10007).sub(0.5)
+    return values.repeat(-(-shape.numel() // 10007))[: shape.numel()].reshape(shape)
 
 
 def fill(key, shape):
@@ -38,14 +41,15 @@ def fill(key, shape):
     return 0.2 * values
 
 
-def fill_network(network, original_key):
+def filled(build, original_key):
     """Return a network in float64 and evaluation mode with filled parameters and buffers.
 
     Args:
-        network: The network.
+        build: Function that builds the network.
         original_key: Function that returns the original name of a tensor of the network.
     """
-    network.double().eval()
+    with SkipInitialization():
+        network = build().double().eval()
     state = {
         key: fill(original_key(key), tensor.shape)
         for key, tensor in network.state_dict().items()

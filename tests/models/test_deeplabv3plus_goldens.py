@@ -1,6 +1,7 @@
 """DeepLabv3+ against mmsegmentation, torchvision and segmentation_models_pytorch, in float64."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.models import TimmEncoder
 from segformer_pl.models.deeplabv3plus import ASPP, DeepLabV3Plus, FCNHead, deeplabv3plus_mmseg
-from tests.models.golden_fill import fill_network, images, labels, probes
+from tests.models.golden_fill import filled, images, labels, probes
 
 # Golden numbers: mmsegmentation 1.2.2, deeplabv3plus_r50-d8, 19 classes, image of 65x97
 
@@ -50,7 +51,7 @@ def mmseg_name(key):
 
 @pytest.fixture(scope="module")
 def golden():
-    return fill_network(deeplabv3plus_mmseg(19, "resnet50c"), mmseg_name)
+    return filled(partial(deeplabv3plus_mmseg, 19, "resnet50c"), mmseg_name)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """MaskFormer's assignment and losses, against the original's numbers and against transformers."""
 
 import os
-import zlib
 
 import numpy as np
 import pytest
@@ -12,32 +11,25 @@ from torch.nn import functional as F
 from segformer_pl.errors import UserError
 from segformer_pl.models import maskformer_loss
 from segformer_pl.models.maskformer_loss import MaskClassificationLoss, MaskTargets, mean_num_masks
+from tests.models import golden_fill as golden
 
 K = 19
 IGNORE = 255
 
 
-def _fill(key, shape):
-    """Deterministic values in -0.5 to 0.5, as the golden numbers were made with."""
-    n = torch.arange(int(np.prod(shape)), dtype=torch.int64)
-    values = (7 * n**2 + 31 * n + zlib.crc32(key.encode()) % 10007) % 10007
-    return (values.double() / 10007 - 0.5).reshape(shape)
-
-
 def golden_layers():
     """Class logits and mask logits of six decoder layers."""
+    class_shape, mask_shape = (2, 100, K + 1), (2, 100, 16, 24)
     return [
-        (8 * _fill(f"class{j}", (2, 100, K + 1)), 12 * _fill(f"mask{j}", (2, 100, 16, 24)))
+        (8 * golden.uniform(f"class{j}", class_shape), 12 * golden.uniform(f"mask{j}", mask_shape))
         for j in range(6)
     ]
 
 
 def golden_labels():
-    rows, columns = torch.arange(64)[:, None], torch.arange(96)
-    first = (5 * (rows // 16) + 3 * (columns // 16)) % K
-    labels = torch.stack([first, (first + 7) % K])
-    labels[:, :8] = IGNORE
-    return labels
+    first = golden.labels(64, 96, K)
+    second = torch.where(first == IGNORE, IGNORE, (first + 7) % K)
+    return torch.cat([first, second])
 
 
 def all_terms(loss, class_logits, mask_logits, labels):

@@ -1,5 +1,7 @@
 """The package's own networks keep the contract."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -170,6 +172,7 @@ class Sound(Segmenter):
         ({"classifier_paths": ("classifier", "clasifier")}, "name 'clasifier', and Sound has no"),
         ({"classifier_paths": "classifier"}, "are 'classifier'; let Sound set them to a tuple"),
         ({"classifier_paths": ("classifier",), "num_classes": 3}, "weight has no row for each of"),
+        ({"auxiliary_paths": "aux"}, "auxiliary_paths are 'aux'; let Sound set them to a tuple"),
         ({"arguments": [2]}, r"init_args\(\) of Sound returns a list"),
     ],
 )
@@ -180,6 +183,50 @@ def test_what_the_contract_asks_for_is_checked(changes, message):
         check_segmenter(Sound(**changes))
     with pytest.raises(UserError, match="is a Conv2d, which does not inherit from"):
         check_segmenter(nn.Conv2d(3, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("owner", "message"),
+    [
+        (
+            "network",
+            r"^Sound\.layer_ids\(\) leaves out 3 parameters, such as encoder\.coarse\.bias, ",
+        ),
+        ("encoder", r"^Plain\.layer_ids\(\) leaves out 3 parameters, such as coarse\.bias, which"),
+    ],
+)
+def test_every_parameter_of_an_encoder_has_a_layer(owner, message, monkeypatch):
+    """Otherwise it would train at the head's learning rate."""
+    network = Sound(encoder=Plain())
+    assert network.layer_ids().keys() == network.encoder_parameters()
+    check_segmenter(network)
+    one, prefix = (network, "encoder.") if owner == "network" else (network.encoder, "")
+    monkeypatch.setattr(one, "layer_ids", lambda: {f"{prefix}fine.weight": 0})
+    with pytest.raises(UserError, match=message):
+        check_segmenter(network)
+
+
+def test_a_network_of_a_user_answers_for_its_encoder():
+    """All that the contract asks of a segmenter with an encoder as one of its children."""
+    encoder = MixTransformer(**TINY)
+    network = Sound(encoder=encoder, dropout=nn.Dropout())
+    stages = {f"stage{s}": f"encoder.stages.{s - 1}" for s in (1, 2, 3, 4)}
+    assert network.parts() == {"classifier": "classifier", **stages}
+    assert network.layer_ids() == {f"encoder.{n}": i for n, i in encoder.layer_ids().items()}
+    assert network.no_weight_decay() == {f"encoder.{n}" for n in encoder.no_weight_decay()}
+    network.set_weight_constants({"norm_eps": 0.5})
+    assert network.weight_constants() == {"norm_eps": 0.5, "conv_norm_eps": 1e-5}
+    with pytest.raises(UserError, match="the weights state tau, which MixTransformer does not"):
+        network.set_weight_constants({"tau": 1.0})
+    assert Sound().encoder_parameters() == set()
+
+
+def test_training_arguments_are_arguments():
+    classes = [one for one in vars(models).values() if inspect.isclass(one)]
+    networks = [one for one in classes if issubclass(one, Segmenter | Encoder)]
+    assert len(networks) == 11
+    for network in networks:
+        assert set(network.training_arguments) <= inspect.signature(network).parameters.keys()
 
 
 def test_the_head_uses_every_stage_of_its_encoder_by_default():

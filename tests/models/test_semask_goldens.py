@@ -3,9 +3,7 @@
 All tensors of a network are filled with values that follow from their names in that code.
 """
 
-import math
-import zlib
-from itertools import chain
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ from torch.nn import functional as F
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.models import semask
 from segformer_pl.models.semask import SemanticLayer, semask_fpn
+from tests.models import golden_fill as golden
+from tests.models.golden_fill import images, labels, probes
 
 SEMANTIC_NAMES = {
     "norm": "norm1",
@@ -45,46 +45,6 @@ def original_name(name):
     return ".".join(["backbone", *parts[1:]])
 
 
-def _values(key, shape):
-    """Return reproducible values between -0.5 and 0.5 in the given shape."""
-    n = torch.arange(math.prod(shape), dtype=torch.int64)
-    seed = zlib.crc32(key.encode()) % 10007
-    return (((7 * n * n + 31 * n + seed) % 10007).double() / 10007 - 0.5).reshape(shape)
-
-
-def _fill(network):
-    network.double().eval()
-    with torch.no_grad():
-        for name, tensor in chain(network.named_parameters(), network.named_buffers()):
-            if not tensor.is_floating_point():
-                continue
-            key = original_name(name)
-            values = _values(key, tuple(tensor.shape))
-            if key.endswith("running_var"):
-                values = 1 + 0.5 * values
-            elif key.endswith("gamma"):
-                values = 0.5 + values
-            elif key.endswith("relative_position_bias_table"):
-                pass
-            elif tensor.dim() >= 2:
-                values = values * math.sqrt(12 * tensor.shape[0] / tensor.numel())
-            elif key.endswith("weight"):
-                values = 1 + 0.4 * values
-            else:  # biases and running means
-                values = 0.2 * values
-            tensor.copy_(values)
-    return network
-
-
-def images_of(height, width):
-    return 4 * _values("input", (1, 3, height, width))
-
-
-def probes(tensor):
-    flat = tensor.contiguous().flatten()
-    return [flat[k * (len(flat) // 5) + 3 * k].item() for k in range(5)]
-
-
 @pytest.fixture(scope="module")
 def filled():
     """Function num_classes -> SeMask-T whose tensors are filled."""
@@ -92,7 +52,8 @@ def filled():
 
     def get(num_classes):
         if num_classes not in networks:
-            networks[num_classes] = _fill(semask_fpn(num_classes))
+            build = partial(semask_fpn, num_classes)
+            networks[num_classes] = golden.filled(build, original_name)
         return networks[num_classes]
 
     return get
@@ -111,7 +72,7 @@ SEMASK_T_K19 = -368.0387, [-0.05140, -0.78374, -1.29615, 2.46190, -0.16195]
 )
 def test_logits_of_the_authors_code(filled, num_classes, total, expected):
     with torch.no_grad():
-        logits = filled(num_classes)(images_of(97, 130))
+        logits = filled(num_classes)(images(97, 130))
     assert logits.shape == (1, num_classes, 25, 33)
     assert logits.sum().item() == pytest.approx(total, abs=6e-5, rel=0)
     assert probes(logits) == pytest.approx(expected, abs=6e-6, rel=0)
@@ -120,7 +81,7 @@ def test_logits_of_the_authors_code(filled, num_classes, total, expected):
 @pytest.mark.slow
 def test_semantic_map_of_the_authors_code(filled):
     with torch.no_grad():
-        semantic = filled(150).feature_maps(images_of(97, 130))["semantic"]
+        semantic = filled(150).feature_maps(images(97, 130))["semantic"]
     assert semantic.sum().item() == pytest.approx(-3560.1497, abs=6e-5, rel=0)
     expected = [1.54509, 0.75696, -1.05914, -4.60705, -0.97192]
     assert probes(semantic) == pytest.approx(expected, abs=6e-6, rel=0)
@@ -132,25 +93,21 @@ def test_semantic_map_of_the_authors_code(filled):
 )
 def test_logits_of_the_authors_code_where_windows_divide_the_maps(filled, num_classes, total):
     with torch.no_grad():
-        logits = filled(num_classes)(images_of(224, 224))
+        logits = filled(num_classes)(images(224, 224))
     assert logits.sum().item() == pytest.approx(total, abs=6e-7, rel=0)
 
 
 @pytest.mark.slow
 def test_losses_of_the_authors_code(filled):
     """They are means over all pixels, ignored ones too."""
-    network, images = filled(19), images_of(97, 130)
-    row, column = torch.arange(97)[:, None], torch.arange(130)
-    target = (5 * (row // 16) + 3 * (column // 16)) % 19
-    target[:8] = 255
-    values = []
+    network, values = filled(19), []
 
     def criterion(logits, target, ignore_index):
         values.append(CrossEntropy("all")(logits, target, ignore_index))
         return values[-1]
 
     with torch.no_grad():
-        loss = network.training_loss(images, target[None], criterion, 255)
+        loss = network.training_loss(images(97, 130), labels(97, 130, 19), criterion, 255)
     main, auxiliary = values
     assert main.item() == pytest.approx(3.700095, abs=6e-7, rel=0)
     assert 0.4 * auxiliary.item() == pytest.approx(1.488267, abs=6e-7, rel=0)
@@ -210,6 +167,6 @@ def test_faults_are_caught(filled, monkeypatch, fault):
     network = filled(19)
     fault(network, monkeypatch)
     with torch.no_grad():
-        logits = network(images_of(97, 130))
+        logits = network(images(97, 130))
     _, expected = SEMASK_T_K19
     assert max(abs(one - other) for one, other in zip(probes(logits), expected)) > 1e-3

@@ -1,11 +1,13 @@
 """SETR: goldens of the authors' code, the paper's sizes, the contract."""
 
-import zlib
+import inspect
+import re
+from functools import partial
 
+import jsonargparse
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from segformer_pl.analysis.complexity import complexity
 from segformer_pl.checkpoints import load_network, load_weights
@@ -16,7 +18,10 @@ from segformer_pl.inference import Inference, predict_classes
 from segformer_pl.models import TimmEncoder
 from segformer_pl.models.segmenter import check_segmenter
 from segformer_pl.models.setr import SETR, setr_mla, setr_naive, setr_pup
+from segformer_pl.models.timm_models import on_meta
 from segformer_pl.models.vit_encoder import ViTEncoder
+from tests.models import golden_fill as golden
+from tests.models.counting import executed_gmacs
 
 TINY = "test_vit"  # 6 blocks, 64 channels
 VARIANTS = {"naive": setr_naive, "pup": setr_pup, "mla": setr_mla}
@@ -31,24 +36,6 @@ def cross_entropy(logits, target, ignore_index):
 
 
 # Goldens of the authors' code: parameters are filled by their original keys.
-
-
-def _noise(key, shape):
-    n = torch.arange(torch.Size(shape).numel())
-    offset = zlib.crc32(key.encode()) % 10007
-    return (((7 * n**2 + 31 * n + offset) % 10007).double() / 10007 - 0.5).view(shape)
-
-
-def _fill(key, shape):
-    """Return the stated value of a parameter or buffer with this original key."""
-    noise, name = _noise(key, shape), key.rpartition(".")[2]
-    if name == "running_var":
-        return 1 + 0.5 * noise
-    if name in ("pos_embed", "cls_token"):
-        return noise
-    if len(shape) > 1:
-        return noise * (12 * shape[0] / noise.numel()) ** 0.5
-    return 1 + 0.4 * noise if name == "weight" else 0.2 * noise
 
 
 def original_key(key, decoder):
@@ -76,17 +63,13 @@ def original_key(key, decoder):
     return f"{head}.{'.'.join(path)}"  # LayerNorm
 
 
-def fill(network):
-    """Fill a network in float64 as the goldens state."""
-    network.double().eval()
-    for key, tensor in network.state_dict().items():
-        if key.endswith("num_batches_tracked"):
-            continue
-        original = original_key(key, network.decoder)
-        if key.endswith("pos_embed"):  # in MLA, row 0 belongs to the class token that is left out
-            tensor.copy_(_fill(original, (1, 37, 192))[:, -tensor.shape[1] :])
-        else:
-            tensor.copy_(_fill(original, tensor.shape))
+def filled(decoder):
+    """Return a network of the goldens."""
+    build = partial(VARIANTS[decoder], 19, "vit_tiny_patch16_224", 96)
+    network = golden.filled(build, partial(original_key, decoder=decoder))
+    table = network.encoder.backbone.pos_embed
+    # In MLA, row 0 of the original's table belongs to the class token that is left out.
+    table.data = golden.fill("backbone.pos_embed", (1, 37, 192))[:, -table.shape[1] :]
     return network
 
 
@@ -101,19 +84,14 @@ GOLDENS = {
 @pytest.mark.slow
 @decoders
 def test_goldens_of_the_authors_code(decoder):
-    network = fill(VARIANTS[decoder](19, "vit_tiny_patch16_224", 96))
-    images = 4 * _noise("input", (1, 3, 96, 96))
-    cells = torch.arange(96) // 16
-    target = ((5 * cells[:, None] + 3 * cells) % 19)[None]
-    target[:, :8] = 255
+    network, images = filled(decoder), golden.images(96, 96)
     with torch.no_grad():
         logits = network(images)
-        loss = network.training_loss(images, target, cross_entropy, 255)
-    logits = F.interpolate(logits, size=(96, 96), mode="bilinear").flatten()
-    probes = [logits[k * (len(logits) // 5) + 3 * k].item() for k in range(5)]
+        loss = network.training_loss(images, golden.labels(96, 96, 19), cross_entropy, 255)
+    logits = F.interpolate(logits, size=(96, 96), mode="bilinear")
     total, expected_probes, expected_loss = GOLDENS[decoder]
     assert logits.sum().item() == pytest.approx(total, rel=0, abs=6e-5)
-    assert probes == pytest.approx(expected_probes, rel=0, abs=6e-6)
+    assert golden.probes(logits) == pytest.approx(expected_probes, rel=0, abs=6e-6)
     assert loss.item() == pytest.approx(expected_loss, rel=0, abs=6e-7)
 
 
@@ -155,18 +133,15 @@ def unused_in_mla(network):
 def test_parameters_and_macs(decoder, size, setting):
     with_aux, without_aux, gmacs = SIZES[decoder, size][setting]
     num_classes, side = ((150, 512), (19, 768))[setting]
-    with torch.device("meta"):
-        network = VARIANTS[decoder](num_classes, f"vit_{size}_patch16_384", side).eval()
-        images = torch.empty(1, 3, side, side)
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
-            network(images)
+    with on_meta():
+        network = VARIANTS[decoder](num_classes, f"vit_{size}_patch16_384", side)
     assert network.encoder.backbone.out_indices == BLOCKS[decoder, size]
     assert len(network.aux_heads) == (3 if decoder == "naive" else 4)
     unused = unused_in_mla(network)
     assert num_parameters(network) + unused == with_aux
     aux_parameters = num_parameters(network.aux_heads)
     assert num_parameters(network) - aux_parameters + unused == without_aux
-    assert flops.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.002)
+    assert executed_gmacs(network, (side, side)) == pytest.approx(gmacs, rel=0.002)
 
 
 @pytest.mark.slow
@@ -174,7 +149,7 @@ def test_parameters_and_macs(decoder, size, setting):
     ("decoder", "expected"), [("mla", 91467539), ("pup", 97088095), ("naive", 87248204)]
 )
 def test_parameters_with_19_classes_at_512(decoder, expected):
-    with torch.device("meta"):
+    with on_meta():
         network = VARIANTS[decoder](19, "vit_base_patch16_384", 512)
     assert num_parameters(network) + unused_in_mla(network) == expected
 
@@ -246,8 +221,14 @@ def test_contract(decoder):
     check_segmenter(network)
     assert network.min_size == 16
     names = {name for name, _ in network.named_parameters()}
-    assert network.layer_ids().keys() == {name for name in names if name.startswith("encoder.")}
-    assert network.no_weight_decay() < network.layer_ids().keys()
+    encoder = {name for name in names if name.startswith("encoder.")}
+    assert network.encoder_parameters() == encoder
+    assert network.no_weight_decay() < encoder
+    # In the authors' code only the heads train at ten times the rate, and the neck is none.
+    ids = network.layer_ids()
+    neck = {name for name in names if name.startswith("neck.")}
+    assert ids.keys() == encoder | neck
+    assert {ids[name] for name in neck} == ({max(ids.values())} if decoder == "mla" else set())
     paths = [f"{path}." for path in network.parts().values()]
     assert all(sum(name.startswith(path) for path in paths) == 1 for name in names)
     classifiers = [network.get_submodule(path) for path in network.classifier_paths]
@@ -261,7 +242,7 @@ def test_contract(decoder):
 @decoders
 def test_native_file_rebuilds_the_network(decoder, tmp_path, randomize):
     network = VARIANTS[decoder](
-        5, TINY, (32, 48), (1, 4), decoder_dim=8, aux_weight=0.3, in_channels=2
+        5, TINY, (32, 48), out_indices=(1, 4), decoder_dim=8, aux_weight=0.3, in_channels=2
     )
     network = randomize(network).float().eval()
     export_weights(network, tmp_path / "network.safetensors", "native")
@@ -273,7 +254,7 @@ def test_native_file_rebuilds_the_network(decoder, tmp_path, randomize):
         loss = loaded.eval().training_loss(images, target, cross_entropy, 255)
         assert torch.equal(loaded(images), network(images))
     assert loss == expected
-    other = VARIANTS[decoder](3, TINY, (32, 48), (1, 4), in_channels=2)
+    other = VARIANTS[decoder](3, TINY, (32, 48), out_indices=(1, 4), in_channels=2)
     load_weights(other, tmp_path / "network.safetensors", parts="encoder")
     for key, tensor in other.encoder.state_dict().items():
         assert torch.equal(tensor, network.encoder.state_dict()[key])
@@ -281,7 +262,7 @@ def test_native_file_rebuilds_the_network(decoder, tmp_path, randomize):
 
 @pytest.mark.slow
 def test_complexity_by_part():
-    cost = complexity(setr_mla(5, TINY, 32, decoder_dim=8), 32, 48)
+    cost = complexity(setr_mla(5, TINY, 32, out_indices=(0, 1), decoder_dim=8), 32, 48)
     assert [part.name for part in cost.parts] == ["backbone", "neck", "head", "aux_heads"]
     assert sum(part.num_parameters for part in cost.parts) == cost.num_parameters
     assert sum(part.macs for part in cost.parts) == cost.macs
@@ -314,6 +295,15 @@ def test_on_the_command_line():
     assert network.encoder.backbone.out_indices == (1, 4)
     assert network.decoder == "mla"
     assert network.aux_weight == 0.2
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(setr_mla, "network")
+    options = re.findall(r"^  --network\.(\w+)", parser.format_help(), re.MULTILINE)
+    own, encoder = (inspect.signature(one).parameters for one in (SETR, ViTEncoder))
+    fixed = {"encoder", "name", "decoder", "class_token"}
+    assert set(options) == (own.keys() | encoder.keys() | {"backbone"}) - fixed
+    for wrong in ("aux_weight=much", "class_token=false"):
+        with pytest.raises(jsonargparse.ArgumentError, match=wrong.partition("=")[0]):
+            parser.parse_args(["--network.num_classes=3", f"--network.{wrong}"])
 
 
 @pytest.mark.parametrize(
@@ -333,7 +323,7 @@ def test_arguments_out_of_range_are_refused(arguments, sentence):
 @pytest.mark.slow
 def test_encoders_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"one stride, and TimmEncoder has strides 4, 8, 16, 32"):
-        SETR(TimmEncoder("resnet18"), 5)
+        SETR(TimmEncoder("test_resnet"), 5)
     with pytest.raises(UserError, match=r"no plain vision transformer but a ResNet"):
         setr_pup(5, "resnet18")
     single = ViTEncoder(TINY, 32, (5,))

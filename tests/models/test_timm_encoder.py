@@ -5,9 +5,9 @@ import sys
 import pytest
 import timm
 import torch
-import torchvision
 from torch.nn import functional as F
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from segformer_pl.analysis.complexity import complexity
 from segformer_pl.checkpoints import load_network, load_weights
@@ -16,6 +16,7 @@ from segformer_pl.cli import main
 from segformer_pl.data import shapes
 from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer, TimmEncoder
+from segformer_pl.models.timm_models import on_meta
 from segformer_pl.optim import parameter_groups
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -75,7 +76,7 @@ def test_maps_are_those_of_timm(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["test_resnet", "convnext_atto", "efficientnet_lite0"])
 def test_sizes_that_the_stride_does_not_divide(name):
     """ResNet rounds up, ConvNeXt down; the sizes are those of the real maps."""
     encoder = TimmEncoder(name).eval()
@@ -86,15 +87,16 @@ def test_sizes_that_the_stride_does_not_divide(name):
 
 @pytest.mark.slow
 def test_layers_follow_the_image_and_join_what_is_between_blocks():
-    ids = TimmEncoder("resnet18").layer_ids()
+    with on_meta():
+        networks = [TimmEncoder(name) for name in ("resnet18", "convnext_atto", "vgg11_bn")]
+    ids = networks[0].layer_ids()
     assert ids["backbone.conv1.weight"] == ids["backbone.layer1.0.conv1.weight"] == 0
     assert ids["backbone.layer2.0.downsample.0.weight"] == 2
     assert ids["backbone.layer4.1.bn2.bias"] == 7
-    ids = TimmEncoder("convnext_atto").layer_ids()
+    ids = networks[1].layer_ids()
     assert ids["backbone.stages_1.downsample.1.weight"] == 2
     assert ids["backbone.stages_1.blocks.0.conv_dw.weight"] == 2
-    with torch.device("meta"):
-        ids = TimmEncoder("vgg11_bn").layer_ids()  # no blocks: one layer for each convolution
+    ids = networks[2].layer_ids()  # no blocks: one layer for each convolution
     assert ids["backbone.features_0.weight"] == 0
     assert ids["backbone.features_25.weight"] == max(ids.values()) == 7
 
@@ -124,7 +126,7 @@ def test_segformer_trains_every_parameter():
 
 @pytest.mark.slow
 def test_complexity_by_stage():
-    cost = complexity(SegFormer(TimmEncoder("resnet18"), 5, 16), 64, 96)
+    cost = complexity(SegFormer(TimmEncoder("test_resnet"), 5, 16), 64, 96)
     assert [part.name for part in cost.parts] == [
         "conv1",
         "bn1",
@@ -135,34 +137,34 @@ def test_complexity_by_stage():
         "head",
     ]
     assert sum(part.num_parameters for part in cost.parts) == cost.num_parameters
-    assert cost.parts[-2].output_shape == (1, 512, 2, 3)
+    assert cost.parts[-2].output_shape == (1, 96, 2, 3)
     assert cost.paper_macs > cost.macs  # the head is folded
 
 
 @pytest.mark.slow
 def test_paper_macs_of_attention_are_unknown():
-    with torch.device("meta"):
+    with on_meta():
         assert TimmEncoder("pvt_v2_b0").paper_macs(64, 64) is None
 
 
 @pytest.mark.slow
 def test_arguments_reach_the_backbone():
-    encoder = TimmEncoder("resnet18", out_indices=(2, 4), in_channels=5, drop_path_rate=0.3)
+    encoder = TimmEncoder("test_resnet", out_indices=(2, 4), in_channels=5, drop_path_rate=0.3)
     assert encoder.out_strides == (8, 32)
-    assert encoder.backbone.conv1.in_channels == 5
+    assert encoder.backbone.conv1[0].in_channels == 5
     assert encoder.backbone.layer4[-1].drop_path.drop_prob == pytest.approx(0.3)
-    assert [m.shape[1] for m in encoder(torch.zeros(2, 5, 64, 64))] == [128, 512]
+    assert [m.shape[1] for m in encoder(torch.zeros(2, 5, 64, 64))] == [48, 96]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
 @pytest.mark.parametrize(
     ("output_stride", "strides"),
     [(32, (4, 8, 16, 32)), (16, (4, 8, 16, 16)), (8, (4, 8, 8, 8))],
 )
 def test_output_stride(name, output_stride, strides):
     """All four stages are kept, also if several have one stride."""
-    with torch.device("meta"):
+    with on_meta():
         plain, dilated = TimmEncoder(name), TimmEncoder(name, output_stride=output_stride)
         maps = dilated.eval()(torch.empty(1, 3, 64, 96))
     assert dilated.out_strides == strides
@@ -179,13 +181,14 @@ def test_output_stride(name, output_stride, strides):
 @pytest.mark.slow
 @pytest.mark.parametrize(("output_stride", "replaced"), [(16, (False, True)), (8, (True, True))])
 def test_dilation_is_that_of_torchvision(randomize, output_stride, replaced):
-    encoder = TimmEncoder("resnet50", out_indices=(1, 3, 4), output_stride=output_stride)
+    encoder = TimmEncoder("resnet26", out_indices=(1, 3, 4), output_stride=output_stride)
     randomize(encoder).eval()
-    reference = torchvision.models.resnet50(
-        weights=None, replace_stride_with_dilation=[False, *replaced]
-    )
+    with on_meta():
+        reference = ResNet(
+            Bottleneck, [2, 2, 2, 2], replace_stride_with_dilation=[False, *replaced]
+        )
     reference = IntermediateLayerGetter(reference, {f"layer{i}": f"layer{i}" for i in (1, 3, 4)})
-    reference.double().eval().load_state_dict(encoder.backbone.state_dict())
+    reference.eval().load_state_dict(encoder.backbone.state_dict(), assign=True)
     images = torch.randn(1, 3, 65, 97, dtype=torch.float64)
     with torch.no_grad():
         maps, expected = encoder(images), list(reference(images).values())
@@ -199,7 +202,7 @@ def test_initial_weights_depend_on_the_seed_alone():
     states = []
     for _ in range(2):
         torch.manual_seed(3)
-        states.append(TimmEncoder("resnet18", drop_path_rate=0.123).state_dict())
+        states.append(TimmEncoder("test_resnet", drop_path_rate=0.123).state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
@@ -260,16 +263,17 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 
 @pytest.mark.slow
 def test_native_file_rebuilds_the_network(tmp_path, randomize):
-    network = randomize(SegFormer(TimmEncoder("resnet18"), 4, 8)).float().eval()
+    network = randomize(SegFormer(TimmEncoder("test_resnet"), 4, 8)).float().eval()
     file = tmp_path / "network.safetensors"
     export_weights(network, file, "native")
     loaded, _ = load_network(file)
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images), network(images))
-    other = SegFormer(TimmEncoder("resnet18"), 7, 8)
+    other = SegFormer(TimmEncoder("test_resnet"), 7, 8)
     load_weights(other, file, parts="encoder")
-    assert torch.equal(other.encoder.backbone.conv1.weight, network.encoder.backbone.conv1.weight)
+    stems = [one.encoder.backbone.conv1[0].weight for one in (network, other)]
+    assert torch.equal(*stems)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +281,7 @@ def run(tmp_path_factory):
     """Folder of a run of two steps, described by a YAML file."""
     folder = tmp_path_factory.mktemp("timm")
     shapes.generate(folder / "shapes", {"train": 8, "validation": 2})
-    file = folder / "resnet18.yaml"
+    file = folder / "timm.yaml"
     file.write_text(
         f"""
 trainer:
@@ -296,7 +300,7 @@ model:
     init_args:
       encoder:
         class_path: segformer_pl.models.TimmEncoder
-        init_args: {{name: resnet18, drop_path_rate: 0.1}}
+        init_args: {{name: test_resnet, drop_path_rate: 0.1}}
       decoder_dim: 16
   warmup_steps: 0
   layer_decay: 0.9
@@ -317,7 +321,7 @@ def test_fit_and_every_command_on_its_checkpoint(run, tmp_path, monkeypatch):
     network, _ = load_network(checkpoint)
     assert network.encoder.init_args()["drop_path_rate"] == 0.1
     assert (folder / "report.html").is_file()
-    cli = main(["validate", "--config", str(run / "resnet18.yaml"), "--ckpt_path", str(checkpoint)])
+    cli = main(["validate", "--config", str(run / "timm.yaml"), "--ckpt_path", str(checkpoint)])
     assert cli.trainer.callback_metrics["val/loss"] > 0
     monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "DPI", 30)
     arguments = ["--num_images", "2", "--device", "cpu", "--output", str(tmp_path / "erf")]

@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from segformer_pl.errors import UserError
+from segformer_pl.models.timm_models import on_meta
 from segformer_pl.models.vit_encoder import ViTEncoder, evenly_spaced, vit_shape
 from segformer_pl.optim import parameter_groups
 
@@ -165,7 +166,7 @@ def test_default_blocks_are_evenly_spaced():
     assert evenly_spaced(6) == (0, 2, 3, 5)
     assert evenly_spaced(3) == (0, 1, 2)
     assert evenly_spaced(1) == (0,)
-    with torch.device("meta"):
+    with on_meta():
         assert ViTEncoder("vit_tiny_patch16_224").backbone.out_indices == (2, 5, 8, 11)
 
 
