@@ -1,6 +1,6 @@
 """Losses, gradients, predictions and receptive fields on a GPU are those of the CPU.
 
-    python -m pytest -m gpu tests/test_cuda.py
+python -m pytest -m gpu tests/test_cuda.py
 """
 
 import pytest
@@ -60,9 +60,7 @@ def test_loss_and_gradients_equal_those_of_the_cpu(name):
     results = []
     for network in build(name, torch.float64):
         device = next(network.parameters()).device
-        loss = network.training_loss(
-            image.to(device), target.to(device), CrossEntropy(), 255
-        )
+        loss = network.training_loss(image.to(device), target.to(device), CrossEntropy(), 255)
         loss.backward()
         results.append((loss.item(), {n: p.grad.cpu() for n, p in network.named_parameters()}))
     (loss, gradients), (loss_gpu, gradients_gpu) = results
@@ -99,7 +97,8 @@ def test_masks_equal_those_of_the_cpu(name, exact):
 def test_receptive_fields_equal_those_of_the_cpu():
     image, _ = batch()
     network, twin = build("segformer_b0")
-    fields, fields_gpu = (effective_receptive_field(n, image, batch_size=2) for n in (network, twin))
+    fields = effective_receptive_field(network, image, batch_size=2)
+    fields_gpu = effective_receptive_field(twin, image, batch_size=2)
     for layer in ("stage1", "stage4", "head"):
         expected = fields[layer].mean
         assert abs(fields_gpu[layer].mean - expected).max() < 1e-3 * expected.max()

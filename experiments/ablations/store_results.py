@@ -1,8 +1,8 @@
 """Store the small files of a study's finished runs: ``store_results.py STUDY_FOLDER DESTINATION``.
 
 The statistics and the report of a study are rebuilt from these files alone (about 45 kB a run), and
-``ablate --output DESTINATION_PARENT`` continues such a study. Checkpoints, figures, maps of receptive
-fields, reports of single runs and all evaluations but the last are left out.
+``ablate --output DESTINATION_PARENT`` continues such a study. Checkpoints, figures, maps of
+receptive fields, reports of single runs and all evaluations but the last are left out.
 """
 
 import argparse

@@ -176,8 +176,9 @@ def _fields(
     for system in systems:
         if not system.erfs:
             continue
-        by_seed = system.erfs.items()
-        seed, stored = next((item for item in by_seed if item[1].file.is_file()), next(iter(by_seed)))
+        seeds = [seed for seed, erf in system.erfs.items() if erf.file.is_file()]
+        seed = min(seeds or system.erfs)
+        stored = system.erfs[seed]
         try:
             layers = load_erf(stored.file).layers
         except UserError as error:
