@@ -159,8 +159,8 @@ def start_command(request, fork_server, tmp_path_factory):
 
     The command and its children can import callbacks from ``imports``, the folder of the test.
     ``program`` is another module, or the path of a script. ``forks=False`` lets the command start
-    its own processes, if any, with a new interpreter each. What is still running at the end of the
-    test is killed.
+    its own processes, if any, with a new interpreter each; ``figures=False`` leaves out those of a
+    run and its report. What is still running at the end of the test is killed.
     """
     logs = tmp_path_factory.mktemp("commands")
     started = []
@@ -172,12 +172,14 @@ def start_command(request, fork_server, tmp_path_factory):
         largest_file=None,
         program="segformer_pl",
         forks=True,
+        figures=True,
         **environment,
     ):
         log = logs / f"log{len(started)}"
         imports = str(imports or request.path.parent)
         job = {"command": [str(part) for part in (program, *arguments)], "folder": str(folder)}
-        job |= {"log": str(log), "largest_file": largest_file, "imports": imports, "forks": forks}
+        job |= {"log": str(log), "largest_file": largest_file, "imports": imports}
+        job |= {"forks": forks, "figures": figures}
         job["environment"] = {"PYTHONPATH": imports} | environment
         started.append(fork_server(job))
         return Command(started[-1], log, lambda pid: fork_server({"wait": pid}))
@@ -186,6 +188,15 @@ def start_command(request, fork_server, tmp_path_factory):
     for pid in started:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Leave out figures and reports of runs in this process, which have tests of their own."""
+    from segformer_pl import callbacks
+
+    monkeypatch.setattr(callbacks.report, "write_report", lambda run: "none")
+    monkeypatch.setattr(callbacks.evaluation, "publish", lambda *_: None)
 
 
 @pytest.fixture

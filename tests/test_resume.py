@@ -86,13 +86,13 @@ def trained_samples(run, world_size):
 
 def test_a_killed_run_on_two_ranks_resumes_on_one_and_on_two(folder, tmp_path, start_command):
     whole = tmp_path / "whole"
-    finish(start_command(command(folder, whole, 2, 1, 16)))
+    finish(start_command(command(folder, whole, 2, 1, 16), figures=False))
     samples, losses = trained_samples(whole, 2)
     assert len(samples) == 16 * 4
     assert len(set(samples)) == 16 * 4
 
     killed = tmp_path / "killed"
-    process = start_command(command(folder, killed, 2, 1, 16))
+    process = start_command(command(folder, killed, 2, 1, 16), figures=False)
     last = killed / "last.ckpt"
     process.wait_for(last.exists, 240)
     os.killpg(process.pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_a_killed_run_on_two_ranks_resumes_on_one_and_on_two(folder, tmp_path, s
     for devices in (2, 1):
         resumed = tmp_path / f"resumed_on_{devices}"
         arguments = command(folder, resumed, devices, 2 // devices, 16)
-        finish(start_command([*arguments, f"--ckpt_path={last}"]))
+        finish(start_command([*arguments, f"--ckpt_path={last}"], figures=False))
         resumed_samples, resumed_losses = trained_samples(resumed, devices)
         assert resumed_samples == samples[consumed:]
         # One rank sums the gradients in another order than two, so rounding differs.
@@ -116,6 +116,6 @@ def test_a_killed_run_on_two_ranks_resumes_on_one_and_on_two(folder, tmp_path, s
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
 def test_a_chain_of_random_kills_loses_and_repeats_no_samples(start_command):
     script = Path(__file__).parents[1] / "experiments" / "resilience" / "kill_chains.py"
-    process = start_command(["--kills=4", "--seed=3"], program=script)
+    process = start_command(["--kills=4", "--seed=3"], program=script, figures=False)
     finish(process)
     assert "4 kills in 1 chains of 24 steps: no sample lost, none repeated" in process.output

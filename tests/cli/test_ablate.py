@@ -57,9 +57,9 @@ def write_study(folder, data, bad=False, **entries):
 def start(start_command, tmp_path):
     """Function (options) that starts ``ablate`` as the leader of a group of processes."""
 
-    def call(*options):
+    def call(*options, **how):
         arguments = ["ablate", "tiny.yaml", "--output=out", *options]
-        return start_command(arguments, folder=tmp_path, imports=SUPPORT)
+        return start_command(arguments, folder=tmp_path, imports=SUPPORT, figures=False, **how)
 
     return call
 
@@ -176,8 +176,9 @@ def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path, sta
     finish(process, status=143)
     assert not has_processes(process.pid)
 
-    # The missed validation and the additional evaluation are made up for.
-    assert "1 of 1 runs done" in finish(start())
+    # The missed validation and the additional evaluation are made up for. Each process is started
+    # with a new interpreter, as outside of the tests.
+    assert "1 of 1 runs done" in finish(start(forks=False))
     run = Run(run_folder(tmp_path, "good.seed0"))
     assert [file.step for file in run.evaluations] == [4]
     assert [file.step for file in run.named_evaluations["at_96"].evaluations] == [4]
