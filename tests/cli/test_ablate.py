@@ -155,8 +155,9 @@ def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path, sta
     write_study(tmp_path, folder, evaluations=evaluations, seeds=[0], variants={"good": {}})
     (tmp_path / "hold.step.0").touch()
 
-    # Ctrl-C in a terminal reaches all processes of the group.
-    process = start()
+    # Ctrl-C in a terminal reaches all processes of the group. Each of these is started with a new
+    # interpreter, as outside of the tests.
+    process = start(forks=False)
     process.wait_for(lambda: num_held(tmp_path, "step"), 400)
     os.killpg(process.pid, signal.SIGINT)
     process.wait_for(lambda: "Ctrl-C: 1 running; each ends" in process.output, 400)
@@ -176,9 +177,8 @@ def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path, sta
     finish(process, status=143)
     assert not has_processes(process.pid)
 
-    # The missed validation and the additional evaluation are made up for. Each process is started
-    # with a new interpreter, as outside of the tests.
-    assert "1 of 1 runs done" in finish(start(forks=False))
+    # The missed validation and the additional evaluation are made up for.
+    assert "1 of 1 runs done" in finish(start())
     run = Run(run_folder(tmp_path, "good.seed0"))
     assert [file.step for file in run.evaluations] == [4]
     assert [file.step for file in run.named_evaluations["at_96"].evaluations] == [4]
