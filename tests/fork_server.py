@@ -69,7 +69,7 @@ def begin(given):
         given["preexec_fn"]()
     if given["close_fds"]:  # such as locks
         kept = {0, 1, 2, *given["pass_fds"]}
-        for descriptor in set(map(int, os.listdir("/proc/self/fd"))) - kept:
+        for descriptor in set(map(int, os.listdir("/dev/fd"))) - kept:
             with suppress(OSError):
                 os.close(descriptor)
     if given["env"] is not None:
