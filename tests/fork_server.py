@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import weakref
 from contextlib import suppress
 
@@ -40,8 +41,13 @@ class ForkingPopen(subprocess.Popen):
             return
         self.pid = os.fork()
         if self.pid == 0:
-            begin(given)
-            run(*command[command.index("-m") + 1 :])
+            try:
+                begin(given)
+                run(*command[command.index("-m") + 1 :])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(255)
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[end] for end in ends))
