@@ -11,11 +11,11 @@ demo: install
 
 test: install
 	@echo "==> running all tests that need no GPU"
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not references"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not references"
 
 test-fast: install
 	@echo "==> running the fast tests"
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not references and not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not references and not slow"
 
 test-references: $(VENV)/references
 	@echo "==> comparing with the reference implementations"

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from io import BytesIO
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,38 +100,6 @@ def write_shards():
     return write
 
 
-# A server that reads one JSON request per line and forks a process for each command line. The
-# imports, which take longer than a small training, happen only once.
-FORK_SERVER = """
-import json, os, resource, signal, sys
-from segformer_pl.cli import main
-
-# A shell that runs the tests in the background lets them ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        ended, status = os.waitpid(job["wait"], os.WNOHANG)
-        print(json.dumps(os.waitstatus_to_exitcode(status) if ended else None), flush=True)
-        continue
-    process = os.fork()
-    if process:
-        print(process, flush=True)
-        continue
-    os.setsid()
-    os.chdir(job["folder"])
-    os.environ.update(job["environment"])
-    sys.path.append(job["imports"])
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
-        os.dup2(target, stream)
-    if job["largest_file"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
-    main(job["arguments"])
-    sys.exit()
-"""
-
-
 class Command:
     """A command line that runs in its own process; ``output`` is what it has printed."""
 
@@ -167,7 +136,7 @@ def fork_server():
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     server = subprocess.Popen(
-        [sys.executable, "-c", FORK_SERVER],
+        [sys.executable, Path(__file__).with_name("fork_server.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -189,16 +158,28 @@ def start_command(request, fork_server, tmp_path_factory):
     """Function (arguments) that starts ``python -m segformer_pl`` and returns its Command.
 
     The command and its children can import callbacks from ``imports``, the folder of the test.
-    What is still running at the end of the test is killed.
+    ``program`` is another module, or the path of a script. ``forks=False`` lets the command start
+    its own processes, if any, with a new interpreter each; ``figures=False`` leaves out those of a
+    run and its report. What is still running at the end of the test is killed.
     """
     logs = tmp_path_factory.mktemp("commands")
     started = []
 
-    def start(arguments, folder=logs, imports=None, largest_file=None, **environment):
+    def start(
+        arguments,
+        folder=logs,
+        imports=None,
+        largest_file=None,
+        program="segformer_pl",
+        forks=True,
+        figures=True,
+        **environment,
+    ):
         log = logs / f"log{len(started)}"
         imports = str(imports or request.path.parent)
-        job = {"arguments": [str(argument) for argument in arguments], "folder": str(folder)}
+        job = {"command": [str(part) for part in (program, *arguments)], "folder": str(folder)}
         job |= {"log": str(log), "largest_file": largest_file, "imports": imports}
+        job |= {"forks": forks, "figures": figures}
         job["environment"] = {"PYTHONPATH": imports} | environment
         started.append(fork_server(job))
         return Command(started[-1], log, lambda pid: fork_server({"wait": pid}))
@@ -207,6 +188,15 @@ def start_command(request, fork_server, tmp_path_factory):
     for pid in started:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Leave out figures and reports of runs in this process, which have tests of their own."""
+    from segformer_pl import callbacks
+
+    monkeypatch.setattr(callbacks.report, "write_report", lambda run: "none")
+    monkeypatch.setattr(callbacks.evaluation, "publish", lambda *_: None)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Two ranks give the same metrics as one, and train."""
 
 import csv
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -26,28 +24,32 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(subcommand, folder, runs, devices, *arguments, timeout=300):
-    settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
-        "data.path": folder,
-        "data.batch_size": 2,
-        "data.eval_batch_size": 2,
-        "data.num_workers": 1,
-        "trainer.accelerator": "cpu",
-        "trainer.devices": devices,
-        "trainer.strategy": "ddp" if devices > 1 else "auto",
-        "trainer.num_sanity_val_steps": 0,
-        "trainer.log_every_n_steps": 1,
-        "trainer.logger.save_dir": runs,
-    }
-    command = [sys.executable, "-m", "segformer_pl", subcommand]
-    command += [f"--{key}={value}" for key, value in settings.items()]
-    process = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=timeout, cwd=folder.parent
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    (metrics,) = runs.glob("*/version_0/metrics.csv")
-    return list(csv.DictReader(metrics.open()))
+@pytest.fixture
+def run(start_command):
+    """Function (command, data folder, folder of runs, number of ranks) -> rows of metrics.csv."""
+
+    def call(command, folder, runs, devices, *arguments, timeout=300, **how):
+        settings = {
+            "model.network": "segformer_pl.models.segformer_b0",
+            "data.path": folder,
+            "data.batch_size": 2,
+            "data.eval_batch_size": 2,
+            "data.num_workers": 1,
+            "trainer.accelerator": "cpu",
+            "trainer.devices": devices,
+            "trainer.strategy": "ddp" if devices > 1 else "auto",
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.log_every_n_steps": 1,
+            "trainer.logger.save_dir": runs,
+        }
+        options = [f"--{key}={value}" for key, value in settings.items()]
+        how = {"figures": False} | how
+        process = start_command([command, *options, *arguments], folder.parent, **how)
+        assert process.wait(timeout) == 0, process.output[-3000:]
+        (metrics,) = runs.glob("*/version_0/metrics.csv")
+        return list(csv.DictReader(metrics.open()))
+
+    return call
 
 
 def evaluation_of(runs):
@@ -55,7 +57,7 @@ def evaluation_of(runs):
     return load_evaluation(file)
 
 
-def test_validation_on_two_ranks_equals_one(folder, tmp_path):
+def test_validation_on_two_ranks_equals_one(run, folder, tmp_path):
     rows = [run("validate", folder, tmp_path / str(n), n, *ERF)[-1] for n in (1, 2)]
     assert rows[0].keys() == rows[1].keys()
     compared = [key for key in rows[0] if key.startswith("val/") and rows[0][key]]
@@ -71,7 +73,7 @@ def test_validation_on_two_ranks_equals_one(folder, tmp_path):
     np.testing.assert_allclose(one.calibration, two.calibration, rtol=1e-5)
 
 
-def test_a_rank_without_an_image_does_not_hang_validation(tmp_path):
+def test_a_rank_without_an_image_does_not_hang_validation(run, tmp_path):
     shapes.generate(tmp_path / "one", {"train": 1, "validation": 1})
     rows = [run("validate", tmp_path / "one", tmp_path / str(n), n, *ERF)[-1] for n in (1, 2)]
     assert float(rows[1]["val/erf/head/radius50"]) > 0
@@ -84,7 +86,7 @@ def test_a_rank_without_an_image_does_not_hang_validation(tmp_path):
     np.testing.assert_allclose(one.calibration, two.calibration, rtol=1e-5)
 
 
-def test_a_rank_without_an_image_does_not_hang_fit(tmp_path):
+def test_a_rank_without_an_image_does_not_hang_fit(run, tmp_path):
     """In ``fit``, a validation step calls DDP's forward, whose first call waits for all ranks."""
     shapes.generate(tmp_path / "one", {"train": 1, "validation": 1})
     steps = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", *ERF]
@@ -99,9 +101,10 @@ def test_a_rank_without_an_image_does_not_hang_fit(tmp_path):
     assert float(evaluated[-1]["val/loss"]) == pytest.approx(float(one_rank["val/loss"]), rel=1e-5)
 
 
-def test_training_on_two_ranks_runs_without_unused_parameters(folder, tmp_path):
+def test_training_on_two_ranks_runs_without_unused_parameters(run, folder, tmp_path):
+    """The second rank is started as Lightning does, with a new interpreter."""
     interval = ["--trainer.max_steps=3", "--trainer.val_check_interval=3"]
-    rows = run("fit", folder, tmp_path, 2, *interval)
+    rows = run("fit", folder, tmp_path, 2, *interval, forks=False, figures=True)
     assert [int(row["step"]) for row in rows if row["val/miou"]] == [2]
     assert len([row for row in rows if row["train/loss"]]) == 3
     (report,) = tmp_path.glob("*/version_0/report.html")

@@ -86,6 +86,7 @@ def test_it_loads_in_python(checkpoint, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_it_is_validated(checkpoint, expected, options):
     cli = main(["validate", *options, f"--ckpt_path={checkpoint}"])
     metrics = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
@@ -94,6 +95,7 @@ def test_it_is_validated(checkpoint, expected, options):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_it_is_resumed(checkpoint, expected, options, tmp_path):
     cli = main(["fit", *options, "--trainer.max_steps=6", f"--ckpt_path={checkpoint}"])
     metrics = {name: cli.trainer.callback_metrics[name].item() for name in expected["resumed"]}

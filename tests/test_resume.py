@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -64,25 +61,11 @@ def command(folder, run, devices, accumulate, max_steps):
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     ids = {"class_path": "test_resume.WriteIds", "init_args": {"folder": str(run)}}
     arguments.append(f"--trainer.callbacks+={json.dumps(ids)}")
-    return [sys.executable, "-m", "segformer_pl", "fit", *arguments]
+    return ["fit", *arguments]
 
 
-def start(arguments, folder):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments,
-        cwd=folder.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+def finish(process, timeout=300):
+    assert process.wait(timeout) == 0, process.output[-3000:]
 
 
 def trained_samples(run, world_size):
@@ -101,21 +84,19 @@ def trained_samples(run, world_size):
     return samples, [rank[batch]["loss"] for batch in batches for rank in ranks]
 
 
-def test_a_killed_run_on_two_ranks_resumes_on_one_and_on_two(folder, tmp_path):
+def test_a_killed_run_on_two_ranks_resumes_on_one_and_on_two(folder, tmp_path, start_command):
     whole = tmp_path / "whole"
-    finish(start(command(folder, whole, 2, 1, 16), folder))
+    finish(start_command(command(folder, whole, 2, 1, 16), figures=False))
     samples, losses = trained_samples(whole, 2)
     assert len(samples) == 16 * 4
     assert len(set(samples)) == 16 * 4
 
     killed = tmp_path / "killed"
-    process = start(command(folder, killed, 2, 1, 16), folder)
-    deadline = time.monotonic() + 240
+    process = start_command(command(folder, killed, 2, 1, 16), figures=False)
     last = killed / "last.ckpt"
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process.wait_for(last.exists, 240)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     consumed = torch.load(last, weights_only=True)["StreamingSegmentationData"]["consumed"]
     assert 0 < consumed < len(samples)
     assert consumed % 20 == 0
@@ -125,7 +106,7 @@ def test_a_killed_run_on_two_ranks_resumes_on_one_and_on_two(folder, tmp_path):
     for devices in (2, 1):
         resumed = tmp_path / f"resumed_on_{devices}"
         arguments = command(folder, resumed, devices, 2 // devices, 16)
-        finish(start([*arguments, f"--ckpt_path={last}"], folder))
+        finish(start_command([*arguments, f"--ckpt_path={last}"], figures=False))
         resumed_samples, resumed_losses = trained_samples(resumed, devices)
         assert resumed_samples == samples[consumed:]
         # One rank sums the gradients in another order than two, so rounding differs.
@@ -133,16 +114,8 @@ def test_a_killed_run_on_two_ranks_resumes_on_one_and_on_two(folder, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
-def test_a_chain_of_random_kills_loses_and_repeats_no_samples():
+def test_a_chain_of_random_kills_loses_and_repeats_no_samples(start_command):
     script = Path(__file__).parents[1] / "experiments" / "resilience" / "kill_chains.py"
-    process = subprocess.run(
-        [sys.executable, script, "--kills=4", "--seed=3"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.startswith(
-        "4 kills in 1 chains of 24 steps: no sample lost, none repeated"
-    )
+    process = start_command(["--kills=4", "--seed=3"], program=script, figures=False)
+    finish(process)
+    assert "4 kills in 1 chains of 24 steps: no sample lost, none repeated" in process.output

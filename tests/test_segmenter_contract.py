@@ -104,6 +104,7 @@ def test_a_checkpoint_rebuilds_the_network(network):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_validate_gives_the_loss_of_the_run(run, checkpoint, again):
     cli = main(["validate", *again, f"--ckpt_path={checkpoint}"])
     (row,) = (row for row in csv.DictReader((run / "metrics.csv").open()) if row["val/loss"])
@@ -111,6 +112,7 @@ def test_validate_gives_the_loss_of_the_run(run, checkpoint, again):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, checkpoint):
     width = {"model__network__width": 6}
     longer = options(data, tmp_path, trainer__max_steps=4, **width)
@@ -128,6 +130,7 @@ def test_another_network_is_refused_on_resume(data, tmp_path, checkpoint):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_layer_decay_follows_layer_ids(data, tmp_path):
     changes = {"model__layer_decay": 0.5, "trainer__limit_val_batches": 0}
     cli = main(["fit", *options(data, tmp_path, trainer__max_steps=1, **changes)])
@@ -232,6 +235,7 @@ def test_a_native_file_rebuilds_the_network(native, network):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_starts_from_native_weights(data, tmp_path, native, network):
     start = {"model__network__width": 6, "trainer__max_steps": 1, "model__lr": 0}
     start |= {"trainer__limit_val_batches": 0, "model__weights": native}

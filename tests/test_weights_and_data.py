@@ -14,7 +14,7 @@ from segformer_pl.commands.erf import subject_from_file
 from segformer_pl.data import shapes
 from segformer_pl.inference import Predictor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_figures")]
 NAMES = list(shapes.CLASS_NAMES)
 # Class i of the reordered description is class ORDER[i] of the original.
 ORDER = [0, 2, 1, 4, 3, 5]
@@ -289,7 +289,8 @@ def test_a_resume_refuses_incomplete_or_wrong_states(run, fail, tmp_path):
         assert expected in message
 
 
-def test_a_diverged_training_ends_with_a_message_and_a_report(run, fail, tmp_path):
+def test_a_diverged_training_ends_with_a_message_and_a_report(run, fail, tmp_path, monkeypatch):
+    monkeypatch.undo()  # with its report
     rate = ["--model.lr=1e30", "--model.warmup_steps=0", "--last_checkpoint.every_n_train_steps=1"]
     message = fail("fit", *options(run, tmp_path, trainer__max_steps=9), *rate)
     assert message.startswith("error: the training diverged: after step ")

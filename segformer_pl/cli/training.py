@@ -5,6 +5,7 @@ entry of the data set, so an experiment file gives only ``data.dataset``.
 """
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cache
@@ -35,7 +36,12 @@ from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 from segformer_pl.cli.resumption import check_settings
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
-from segformer_pl.commands.parser import PROG, RunArgumentParser, try_int_before_float
+from segformer_pl.commands.parser import (
+    PROG,
+    RunArgumentParser,
+    leave_elements_unchecked,
+    try_int_before_float,
+)
 from segformer_pl.commands.run_folder import (
     DEFAULT_LOGGER,
     find_continuation,
@@ -48,6 +54,9 @@ from segformer_pl.doctor import examine_settings
 from segformer_pl.errors import UserError, find_user_error
 from segformer_pl.lightning_workarounds import SettingsWinCLI
 from segformer_pl.task import SegmentationTask
+
+# libyaml's loader, which pyyaml has on most platforms, is ten times as fast.
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _labels(dataset: str) -> LabelSpec:
@@ -111,11 +120,14 @@ class SegformerCLI(SettingsWinCLI):
             run=run,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         # The package has a predict command of its own, for image files.
-        commands = LightningCLI.subcommands()
-        return {name: skip for name, skip in commands.items() if name != "predict"}
+        commands = {
+            name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"
+        }
+        # The parser of one command takes a fifth of a second, so build no other than the given one.
+        given = self.arguments[0] if self.arguments else None
+        return {given: commands[given]} if given in commands else commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         try_int_before_float(parser)
@@ -124,6 +136,7 @@ class SegformerCLI(SettingsWinCLI):
             "model.palette": lambda name: [list(color) for color in _labels(name).colors],
             "model.ignore_index": lambda name: _labels(name).ignore_index,
         }
+        leave_elements_unchecked(parser, "model.class_names", "model.palette")
         for target, compute in links.items():
             parser.link_arguments("data.dataset", target, compute_fn=compute)
         parser.link_arguments(
@@ -139,7 +152,7 @@ class SegformerCLI(SettingsWinCLI):
     def plain_config(self, **options: Any) -> dict[str, Any]:
         """Return all arguments as plain data, linked ones included."""
         dumped = self.parser.dump(self.config, skip_link_targets=False, format="yaml", **options)
-        config = yaml.safe_load(dumped)
+        config = yaml.load(dumped, Loader)
         return config.get(self.subcommand, config)
 
     def model_settings(self) -> dict[str, Any]:
@@ -184,7 +197,7 @@ class SegformerCLI(SettingsWinCLI):
         if ckpt_path in NAMED:
             # The trainer would search this run's own, empty folder, and train without a checkpoint.
             place_below_root(config["trainer"])
-            settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[command]
+            settings = yaml.load(self.parser.dump(self.config, skip_none=False), Loader)[command]
             ckpt_path = str(named_checkpoint(ckpt_path, config, settings, command == "fit"))
             rank_zero_info(f"ckpt_path: {config.ckpt_path} is {ckpt_path}")
             config.ckpt_path = ckpt_path
@@ -324,9 +337,12 @@ def resolve(files: list[str]) -> dict[str, Any]:
     except ArgumentError as error:
         raise UserError(" ".join(str(find_user_error(error) or error).split())) from error
     dumped = parser.dump(config, format="yaml", skip_none=False, skip_validation=True)
-    return yaml.safe_load(dumped)["fit"]
+    return yaml.load(dumped, Loader)["fit"]
 
 
 @cache  # building it takes longer than parsing, and a study resolves the files of every variant
 def _parser() -> ArgumentParser:
-    return capture_parser(SegformerCLI, exit_on_error=False)
+    with warnings.catch_warnings():
+        # They are not the arguments of the process, but Lightning compares them with those.
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        return capture_parser(SegformerCLI, ["fit"], exit_on_error=False)

@@ -120,6 +120,21 @@ def try_int_before_float(parser: LightningArgumentParser) -> None:
             action._typehint = reduce(operator.or_, ordered)  # type: ignore[attr-defined]
 
 
+def leave_elements_unchecked(parser: LightningArgumentParser, *names: str) -> None:
+    """Check of computed lists only that they are lists.
+
+    jsonargparse 4.53 copies a whole list for each of its elements, at each of a dozen checks, which
+    took most of the start of a training with the 150 classes of ADE20K.
+
+    Args:
+        parser: The parser, before the arguments are linked.
+        names: Arguments that the command line cannot set.
+    """
+    for action in parser._actions:
+        if action.dest in names:
+            action._typehint = list  # type: ignore[attr-defined]
+
+
 class SegformerArgumentParser(RunArgumentParser):
     """The parser of the other commands, which also accepts old option names."""
 

@@ -32,6 +32,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,12 @@ def find_dataset(dataset: str) -> DatasetEntry:
             f"data.dataset: there is no data set {dataset!r} in the catalogue; {hint}"
             f"available: {', '.join(names)}; to use your own data set, give a YAML file"
         )
-    return _read(FOLDER / f"{dataset}.yaml", **HOOKS.get(dataset, {}))
+    return _read_stored(FOLDER / f"{dataset}.yaml")
+
+
+@cache  # one parsing of the command line asks for the same entry about ten times
+def _read_stored(file: Path) -> DatasetEntry:
+    return _read(file, **HOOKS.get(file.stem, {}))
 
 
 def _read(file: Path, **hooks: Any) -> DatasetEntry:

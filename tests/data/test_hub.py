@@ -14,15 +14,33 @@ import pytest
 pytestmark = pytest.mark.slow
 
 COMMIT = "a" * 40
+FILE = f"hf://datasets/owner/set@{COMMIT}/data/train-00000-of-00001.parquet"
+# By case: path and revision.
+CASES = {
+    "hub location of the entry": (None, COMMIT),
+    "name": (f"owner/set@{COMMIT}", COMMIT),
+    "pattern": (f"hf://datasets/owner/set@{COMMIT}/data/{{split}}-*.parquet", COMMIT),
+    "name without a revision": ("owner/set", None),
+}
+# The client reads the address of the hub when it is imported, so this needs a new interpreter. Each
+# case has a forked process of its own, because the client remembers what it has listed.
 READ = """
-import dataclasses, json, sys
+import dataclasses, json, os, sys
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.sources import open_split
 
-path, revision = json.loads(sys.argv[1])
-entry = dataclasses.replace(find_dataset("shapes"), hub="owner/set", revision=revision)
-source = open_split(entry, path, "train")
-print(json.dumps([source.files, source.group_rows, [row["id"] for row in source.read(1)]]))
+for path, revision in json.loads(sys.argv[1]):
+    process = os.fork()
+    if process:
+        assert os.waitpid(process, 0)[1] == 0
+        print("end of a case", file=sys.stderr, flush=True)
+        continue
+    entry = dataclasses.replace(find_dataset("shapes"), hub="owner/set", revision=revision)
+    source = open_split(entry, path, "train")
+    result = [source.files, source.group_rows, [row["id"] for row in source.read(1)]]
+    print(json.dumps(result), flush=True)
+    sys.stderr.flush()
+    os._exit(0)
 """
 
 
@@ -89,55 +107,47 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def read(tmp_path, row, write_shards):
-    """Function (path, revision) -> files, group rows, ids of the second row group, stderr."""
-    (tmp_path / "set").mkdir()
-    write_shards(tmp_path / "set" / "data", "train", [[row(f"s{i}") for i in range(6)]], 2)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, row, write_shards):
+    """By case: files, group rows, ids of the second row group, stderr."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "set").mkdir()
+    write_shards(folder / "set" / "data", "train", [[row(f"s{i}") for i in range(6)]], 2)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files = {
-        str(file.relative_to(tmp_path / "set")): file.read_bytes()
-        for file in (tmp_path / "set").rglob("*.parquet")
+        str(file.relative_to(folder / "set")): file.read_bytes()
+        for file in (folder / "set").rglob("*.parquet")
     }
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "HF_HOME": str(folder / "hf"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
     }
-
-    def open_and_read(path, revision=COMMIT):
-        process = subprocess.run(
-            [sys.executable, "-c", READ, json.dumps([path, revision])],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert process.returncode == 0, process.stderr[-2000:]
-        return [*json.loads(process.stdout), process.stderr]
-
-    yield open_and_read
+    process = subprocess.run(
+        [sys.executable, "-c", READ, json.dumps(list(CASES.values()))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     server.shutdown()
     server.server_close()
+    assert process.returncode == 0, process.stderr[-2000:]
+    lines, errors = process.stdout.splitlines(), process.stderr.split("end of a case\n")
+    assert len(lines) == len(CASES)
+    return {case: [*json.loads(line), error] for case, line, error in zip(CASES, lines, errors)}
 
 
-FILE = f"hf://datasets/owner/set@{COMMIT}/data/train-00000-of-00001.parquet"
-
-
-@pytest.mark.parametrize(
-    "path",
-    [None, f"owner/set@{COMMIT}", f"hf://datasets/owner/set@{COMMIT}/data/{{split}}-*.parquet"],
-    ids=["hub location of the entry", "name", "pattern"],
-)
-def test_row_groups_are_read_from_the_hub(read, path):
-    files, rows, ids, stderr = read(path)
+@pytest.mark.parametrize("case", ["hub location of the entry", "name", "pattern"])
+def test_row_groups_are_read_from_the_hub(results, case):
+    files, rows, ids, stderr = results[case]
     assert (files, rows, ids) == ([FILE], [2, 2, 2], ["s2", "s3"])
     assert "latest commit" not in stderr
 
 
-def test_a_name_without_a_revision_means_the_latest_commit(read):
-    files, rows, ids, stderr = read("owner/set", None)
+def test_a_name_without_a_revision_means_the_latest_commit(results):
+    files, rows, ids, stderr = results["name without a revision"]
     assert files == [FILE]
     assert (rows, ids) == ([2, 2, 2], ["s2", "s3"])
     assert f"to pin this commit, give --data.path owner/set@{COMMIT}" in stderr
