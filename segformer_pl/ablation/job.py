@@ -212,9 +212,7 @@ class RunJob:
             )
         if folder.is_dir():  # it holds no evaluation, so an earlier attempt did not come to its end
             shutil.rmtree(folder)
-        # Callbacks such as figures of receptive fields were part of the training.
-        fixed = {"callbacks": None, "logger": csv_logger(folder), "default_root_dir": None}
-        config = {**self.config, "trainer": {**self.config["trainer"], **fixed}}
+        config = validation_settings(self.config, csv_logger(folder))
         files = [self._write_config(f".{folder.name}", config)]
         if settings:
             files.append(self._write_config(f".{folder.name}.settings", settings))
@@ -318,6 +316,18 @@ def _origin(folder: Path) -> dict[str, Any]:
     """Return what ``ablation.json`` says about the process that trained a run."""
     record = read_record(folder)
     return {key: record[key] for key in ("environment", "copied_from") if key in record}
+
+
+def validation_settings(config: dict[str, Any], logger: Any) -> dict[str, Any]:
+    """Return complete settings of a ``fit`` as those of a ``validate`` of its network.
+
+    Args:
+        config: Settings of the ``fit``.
+        logger: Logger of the ``validate``.
+    """
+    # Callbacks such as figures of receptive fields were part of the training.
+    fixed = {"callbacks": None, "logger": logger, "default_root_dir": None}
+    return {**config, "trainer": {**config["trainer"], **fixed}}
 
 
 def csv_logger(folder: Path, **arguments: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from segformer_pl.ablation.folder import JOBS_FOLDER
-from segformer_pl.ablation.job import RunJob, csv_logger
-from segformer_pl.ablation.study import Study, StudyRun, nested
+from segformer_pl.ablation.job import RunJob, csv_logger, validation_settings
+from segformer_pl.ablation.study import Resolve, Study, StudyRun, nested, resolve_layers
 from segformer_pl.analysis.configuration import SEED
 from segformer_pl.checkpoints.sources import read_weights
 from segformer_pl.checkpoints.transplant import transplant, write_transplanted
@@ -25,15 +25,7 @@ def run_settings(study: Study, run: StudyRun) -> dict[str, Any]:
 
     They are those of its variant, with what a run of a study needs: its seed, its folder, the
     checkpoint to resume from, and its place in W&B if the base logs there.
-
-    Raises:
-        UserError: The base writes no checkpoints.
     """
-    if run.variant.config["trainer"]["enable_checkpointing"] is False:
-        raise UserError(
-            f"{study.file}: trainer.enable_checkpointing is false, but runs of a study resume from "
-            "checkpoints and are evaluated from them; leave it out"
-        )
     config = copy.deepcopy(run.variant.config)
     trainer = config["trainer"]
     config[SEED] = run.seed
@@ -59,6 +51,23 @@ def make_job(study: Study, run: StudyRun) -> RunJob:
         max_steps=run.max_steps,
         record=record,
     )
+
+
+def check_evaluations(study: Study, resolve: Resolve) -> None:
+    """Check the settings of the evaluations of every variant, as ``validate`` will read them.
+
+    Args:
+        study: The study.
+        resolve: Function as for :func:`~.study.read_study`, for the command ``validate``.
+
+    Raises:
+        UserError: ``validate`` would refuse them.
+    """
+    for name, settings in study.evaluations.items():
+        for variant in study.variants:
+            origin = f"{study.file}: evaluations: '{name}' of variant '{variant.name}'"
+            config = validation_settings(variant.config, False)
+            resolve_layers(origin, [], [config, settings], resolve, "validate")
 
 
 def check_transplants(study: Study) -> None:

@@ -18,12 +18,18 @@ from segformer_pl.ablation.launchers import Launcher, LocalLauncher, SlurmLaunch
 from segformer_pl.ablation.live import make_display, overall_progress
 from segformer_pl.ablation.planning import find_spread, resolution, study_costs
 from segformer_pl.ablation.progress import RunProgress
-from segformer_pl.ablation.run_settings import check_transplants, make_job, run_record
+from segformer_pl.ablation.run_settings import (
+    check_evaluations,
+    check_transplants,
+    make_job,
+    run_record,
+)
 from segformer_pl.ablation.runner import StudyRunner, signal_name
 from segformer_pl.ablation.study import Study, read_study
 from segformer_pl.ablation.sweep import write_wandb_sweep
 from segformer_pl.atomic import make_writable_folder
 from segformer_pl.callbacks.signals import Interrupted
+from segformer_pl.cli.building import resolve_and_build
 from segformer_pl.cli.training import resolve
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
@@ -63,7 +69,13 @@ def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
     """
     options = _parse(command, arguments)
     settings = {} if options.data.path is None else {"data.path": options.data.path}
-    study = read_study(Path(options.study), options.budget, resolve, settings)
+    # Settings that would fail in every run are refused before any training; a report needs none.
+    is_checked = not options.report
+    study = read_study(
+        Path(options.study), options.budget, resolve_and_build if is_checked else resolve, settings
+    )
+    if is_checked:
+        check_evaluations(study, resolve_and_build)
     output = Path(options.output)
     if options.wandb_sweep is not None:
         if Path(options.wandb_sweep).resolve() == study.file.resolve():
