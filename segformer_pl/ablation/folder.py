@@ -9,6 +9,7 @@ The state of a study is in its run folders alone::
       checkpoints/last.ckpt                 training can be resumed
       evaluation/val_step_0000800.npz       training is complete: 800 is its last step
       evaluations/at_96/                    folder of a validate, with an evaluation of its own
+        settings.yaml                       in what it differs from the training, as in the study
 
 This module looks at names of files. It does not import :mod:`segformer_pl.analysis.run`, which
 imports torch, because a job would import it only to wait for a process that imports it again.
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
 JOBS_FOLDER = ".jobs"
@@ -35,6 +37,7 @@ RECORD_FILE = "ablation.json"
 FAILURE_FILE = "failure.txt"
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 EVALUATIONS = "evaluations"
+SETTINGS_FILE = "settings.yaml"
 # Another invocation that looks at the lock holds it for less than a millisecond.
 LOCK_TIMEOUT = 1.0  # seconds
 POLL = 0.05  # seconds
@@ -120,6 +123,35 @@ def copy_run(twin: Path, folder: Path) -> None:
 def is_evaluated(folder: Path, name: str) -> bool:
     """Return whether a run has an additional evaluation."""
     return any((folder / EVALUATIONS / name / "evaluation").glob("*.npz"))
+
+
+def write_evaluation_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Store the settings of an additional evaluation in its folder, once it has been made."""
+    atomic_write_text(folder / SETTINGS_FILE, yaml.safe_dump(settings))
+
+
+def check_evaluation_settings(folder: Path, evaluations: Mapping[str, dict[str, Any]]) -> None:
+    """Check that the additional evaluations of a run were made with the settings of the study.
+
+    Args:
+        folder: Run folder.
+        evaluations: Settings of ``validate`` of each evaluation, as nested dictionaries.
+
+    Raises:
+        UserError: The settings of an evaluation have changed since it was made.
+    """
+    for name, settings in evaluations.items():
+        made = folder / EVALUATIONS / name
+        try:
+            stored = yaml.safe_load((made / SETTINGS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # not made yet, or by an earlier version
+        if stored != settings and is_evaluated(folder, name):
+            raise UserError(
+                f"'{made}' was made with the settings {stored}, but the study has {settings} under "
+                f"that name; give the evaluation another name to have both, or make it anew after "
+                f"rm -r {folder.parent}/*/{EVALUATIONS}/{name}"
+            )
 
 
 @contextmanager

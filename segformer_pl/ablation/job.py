@@ -42,6 +42,7 @@ from segformer_pl.ablation.folder import (
     is_trained,
     locked,
     read_record,
+    write_evaluation_settings,
 )
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
@@ -200,7 +201,9 @@ class RunJob:
         shutil.rmtree(folder)
 
     def _evaluate(self, name: str, settings: dict[str, Any]) -> None:
-        self._validate(self.folder / EVALUATIONS / name, settings)
+        folder = self.folder / EVALUATIONS / name
+        self._validate(folder, settings)
+        write_evaluation_settings(folder, settings)
 
     def _validate(self, folder: Path, settings: dict[str, Any]) -> None:
         """Run ``validate`` with the last checkpoint into a folder below the run folder."""

@@ -47,10 +47,15 @@ def make_job(study: Study, run: StudyRun) -> RunJob:
     return RunJob(
         folder=run.folder,
         config=config,
-        evaluations={name: nested(settings) for name, settings in study.evaluations.items()},
+        evaluations=evaluation_settings(study),
         max_steps=run.max_steps,
         record=record,
     )
+
+
+def evaluation_settings(study: Study) -> dict[str, dict[str, Any]]:
+    """Return the settings of ``validate`` of each evaluation as nested dictionaries."""
+    return {name: nested(settings) for name, settings in study.evaluations.items()}
 
 
 def check_evaluations(study: Study, resolve: Resolve) -> None:

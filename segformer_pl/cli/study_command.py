@@ -13,7 +13,12 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from segformer_pl.ablation.costs import costs_table
-from segformer_pl.ablation.folder import JOBS_FOLDER, State, check_record
+from segformer_pl.ablation.folder import (
+    JOBS_FOLDER,
+    State,
+    check_evaluation_settings,
+    check_record,
+)
 from segformer_pl.ablation.launchers import Launcher, LocalLauncher, SlurmLauncher, gpu_sets
 from segformer_pl.ablation.live import make_display, overall_progress
 from segformer_pl.ablation.planning import find_spread, resolution, study_costs
@@ -21,6 +26,7 @@ from segformer_pl.ablation.progress import RunProgress
 from segformer_pl.ablation.run_settings import (
     check_evaluations,
     check_transplants,
+    evaluation_settings,
     make_job,
     run_record,
 )
@@ -30,6 +36,7 @@ from segformer_pl.ablation.sweep import write_wandb_sweep
 from segformer_pl.atomic import make_writable_folder
 from segformer_pl.callbacks.signals import Interrupted
 from segformer_pl.cli.building import resolve_and_build
+from segformer_pl.cli.study_data import check_data_is_there, check_same_data
 from segformer_pl.cli.training import resolve
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
@@ -78,11 +85,6 @@ def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
         check_evaluations(study, resolve_and_build)
     output = Path(options.output)
     if options.wandb_sweep is not None:
-        if Path(options.wandb_sweep).resolve() == study.file.resolve():
-            raise UserError(
-                f"--wandb_sweep '{options.wandb_sweep}' is the study itself, which the sweep would "
-                "overwrite; give another file"
-            )
         file, *configs = write_wandb_sweep(study, Path(options.wandb_sweep), output)
         sys.stdout.write(
             f"wrote {file} and the settings of {len(configs)} variants in {configs[0].parent}\n"
@@ -93,6 +95,9 @@ def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
     check_transplants(study)
     for run in runs:
         check_record(run.run.folder, run_record(study, run.run))
+        check_evaluation_settings(run.run.folder, evaluation_settings(study))
+    if is_checked or options.data.path is not None:  # `arena` measures on these data
+        check_same_data(study, output / study.name)
     if options.dry_run:
         for run in runs:
             run.look()
@@ -100,6 +105,8 @@ def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
         return
     signum = 0
     if not options.report:
+        if options.launcher == "local":
+            check_data_is_there(study)
         make_writable_folder(output / study.name, "output")
         signum = _execute(study, runs, options)
     else:
@@ -171,7 +178,7 @@ def _parse(command: StudyCommand, arguments: list[str]) -> Namespace:
         type=str | None,
         default=None,
         metavar="FILE",
-        help="train nothing; write the study as a W&B sweep",
+        help="train nothing; write the study as a W&B sweep into a new file",
     )
     parser.add_argument("--output", default=str(OUTPUT), help="folder of all studies")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The report of a study: ``table.md``, ``table.csv`` and ``report.html``, from its run folders."""
+"""The report of a study from its run folders: ``report.html``, and tables for other programs."""
 
 import json
 import math
@@ -43,6 +43,7 @@ from segformer_pl.analysis.report.study_tables import (
     markdown_table,
     markdown_text,
     resolved_variants,
+    seeds_csv_text,
     summary_of,
 )
 from segformer_pl.analysis.report.study_text import outcome
@@ -52,7 +53,7 @@ from segformer_pl.errors import UserError
 
 BREAKS = "+,_=/"  # characters of a name after which a line may break
 PAGE_PIXELS = 1088  # width of a figure of the whole page
-TABLE_FILE, CSV_FILE, COSTS_FILE = "table.md", "table.csv", "costs.json"
+TABLE_FILE, CSV_FILE, SEEDS_FILE, COSTS_FILE = "table.md", "table.csv", "seeds.csv", "costs.json"
 MINUS = re.compile(r"(?<!\S)-(?=\d)")  # a hyphen that stands for a minus
 MAIN = "val"  # the evaluation at the end of the training, in tables
 TABLE_MEASURES = ("miou", "image_miou", "worst_decile")
@@ -94,7 +95,8 @@ def write_study_report(
     """Write ``report_<budget>/`` into the folder of a study, from its run folders alone.
 
     It holds ``table.md`` for GitHub, ``table.csv`` with all statistics (columns: see
-    :func:`~.study_tables.csv_text`) and ``report.html``.
+    :func:`~.study_tables.csv_text`), ``seeds.csv`` with the value of each seed (columns: see
+    :func:`~.study_tables.seeds_csv_text`) and ``report.html``.
 
     Args:
         folder: Folder of the study, such as ``runs/ablations/reduction_ratio``.
@@ -154,6 +156,7 @@ def write_study_report(
     texts = {
         TABLE_FILE: _markdown(results, sentences, table, shown["miou"]),
         CSV_FILE: csv_text(results, summaries, by_variant),
+        SEEDS_FILE: seeds_csv_text(results, summaries),
         REPORT_FILE: html,
     }
     for name, text in texts.items():
