@@ -21,7 +21,8 @@ from segformer_pl.ablation.folder import FAILURE_FILE, State
 from segformer_pl.ablation.job import RunJob, last_sentence
 from segformer_pl.ablation.launchers import Launcher
 from segformer_pl.ablation.live import Display
-from segformer_pl.ablation.progress import RunProgress, Throughput
+from segformer_pl.ablation.progress import RunProgress
+from segformer_pl.ablation.remaining_time import RemainingTime
 
 POLL = 0.2  # seconds between two looks at the jobs
 LOOK = 2.0  # seconds between two looks at the folders
@@ -72,7 +73,7 @@ class StudyRunner:
             ):
                 run.state = State.INTERRUPTED if run.step else State.WAITING
                 self._queue.append(run)
-        throughput = Throughput(steps=sum(run.step for run in self._runs))
+        remaining = RemainingTime()
         next_look = 0.0
         with self._display, self._signals():
             while (self._queue and not self.signal) or self._active or self._elsewhere:
@@ -87,7 +88,7 @@ class StudyRunner:
                     self._check_elsewhere()
                     for run, _ in self._active:
                         run.follow()
-                    self._display.show(self._runs, throughput.seconds_left(self._runs))
+                    self._display.show(self._runs, remaining.seconds_left(self._runs))
                 time.sleep(POLL)
             self._display.show(self._runs, None)
 

@@ -20,7 +20,7 @@ from segformer_pl.analysis.ablation import (
     StudyResults,
     StudySummary,
     read_results,
-    summarize_study,
+    summarize_measures,
 )
 from segformer_pl.analysis.report.page import REPORT_FILE, template_environment
 from segformer_pl.analysis.report.study_charts import (
@@ -193,13 +193,13 @@ def _summaries(
     """Return summaries by evaluation and measure, and a sentence for each evaluation without."""
     summaries, left_out = {}, []
     for evaluation in (None, *_named_evaluations(results)):
-        for measure in MEASURES if evaluation is None else TABLE_MEASURES:
-            try:
-                summary = summarize_study(results, measure, evaluation, block_size)
-            except UserError as error:
-                summary = StudySummary(measure, (), (), 0, "", ())
-                if str(error) not in left_out:
-                    left_out.append(str(error))
+        measures = tuple(MEASURES) if evaluation is None else TABLE_MEASURES
+        try:
+            found = summarize_measures(results, measures, evaluation, block_size)
+        except UserError as error:
+            found = {measure: StudySummary(measure, (), (), 0, "", ()) for measure in measures}
+            left_out.append(str(error))
+        for measure, summary in found.items():
             if summary.variants or evaluation is None:
                 summaries[evaluation or MAIN, measure] = summary
     return summaries, left_out

@@ -8,9 +8,9 @@ import re
 import pandas as pd
 import pytest
 
-from segformer_pl.analysis.ablation import read_results, summarize_study
+from segformer_pl.analysis.ablation import read_results, summarize_measures, summarize_study
 from segformer_pl.analysis.report.study_page import write_study_report
-from segformer_pl.analysis.run import Run
+from segformer_pl.analysis.run import EvaluationFile, Run
 from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -301,3 +301,14 @@ def test_the_values_of_the_seeds_can_be_pivoted_and_merged(study):
     wide = main.pivot(index="variant", columns="seed", values="value")
     for one in summary(study).variants:
         assert wide.loc[one.variant].to_dict() == pytest.approx(one.values)
+
+
+def test_every_evaluation_is_read_once_for_all_measures(study, monkeypatch):
+    read = []
+    load = EvaluationFile.load
+    monkeypatch.setattr(EvaluationFile, "load", lambda file: read.append(file.file) or load(file))
+    results = read_results(study.path, "small")  # compares the images of all runs
+    read.clear()
+    summarize_measures(results)
+    summarize_measures(results, ["miou", "image_miou"], "at_96")
+    assert len(read) == len(set(read)) == 2 * 3 * 3
