@@ -157,7 +157,8 @@ def _parse(command: StudyCommand, arguments: list[str]) -> Namespace:
         default={},
         help="options of the Slurm jobs, such as '{partition: gpu, timeout_min: 240, "
         "gpus_per_node: 1, cpus_per_task: 8}': those of submitit, and those of sbatch with "
-        "underscores. Ctrl-C cancels the jobs; a closed connection does not",
+        "underscores; nodes and tasks follow from trainer.num_nodes and trainer.devices. Ctrl-C "
+        "cancels the jobs; a closed connection does not",
     )
     parser.add_argument(
         "--retry_failed",
@@ -219,9 +220,9 @@ def _launcher(study: Study, options: Namespace) -> Launcher:
     # A folder of its own: submitit names its files by process ids, which return.
     jobs = Path(options.output, study.name, JOBS_FOLDER)
     folder = jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000:06d}"
-    if options.launcher == "slurm":
-        return SlurmLauncher(folder, study.name, options.max_parallel, options.slurm)
     trainers = [variant.config["trainer"] for variant in study.variants]
+    if options.launcher == "slurm":
+        return SlurmLauncher(folder, study.name, options.max_parallel, options.slurm, trainers)
     uses_gpus = any(trainer["accelerator"] != "cpu" for trainer in trainers)
     num_gpus = torch.cuda.device_count() if uses_gpus else 0
     devices = [trainer["devices"] for trainer in trainers]
