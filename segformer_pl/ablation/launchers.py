@@ -255,14 +255,17 @@ def slurm_tasks(
 def _devices(trainer: Mapping[str, Any], gpus: Any) -> int:
     """Return the number of devices of a training on each node, as Lightning counts them."""
     devices = trainer["devices"]
-    if isinstance(devices, str) and devices != "auto":
-        devices = [part for part in devices.split(",") if part] if "," in devices else int(devices)
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
     if isinstance(devices, list):
         return len(devices)
-    if devices in ("auto", -1):  # all GPUs that the job has, and one process on the CPU
+    if devices in ("auto", "-1", -1):  # all GPUs that the job has, and one process on the CPU
         is_cpu = trainer["accelerator"] == "cpu"
         return gpus if isinstance(gpus, int) and gpus > 0 and not is_cpu else 1
-    return int(devices)
+    try:
+        return int(devices)
+    except ValueError as error:
+        raise UserError(f"trainer.devices is {devices!r}; give a number of devices") from error
 
 
 def _read_queue() -> set[str] | None:

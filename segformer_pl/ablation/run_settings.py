@@ -83,7 +83,10 @@ def check_transplants(study: Study) -> None:
     """
     if study.transplant is None:
         return
-    weights = read_weights(study.transplant)
+    try:
+        weights = read_weights(study.transplant)
+    except UserError as error:
+        raise UserError(f"{study.file}: transplant: {error}") from error
     for variant in study.variants:
         try:
             transplant(variant.build_network(), weights)

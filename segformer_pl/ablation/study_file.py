@@ -110,6 +110,7 @@ def read_study_file(file: Path) -> StudyFile:
     if not isinstance(content, dict):
         raise UserError(f"{file}: no study; see the files in experiments/ablations")
     _check_entries(file, content)
+    _check_parts(file, content)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(StudyFile)
     try:
@@ -157,6 +158,41 @@ def _check_entries(file: Path, content: Mapping[str, Any]) -> None:
                 )
             if not isinstance(value, kind) or value == []:
                 raise UserError(f"{file}: {key}: '{name}' is {value!r}; give {what}")
+
+
+def _check_parts(file: Path, content: Mapping[str, Any]) -> None:
+    """Check seeds, spread and the entries of budgets, as :func:`_check_entries` does."""
+    budgets = content.get("budgets") or {}
+    known = [one.name for one in fields(Budget)]
+    for name, budget in budgets.items():
+        for key in budget:
+            if key not in known:
+                raise UserError(
+                    f"{file}: budgets: '{name}' has '{key}', and a budget has {', '.join(known)}; "
+                    "settings of `fit` belong into its settings"
+                )
+        if not isinstance(budget.get("settings") or {}, dict):
+            raise UserError(
+                f"{file}: budgets: '{name}': settings is {budget['settings']!r}; give settings of "
+                "`fit` by dotted name"
+            )
+    places = {"seeds": content.get("seeds")}
+    places |= {f"budgets: '{name}': seeds": one.get("seeds") for name, one in budgets.items()}
+    for place, seeds in places.items():
+        if seeds is not None and not (
+            isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+        ):
+            raise UserError(
+                f"{file}: {place} is {seeds!r}; give a list of integers of at least 0, such as "
+                "[0, 1, 2]"
+            )
+    spread = content.get("spread")
+    parts = {one.name for one in fields(Spread)}
+    if spread is not None and not (isinstance(spread, dict) and spread.keys() == parts):
+        raise UserError(
+            f"{file}: spread is {spread!r}; give standard deviations of mIoU as fractions, such as "
+            "{seeds: 0.01, images: 0.003}"
+        )
 
 
 def changes_of_variants(content: StudyFile, file: Path) -> dict[str, dict[str, Any]]:

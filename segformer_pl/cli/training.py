@@ -286,11 +286,15 @@ class SegformerCLI(SettingsWinCLI):
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse settings of the trainer that a stream cannot have: epochs, and fixed batches.
+    """Refuse numbers of devices that there cannot be, and epochs and fixed batches of a stream.
 
     Raises:
         UserError: There is such a setting.
     """
+    for name, allowed in (("devices", (-1,)), ("num_nodes", ())):
+        number = trainer[name]
+        if isinstance(number, int) and number < 1 and number not in allowed:
+            raise UserError(f"trainer.{name} is {number}; give a number of at least 1")
     if trainer["overfit_batches"]:
         raise UserError(
             f"trainer.overfit_batches is {trainer['overfit_batches']}, but training reads a "

@@ -29,6 +29,8 @@ STRIDE = {"model.inference": {"window": [32, 32], "stride": [64, 64]}}
         ({"trainer.overfit_batches": 2}, r"trainer\.overfit_batches is 2"),
         ({"trainer.limit_train_batches": 1.5}, r"limit_train_batches"),
         ({"trainer.enable_checkpointing": False}, r"trainer\.enable_checkpointing is false"),
+        ({"trainer.devices": 0}, r"trainer\.devices is 0; give a number of at least 1"),
+        ({"trainer.num_nodes": 0}, r"trainer\.num_nodes is 0; give a number of at least 1"),
         ({"trainer.fast_dev_run": True}, r"trainer\.fast_dev_run is True"),
         ({"trainer.callbacks": [{"class_path": "planted_error.Fails"}]}, "planted here"),
     ],

@@ -53,6 +53,7 @@ def test_lightning_accepts_the_tasks_that_submitit_asks_for(
     ("trainers", "options", "message"),
     [
         ([trainer(1), trainer(2)], {}, "trainer.devices and trainer.num_nodes differ between"),
+        ([trainer("two")], {}, "trainer.devices is 'two'; give a number of devices"),
         ([trainer(2)], {"tasks_per_node": 1}, "tasks_per_node is 1, but trainer.devices is 2"),
         ([trainer(1, 2)], {"nodes": 1}, "nodes is 1, but trainer.num_nodes is 2"),
         ([trainer(1)], {"tasks_per_node": 4}, "tasks_per_node is 4, but trainer.devices is 1"),
