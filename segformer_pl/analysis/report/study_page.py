@@ -281,6 +281,11 @@ def make_chart(figure: Figure | None, title: str, alt: str, note: str) -> Chart 
     if figure is None:
         return None
     width = figure.get_size_inches()[0] / PAGE_WIDTH
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        # Otherwise matplotlib draws the whole figure once more, only to make the layout.
+        layout.execute(figure)
+        figure.set_layout_engine(None)
     svg = style.inline_svg(figure)
     return Chart(title, svg, alt, note, bool(width > 0.6), round(width * PAGE_PIXELS))
 
