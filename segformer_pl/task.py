@@ -1,5 +1,6 @@
 """Semantic segmentation as a LightningModule: steps, loss, metrics and optimiser."""
 
+import math
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -178,7 +179,13 @@ class SegmentationTask(pl.LightningModule):
             weight_decay=weight_decay,
             poly_power=poly_power,
             min_lr=min_lr,
+            warmup_steps=warmup_steps,
         )
+        if not all(0 < value < math.inf for value in image_std):  # NaN compares as false
+            raise UserError(
+                f"model.image_std is {list(image_std)}; give finite numbers above 0, because "
+                "images are divided by them"
+            )
         if loss is not None:
             check_loss(loss)
             if not network.takes_criterion:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from segformer_pl.ablation.folder import SETTINGS_FILE
 from segformer_pl.analysis.arena import ARENA_FOLDER
 from segformer_pl.analysis.run import Run
 from segformer_pl.errors import UserError
@@ -37,14 +38,15 @@ def store(folder: Path, destination: Path) -> int:
         files = [run.ablation_file, run.metrics_file, path / "training_data.json"]
         files.append(run.evaluations[-1].file)
         files += (path / ARENA_FOLDER).rglob("*.json")
-        for name in run.named_evaluations:
-            named = run.named_evaluation_folder(name)
-            files += [Run(named).config_file, *(one.file for one in Run(named).evaluations)]
+        for named in run.named_evaluations.values():
+            settings = named.folder / SETTINGS_FILE
+            files += [named.config_file, *(one.file for one in named.evaluations)]
+            files += [settings] if settings.is_file() else []
         for file in files:
             copy = target / file.relative_to(path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-        for file in target.rglob("*.yaml"):
+        for file in target.rglob("config.yaml"):
             file.write_text(_relocated(file.read_text("utf-8")), encoding="utf-8")
         (target / "config.yaml").write_text(_relocated(run.config_text), encoding="utf-8")
         number += 1

@@ -9,6 +9,7 @@ The state of a study is in its run folders alone::
       checkpoints/last.ckpt                 training can be resumed
       evaluation/val_step_0000800.npz       training is complete: 800 is its last step
       evaluations/at_96/                    folder of a validate, with an evaluation of its own
+        settings.yaml                       in what it differs from the training, as in the study
 
 This module looks at names of files. It does not import :mod:`segformer_pl.analysis.run`, which
 imports torch, because a job would import it only to wait for a process that imports it again.
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
 JOBS_FOLDER = ".jobs"
@@ -35,6 +37,8 @@ RECORD_FILE = "ablation.json"
 FAILURE_FILE = "failure.txt"
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 EVALUATIONS = "evaluations"
+SETTINGS_FILE = "settings.yaml"
+COPIED = ".evaluation.partial"  # until it is complete
 # Another invocation that looks at the lock holds it for less than a millisecond.
 LOCK_TIMEOUT = 1.0  # seconds
 POLL = 0.05  # seconds
@@ -95,9 +99,12 @@ def find_twin(
     for twin in sorted(folder.parent.parent.glob(f"*/*.seed{seed}.*.{digest}")):
         is_other_study = twin.parent != folder.parent
         if is_other_study and is_trained(twin, max_steps) and (twin / LAST_CHECKPOINT).is_file():
-            record = read_record(twin)
-            config = yaml.safe_load((twin / "config.yaml").read_text(encoding="utf-8"))
-            found = (record.get("seed"), record.get("digest"), config["data"].get("path"))
+            try:
+                record = read_record(twin)
+                config = yaml.safe_load((twin / "config.yaml").read_text(encoding="utf-8"))
+                found = (record.get("seed"), record.get("digest"), config["data"].get("path"))
+            except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+                continue  # damaged, which is no matter of this study
             if found == (seed, digest, data_path):
                 return twin
     return None
@@ -106,20 +113,55 @@ def find_twin(
 def copy_run(twin: Path, folder: Path) -> None:
     """Copy a training into another run folder, without what belongs to its study.
 
-    The evaluation is copied last, so that an interrupted copy does not count as trained.
+    The evaluation is copied last and renamed when it is whole, so that an interrupted copy does not
+    count as trained.
     """
-    own = {LOCK_FILE, RECORD_FILE, FAILURE_FILE, EVALUATIONS}
-    entries = [entry for entry in twin.iterdir() if entry.name not in own]
-    for entry in sorted(entries, key=lambda entry: entry.name == "evaluation"):
+    own = {LOCK_FILE, RECORD_FILE, FAILURE_FILE, EVALUATIONS, "evaluation", COPIED}
+    for entry in twin.iterdir():
+        if entry.name in own:
+            continue
         if entry.is_dir():
             shutil.copytree(entry, folder / entry.name, dirs_exist_ok=True)
         else:
             shutil.copy2(entry, folder / entry.name)
+    for name in ("evaluation", COPIED):  # of an interrupted copy
+        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.copytree(twin / "evaluation", folder / COPIED)
+    (folder / COPIED).rename(folder / "evaluation")
 
 
 def is_evaluated(folder: Path, name: str) -> bool:
     """Return whether a run has an additional evaluation."""
     return any((folder / EVALUATIONS / name / "evaluation").glob("*.npz"))
+
+
+def write_evaluation_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Store the settings of an additional evaluation in its folder, once it has been made."""
+    atomic_write_text(folder / SETTINGS_FILE, yaml.safe_dump(settings))
+
+
+def check_evaluation_settings(folder: Path, evaluations: Mapping[str, dict[str, Any]]) -> None:
+    """Check that the additional evaluations of a run were made with the settings of the study.
+
+    Args:
+        folder: Run folder.
+        evaluations: Settings of ``validate`` of each evaluation, as nested dictionaries.
+
+    Raises:
+        UserError: The settings of an evaluation have changed since it was made.
+    """
+    for name, settings in evaluations.items():
+        made = folder / EVALUATIONS / name
+        try:
+            stored = yaml.safe_load((made / SETTINGS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # not made yet, or by an earlier version
+        if stored != settings and is_evaluated(folder, name):
+            raise UserError(
+                f"'{made}' was made with the settings {stored}, but the study has {settings} under "
+                f"that name; give the evaluation another name to have both, or make it anew after "
+                f"rm -r {folder.parent}/*/{EVALUATIONS}/{name}"
+            )
 
 
 @contextmanager
@@ -155,10 +197,7 @@ def locked(folder: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[int | None]:
                     return
                 time.sleep(POLL)
             except OSError as error:
-                raise UserError(
-                    f"cannot lock {str(file)!r} ({error.strerror}), so two processes could train "
-                    "the same run; give an --output on a file system with locks"
-                ) from error
+                raise _no_locks(file, error) from error
             else:
                 yield descriptor
                 return
@@ -166,12 +205,32 @@ def locked(folder: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[int | None]:
         os.close(descriptor)
 
 
+def _no_locks(file: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot lock {str(file)!r} ({error.strerror}), so two processes could train the same "
+        "run; give an --output on a file system with locks"
+    )
+
+
 def is_locked(folder: Path) -> bool:
     """Return whether a process is training or evaluating a run."""
-    if not (folder / LOCK_FILE).is_file():
+    file = folder / LOCK_FILE
+    try:
+        # Only to read, because a study may be in a folder that is read-only.
+        descriptor = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
         return False
-    with locked(folder, timeout=0) as descriptor:
-        return descriptor is None
+    except OSError as error:
+        raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise _no_locks(file, error) from error
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def check_record(folder: Path, record: dict[str, Any]) -> None:

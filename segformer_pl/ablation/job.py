@@ -42,6 +42,7 @@ from segformer_pl.ablation.folder import (
     is_trained,
     locked,
     read_record,
+    write_evaluation_settings,
 )
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
@@ -200,7 +201,9 @@ class RunJob:
         shutil.rmtree(folder)
 
     def _evaluate(self, name: str, settings: dict[str, Any]) -> None:
-        self._validate(self.folder / EVALUATIONS / name, settings)
+        folder = self.folder / EVALUATIONS / name
+        self._validate(folder, settings)
+        write_evaluation_settings(folder, settings)
 
     def _validate(self, folder: Path, settings: dict[str, Any]) -> None:
         """Run ``validate`` with the last checkpoint into a folder below the run folder."""
@@ -212,9 +215,7 @@ class RunJob:
             )
         if folder.is_dir():  # it holds no evaluation, so an earlier attempt did not come to its end
             shutil.rmtree(folder)
-        # Callbacks such as figures of receptive fields were part of the training.
-        fixed = {"callbacks": None, "logger": csv_logger(folder), "default_root_dir": None}
-        config = {**self.config, "trainer": {**self.config["trainer"], **fixed}}
+        config = validation_settings(self.config, csv_logger(folder))
         files = [self._write_config(f".{folder.name}", config)]
         if settings:
             files.append(self._write_config(f".{folder.name}.settings", settings))
@@ -318,6 +319,18 @@ def _origin(folder: Path) -> dict[str, Any]:
     """Return what ``ablation.json`` says about the process that trained a run."""
     record = read_record(folder)
     return {key: record[key] for key in ("environment", "copied_from") if key in record}
+
+
+def validation_settings(config: dict[str, Any], logger: Any) -> dict[str, Any]:
+    """Return complete settings of a ``fit`` as those of a ``validate`` of its network.
+
+    Args:
+        config: Settings of the ``fit``.
+        logger: Logger of the ``validate``.
+    """
+    # Callbacks such as figures of receptive fields were part of the training.
+    fixed = {"callbacks": None, "logger": logger, "default_root_dir": None}
+    return {**config, "trainer": {**config["trainer"], **fixed}}
 
 
 def csv_logger(folder: Path, **arguments: Any) -> dict[str, Any]:

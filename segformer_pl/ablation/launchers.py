@@ -5,8 +5,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import submitit
 
 from segformer_pl.ablation.folder import State
 from segformer_pl.ablation.job import RunJob
+from segformer_pl.atomic import advice
 from segformer_pl.errors import UserError
 
 # submitit ends a local job after 2 minutes by default.
@@ -41,7 +42,11 @@ class Launcher(Protocol):
         """Return how many jobs can be submitted now."""
 
     def submit(self, jobs: Sequence[RunJob]) -> list[submitit.Job[State]]:
-        """Start jobs, no more than :meth:`num_free`."""
+        """Start jobs, no more than :meth:`num_free`.
+
+        Raises:
+            UserError: None of them has been started, for example because the disk is full.
+        """
 
     def is_over(self, job: submitit.Job[State]) -> bool:
         """Return whether a job has ended, however it ended."""
@@ -69,10 +74,12 @@ class LocalLauncher:
 
     def num_free(self) -> int:
         self._slots = [None if job is None or self.is_over(job) else job for job in self._slots]
-        return self._slots.count(None)
+        # One at a time, so that either all jobs of a call are started or none.
+        return min(self._slots.count(None), 1)
 
     def submit(self, jobs: Sequence[RunJob]) -> list[submitit.Job[State]]:
-        return [self._submit(job) for job in jobs]
+        with _writing(self._executor.folder):
+            return [self._submit(job) for job in jobs]
 
     def _submit(self, run_job: RunJob) -> submitit.Job[State]:
         slot = self._slots.index(None)
@@ -106,18 +113,27 @@ class LocalLauncher:
 class SlurmLauncher:
     """Submits all jobs as one array of Slurm, of which a number run at a time.
 
+    Each device of a training is a task of Slurm, see :func:`slurm_tasks`.
+
     Args:
         folder: Folder for submitit's files, on a disk that the nodes share.
         name: Name of the jobs.
         max_parallel: Number of jobs at a time; None for as many as Slurm allows.
         options: Options of submitit or Slurm, such as ``{"partition": "gpu", "timeout_min": 240}``.
+        trainers: Settings of the trainer of every variant.
 
     Raises:
-        UserError: There is no Slurm here, or there is no such option.
+        UserError: There is no Slurm here, there is no such option, or the options do not give each
+            device of a training a task.
     """
 
     def __init__(
-        self, folder: Path, name: str, max_parallel: int | None, options: Mapping[str, Any]
+        self,
+        folder: Path,
+        name: str,
+        max_parallel: int | None,
+        options: Mapping[str, Any],
+        trainers: Sequence[Mapping[str, Any]],
     ) -> None:
         for program in ("sbatch", "squeue"):
             if shutil.which(program) is None:
@@ -125,7 +141,7 @@ class SlurmLauncher:
                     f"launcher: there is no program '{program}' on this machine; start the command "
                     "on a login node of a Slurm cluster, or give --launcher local"
                 )
-        given = {"name": name, **options}
+        given = {"name": name, **options, **slurm_tasks(trainers, options)}
         if max_parallel is not None:
             given["array_parallelism"] = max_parallel
         self._executor = submitit.AutoExecutor(
@@ -149,7 +165,7 @@ class SlurmLauncher:
 
     def submit(self, jobs: Sequence[RunJob]) -> list[submitit.Job[State]]:
         try:
-            with self._executor.batch():
+            with _writing(self._executor.folder), self._executor.batch():
                 submitted = [self._executor.submit(job) for job in jobs]
         except submitit.core.utils.FailedJobError as error:
             reason = " ".join(str(error).split())
@@ -168,6 +184,88 @@ class SlurmLauncher:
 
     def stop(self, job: submitit.Job[State]) -> None:
         job.cancel()  # SIGTERM, or removal from the queue
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn an error of submitit when it writes its files into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot start a job, because nothing can be written to '{folder}': "
+            f"{error.strerror or error}; {advice(error.errno)}, and start the command again"
+        ) from error
+
+
+def slurm_tasks(
+    trainers: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the numbers of nodes and of tasks per node with which Slurm has to start trainings.
+
+    Lightning starts no processes in a job of Slurm. It expects one task for each device, with
+    ``--ntasks-per-node`` equal to ``trainer.devices`` and ``--nodes`` to ``trainer.num_nodes``, and
+    all GPUs of a node visible to each of its tasks. With fewer tasks a training would wait for
+    ranks that never come.
+
+    Args:
+        trainers: Settings of the trainer of every variant, which all run in one array.
+        options: Options of submitit or Slurm.
+
+    Raises:
+        UserError: The trainers differ in their devices, or the options contradict them.
+    """
+    gpus = options.get("gpus_per_node")
+    wanted = {(_devices(trainer, gpus), int(trainer["num_nodes"])) for trainer in trainers}
+    if len(wanted) > 1:
+        raise UserError(
+            "trainer.devices and trainer.num_nodes differ between the variants, whose runs are one "
+            "array of Slurm with the same tasks; give all variants the same"
+        )
+    ((num_devices, num_nodes),) = wanted
+    uses_gpus = any(trainer["accelerator"] != "cpu" for trainer in trainers)
+    tasks = {"tasks_per_node": num_devices, "nodes": num_nodes}
+    settings = {"tasks_per_node": "trainer.devices", "nodes": "trainer.num_nodes"}
+    for option, number in tasks.items():
+        if options.get(option, number) != number:
+            raise UserError(
+                f"slurm: {option} is {options[option]}, but {settings[option]} is {number}, and "
+                f"each device is a task of Slurm; leave {option} out, or set {settings[option]} in "
+                "the budget"
+            )
+    if uses_gpus and isinstance(gpus, int) and gpus < num_devices:
+        raise UserError(
+            f"slurm: gpus_per_node is {gpus}, but trainer.devices is {num_devices}; give "
+            f"gpus_per_node: {num_devices}, or set trainer.devices in the budget"
+        )
+    if num_devices * num_nodes > 1:
+        for option, reason in (
+            ("gpus_per_task", "hides a task's GPU from the others; give gpus_per_node"),
+            ("ntasks_per_node", "is set to trainer.devices; leave it out"),
+            ("use_srun", "false starts one task alone; leave it out"),
+        ):
+            if option in options:
+                raise UserError(
+                    f"slurm: the trainings run on {num_devices * num_nodes} devices, and {option} "
+                    f"{reason}"
+                )
+    return tasks
+
+
+def _devices(trainer: Mapping[str, Any], gpus: Any) -> int:
+    """Return the number of devices of a training on each node, as Lightning counts them."""
+    devices = trainer["devices"]
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        return len(devices)
+    if devices in ("auto", "-1", -1):  # all GPUs that the job has, and one process on the CPU
+        is_cpu = trainer["accelerator"] == "cpu"
+        return gpus if isinstance(gpus, int) and gpus > 0 and not is_cpu else 1
+    try:
+        return int(devices)
+    except ValueError as error:
+        raise UserError(f"trainer.devices is {devices!r}; give a number of devices") from error
 
 
 def _read_queue() -> set[str] | None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from segformer_pl.ablation.costs import VariantCost, variant_costs
-from segformer_pl.ablation.study import Spread, Study
+from segformer_pl.ablation.study import Study
+from segformer_pl.ablation.study_file import Spread
 from segformer_pl.analysis.ablation import read_results, summarize_study
 from segformer_pl.analysis.comparison import points
 from segformer_pl.analysis.run import Run

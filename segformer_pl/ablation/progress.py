@@ -1,8 +1,7 @@
 """How far the runs of a study have come, read from their folders."""
 
 import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -86,20 +85,3 @@ class RunProgress:
         self.step, self._stamp = min(step, self.run.max_steps), stamp
         if MIOU in run.metrics:
             self.miou = run.metrics[MIOU].last
-
-
-@dataclass
-class Throughput:
-    """Steps made since the start of this invocation, for the time that is left."""
-
-    start: float = field(default_factory=time.monotonic)
-    steps: int = 0
-
-    def seconds_left(self, runs: Iterable[RunProgress]) -> float | None:
-        """Return an estimate of the remaining seconds; None if it is unknown."""
-        runs = list(runs)
-        made = sum(run.step for run in runs) - self.steps
-        open_ = [run for run in runs if run.state not in (State.DONE, State.FAILED)]
-        left = sum(run.run.max_steps - run.step for run in open_)
-        elapsed = time.monotonic() - self.start
-        return None if made <= 0 or left <= 0 else left * elapsed / made

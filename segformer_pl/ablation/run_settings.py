@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from segformer_pl.ablation.folder import JOBS_FOLDER
-from segformer_pl.ablation.job import RunJob, csv_logger
-from segformer_pl.ablation.study import Study, StudyRun, nested
+from segformer_pl.ablation.job import RunJob, csv_logger, validation_settings
+from segformer_pl.ablation.study import Resolve, Study, StudyRun, nested, resolve_layers
 from segformer_pl.analysis.configuration import SEED
 from segformer_pl.checkpoints.sources import read_weights
 from segformer_pl.checkpoints.transplant import transplant, write_transplanted
@@ -25,15 +25,7 @@ def run_settings(study: Study, run: StudyRun) -> dict[str, Any]:
 
     They are those of its variant, with what a run of a study needs: its seed, its folder, the
     checkpoint to resume from, and its place in W&B if the base logs there.
-
-    Raises:
-        UserError: The base writes no checkpoints.
     """
-    if run.variant.config["trainer"]["enable_checkpointing"] is False:
-        raise UserError(
-            f"{study.file}: trainer.enable_checkpointing is false, but runs of a study resume from "
-            "checkpoints and are evaluated from them; leave it out"
-        )
     config = copy.deepcopy(run.variant.config)
     trainer = config["trainer"]
     config[SEED] = run.seed
@@ -55,10 +47,32 @@ def make_job(study: Study, run: StudyRun) -> RunJob:
     return RunJob(
         folder=run.folder,
         config=config,
-        evaluations={name: nested(settings) for name, settings in study.evaluations.items()},
+        evaluations=evaluation_settings(study),
         max_steps=run.max_steps,
         record=record,
     )
+
+
+def evaluation_settings(study: Study) -> dict[str, dict[str, Any]]:
+    """Return the settings of ``validate`` of each evaluation as nested dictionaries."""
+    return {name: nested(settings) for name, settings in study.evaluations.items()}
+
+
+def check_evaluations(study: Study, resolve: Resolve) -> None:
+    """Check the settings of the evaluations of every variant, as ``validate`` will read them.
+
+    Args:
+        study: The study.
+        resolve: Function as for :func:`~.study.read_study`, for the command ``validate``.
+
+    Raises:
+        UserError: ``validate`` would refuse them.
+    """
+    for name, settings in study.evaluations.items():
+        for variant in study.variants:
+            origin = f"{study.file}: evaluations: '{name}' of variant '{variant.name}'"
+            config = validation_settings(variant.config, False)
+            resolve_layers(origin, [], [config, settings], resolve, "validate")
 
 
 def check_transplants(study: Study) -> None:
@@ -69,7 +83,10 @@ def check_transplants(study: Study) -> None:
     """
     if study.transplant is None:
         return
-    weights = read_weights(study.transplant)
+    try:
+        weights = read_weights(study.transplant)
+    except UserError as error:
+        raise UserError(f"{study.file}: transplant: {error}") from error
     for variant in study.variants:
         try:
             transplant(variant.build_network(), weights)

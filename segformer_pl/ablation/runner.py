@@ -21,7 +21,9 @@ from segformer_pl.ablation.folder import FAILURE_FILE, State
 from segformer_pl.ablation.job import RunJob, last_sentence
 from segformer_pl.ablation.launchers import Launcher
 from segformer_pl.ablation.live import Display
-from segformer_pl.ablation.progress import RunProgress, Throughput
+from segformer_pl.ablation.progress import RunProgress
+from segformer_pl.ablation.remaining_time import RemainingTime
+from segformer_pl.errors import UserError
 
 POLL = 0.2  # seconds between two looks at the jobs
 LOOK = 2.0  # seconds between two looks at the folders
@@ -62,7 +64,11 @@ class StudyRunner:
         self._num_passed_on = 0
 
     def run(self) -> None:
-        """Run until every run is done or failed, or a signal has ended them."""
+        """Run until every run is done or failed, or a signal has ended them.
+
+        Raises:
+            UserError: No job can be started, and none is running.
+        """
         for run in self._runs:
             run.look()
             if run.state == State.RUNNING:
@@ -72,7 +78,7 @@ class StudyRunner:
             ):
                 run.state = State.INTERRUPTED if run.step else State.WAITING
                 self._queue.append(run)
-        throughput = Throughput(steps=sum(run.step for run in self._runs))
+        remaining = RemainingTime()
         next_look = 0.0
         with self._display, self._signals():
             while (self._queue and not self.signal) or self._active or self._elsewhere:
@@ -87,7 +93,7 @@ class StudyRunner:
                     self._check_elsewhere()
                     for run, _ in self._active:
                         run.follow()
-                    self._display.show(self._runs, throughput.seconds_left(self._runs))
+                    self._display.show(self._runs, remaining.seconds_left(self._runs))
                 time.sleep(POLL)
             self._display.show(self._runs, None)
 
@@ -96,16 +102,25 @@ class StudyRunner:
         if not num:
             return
         runs, self._queue = self._queue[:num], self._queue[num:]
-        jobs = []
+        try:
+            submitted = self._launcher.submit([self._prepare(run) for run in runs])
+        except UserError as error:
+            if not self._active:
+                raise
+            for run in runs:  # those that are running go on
+                run.state, run.sentence = State.FAILED, str(error)
+            return
         for run in runs:
-            job = self._make_job(run)
-            failure = run.run.folder / FAILURE_FILE
-            with suppress(OSError):
-                job.retried_failure = failure.stat().st_mtime_ns
-            jobs.append(job)
             run.state, run.is_elsewhere, run.has_started = State.RUNNING, False, False
             run.sentence = None
-        self._active += zip(runs, self._launcher.submit(jobs))
+        self._active += zip(runs, submitted)
+
+    def _prepare(self, run: RunProgress) -> RunJob:
+        job = self._make_job(run)
+        failure = run.run.folder / FAILURE_FILE
+        with suppress(OSError):
+            job.retried_failure = failure.stat().st_mtime_ns
+        return job
 
     def _collect(self) -> None:
         """Look at the folders of jobs that have ended."""
@@ -119,7 +134,9 @@ class StudyRunner:
                 self._wait_for(run)
             elif state in (State.WAITING, State.INTERRUPTED) and not self.signal:
                 run.state = State.FAILED
-                reason = error or "the job was ended from outside before the run was complete"
+                reason = error or (
+                    "the job ended without a result, as when it is killed or the disk is full"
+                )
                 run.sentence = f"{reason} (files of the job: '{job.paths.folder}')"
 
     def _wait_for(self, run: RunProgress) -> None:
@@ -174,8 +191,14 @@ def signal_name(signum: int) -> str:
 def _outcome(job: submitit.Job[State]) -> tuple[State | None, str | None]:
     """Return what a job has returned, and the error that it raised; None if it was killed."""
     if not job.paths.result_pickle.exists():
-        return None, None
+        return None, _error_of(job.stderr() or "")
     try:
-        return job.result(), None
+        return job.task(0).result(), None  # of rank 0, if Slurm runs several tasks
     except Exception as error:  # submitit raises an exception of its own for that of the job
-        return None, last_sentence(str(error)) or str(error)
+        return None, _error_of(str(error)) or str(error)
+
+
+def _error_of(text: str) -> str | None:
+    """Return the last error in an output of a job, without the name of this package's class."""
+    sentence = last_sentence(text)
+    return None if sentence is None else str(UserError(sentence))

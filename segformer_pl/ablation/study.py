@@ -1,114 +1,34 @@
 """A study: one question, variants of one base experiment, and the seeds and budgets of its runs.
 
-A study file, with settings of ``fit`` under their dotted names::
-
-    question: Does a larger reduction ratio cost the classes that need long context?
-    base: shapes.yaml                    # relative to the study file
-    reference: r8-4-2-1                  # default: the first variant
-    variants:
-      r8-4-2-1: {}
-      r1-1-1-1: {model.network.init_args.sr_ratios: [1, 1, 1, 1]}
-    seeds: [0, 1, 2]
-    budgets:
-      smoke: {seeds: [0, 1], settings: {trainer.max_steps: 4, trainer.val_check_interval: 4}}
-      full: {base: ../camvid_b0.yaml, settings: {trainer.max_steps: 8000}}
-
-Instead of ``variants``, ``axes`` gives a grid of values. The axis
-``{model.network.init_args.drop_path_rate: [0.0, 0.1]}`` has the variants ``drop_path_rate=0.0`` and
-``drop_path_rate=0.1``.
+:mod:`.study_file` describes the file. Here the settings of every variant are completed and checked.
 """
 
-import copy
-import itertools
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+from jsonargparse import ArgumentError
 
-from segformer_pl.analysis.configuration import (
-    SEED,
-    plain,
-    settings_digest,
-    training_configuration,
+from segformer_pl.ablation.study_file import (
+    Spread,
+    changes_of_variants,
+    check_names,
+    read_study_file,
 )
+from segformer_pl.analysis.configuration import SEED, settings_digest, training_configuration
 from segformer_pl.checkpoints.networks import build
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 
-# Names become parts of the names of run folders, <variant>.seed<seed>.<budget>.<digest>.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
-MAX_NAME = 100  # characters; names of files have at most 255, with a variant, a budget and suffixes
+MAX_SEED = 2**32 - 1  # numpy's
 
-# YAML files of a `fit`, later ones winning -> its complete settings
-Resolve = Callable[[list[str]], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Standard deviations of mIoU, as fractions, from which a study can be planned.
-
-    Attributes:
-        seeds: Between the differences (variant minus reference) of several seeds.
-        images: Of the difference, over the choice of validation images.
-    """
-
-    seeds: NonNegativeFloat
-    images: NonNegativeFloat
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much is trained.
-
-    Attributes:
-        settings: Settings of ``fit`` by dotted name.
-        base: Experiment file instead of that of the study.
-        seeds: Seeds instead of those of the study.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    base: str | None = None
-    seeds: list[NonNegativeInt] | None = None
-
-
-@dataclass(frozen=True)
-class StudyFile:
-    """The content of a study file.
-
-    Attributes:
-        question: The question that the study answers, a sentence.
-        base: Experiment file (settings of ``fit``), relative to the study file.
-        budgets: Budgets by name.
-        seeds: Seeds of each variant.
-        variants: Changes of the base by name of the variant: dotted name of a setting -> value.
-        axes: Values by dotted name of a setting; the variants are all their combinations.
-        reference: Variant that the others are compared with. Default: the first one.
-        evaluations: Further evaluations of each trained network, by name: settings of ``validate``.
-        transplant: Weights that every variant starts from, adapted to its shapes; a file or hub
-            name, as ``model.weights``.
-        spread: Spread of mIoU to plan with, while there are no finished runs.
-        notes: Sentences about variants, by their name, which the report of ``arena`` shows.
-    """
-
-    question: str
-    base: str
-    budgets: dict[str, Budget]
-    seeds: list[NonNegativeInt]
-    variants: dict[str, dict[str, Any]] | None = None
-    axes: dict[str, list[Any]] | None = None
-    reference: str | None = None
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    transplant: str | None = None
-    spread: Spread | None = None
-    notes: dict[str, str] = field(default_factory=dict)
+# YAML files, later ones winning, and the command that reads them -> its complete settings
+Resolve = Callable[[list[str], str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -231,14 +151,15 @@ def read_study(
     Args:
         file: Study file.
         budget: Name of one of its budgets.
-        resolve: Function that maps YAML files to the complete settings of a ``fit`` with them.
+        resolve: Function that maps YAML files and the name of a command, ``fit``, to its complete
+            settings, and raises a UserError for those that the command would refuse.
         settings: Further settings of ``fit`` by dotted name, for all variants.
 
     Raises:
         UserError: The file cannot be read or has a mistake, its base does not exist, a setting does
             not exist, or a variant is impossible.
     """
-    content = _read(file)
+    content = read_study_file(file)
     if budget not in content.budgets:
         raise UserError(
             f"{file}: there is no budget '{budget}'; choose one of {', '.join(content.budgets)}"
@@ -250,7 +171,9 @@ def read_study(
     seeds = [int(seed) for seed in chosen.seeds or content.seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"{file}: seeds: {seeds}; give at least one, and each of them once")
-    changes = _changes(content, file)
+    if max(seeds) > MAX_SEED:
+        raise UserError(f"{file}: seeds: {max(seeds)} is too large; give at most {MAX_SEED}")
+    changes = changes_of_variants(content, file)
     reference = content.reference or next(iter(changes))
     if reference not in changes:
         raise UserError(
@@ -270,11 +193,7 @@ def read_study(
         _variant(file, name, changes[name], [common, changes[name], settings or {}], base, resolve)
         for name in names
     )
-    _check_names(file, [budget, *content.evaluations])
-    for name, evaluation in content.evaluations.items():
-        # `validate` has the same settings as `fit`.
-        origin = f"{file}: evaluations: '{name}'"
-        _resolve(origin, base, [common, changes[reference], evaluation], resolve)
+    check_names(file, [budget, *content.evaluations])
     _check_different(file, variants)
     _check_same_data(file, variants)
     return Study(
@@ -290,6 +209,35 @@ def read_study(
         spread=content.spread,
         notes=content.notes,
     )
+
+
+def resolve_layers(
+    origin: str,
+    files: Sequence[str],
+    layers: Sequence[Mapping[str, Any]],
+    resolve: Resolve,
+    command: str,
+) -> dict[str, Any]:
+    """Return the complete settings of files with layers of settings, later ones winning.
+
+    Args:
+        origin: Where the settings come from, for the message.
+        files: YAML files.
+        layers: Settings by dotted name, or nested.
+        resolve: See :func:`read_study`.
+        command: Command that reads them.
+
+    Raises:
+        UserError: The command would refuse the settings.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [*files, *(str(Path(folder, f"{index}.yaml")) for index in range(len(layers)))]
+            for path, layer in zip(paths[len(files) :], layers):
+                Path(path).write_text(yaml.safe_dump(nested(layer)), encoding="utf-8")
+            return resolve(paths, command)
+    except (UserError, ArgumentError) as error:
+        raise UserError(f"{origin}: {' '.join(str(error).split())}") from error
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,109 +273,6 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(file: Path) -> StudyFile:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"study: '{file}' cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"study: '{file}' is not UTF-8 text; give a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: no valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: no study; see the files in experiments/ablations")
-    _check_entries(file, content)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(StudyFile)
-    try:
-        read = parser.parse_object(copy.deepcopy(content))  # it changes its argument
-    except ArgumentError as error:
-        raise UserError(f"{file}: {_sentence(error)}") from error
-    # The parser's instantiate_classes would also build networks and callbacks that are values of
-    # settings, so settings are taken as they are in the file.
-    budgets = {
-        name: Budget((given or {}).get("settings") or {}, budget.base, budget.seeds)
-        for (name, budget), given in zip(read.budgets.items(), content["budgets"].values())
-    }
-    settings = {
-        key: content[key] for key in ("variants", "axes", "evaluations") if content.get(key)
-    }
-    spread = None if read.spread is None else Spread(**vars(read.spread))
-    return StudyFile(**{**vars(read), **settings, "budgets": budgets, "spread": spread})
-
-
-def _check_entries(file: Path, content: Mapping[str, Any]) -> None:
-    """Check the named entries of a study, for which the parser's messages list types of Python."""
-    kinds = {
-        "variants": (dict, "its changes by dotted name, or {} for none"),
-        "axes": (list, "a list of at least one value"),
-        "evaluations": (dict, "settings of `validate` by dotted name, or {} for none"),
-        "budgets": (dict, "its settings, such as {settings: {trainer.max_steps: 4}}"),
-        "notes": (str, "a sentence for the report"),
-    }
-    known = [one.name for one in fields(StudyFile)]
-    for key in content:
-        if key not in known:
-            raise UserError(f"{file}: '{key}' is no entry of a study; they are {', '.join(known)}")
-    for key, (kind, what) in kinds.items():
-        entries = content.get(key)
-        if entries is None:
-            continue
-        if key == "budgets" and not entries:
-            raise UserError(f"{file}: budgets: give at least one, by name: {what}")
-        if not isinstance(entries, dict):
-            raise UserError(f"{file}: {key}: give names, and for each of them {what}")
-        for name, value in entries.items():
-            if not isinstance(name, str):
-                raise UserError(
-                    f"{file}: {key}: the name {name!r} is no text for YAML; write it in quotes"
-                )
-            if not isinstance(value, kind) or value == []:
-                raise UserError(f"{file}: {key}: '{name}' is {value!r}; give {what}")
-
-
-def _changes(content: StudyFile, file: Path) -> dict[str, dict[str, Any]]:
-    """Return the changes of every variant by its name."""
-    if bool(content.variants) == bool(content.axes):
-        raise UserError(f"{file}: give either variants or axes, with at least one entry")
-    variants = content.variants or dict(_grid(content.axes or {}))
-    _check_names(file, variants)
-    for name, changes in variants.items():
-        for key in changes:
-            if "." not in key:
-                raise UserError(
-                    f"{file}: variant '{name}' changes '{key}', which is no setting; give its "
-                    "dotted name, such as model.network.init_args.sr_ratios (seeds are no setting "
-                    "of a variant)"
-                )
-    return variants
-
-
-def _grid(axes: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for values in itertools.product(*axes.values()):
-        changes = dict(zip(axes, values))
-        name = "+".join(f"{key.rpartition('.')[2]}={_short(v)}" for key, v in changes.items())
-        yield name, changes
-
-
-def _short(value: Any) -> str:
-    return "-".join(map(_short, value)) if isinstance(value, list) else plain(value)
-
-
-def _check_names(file: Path, names: Sequence[str] | Mapping[str, Any]) -> None:
-    for name in names:
-        if not NAME.fullmatch(name):
-            raise UserError(
-                f"{file}: the name '{name}' is used for folders; use letters, digits and . _ = + - "
-                "(a grid's values can be given names as variants)"
-            )
-        if len(name) > MAX_NAME:
-            raise UserError(
-                f"{file}: the name '{name[:20]}...' has {len(name)} characters and is used for "
-                f"folders; use at most {MAX_NAME} (a grid's values can be given names as variants)"
-            )
-
-
 def _variant(
     file: Path,
     name: str,
@@ -437,11 +282,11 @@ def _variant(
     resolve: Resolve,
 ) -> Variant:
     origin = f"{file}: variant '{name}'"
-    config = _resolve(origin, base, layers, resolve)
+    config = resolve_layers(origin, [str(base)], layers, resolve, "fit")
     configuration = training_configuration({0: config}, None)
     assert configuration is not None
     variant = Variant(name, changes, config, settings_digest(configuration))
-    _check_steps(origin, config["trainer"])
+    _check_trainer(origin, config["trainer"])
     try:
         with torch.device("meta"):  # shapes alone; no memory, no random numbers
             network = variant.build_network()
@@ -457,27 +302,21 @@ def _variant(
     return variant
 
 
-def _resolve(
-    origin: str, base: Path, layers: Sequence[Mapping[str, Any]], resolve: Resolve
-) -> dict[str, Any]:
-    """Return the complete settings of the base with layers of settings, later ones winning."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            files = [str(base)]
-            for index, layer in enumerate(layers):
-                files.append(str(Path(folder, f"{index}.yaml")))
-                Path(files[-1]).write_text(yaml.safe_dump(nested(layer)), encoding="utf-8")
-            return resolve(files)
-    except (UserError, ArgumentError) as error:
-        raise UserError(f"{origin}: {_sentence(error)}") from error
+def _check_trainer(origin: str, trainer: Mapping[str, Any]) -> None:
+    """Check that runs can resume, and that the last step is validated and its result stored.
 
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _check_steps(origin: str, trainer: Mapping[str, Any]) -> None:
-    """Check that the last step is validated, because variants are compared after it."""
+    Variants are compared after the last step.
+    """
+    if trainer["enable_checkpointing"] is False:
+        raise UserError(
+            f"{origin}: trainer.enable_checkpointing is false, but runs of a study resume from "
+            "checkpoints and are evaluated from them; leave it out"
+        )
+    if trainer["fast_dev_run"]:
+        raise UserError(
+            f"{origin}: trainer.fast_dev_run is {trainer['fast_dev_run']}, which stores no result; "
+            "leave it out, and give a small trainer.max_steps"
+        )
     steps, interval = trainer["max_steps"], trainer["val_check_interval"]
     if not isinstance(steps, int) or steps < 1:
         raise UserError(f"{origin}: trainer.max_steps is {steps}; give an integer of at least 1")
@@ -505,7 +344,11 @@ def _check_same_data(file: Path, variants: Sequence[Variant]) -> None:
     """Check that all variants are validated on the same images, by which they are compared."""
     first = variants[0]
     for variant in variants[1:]:
-        for part, key in (("data", "dataset"), ("trainer", "limit_val_batches")):
+        for part, key in (
+            ("data", "dataset"),
+            ("data", "path"),
+            ("trainer", "limit_val_batches"),
+        ):
             one, other = first.config[part][key], variant.config[part][key]
             if one != other:
                 raise UserError(

@@ -9,6 +9,7 @@ from segformer_pl.ablation.run_settings import WANDB, run_settings
 from segformer_pl.ablation.study import Study, Variant
 from segformer_pl.analysis.configuration import SEED
 from segformer_pl.atomic import atomic_write_text
+from segformer_pl.errors import UserError
 
 
 def write_wandb_sweep(study: Study, file: Path, output: Path) -> list[Path]:
@@ -27,6 +28,7 @@ def write_wandb_sweep(study: Study, file: Path, output: Path) -> list[Path]:
         The files written, that of the sweep first.
 
     Raises:
+        UserError: One of the files exists already.
         WriteError: A file cannot be written.
     """
     folder = file.with_name(f"{file.stem}_configs")
@@ -34,6 +36,9 @@ def write_wandb_sweep(study: Study, file: Path, output: Path) -> list[Path]:
         folder / f"{variant.name}.{study.budget}.yaml": _variant_config(study, variant, output)
         for variant in study.variants
     }
+    for path in (file, *configs):
+        if path.exists():
+            raise UserError(f"'{path}' exists already; remove it or give another path")
     for path, config in configs.items():
         atomic_write_text(path, yaml.safe_dump(config, sort_keys=False))
     sweep = {

@@ -13,7 +13,7 @@ mIoU is a ratio of sums over all images. So images are left out for all variants
 and every measure is computed from the counts of the remaining ones.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,6 +56,7 @@ __all__ = [
     "leave_one_out",
     "minimum_detectable_difference",
     "read_results",
+    "summarize_measures",
     "summarize_study",
 ]
 
@@ -222,8 +223,29 @@ def summarize_study(
     Raises:
         UserError: There is nothing to compare, an argument names nothing, or images differ.
     """
-    if measure not in MEASURES:
-        raise UserError(f"measure '{measure}' is unknown; give one of {', '.join(MEASURES)}")
+    return summarize_measures(results, [measure], evaluation, block_size)[measure]
+
+
+def summarize_measures(
+    results: StudyResults,
+    measures: Iterable[str] = MEASURES,
+    evaluation: str | None = None,
+    block_size: int = 1,
+) -> dict[str, StudySummary]:
+    """Compute the statistics of a study in several measures, reading every evaluation once.
+
+    Args:
+        results: See :func:`summarize_study`, as for the other arguments.
+        measures: Keys of :data:`MEASURES`.
+        evaluation: See there.
+        block_size: See there.
+
+    Raises:
+        UserError: See there.
+    """
+    for measure in measures:
+        if measure not in MEASURES:
+            raise UserError(f"measure '{measure}' is unknown; give one of {', '.join(MEASURES)}")
     evaluations = _evaluations(results, evaluation)
     if not evaluations.get(results.reference):
         raise UserError(
@@ -237,6 +259,21 @@ def summarize_study(
             f"{len(first.ids)} images in blocks of {block_size} make {len(starts)} block, and "
             "the spread over images needs at least two; give a smaller --block_size or more images"
         )
+    return {
+        measure: _summarize(results, evaluations, measure, starts, block_size)
+        for measure in measures
+    }
+
+
+def _summarize(
+    results: StudyResults,
+    evaluations: Mapping[str, Mapping[int, Evaluation]],
+    measure: str,
+    starts: npt.NDArray[np.int64],
+    block_size: int,
+) -> StudySummary:
+    """Compute the statistics in one measure from evaluations of the same images."""
+    first = next(iter(evaluations[results.reference].values()))
     chosen = MEASURES[measure]
     sets = {
         variant: {seed: leave_one_out(one, chosen, starts) for seed, one in by_seed.items()}

@@ -13,17 +13,30 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from segformer_pl.ablation.costs import costs_table
-from segformer_pl.ablation.folder import JOBS_FOLDER, State, check_record
+from segformer_pl.ablation.folder import (
+    JOBS_FOLDER,
+    State,
+    check_evaluation_settings,
+    check_record,
+)
 from segformer_pl.ablation.launchers import Launcher, LocalLauncher, SlurmLauncher, gpu_sets
 from segformer_pl.ablation.live import make_display, overall_progress
 from segformer_pl.ablation.planning import find_spread, resolution, study_costs
 from segformer_pl.ablation.progress import RunProgress
-from segformer_pl.ablation.run_settings import check_transplants, make_job, run_record
+from segformer_pl.ablation.run_settings import (
+    check_evaluations,
+    check_transplants,
+    evaluation_settings,
+    make_job,
+    run_record,
+)
 from segformer_pl.ablation.runner import StudyRunner, signal_name
 from segformer_pl.ablation.study import Study, read_study
 from segformer_pl.ablation.sweep import write_wandb_sweep
 from segformer_pl.atomic import make_writable_folder
 from segformer_pl.callbacks.signals import Interrupted
+from segformer_pl.cli.building import resolve_and_build
+from segformer_pl.cli.study_data import check_data_is_there, check_same_data
 from segformer_pl.cli.training import resolve
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
@@ -63,14 +76,15 @@ def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
     """
     options = _parse(command, arguments)
     settings = {} if options.data.path is None else {"data.path": options.data.path}
-    study = read_study(Path(options.study), options.budget, resolve, settings)
+    # Settings that would fail in every run are refused before any training; a report needs none.
+    is_checked = not options.report
+    study = read_study(
+        Path(options.study), options.budget, resolve_and_build if is_checked else resolve, settings
+    )
+    if is_checked:
+        check_evaluations(study, resolve_and_build)
     output = Path(options.output)
     if options.wandb_sweep is not None:
-        if Path(options.wandb_sweep).resolve() == study.file.resolve():
-            raise UserError(
-                f"--wandb_sweep '{options.wandb_sweep}' is the study itself, which the sweep would "
-                "overwrite; give another file"
-            )
         file, *configs = write_wandb_sweep(study, Path(options.wandb_sweep), output)
         sys.stdout.write(
             f"wrote {file} and the settings of {len(configs)} variants in {configs[0].parent}\n"
@@ -81,6 +95,9 @@ def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
     check_transplants(study)
     for run in runs:
         check_record(run.run.folder, run_record(study, run.run))
+        check_evaluation_settings(run.run.folder, evaluation_settings(study))
+    if is_checked or options.data.path is not None:  # `arena` measures on these data
+        check_same_data(study, output / study.name)
     if options.dry_run:
         for run in runs:
             run.look()
@@ -88,6 +105,8 @@ def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
         return
     signum = 0
     if not options.report:
+        if options.launcher == "local":
+            check_data_is_there(study)
         make_writable_folder(output / study.name, "output")
         signum = _execute(study, runs, options)
     else:
@@ -138,7 +157,8 @@ def _parse(command: StudyCommand, arguments: list[str]) -> Namespace:
         default={},
         help="options of the Slurm jobs, such as '{partition: gpu, timeout_min: 240, "
         "gpus_per_node: 1, cpus_per_task: 8}': those of submitit, and those of sbatch with "
-        "underscores. Ctrl-C cancels the jobs; a closed connection does not",
+        "underscores; nodes and tasks follow from trainer.num_nodes and trainer.devices. Ctrl-C "
+        "cancels the jobs; a closed connection does not",
     )
     parser.add_argument(
         "--retry_failed",
@@ -159,7 +179,7 @@ def _parse(command: StudyCommand, arguments: list[str]) -> Namespace:
         type=str | None,
         default=None,
         metavar="FILE",
-        help="train nothing; write the study as a W&B sweep",
+        help="train nothing; write the study as a W&B sweep into a new file",
     )
     parser.add_argument("--output", default=str(OUTPUT), help="folder of all studies")
     parser.add_argument(
@@ -200,9 +220,9 @@ def _launcher(study: Study, options: Namespace) -> Launcher:
     # A folder of its own: submitit names its files by process ids, which return.
     jobs = Path(options.output, study.name, JOBS_FOLDER)
     folder = jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000:06d}"
-    if options.launcher == "slurm":
-        return SlurmLauncher(folder, study.name, options.max_parallel, options.slurm)
     trainers = [variant.config["trainer"] for variant in study.variants]
+    if options.launcher == "slurm":
+        return SlurmLauncher(folder, study.name, options.max_parallel, options.slurm, trainers)
     uses_gpus = any(trainer["accelerator"] != "cpu" for trainer in trainers)
     num_gpus = torch.cuda.device_count() if uses_gpus else 0
     devices = [trainer["devices"] for trainer in trainers]

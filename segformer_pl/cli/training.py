@@ -170,13 +170,7 @@ class SegformerCLI(SettingsWinCLI):
                 "trainer.use_distributed_sampler: true is replaced by false, since the data module "
                 "gives each rank its own samples"
             )
-        _refuse_epochs(config["trainer"])
-        if config["trainer"]["overfit_batches"]:
-            raise UserError(
-                f"trainer.overfit_batches is {config['trainer']['overfit_batches']}, but training "
-                "reads a stream, from which no fixed batches can be taken; leave it out, and give "
-                "a data set with few images by --data.path"
-            )
+        check_trainer(config["trainer"])
         place_below_root(config["trainer"])
         self._find_run_folder(config.get("ckpt_path"))
 
@@ -304,8 +298,22 @@ class SegformerCLI(SettingsWinCLI):
         )
 
 
-def _refuse_epochs(trainer: Any) -> None:
-    """Refuse settings in epochs, since a stream has none."""
+def check_trainer(trainer: Any) -> None:
+    """Refuse numbers of devices that there cannot be, and epochs and fixed batches of a stream.
+
+    Raises:
+        UserError: There is such a setting.
+    """
+    for name, allowed in (("devices", (-1,)), ("num_nodes", ())):
+        number = trainer[name]
+        if isinstance(number, int) and number < 1 and number not in allowed:
+            raise UserError(f"trainer.{name} is {number}; give a number of at least 1")
+    if trainer["overfit_batches"]:
+        raise UserError(
+            f"trainer.overfit_batches is {trainer['overfit_batches']}, but training reads a "
+            "stream, from which no fixed batches can be taken; leave it out, and give a data set "
+            "with few images by --data.path"
+        )
     if isinstance(trainer["limit_train_batches"], int):  # defines an epoch as that many batches
         return
     unset = {
@@ -322,27 +330,37 @@ def _refuse_epochs(trainer: Any) -> None:
             )
 
 
-def resolve(files: list[str]) -> dict[str, Any]:
-    """Return the complete settings of a ``fit`` with YAML files as plain data; nothing is built.
+def resolve(files: list[str], command: str = "fit") -> dict[str, Any]:
+    """Return the complete settings of a command with YAML files as plain data; nothing is built.
 
     Args:
         files: Files to merge, in the order of ``--config`` options.
+        command: ``fit``, ``validate`` or ``test``.
 
     Raises:
         UserError: A setting does not exist or has an impossible value.
     """
-    parser = _parser()
+    return plain_settings(parse_files(files, command), command)
+
+
+def parse_files(files: list[str], command: str) -> Namespace:
+    """Parse YAML files as :func:`resolve` does; -> the arguments of the command line."""
     try:
-        config = parser.parse_args(["fit", *(f"--config={file}" for file in files)])
+        return parser(command).parse_args([command, *(f"--config={file}" for file in files)])
     except ArgumentError as error:
         raise UserError(" ".join(str(find_user_error(error) or error).split())) from error
-    dumped = parser.dump(config, format="yaml", skip_none=False, skip_validation=True)
-    return yaml.load(dumped, Loader)["fit"]
+
+
+def plain_settings(config: Namespace, command: str) -> dict[str, Any]:
+    """Return the arguments of a command as plain data."""
+    dumped = parser(command).dump(config, format="yaml", skip_none=False, skip_validation=True)
+    return yaml.load(dumped, Loader)[command]
 
 
 @cache  # building it takes longer than parsing, and a study resolves the files of every variant
-def _parser() -> ArgumentParser:
+def parser(command: str) -> ArgumentParser:
+    """Return the parser of one command, which raises errors instead of exiting."""
     with warnings.catch_warnings():
         # They are not the arguments of the process, but Lightning compares them with those.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-        return capture_parser(SegformerCLI, ["fit"], exit_on_error=False)
+        return capture_parser(SegformerCLI, [command], exit_on_error=False)

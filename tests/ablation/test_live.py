@@ -10,7 +10,7 @@ from segformer_pl.ablation.live import (
     duration,
     overall_progress,
 )
-from segformer_pl.ablation.progress import RunProgress, Throughput
+from segformer_pl.ablation.progress import RunProgress
 
 
 class Named:
@@ -79,15 +79,6 @@ def test_plain_lines_are_written_for_changes_alone(runs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "r8-4-2-1, seed 1: done, mIoU 25.00 %" in lines[0]
     assert len(lines) == 2
-
-
-def test_remaining_time_counts_the_steps_made_here(runs):
-    throughput = Throughput(steps=1180)
-    throughput.start -= 50  # 100 steps in 50 s
-    left = (800 - 400) + (800 - 80) + 800 + 800  # neither done nor failed
-    assert throughput.seconds_left(runs) == pytest.approx(left / 2, rel=0.01)
-    assert Throughput(steps=1280).seconds_left(runs) is None
-    assert throughput.seconds_left(runs[:1]) is None
 
 
 def test_durations():

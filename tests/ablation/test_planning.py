@@ -3,7 +3,7 @@
 import pytest
 
 from segformer_pl.ablation.planning import find_spread, has_costs, resolution
-from segformer_pl.ablation.study import Spread
+from segformer_pl.ablation.study_file import Spread
 from segformer_pl.atomic import atomic_write_text
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,6 @@ from segformer_pl.ablation.run_settings import make_job, run_settings
 from segformer_pl.analysis.configuration import settings_digest, training_configuration
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.cli import resolve
-from segformer_pl.errors import UserError
 from segformer_pl.models import segformer_b0
 
 LOGGERS = [
@@ -56,13 +55,6 @@ def test_a_run_has_its_folder_seed_and_place_in_wandb(read, tmp_path):
     # What the runner adds is not part of what is trained.
     settings = training_configuration({0: config}, None)
     assert settings_digest(settings) == run.variant.digest
-
-
-@pytest.mark.slow
-def test_a_base_without_checkpoints_is_refused(read, tmp_path):
-    study = read({"trainer": {"enable_checkpointing": False}})
-    with pytest.raises(UserError, match="enable_checkpointing is false, but runs of a study"):
-        make_job(study, study.runs(tmp_path)[0])
 
 
 @pytest.mark.slow

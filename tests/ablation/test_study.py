@@ -42,8 +42,9 @@ def read(tmp_path):
     return call
 
 
-def _resolve(files):
+def _resolve(files, command="fit"):
     """As :func:`resolve`, but each combination of contents is parsed once in all tests."""
+    assert command == "fit"
     return _resolve_texts(tuple(Path(file).read_text() for file in files))
 
 
@@ -162,7 +163,6 @@ def test_nested_settings():
         ({"seeds": [-1]}, "seeds"),
         ({"question": None}, "question"),
         ({"qestion": "?"}, "qestion"),
-        ({"evaluations": {"at_96": {"model.inference.size": 96}}}, "'at_96': .*size"),
         ({"evaluations": {"../x": {}}}, r"name '\.\./x'"),
         ({"budgets": {"smoke": {"settings": {"trainer.max_steps": 4}}}}, "val_check_interval"),
         ({"budgets": {"smoke": {}}}, "max_steps is -1"),
@@ -196,6 +196,18 @@ def test_impossible_studies_are_refused_in_one_sentence(read, changes, message):
         ({"budgets": {"smoke": None}}, "budgets: 'smoke' is None; give its settings"),
         ({"budgets": {}}, "budgets: give at least one"),
         ({"variantz": {"a": {}}}, "'variantz' is no entry of a study; they are question, base"),
+        ({"seeds": 3}, r"seeds is 3; give a list of integers"),
+        ({"seeds": ["a"]}, r"seeds is \['a'\]; give a list of integers"),
+        (
+            {"budgets": {"smoke": {"seeds": 2}}},
+            r"budgets: 'smoke': seeds is 2; give a list of integers",
+        ),
+        (
+            {"budgets": {"smoke": {"trainer.max_steps": 4}}},
+            r"budgets: 'smoke' has 'trainer\.max_steps', and a budget has settings, base, seeds",
+        ),
+        ({"budgets": {"smoke": {"settings": [1]}}}, r"'smoke': settings is \[1\]; give settings"),
+        ({"spread": {"seeds": 0.01}}, r"spread is .*; give standard deviations of mIoU"),
     ],
 )
 def test_mistakes_in_the_form_of_a_study_are_named_in_one_sentence(read, changes, message):

@@ -246,7 +246,7 @@ def test_wrong_options_and_folders_are_refused(folder, tmp_path, fail, capsys, m
     sweep = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
     assert sweep["parameters"]["config"]["values"][0] == str(config)
     error = fail(capsys, ["ablate", study, output, f"--wandb-sweep={study}"])
-    assert "is the study itself, which the sweep would overwrite" in error
+    assert f"'{study}' exists already; remove it or give another path" in error
     assert Path(study).read_text().startswith("question:")
     with pytest.raises(SystemExit, match="1"):
         main(["ablate", study, output, "--report"])

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from segformer_pl.analysis import style
-from segformer_pl.analysis.ablation import StudyResults, summarize_study
+from segformer_pl.analysis.ablation import StudyResults, summarize_measures
 from segformer_pl.analysis.arena import System, align_maps, mean_radius
 from segformer_pl.analysis.erf import load_erf
 from segformer_pl.analysis.erf.captions import describe_settings
@@ -150,7 +150,7 @@ def write_arena_report(
 def _outcome(results: StudyResults, block_size: int) -> list[str]:
     """Return what the study resolves in words; a sentence if nothing can be compared."""
     try:
-        summaries = {key: summarize_study(results, key, block_size=block_size) for key in MEASURES}
+        summaries = summarize_measures(results, MEASURES, block_size=block_size)
     except UserError as error:
         return [f"Differences between the systems cannot be tested: {error}."]
     return outcome(summaries, results.reference)

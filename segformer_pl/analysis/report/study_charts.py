@@ -219,7 +219,10 @@ def pareto_figure(panels: Mapping[str, Sequence[Point]], y_label: str) -> Figure
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
-    figure.draw_without_rendering()  # labels are placed in pixels, so the layout must be known
+    # Labels are placed in pixels, so the layout must be known. A whole draw would take longer.
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.execute(figure)
     for axes, points in zip(grid, panels.values()):
         _label_points(axes, points, is_named)
     return figure

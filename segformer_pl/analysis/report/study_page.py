@@ -1,4 +1,4 @@
-"""The report of a study: ``table.md``, ``table.csv`` and ``report.html``, from its run folders."""
+"""The report of a study from its run folders: ``report.html``, and tables for other programs."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from segformer_pl.analysis.ablation import (
     StudyResults,
     StudySummary,
     read_results,
-    summarize_study,
+    summarize_measures,
 )
 from segformer_pl.analysis.report.page import REPORT_FILE, template_environment
 from segformer_pl.analysis.report.study_charts import (
@@ -43,6 +43,7 @@ from segformer_pl.analysis.report.study_tables import (
     markdown_table,
     markdown_text,
     resolved_variants,
+    seeds_csv_text,
     summary_of,
 )
 from segformer_pl.analysis.report.study_text import outcome
@@ -52,7 +53,7 @@ from segformer_pl.errors import UserError
 
 BREAKS = "+,_=/"  # characters of a name after which a line may break
 PAGE_PIXELS = 1088  # width of a figure of the whole page
-TABLE_FILE, CSV_FILE, COSTS_FILE = "table.md", "table.csv", "costs.json"
+TABLE_FILE, CSV_FILE, SEEDS_FILE, COSTS_FILE = "table.md", "table.csv", "seeds.csv", "costs.json"
 MINUS = re.compile(r"(?<!\S)-(?=\d)")  # a hyphen that stands for a minus
 MAIN = "val"  # the evaluation at the end of the training, in tables
 TABLE_MEASURES = ("miou", "image_miou", "worst_decile")
@@ -94,7 +95,8 @@ def write_study_report(
     """Write ``report_<budget>/`` into the folder of a study, from its run folders alone.
 
     It holds ``table.md`` for GitHub, ``table.csv`` with all statistics (columns: see
-    :func:`~.study_tables.csv_text`) and ``report.html``.
+    :func:`~.study_tables.csv_text`), ``seeds.csv`` with the value of each seed (columns: see
+    :func:`~.study_tables.seeds_csv_text`) and ``report.html``.
 
     Args:
         folder: Folder of the study, such as ``runs/ablations/reduction_ratio``.
@@ -154,6 +156,7 @@ def write_study_report(
     texts = {
         TABLE_FILE: _markdown(results, sentences, table, shown["miou"]),
         CSV_FILE: csv_text(results, summaries, by_variant),
+        SEEDS_FILE: seeds_csv_text(results, summaries),
         REPORT_FILE: html,
     }
     for name, text in texts.items():
@@ -190,13 +193,13 @@ def _summaries(
     """Return summaries by evaluation and measure, and a sentence for each evaluation without."""
     summaries, left_out = {}, []
     for evaluation in (None, *_named_evaluations(results)):
-        for measure in MEASURES if evaluation is None else TABLE_MEASURES:
-            try:
-                summary = summarize_study(results, measure, evaluation, block_size)
-            except UserError as error:
-                summary = StudySummary(measure, (), (), 0, "", ())
-                if str(error) not in left_out:
-                    left_out.append(str(error))
+        measures = tuple(MEASURES) if evaluation is None else TABLE_MEASURES
+        try:
+            found = summarize_measures(results, measures, evaluation, block_size)
+        except UserError as error:
+            found = {measure: StudySummary(measure, (), (), 0, "", ()) for measure in measures}
+            left_out.append(str(error))
+        for measure, summary in found.items():
             if summary.variants or evaluation is None:
                 summaries[evaluation or MAIN, measure] = summary
     return summaries, left_out
@@ -278,6 +281,11 @@ def make_chart(figure: Figure | None, title: str, alt: str, note: str) -> Chart 
     if figure is None:
         return None
     width = figure.get_size_inches()[0] / PAGE_WIDTH
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        # Otherwise matplotlib draws the whole figure once more, only to make the layout.
+        layout.execute(figure)
+        figure.set_layout_engine(None)
     svg = style.inline_svg(figure)
     return Chart(title, svg, alt, note, bool(width > 0.6), round(width * PAGE_PIXELS))
 

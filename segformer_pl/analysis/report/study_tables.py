@@ -37,6 +37,7 @@ DIFFERENCE_NOTE = (
 MAX_SETTING_LENGTH = 60  # characters of a value
 # Characters that Markdown or HTML give a meaning within a line.
 MARKUP = re.compile(r"([\\`*_\[\]<>|~&#!@$])")
+KEYS = ("study", "budget", "variant", "protocol", "measure", "is_reference")
 CSV_COSTS = (
     "parameters",
     "macs",
@@ -257,12 +258,7 @@ def csv_text(
         for one in summary.variants:
             difference = difference_of(summary, one.variant)
             row: dict[str, Any] = {
-                "study": results.name,
-                "budget": results.budget,
-                "variant": one.variant,
-                "protocol": evaluation,
-                "measure": measure,
-                "is_reference": one.variant == results.reference,
+                **_keys(results, one.variant, evaluation, measure),
                 "num_images": summary.num_images,
                 "num_seeds": len(one.values),
                 **{name: getattr(one, name) for name in ("mean", "low", "high", "sd")},
@@ -288,6 +284,41 @@ def csv_text(
                 writer.writeheader()
             writer.writerow(row)
     return stream.getvalue()
+
+
+def seeds_csv_text(results: StudyResults, summaries: Mapping[tuple[str, str], StudySummary]) -> str:
+    """Return the value of every seed as tidy CSV, one row for each value.
+
+    Columns: ``study``, ``budget``, ``variant``, ``protocol``, ``measure`` and ``is_reference`` as
+    in :func:`csv_text`, by which the two can be merged; ``seed``; ``value``, a fraction; and
+    ``difference`` from the reference with the same seed, empty for the reference and without one.
+    A table of the mIoU with a row for each variant and a column for each seed is::
+
+        seeds = pandas.read_csv("seeds.csv").query("protocol == 'val' and measure == 'miou'")
+        seeds.pivot(index="variant", columns="seed", values="value")
+
+    Args:
+        results: Runs of the study.
+        summaries: Summaries by evaluation and measure.
+    """
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow((*KEYS, "seed", "value", "difference"))
+    for (evaluation, measure), summary in summaries.items():
+        for one in summary.variants:
+            difference = difference_of(summary, one.variant)
+            differences = {} if difference is None else difference.values
+            keys = _keys(results, one.variant, evaluation, measure)
+            for seed, value in one.values.items():
+                row = (*keys.values(), seed, value, differences.get(seed))
+                writer.writerow([_csv_cell(cell) for cell in row])
+    return stream.getvalue()
+
+
+def _keys(results: StudyResults, variant: str, evaluation: str, measure: str) -> dict[str, Any]:
+    is_reference = variant == results.reference
+    values = (results.name, results.budget, variant, evaluation, measure, is_reference)
+    return dict(zip(KEYS, values, strict=True))
 
 
 def _csv_cell(value: Any) -> Any:

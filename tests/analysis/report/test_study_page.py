@@ -5,11 +5,12 @@ import io
 import json
 import re
 
+import pandas as pd
 import pytest
 
-from segformer_pl.analysis.ablation import read_results, summarize_study
+from segformer_pl.analysis.ablation import read_results, summarize_measures, summarize_study
 from segformer_pl.analysis.report.study_page import write_study_report
-from segformer_pl.analysis.run import Run
+from segformer_pl.analysis.run import EvaluationFile, Run
 from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,7 @@ def test_files(study):
         "report.html",
         "table.md",
         "table.csv",
+        "seeds.csv",
     }
 
 
@@ -280,3 +282,33 @@ def test_many_variants_and_classes(simulate_study, read_page):
 def test_no_such_budget(study):
     with pytest.raises(UserError, match="none of budget 'full'"):
         write_study_report(study.path, "full")
+
+
+def test_the_values_of_the_seeds_can_be_pivoted_and_merged(study):
+    folder = study.report.parent
+    seeds, table = (pd.read_csv(folder / name) for name in ("seeds.csv", "table.csv"))
+    keys = ["study", "budget", "variant", "protocol", "measure", "is_reference"]
+    assert list(seeds.columns) == [*keys, "seed", "value", "difference"]
+    assert not seeds.duplicated([*keys, "seed"]).any()
+    means = seeds.groupby(keys, as_index=False)[["value", "difference"]].mean()
+    merged = table.merge(means, on=keys, suffixes=("", "_of_seeds"))
+    assert len(merged) == len(table)
+    assert merged["value"].to_numpy() == pytest.approx(merged["mean"].to_numpy(), nan_ok=True)
+    given = merged["difference_of_seeds"].to_numpy()
+    assert given == pytest.approx(merged["difference"].to_numpy(), nan_ok=True)
+    assert merged["difference"].notna().sum() == 2 * (5 + 2 * 3)
+    main = seeds.query("protocol == 'val' and measure == 'miou'")
+    wide = main.pivot(index="variant", columns="seed", values="value")
+    for one in summary(study).variants:
+        assert wide.loc[one.variant].to_dict() == pytest.approx(one.values)
+
+
+def test_every_evaluation_is_read_once_for_all_measures(study, monkeypatch):
+    read = []
+    load = EvaluationFile.load
+    monkeypatch.setattr(EvaluationFile, "load", lambda file: read.append(file.file) or load(file))
+    results = read_results(study.path, "small")  # compares the images of all runs
+    read.clear()
+    summarize_measures(results)
+    summarize_measures(results, ["miou", "image_miou"], "at_96")
+    assert len(read) == len(set(read)) == 2 * 3 * 3
