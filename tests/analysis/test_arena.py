@@ -17,7 +17,9 @@ from segformer_pl.analysis.arena import (
     erf_file,
     mean_radius,
     read_erf,
+    read_measurements,
     read_robustness,
+    robustness_folder,
     starting_weights,
 )
 from segformer_pl.analysis.erf import ERF, LayerERF
@@ -179,4 +181,21 @@ def test_stored_receptive_fields(tmp_path):
     assert read_erf(file) is None
     file.with_name("erf_4.json").write_text(text)
     file.with_name("erf_4.npz").unlink()
-    assert read_erf(file) is None
+    without_maps, _ = read_erf(file)
+    assert without_maps == found
+    assert not without_maps.file.is_file()
+
+
+def test_measurements_of_a_run_without_its_checkpoint(tmp_path):
+    run = Run(tmp_path)
+    folder = robustness_folder(run, 4)
+    folder.mkdir(parents=True)
+    scores = {"num_images": 4, "clean": 0.5, "mean": 0.2}
+    (folder / "robustness.json").write_text(json.dumps(scores))
+    found = read_measurements(run, 4)
+    assert found.robustness == Robustness(0.5, 0.2, 4)
+    assert found.erf is None
+    (problem,) = found.problems
+    assert problem.startswith("its receptive fields were not measured on 4 images, and ")
+    assert "last.ckpt' is missing" in problem
+    assert len(read_measurements(run, 5).problems) == 2

@@ -111,6 +111,17 @@ def test_systems_are_trained_measured_once_and_compared(folder, tmp_path, start_
     assert kept[1].split(",")[3] == "0.5"
     assert kept[-3:] == lines[-3:]
 
+    # Stored measurements stand for runs whose checkpoints and maps were removed.
+    table = (report / "table.csv").read_text()
+    for path in [*report.parent.rglob("*.ckpt"), *report.parent.rglob("erf_2.npz")]:
+        path.unlink()
+    arguments.append("--report")
+    text = finish()
+    assert (report / "table.csv").read_text() == table
+    assert list(csv.DictReader((report / "erf.csv").open())) == fields
+    assert "erf_2.npz" in (report / "report.html").read_text()
+    assert sentence not in text
+
 
 def test_options_and_notes(folder, tmp_path, fail, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
