@@ -341,7 +341,7 @@ def test_two_batches_are_no_share_whatever_was_imported_before(order, tmp_path, 
         return added
 
     monkeypatch.setattr(LightningArgumentParser, "add_lightning_class_args", add_with_order)
-    monkeypatch.setattr(training, "_parser", training._parser.__wrapped__)
+    monkeypatch.setattr(training, "parser", training.parser.__wrapped__)
     file = tmp_path / "settings.yaml"
     settings = {
         "model": {"network": {"class_path": "segformer_pl.models.segformer_b0"}},
