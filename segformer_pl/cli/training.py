@@ -99,7 +99,7 @@ class SegformerCLI(SettingsWinCLI):
             parser_kwargs={
                 "prog": PROG,
                 "description": "Train, evaluate and apply segmentation networks. Other commands, "
-                f"each with its own --help: {', '.join(COMMANDS)}, doctor, recipe.",
+                f"each with its own --help: {', '.join(COMMANDS)}, ablate, arena, doctor, recipe.",
                 "exit_on_error": exit_on_error,
                 **{name: {"exit_on_error": exit_on_error} for name in self.subcommands()},
             },

@@ -139,6 +139,12 @@ class MaskFormer(Segmenter):
                 "MaskFormer's pixel decoder needs at least two, in the paper those of strides 4, "
                 "8, 16 and 32; choose a hierarchical encoder"
             )
+        strides = encoder.out_strides
+        if len(set(strides)) < len(strides):
+            raise UserError(
+                f"the encoder has feature maps of strides {', '.join(map(str, strides))}, and "
+                "MaskFormer's pixel decoder needs one of each stride; choose a hierarchical encoder"
+            )
         numbers = {
             "num_queries": num_queries,
             "decoder_layers": decoder_layers,

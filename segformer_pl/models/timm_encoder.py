@@ -236,7 +236,8 @@ def _pyramid(
         if is_model_in_modules(name, ["swin_transformer"]):
             raise UserError(
                 f"timm's {name} computes other windows than the segmentation networks with Swin "
-                "where the window does not divide a map; take a SwinEncoder"
+                "where the window does not divide a map; choose another, or a network on a "
+                "SwinEncoder, such as maskformer_swin"
             )
         strides = model.feature_info.reduction()
         if out_indices is None:
@@ -246,7 +247,7 @@ def _pyramid(
                 raise UserError(
                     f"{name} has feature maps of strides {_numbers(strides)} and not several of "
                     "4, 8, 16 and 32, so it is no hierarchical encoder; choose another, such as "
-                    "resnet50c or pvt_v2_b0, or take a ViTEncoder for a plain vision transformer"
+                    "resnet50c or pvt_v2_b0; a plain vision transformer is the backbone of SETR"
                 )
         else:
             indices = out_indices

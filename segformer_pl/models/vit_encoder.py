@@ -77,7 +77,11 @@ class ViTEncoder(Encoder):
         super().__init__()
         shape = vit_shape(name)
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(size) != 2 or any(side < shape.stride or side % shape.stride for side in size):
+        if len(size) != 2:
+            raise UserError(
+                f"image_size={image_size}: give the side of a square, or height and width"
+            )
+        if any(side < shape.stride or side % shape.stride for side in size):
             raise UserError(
                 f"image_size={image_size}: {name} has patches of {shape.stride}x{shape.stride} "
                 f"pixels; give a multiple of {shape.stride}, or height and width that are"
@@ -127,8 +131,8 @@ class ViTEncoder(Encoder):
         if height % patch or width % patch or min(height, width) < patch:
             raise UserError(
                 f"{self.name} takes images whose sides are multiples of {patch}, and these have "
-                f"{height}x{width} pixels; give model.inference.pad_to {patch}, and a "
-                f"data.crop_size of multiples of {patch}"
+                f"{height}x{width} pixels; give such a size (data.crop_size in training, --size in "
+                f"profile and erf), or the inference setting pad_to {patch}"
             )
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from segformer_pl.checkpoints.networks import build
 from segformer_pl.errors import UserError
 from segformer_pl.inference import predict_pixels
-from segformer_pl.models import TimmEncoder
+from segformer_pl.models import TimmEncoder, ViTEncoder
 from segformer_pl.models.maskformer import MaskFormer, Predictions
 from segformer_pl.models.maskformer_decoders import sine_positions
 from segformer_pl.models.maskformer_loss import MaskClassificationLoss
@@ -249,6 +249,8 @@ def test_impossible_arguments_are_refused(settings, sentence):
 @pytest.mark.slow
 def test_an_encoder_with_a_single_map_is_refused():
     encoder = TimmEncoder("test_resnet", out_indices=(4,))
+    with pytest.raises(UserError, match=r"strides 16, 16, 16, 16, and .* one of each stride"):
+        MaskFormer(ViTEncoder("vit_tiny_patch16_224", 32), 3)
     with pytest.raises(UserError, match="single feature map, of stride 32"):
         MaskFormer(encoder, 5)
 

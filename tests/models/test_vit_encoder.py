@@ -230,6 +230,7 @@ def test_initial_weights_depend_on_the_seed_alone():
         ({"name": "resnet18"}, r"resnet18 is no plain vision transformer but a ResNet; choose"),
         ({"name": "swin_tiny_patch4_window7_224"}, r"but a SwinTransformer; choose"),
         ({"name": "test_vit_relpos"}, r"but a VisionTransformerRelPos; choose"),
+        ({"name": TINY, "image_size": [64]}, "give the side of a square, or height and width"),
         ({"name": TINY, "image_size": 100}, r"image_size=100: .*give a multiple of 16"),
         ({"name": TINY, "image_size": (64, 8)}, r"patches of 16x16 pixels; give a multiple of 16"),
         ({"name": TINY, "out_indices": (2, 6)}, r"out_indices=\(2, 6\): .*blocks 0 to 5"),

@@ -157,7 +157,8 @@ def _outcome(results: StudyResults, block_size: int) -> list[str]:
 
 
 def _starts(systems: Sequence[System]) -> str:
-    """Return how many of the systems start from random weights, as a sentence."""
+    """Return how many of the trained systems start from random weights, as a sentence."""
+    systems = [system for system in systems if system.num_seeds]
     num = sum(system.start == "random" for system in systems)
     if num == len(systems):
         return "All systems were trained from random weights."
