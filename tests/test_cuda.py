@@ -31,7 +31,7 @@ NETWORKS = {
 
 @pytest.fixture
 def exact():
-    """Matrix products in full float32, and no dropout."""
+    """Convolutions in full float32, as on the CPU; matrix products are by default."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 

@@ -1,6 +1,6 @@
 """The time that is left for a study, from how long the parts of its runs take.
 
-A run whose logged step is looked at from time to time::
+A run is followed by its last logged step::
 
     begun           first logged step               last logged step           done
     |---- start-up ----|---- steps, with validations ----|---- evaluations ----|

@@ -7,9 +7,10 @@ folder, so that an interrupted command continues::
       arena/robustness_20/              files of `robustness` on 20 images
       arena/erf_20.npz, erf_20.json     receptive fields of all feature maps over 20 images
 
-They stand for the run after its checkpoint was removed, the .npz (maps) for the figure alone. This
-module reads them and averages over seeds. What is missing stays None, with a sentence that
-says why, so that a system that cannot be measured in one respect is still compared in the others.
+After the checkpoint of a run was removed, these files are used as they are. Only the figure needs
+the maps in the .npz. This module reads them and averages over seeds. What is missing stays None,
+with a sentence that says why, so that a system that cannot be measured in one respect is still
+compared in the others.
 """
 
 import json
