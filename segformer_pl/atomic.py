@@ -14,6 +14,7 @@ created exclusively, so a symbolic link planted under its name is not followed.
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,6 +91,58 @@ def atomic_write_text(file: str | Path, text: str) -> None:
     """Write a text file in UTF-8 atomically, see :func:`atomic_write`."""
     with atomic_write(file) as stream:
         stream.write(text.encode())
+
+
+@contextmanager
+def keep_previous(file: str | Path, num: int) -> Iterator[None]:
+    """Keep what a file held before the block, which replaces it, under another name.
+
+    The content before the block becomes ``FILE.1``, that of ``FILE.1`` becomes ``FILE.2``, and so
+    on. ``FILE`` itself never goes missing. If the block raises, nothing is renamed.
+
+    Args:
+        file: Path of the file, which need not exist.
+        num: Number of earlier contents to keep.
+
+    Raises:
+        WriteError: The file cannot be kept, for example because the disk is full.
+    """
+    file = Path(file)
+    held = file.parent / f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+    try:
+        if num and file.exists():
+            _link_or_copy(file, held)
+        yield
+        if held.exists():
+            for number in range(num, 1, -1):
+                with suppress(FileNotFoundError):
+                    os.replace(previous(file, number - 1), previous(file, number))
+            os.replace(held, previous(file, 1))
+            _sync_folder(file.parent)
+    except OSError as error:
+        if isinstance(error, WriteError):
+            raise
+        raise _write_error(file, error) from error
+    finally:
+        with suppress(OSError):
+            held.unlink()
+
+
+def previous(file: str | Path, number: int = 1) -> Path:
+    """Return the path under which :func:`keep_previous` keeps an earlier content of a file.
+
+    Args:
+        file: Path of the file.
+        number: 1 for the content before the present one, 2 for that before it, and so on.
+    """
+    return Path(f"{file}.{number}")
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(file, target)
 
 
 def remove_partial_files(folder: str | Path) -> None:

@@ -1,5 +1,6 @@
 """Files are written completely or not at all, also on full disks and in killed processes."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,14 @@ import time
 
 import pytest
 
-from segformer_pl.atomic import WriteError, atomic_write, atomic_write_text, remove_partial_files
+from segformer_pl.atomic import (
+    WriteError,
+    atomic_write,
+    atomic_write_text,
+    keep_previous,
+    previous,
+    remove_partial_files,
+)
 
 
 def test_writes_and_replaces_and_creates_parent_folders(tmp_path):
@@ -142,3 +150,32 @@ def test_two_concurrent_writers_leave_one_complete_file(tmp_path):
             assert text in ("a" * 10_000, "b" * 10_000)
     assert [writer.wait() for writer in writers] == [0, 0]
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_earlier_contents_are_kept(tmp_path, monkeypatch, has_links):
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse_to_link)
+    file = tmp_path / "last.ckpt"
+    for content in ("1", "2", "3", "4"):
+        with keep_previous(file, 2):
+            assert content == "1" or file.exists()
+            atomic_write_text(file, content)
+    kept = [file, previous(file), previous(file, 2)]
+    assert [path.read_text() for path in kept] == ["4", "3", "2"]
+    with pytest.raises(WriteError), keep_previous(file, 2):
+        raise WriteError("the disk is full")
+    with keep_previous(file, 0):
+        atomic_write_text(file, "5")
+    assert [path.read_text() for path in kept] == ["5", "3", "2"]
+    with keep_previous(file, 2):
+        pass  # nothing was written
+    with keep_previous(file, 2):
+        atomic_write_text(file, "6")
+    assert file.read_text() == "6"
+    assert previous(file).read_text() == "5"
+    assert sorted(tmp_path.iterdir()) == kept
+
+
+def refuse_to_link(*arguments):
+    raise OSError(errno.EPERM, "Operation not permitted")

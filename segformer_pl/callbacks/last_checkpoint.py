@@ -1,5 +1,6 @@
 """The checkpoint from which an interrupted run is resumed."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from segformer_pl.atomic import remove_partial_files
+from segformer_pl.atomic import keep_previous, remove_partial_files
 from segformer_pl.callbacks.checkpoint_io import is_local
 from segformer_pl.callbacks.signals import StopOnSignal
 from segformer_pl.errors import UserError
@@ -22,12 +23,22 @@ class LastCheckpoint(ModelCheckpoint):
     also written when a signal ends the run, and before and after every validation. So an
     interrupted validation loses no training step and is repeated when the run is resumed.
 
+    The checkpoint before it stays as ``last.ckpt.1``, the one before that as ``last.ckpt.2``. A
+    training that is resumed from a damaged ``last.ckpt`` takes the newest of them that is intact.
+
     Args:
         every_n_train_steps: Optimiser steps between two checkpoints.
         dirpath: Folder of the checkpoint. Default: ``checkpoints`` in the run folder.
+        keep: Number of checkpoints on the disk, ``last.ckpt`` included.
     """
 
-    def __init__(self, every_n_train_steps: PositiveInt = 100, dirpath: Path | None = None) -> None:
+    def __init__(
+        self,
+        every_n_train_steps: PositiveInt = 100,
+        dirpath: Path | None = None,
+        keep: PositiveInt = 2,
+    ) -> None:
+        self.keep = keep
         self._validated_step: int | None = None
         super().__init__(
             dirpath=dirpath,
@@ -96,6 +107,11 @@ class LastCheckpoint(ModelCheckpoint):
         fitting = trainer.state.fn == TrainerFn.FITTING and trainer.global_step
         if fitting and not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        is_writer = trainer.is_global_zero and is_local(filepath)
+        with keep_previous(filepath, self.keep - 1) if is_writer else nullcontext():
+            super()._save_checkpoint(trainer, filepath)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"validated_step": self._validated_step}

@@ -3,12 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from io import BufferedReader
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import Any, Self
 
+from segformer_pl.atomic import previous
 from segformer_pl.checkpoints.files import load_stream, open_file
 from segformer_pl.checkpoints.sources import Weights, weights_from_content
 from segformer_pl.checkpoints.training_state import check_content
@@ -82,6 +84,22 @@ def read_checkpoint(ckpt: str | Path, option: str) -> dict[str, Any]:
     """
     with _open(ckpt, option) as stream:
         return _read(stream, ckpt)
+
+
+def read_previous(ckpt: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """Read the newest intact one of the checkpoints that are kept beside a damaged one.
+
+    Args:
+        ckpt: Path of the damaged file, ``FILE``. The ones before it are ``FILE.1``, ``FILE.2``, ...
+
+    Returns:
+        The file and its content; None if none is intact, or if ``ckpt`` does not exist.
+    """
+    files = takewhile(Path.is_file, chain([Path(ckpt)], (previous(ckpt, n) for n in count(1))))
+    for file in islice(files, 1, None):
+        with suppress(UserError):
+            return file, read_checkpoint(file, "")
+    return None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from segformer_pl.callbacks import (
 )
 from segformer_pl.callbacks.history import RunConfig, keep_history
 from segformer_pl.callbacks.progress import StepProgressBar
-from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
+from segformer_pl.checkpoints.run_checkpoint import read_checkpoint, read_previous
 from segformer_pl.cli.resumption import check_settings
 from segformer_pl.commands import COMMANDS
 from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
@@ -91,6 +91,7 @@ class SegformerCLI(SettingsWinCLI):
         self.arguments = sys.argv[1:] if args is None else args
         self.history = RunHistory()
         self.continued_run: Path | None = None  # run folder of a resumed run
+        self.damaged_checkpoint: Path | None = None
         self.checkpoint_step = 0
         super().__init__(
             SegmentationTask,
@@ -195,7 +196,16 @@ class SegformerCLI(SettingsWinCLI):
             ckpt_path = str(named_checkpoint(ckpt_path, config, settings, command == "fit"))
             rank_zero_info(f"ckpt_path: {config.ckpt_path} is {ckpt_path}")
             config.ckpt_path = ckpt_path
-        checkpoint = read_checkpoint(ckpt_path, "ckpt_path")
+        try:
+            checkpoint = read_checkpoint(ckpt_path, "ckpt_path")
+        except UserError as error:
+            intact = read_previous(ckpt_path) if command == "fit" else None
+            if intact is None:
+                raise
+            self.damaged_checkpoint = Path(ckpt_path).absolute()
+            ckpt_path, checkpoint = str(intact[0]), intact[1]
+            rank_zero_warn(f"{error}; {ckpt_path}, the checkpoint before it, is used instead")
+            config.ckpt_path = ckpt_path
         self.checkpoint_step = checkpoint.get("global_step", 0)
         settings = self.plain_config()
         check_settings(checkpoint, ckpt_path, settings["model"], settings["data"], command == "fit")
@@ -206,7 +216,7 @@ class SegformerCLI(SettingsWinCLI):
         logger = self.plain_config(skip_none=False)["trainer"]["logger"]
         if command == "fit" and ckpt_path and Path(ckpt_path).is_file():
             self.continued_run, sentence = find_continuation(
-                ckpt_path, self.checkpoint_step, logger
+                ckpt_path, self.checkpoint_step, logger, self.damaged_checkpoint
             )
             rank_zero_info(sentence)
         if command is not None and self.continued_run is None:

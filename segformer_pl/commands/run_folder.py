@@ -49,7 +49,9 @@ def place_below_root(trainer: Any) -> None:
         )
 
 
-def find_continuation(ckpt_path: str, step: int, logger: Any) -> Continuation:
+def find_continuation(
+    ckpt_path: str, step: int, logger: Any, damaged: Path | None = None
+) -> Continuation:
     """Decide whether ``fit --ckpt_path`` continues the run folder of the checkpoint.
 
     It does if the checkpoint is the newest of its run folder and the logger's folder is unchanged.
@@ -60,6 +62,7 @@ def find_continuation(ckpt_path: str, step: int, logger: Any) -> Continuation:
         ckpt_path: File of the checkpoint.
         step: Number of training steps in the checkpoint.
         logger: Value of ``trainer.logger`` as plain data.
+        damaged: Damaged file that ``ckpt_path`` replaces.
     """
     run = Run.of(ckpt_path)
     new = "this run gets a folder and a history of its own"
@@ -75,8 +78,8 @@ def find_continuation(ckpt_path: str, step: int, logger: Any) -> Continuation:
     if not is_csv or not (logger == before or _is_default(logger) or _folder(first) == run.folder):
         return Continuation(None, f"trainer.logger names another folder than {run.folder}: {new}")
     elsewhere = (config.get("last_checkpoint") or {}).get("dirpath")
-    last = Path(elsewhere or run.checkpoint_folder) / LAST_CHECKPOINT
-    last_step = _step_of(last)
+    last = Path(elsewhere or run.checkpoint_folder).absolute() / LAST_CHECKPOINT
+    last_step = step if last == damaged else _step_of(last)
     if last_step is None:
         return Continuation(None, f"{last} cannot be read and may be of a later step: {new}")
     if last_step > step:
