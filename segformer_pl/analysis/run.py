@@ -8,6 +8,7 @@ After resumptions at steps 400 and 900 the folder of a training holds::
     hparams.yaml                            class names and palette
     training_data.json                      data set, number of rows and fingerprint
     findings.json                           warnings about the settings of the last part
+    wandb_run_id.txt                        id of its run at Weights & Biases
     metrics.csv                             the rows of all parts, one after the other
     evaluation/ predictions/ worst/ erf/    the files of all parts, named by their steps
     checkpoints/                            last.ckpt, and the files of other callbacks
@@ -55,6 +56,7 @@ CONFIG_FILE = "config.yaml"
 HYPERPARAMETERS_FILE = "hparams.yaml"  # Lightning's
 METRICS_FILE = "metrics.csv"  # Lightning's
 FINDINGS_FILE = "findings.json"
+WANDB_FILE = "wandb_run_id.txt"
 ABLATION_FILE = "ablation.json"
 FAILURE_FILE = "failure.txt"
 NAMED_EVALUATIONS = "evaluations"
@@ -242,6 +244,12 @@ class Run:
         """Warnings about the settings of the last part of the run, one sentence each."""
         content = _read_json(self.folder / FINDINGS_FILE)
         return [str(sentence) for sentence in content] if isinstance(content, list) else []
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the run at Weights & Biases; None if it was not logged there."""
+        file = self.folder / WANDB_FILE
+        return file.read_text("utf-8").strip() or None if file.is_file() else None
 
     @property
     def ablation_file(self) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import (
@@ -32,6 +32,7 @@ from segformer_pl.analysis.run import (
     METRICS_FILE,
     TRAINING_DATA,
     TRAINING_DATA_FILE,
+    WANDB_FILE,
     Run,
     numbered_files,
     read_table,
@@ -133,7 +134,8 @@ class RunHistory(pl.Callback):
 
     Logged values are written soon after each checkpoint, so a kill loses no value up to the
     checkpoint. The paths of the best checkpoints are kept valid if the run folder was moved. The
-    facts that identify the training data are written to ``training_data.json``, for ``compare``.
+    facts that identify the training data are written to ``training_data.json``, for ``compare``,
+    and the id of a WandbLogger's run to ``wandb_run_id.txt``, so that a resumption continues it.
 
     Attributes:
         findings: Messages about implausible settings, written to ``findings.json`` for the report.
@@ -183,6 +185,9 @@ class RunHistory(pl.Callback):
                     f"rows and files of steps after {trainer.global_step} were moved to {aside}"
                 )
         atomic_write_text(folder / FINDINGS_FILE, json.dumps(self.findings, indent=1) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                atomic_write_text(folder / WANDB_FILE, f"{logger.experiment.id}\n")
         data = getattr(trainer, "datamodule", None)
         state = {} if data is None else data.state_dict()
         if all(key in state for key in TRAINING_DATA):
@@ -289,6 +294,20 @@ def _in_folder(state: dict[str, Any], folder: str) -> dict[str, Any]:
         "best_k_models": {relocate(path): score for path, score in state["best_k_models"].items()},
         **{name: relocate(state[name]) for name in paths},
     }
+
+
+def continue_wandb(loggers: Any, run: Run) -> None:
+    """Give a WandbLogger without an id that of a run's, in settings of ``trainer.logger``.
+
+    Args:
+        loggers: Settings of a logger or of several, changed in place.
+        run: The run that is continued.
+    """
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if hasattr(logger, "get") and logger.get("class_path", "").endswith(".WandbLogger"):
+            arguments = logger["init_args"]
+            if not arguments.get("id") and not arguments.get("version"):
+                arguments["id"] = run.wandb_id
 
 
 def keep_history(loggers: Any, run_dir: Path | None) -> Any:

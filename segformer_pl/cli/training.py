@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from segformer_pl.analysis.run import resumed_config_name
+from segformer_pl.analysis.run import Run, resumed_config_name
 from segformer_pl.analysis.style import printable
 from segformer_pl.callbacks import (
     AtomicCheckpointIO,
@@ -30,7 +30,7 @@ from segformer_pl.callbacks import (
     RunReport,
     StopOnSignal,
 )
-from segformer_pl.callbacks.history import RunConfig, keep_history
+from segformer_pl.callbacks.history import RunConfig, continue_wandb, keep_history
 from segformer_pl.callbacks.progress import StepProgressBar
 from segformer_pl.checkpoints.run_checkpoint import read_checkpoint, read_previous
 from segformer_pl.cli.resumption import check_settings
@@ -173,7 +173,7 @@ class SegformerCLI(SettingsWinCLI):
             )
         check_trainer(config["trainer"])
         place_below_root(config["trainer"])
-        self._find_run_folder(config.get("ckpt_path"))
+        self._find_run_folder(config)
 
     def _read_checkpoint(self, config: Namespace) -> None:
         """Read the checkpoint of ``ckpt_path`` and compare it with the settings.
@@ -210,9 +210,9 @@ class SegformerCLI(SettingsWinCLI):
         settings = self.plain_config()
         check_settings(checkpoint, ckpt_path, settings["model"], settings["data"], command == "fit")
 
-    def _find_run_folder(self, ckpt_path: str | None) -> None:
+    def _find_run_folder(self, config: Namespace) -> None:
         """Choose the run folder: that of the resumed run, or one that no other run has used."""
-        command = self.subcommand
+        command, ckpt_path = self.subcommand, config.get("ckpt_path")
         logger = self.plain_config(skip_none=False)["trainer"]["logger"]
         if command == "fit" and ckpt_path and Path(ckpt_path).is_file():
             self.continued_run, sentence = find_continuation(
@@ -222,6 +222,7 @@ class SegformerCLI(SettingsWinCLI):
         if command is not None and self.continued_run is None:
             refuse_used_folder(logger)
         if self.continued_run is not None:
+            continue_wandb(config["trainer"]["logger"], Run(self.continued_run))
             # A new name, so that the configuration of the start is not overwritten.
             self.save_config_kwargs["config_filename"] = resumed_config_name(self.checkpoint_step)
 

@@ -324,3 +324,23 @@ def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, mo
     (callback,) = (c for c in cli.trainer.checkpoint_callbacks if c.monitor)
     assert Path(callback.best_model_path) == (run_dir / "checkpoints" / "best.ckpt").absolute()
     assert list(callback.best_k_models) == [callback.best_model_path]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_its_wandb_run(data, tmp_path):
+    import wandb
+
+    logger = [
+        "--trainer.logger+=lightning.pytorch.loggers.WandbLogger",
+        "--trainer.logger.offline=true",
+        f"--trainer.logger.save_dir={tmp_path}",
+    ]
+    resume = []
+    for steps in (1, 2):
+        arguments = options(data, tmp_path / "runs", trainer__max_steps=steps)
+        main(["fit", *arguments, *logger, "--trainer.limit_val_batches=0", *resume])
+        wandb.finish()
+        (last,) = tmp_path.rglob("last.ckpt")
+        resume = [f"--ckpt_path={last}"]
+    ids = [file.stem.removeprefix("run-") for file in tmp_path.rglob("run-*.wandb")]
+    assert ids == 2 * [Run.of(last).wandb_id]
