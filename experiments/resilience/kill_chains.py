@@ -1,34 +1,39 @@
-"""Check that a training killed at random, again and again, neither loses nor repeats a sample.
+"""Check that a training ended at random, again and again, neither loses nor repeats a sample.
 
     python experiments/resilience/kill_chains.py [--kills N] [--kills_per_chain N] [--seed N]
                                                  [--folder FOLDER]
 
-Question: after any number of SIGKILLs, do the final weights come from every sample of the data
-order exactly once, in the same steps as in an uninterrupted run? Hardware: any; two CPU cores are
-enough. Expectation: yes, exactly.
+Question: after any number of SIGKILL, SIGTERM, SIGINT and SIGUSR1, do the final weights come from
+every sample of the data order exactly once, in the same steps and with the same losses as in an
+uninterrupted run? Hardware: any; two CPU cores are enough. Expectation: yes, exactly; losses up to
+rounding.
 
 A chain is one training of 24 steps with a global batch of 12. Each attempt splits the 12 samples at
-random (1 to 3 accumulated batches, 1 or 2 ranks, 0 to 3 workers each), resumes from ``last.ckpt``
-and is killed after a random number of steps and a random delay: in the forward pass, during an
-accumulation, in a validation, while a checkpoint is written. Sometimes only one of two ranks is
-killed while the other waits for it::
+random (1 to 4 ranks, accumulated batches, 0 to 4 workers each), resumes from ``last.ckpt`` and
+receives a signal after a random number of steps and a random delay: in the forward pass, during
+an accumulation, in a validation, while a checkpoint is written. The signal goes to every process,
+as from a scheduler, to every rank but not to its workers, or to one rank alone while the others
+wait for it::
 
     attempt 0   steps 1 2 3 4 5 6 x            killed; last.ckpt is of step 4
     attempt 1                 5 6 7 8 x        5 and 6 are repeated; last.ckpt is of step 8
     attempt 2                         9 ... 24
     kept        steps 1 2 3 4 5 6 7 8 9 ... 24    must equal an uninterrupted run
 
-The checkpoints are on another file system than the temporary folder.
+SIGTERM and SIGINT end a run after the current step, so no step may be repeated after them. SIGUSR1,
+which means something only under Slurm, ends a process like SIGKILL. The checkpoints are on another
+file system than the temporary folder.
 
-Two records, neither of them made by the code under test, are compared:
+Two records of the samples, neither of them made by the code under test, are compared:
 
-- Every rank logs the samples (id and seed) of each of its optimiser steps. The kept steps of all
-  attempts must be those of a run that was never killed, on one rank without accumulation.
+- Every rank logs the samples (id and seed) and the losses of each of its optimiser steps. The kept
+  steps of all attempts must be those of a run that was never ended, on one rank.
 - A count of each sample is a buffer of the network's state dict, updated at each optimiser step.
   The counts in the last checkpoint must equal those of the uninterrupted run.
 
-Each rank is forked from a process that has imported everything, since the imports take longer than
-the training.
+Losses are compared in every second chain, in which all batches have one image, because dropout is
+drawn for a batch. BatchNorm is in evaluation mode for the same reason. Each rank is forked from a
+process that has imported everything, since the imports take longer than the training.
 """
 
 import argparse
@@ -38,6 +43,7 @@ import random
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -55,7 +61,12 @@ from segformer_pl.data import shapes
 from segformer_pl.models import MixTransformer, SegFormer
 
 STEPS, SAMPLES_PER_STEP, NUM_ROWS = 24, 12, 50
-TIMEOUT = 120  # seconds for one attempt; a hang is a failure
+ACCUMULATED = {1: (1, 2, 3, 4), 2: (1, 2, 3), 3: (1, 2, 4), 4: (1, 3)}  # by number of ranks
+SINGLE_IMAGES = {ranks: (SAMPLES_PER_STEP // ranks,) for ranks in ACCUMULATED}
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACEFUL = (signal.SIGTERM, signal.SIGINT)
+TIMEOUT = 300  # seconds for one attempt, or for one to end after a signal; a hang is a failure
+LOSS_TOLERANCE = 1e-3  # relative; AdamW amplifies rounding
 Step = list[tuple[str, int]]
 
 
@@ -71,6 +82,7 @@ class SampleRecorder(pl.Callback):
     def __init__(self, file: str) -> None:
         self.file = file
         self.batches: list[Step] = []
+        self.losses: list[float] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.register_buffer("sample_counts", torch.zeros(NUM_ROWS, dtype=torch.int64))
@@ -79,6 +91,9 @@ class SampleRecorder(pl.Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         self.batches.append(list(zip(batch["id"], batch["seed"])))
+        for module in pl_module.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         batches: list[Any] = [self.batches]
@@ -88,13 +103,18 @@ class SampleRecorder(pl.Callback):
         for name, _ in (sample for rank in batches for batch in rank for sample in batch):
             pl_module.sample_counts[int(name.split("-")[1])] += 1
 
-    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning divides the loss by the number of accumulated batches.
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
         if trainer.fit_loop._should_accumulate():
             return
-        line = json.dumps({"step": trainer.global_step, "batches": self.batches})
+        loss = statistics.fmean(self.losses)
+        line = json.dumps({"step": trainer.global_step, "loss": loss, "batches": self.batches})
         with open(f"{self.file}.rank{trainer.global_rank}", "a") as file:
             file.write(line + "\n")
-        self.batches = []
+        self.batches, self.losses = [], []
 
 
 class Attempt:
@@ -117,7 +137,8 @@ class Attempt:
             "trainer.strategy": "ddp" if self.ranks > 1 else "auto",
             "trainer.accumulate_grad_batches": self.accumulate,
             "trainer.max_steps": STEPS,
-            "trainer.val_check_interval": 5,
+            # In batches; also in the middle of an accumulation
+            "trainer.val_check_interval": 5 if self.accumulate < 5 else 31,
             "trainer.num_sanity_val_steps": 0,
             "trainer.enable_progress_bar": "false",
             "trainer.enable_model_summary": "false",
@@ -159,6 +180,9 @@ class Attempt:
             torch.set_num_threads(1)
             main(arguments)
             status = 0
+        except SystemExit as error:
+            sys.stderr.write(f"{error.code}\n")
+            status = error.code if isinstance(error.code, int) else 1
         except BaseException:
             traceback.print_exc()
         finally:
@@ -166,22 +190,24 @@ class Attempt:
             sys.stderr.flush()
             os._exit(status)
 
-    def steps(self) -> dict[int, Step]:
-        """Return the samples of each step that all ranks completed, in the order of the data."""
+    def steps(self) -> dict[int, tuple[Step, float]]:
+        """Return samples, in the order of the data, and loss of each step that all ranks did."""
         ranks = []
         for rank in range(self.ranks):
             file = Path(f"{self.trace}.rank{rank}")
             lines = file.read_text().split("\n")[:-1] if file.exists() else []
-            ranks.append({(entry := json.loads(line))["step"]: entry["batches"] for line in lines})
-        common = set.intersection(*map(set, ranks))
+            ranks.append({(entry := json.loads(line))["step"]: entry for line in lines})
         return {
-            step: [
-                (name, seed)
-                for batches in zip(*(rank[step] for rank in ranks))
-                for batch in batches
-                for name, seed in batch
-            ]
-            for step in sorted(common)
+            step: (
+                [
+                    (name, seed)
+                    for batches in zip(*(rank[step]["batches"] for rank in ranks))
+                    for batch in batches
+                    for name, seed in batch
+                ],
+                statistics.fmean(rank[step]["loss"] for rank in ranks),
+            )
+            for step in sorted(set.intersection(*map(set, ranks)))
         }
 
     def wait(self, until_steps: int, delay: float) -> bool:
@@ -198,81 +224,159 @@ class Attempt:
             SystemExit: The attempt failed or hung.
         """
         deadline, kill_at = time.monotonic() + TIMEOUT, None
-        while len(self.status) < self.ranks:
-            for process in self.processes:
-                if process not in self.status and (ended := os.waitpid(process, os.WNOHANG))[0]:
-                    self.status[process] = ended[1]
+        while not self._has_ended():
             now = time.monotonic()
             if kill_at is None and len(self.steps()) >= until_steps:
                 kill_at = now + delay
             if kill_at is not None and now >= kill_at:
                 return False
             if any(self.status.values()) or now > deadline:
-                self.kill(self.processes)
-                logs = [Path(f"{self.trace}.log{rank}").read_text() for rank in range(self.ranks)]
-                raise SystemExit(f"{self.trace} failed or hung:\n" + "\n".join(logs))
+                self._fail()
             time.sleep(0.002)
+        if any(self.status.values()):
+            self._fail()
         return True
 
-    def kill(self, processes: list[int]) -> None:
-        """Kill some ranks with their workers, and the remaining ranks after a moment."""
-        for process in (*processes, None, *self.processes):
-            if process is None:
-                time.sleep(0.2 if len(processes) < self.ranks else 0)
-            elif process not in self.status:
-                try:
-                    os.killpg(process, signal.SIGKILL)
-                except ProcessLookupError:  # killed before it had a process group
-                    os.kill(process, signal.SIGKILL)
-                self.status[process] = os.waitpid(process, 0)[1]
+    def end(self, signum: int, rng: random.Random) -> float:
+        """Send a signal and wait until all processes have ended.
+
+        Ranks that wait for a killed one are killed after a moment, as a scheduler does.
+
+        Args:
+            signum: Number of the signal.
+            rng: Decides who receives the signal.
+
+        Returns:
+            Seconds until the last rank ended.
+
+        Raises:
+            SystemExit: The attempt did not end.
+        """
+        begin = time.monotonic()
+        receivers = self.processes if rng.random() < 0.7 else [rng.choice(self.processes)]
+        send = rng.choice((os.kill, os.killpg))
+        for process in receivers:
+            if process not in self.status:
+                _send(send, process, signum)
+        if signum not in GRACEFUL:
+            time.sleep(0.2 if len(receivers) < self.ranks else 0)
+            self._kill()
+        while not self._has_ended():
+            if time.monotonic() > begin + TIMEOUT:
+                self._fail()
+            time.sleep(0.002)
+        seconds = time.monotonic() - begin
+        self._kill()  # workers that survived
+        return seconds
+
+    @property
+    def is_graceful(self) -> bool:
+        """Whether all ranks ended with the exit status of a signal that they handled."""
+        codes = {os.waitstatus_to_exitcode(status) for status in self.status.values()}
+        return codes <= {128 + signum for signum in GRACEFUL}
+
+    def _has_ended(self) -> bool:
+        for process in self.processes:
+            if process not in self.status and (ended := os.waitpid(process, os.WNOHANG))[0]:
+                self.status[process] = ended[1]
+        return len(self.status) == self.ranks
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            _send(os.killpg, process, signal.SIGKILL)
+
+    def _fail(self) -> None:
+        self._kill()
+        logs = [Path(f"{self.trace}.log{rank}").read_text() for rank in range(self.ranks)]
+        raise SystemExit(f"{self.trace} failed or hung:\n" + "\n".join(logs))
+
+
+def _send(send: Any, process: int, signum: int) -> None:
+    try:
+        send(process, signum)
+    except ProcessLookupError:  # it has ended, or has no process group yet
+        if send is os.killpg:
+            _send(os.kill, process, signum)
 
 
 def checkpoint(file: Path) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-def chain(folder: Path, data: Path, rng: random.Random, num_kills: int) -> tuple[Any, ...]:
-    """Train to the end with up to ``num_kills`` kills.
+class Record:
+    """What happened in all chains."""
+
+    def __init__(self) -> None:
+        self.signals: Counter[str] = Counter()
+        self.partial = self.repeated = self.graceful = 0
+        self.seconds: list[float] = []  # from a graceful signal to the end
+        self.deviation = 0.0  # largest relative difference of a loss
+
+    def __str__(self) -> str:
+        signals = ", ".join(f"{number} {name}" for name, number in sorted(self.signals.items()))
+        seconds = (
+            f", {statistics.median(self.seconds):.1f} s after the signal (median; at most "
+            f"{max(self.seconds):.1f} s)"
+            if self.seconds
+            else ""
+        )
+        return (
+            f"({signals}): no sample lost, none repeated in the final weights, no damaged "
+            f"checkpoint, losses equal to {self.deviation:.0e}; {self.graceful} runs ended "
+            f"after a complete step and saved it{seconds}; {self.repeated} steps after a "
+            f"checkpoint were recomputed; {self.partial} signals left a partial file beside the "
+            "checkpoint"
+        )
+
+
+def chain(
+    folder: Path,
+    data: Path,
+    rng: random.Random,
+    num_kills: int,
+    accumulated: dict[int, tuple[int, ...]],
+    record: Record,
+) -> list[tuple[Step, float]]:
+    """Train to the end with up to ``num_kills`` signals.
 
     Returns:
-        The steps that the final weights come from, the sample counts in the last checkpoint, and
-        the numbers of kills, of kills that left a partial file, and of repeated steps.
+        Samples and loss of the steps that the final weights come from.
     """
     folder.mkdir()
-    kept: list[Step] = []
-    kills = partial = repeated = 0
+    kept: list[tuple[Step, float]] = []
     for number in range(num_kills + 1):
-        ranks, accumulate = rng.choice((1, 2)), rng.choice((1, 2, 3))
-        attempt = Attempt(folder, number, data, (ranks, accumulate, rng.choice((0, 1, 2, 3))))
+        ranks = rng.choice((1, 2, 3, 4))
+        split = (ranks, rng.choice(accumulated[ranks]), rng.choice((0, 1, 2, 3, 4)))
+        attempt = Attempt(folder, number, data, split)
         if attempt.from_step > len(kept):
             raise SystemExit(f"{folder}: a checkpoint of a step that no attempt has completed")
-        repeated += len(kept) - attempt.from_step
+        record.repeated += len(kept) - attempt.from_step
         kept = kept[: attempt.from_step]
         is_last = number == num_kills
         ended = attempt.wait(
             STEPS + 1 if is_last else rng.randint(0, 5), 0 if is_last else rng.uniform(0, 0.3)
         )
         if not ended:
-            victims = attempt.processes if rng.random() < 0.7 else [rng.choice(attempt.processes)]
-            attempt.kill(victims)
-            kills += 1
-            partial += any(folder.glob(".*.partial"))
+            signum = rng.choice(SIGNALS)
+            seconds = attempt.end(signum, rng)
+            record.signals[signal.Signals(signum).name] += 1
+            record.partial += any(folder.glob(".*.partial"))
         steps = attempt.steps()
         for step in range(attempt.from_step + 1, max(steps, default=attempt.from_step) + 1):
             kept.append(steps[step])
+        if not ended and steps and attempt.is_graceful:
+            record.graceful += 1
+            record.seconds.append(seconds)
+            saved = checkpoint(attempt.last)["global_step"]
+            if saved != len(kept):
+                raise SystemExit(f"{attempt.trace}: ended at step {len(kept)}, saved {saved}")
         if ended:
             break
-    return (
-        kept,
-        checkpoint(folder / "last.ckpt")["state_dict"]["sample_counts"],
-        kills,
-        partial,
-        repeated,
-    )
+    return kept
 
 
 def run(num_kills: int, seed: int, kills_per_chain: int, folder: Path) -> str:
-    """Run chains until there were ``num_kills`` kills.
+    """Run chains until there were ``num_kills`` signals.
 
     Raises:
         SystemExit: A chain differs from the uninterrupted run.
@@ -287,40 +391,52 @@ def run(num_kills: int, seed: int, kills_per_chain: int, folder: Path) -> str:
     rng = random.Random(seed)
     reference_folder = folder / "uninterrupted"
     reference_folder.mkdir()
-    attempt = Attempt(reference_folder, 0, data, (1, 1, 0))
+    attempt = Attempt(reference_folder, 0, data, (1, SAMPLES_PER_STEP, 0))
     attempt.wait(STEPS + 1, 0)
     reference = list(attempt.steps().values())
-    if [len(step) for step in reference] != [SAMPLES_PER_STEP] * STEPS:
+    if [len(samples) for samples, _ in reference] != [SAMPLES_PER_STEP] * STEPS:
         raise SystemExit(
             f"{reference_folder}: the uninterrupted run did not complete its {STEPS} steps"
         )
-    reference_counts = Counter(name for step in reference for name, _ in step)
-    kills = chains = partial = repeated = 0
-    while kills < num_kills:
-        chain_kills = min(kills_per_chain, num_kills - kills)
-        kept, counts, *numbers = chain(folder / f"chain{chains}", data, rng, chain_kills)
-        for number, (step, expected_step) in enumerate(zip(kept, reference), start=1):
-            if step != expected_step:
-                raise SystemExit(f"chain {chains}, step {number} used {step}, not {expected_step}")
-        expected = [reference_counts[f"train-{row:05d}"] for row in range(NUM_ROWS)]
-        if len(kept) != STEPS or counts.tolist() != expected:
-            raise SystemExit(f"chain {chains}: {len(kept)} steps, sample counts {counts.tolist()}")
-        shutil.rmtree(folder / f"chain{chains}")
-        kills, partial, repeated = (a + b for a, b in zip((kills, partial, repeated), numbers))
+    counts = Counter(name for samples, _ in reference for name, _ in samples)
+    expected_counts = [counts[f"train-{row:05d}"] for row in range(NUM_ROWS)]
+    record, chains = Record(), 0
+    while (kills := record.signals.total()) < num_kills:
+        chain_folder = folder / f"chain{chains}"
+        has_single_images = chains % 2 == 0
+        kept = chain(
+            chain_folder,
+            data,
+            rng,
+            min(kills_per_chain, num_kills - kills),
+            SINGLE_IMAGES if has_single_images else ACCUMULATED,
+            record,
+        )
+        for number, (step, expected) in enumerate(zip(kept, reference), start=1):
+            if step[0] != expected[0]:
+                raise SystemExit(f"chain {chains}, step {number} used {step[0]}, not {expected[0]}")
+            if has_single_images:
+                record.deviation = max(record.deviation, abs(step[1] / expected[1] - 1))
+            if record.deviation > LOSS_TOLERANCE:
+                raise SystemExit(
+                    f"chain {chains}, step {number}: loss {step[1]}, not {expected[1]}"
+                )
+        found = checkpoint(chain_folder / "last.ckpt")["state_dict"]["sample_counts"].tolist()
+        if len(kept) != STEPS or found != expected_counts:
+            raise SystemExit(f"chain {chains}: {len(kept)} steps, sample counts {found}")
+        shutil.rmtree(chain_folder)
         chains += 1
-        sys.stderr.write(f"{kills} kills, {chains} chains\n")
-    return (
-        f"{kills} kills in {chains} chains of {STEPS} steps: no sample lost, none repeated in the "
-        f"final weights; {repeated} steps after a checkpoint were recomputed; {partial} kills left "
-        "a partial file beside the checkpoint"
-    )
+        sys.stderr.write(f"{record.signals.total()} kills, {chains} chains\n")
+    return f"{kills} kills in {chains} chains of {STEPS} steps {record}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=60, help="number of kills in all")
-    parser.add_argument("--kills_per_chain", type=int, default=6, help="most kills of one training")
-    parser.add_argument("--seed", type=int, default=0, help="seed of splits and kills")
+    parser.add_argument("--kills", type=int, default=60, help="number of signals in all")
+    parser.add_argument(
+        "--kills_per_chain", type=int, default=6, help="most signals of one training"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of splits and signals")
     parser.add_argument(
         "--folder",
         type=Path,
