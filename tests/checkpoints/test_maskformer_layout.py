@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from segformer_pl.checkpoints import load_network, load_weights
 from segformer_pl.checkpoints.export import export_weights
@@ -153,6 +154,28 @@ def test_an_incomplete_source_is_refused():
     del state["model.transformer_module.queries_embedder.weight"]
     with pytest.raises(UserError, match=r"lacks 'transformer_decoder.query_pos.weight'"):
         load_network(state)
+
+
+@pytest.mark.parametrize("parts", ["all", "encoder"])
+def test_keys_of_data_parallel(parts, tmp_path, randomize):
+    source = randomize(small("swin")).float()
+    export_weights(source, tmp_path / "network", "huggingface")
+    state = load_file(tmp_path / "network" / "model.safetensors")
+    wrapped = {f"module.{key}": tensor for key, tensor in state.items()}
+    network = small("swin")
+    report = load_weights(network, wrapped, parts=parts)
+    expected = source.state_dict()
+    same = [
+        key for key, tensor in network.state_dict().items() if torch.equal(tensor, expected[key])
+    ]
+    assert len(same) >= report.num_tensors > 0
+    assert (len(same) == len(expected)) == (parts == "all")
+    if parts == "all":
+        loaded, _ = load_network(wrapped)
+        assert all(torch.equal(t, expected[key]) for key, t in loaded.state_dict().items())
+    stray = wrapped | {"step": torch.zeros(())}
+    with pytest.raises(UserError, match=r"no place for \(step\)"):
+        load_weights(small("swin"), stray, parts=parts)
 
 
 def test_other_systems_are_refused(tmp_path):
