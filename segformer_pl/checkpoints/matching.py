@@ -123,7 +123,8 @@ def split(
     if detected is None:
         raise UserError(
             f"{weights.name} is no SegFormer of a known layout: it holds {len(weights.tensors)} "
-            f"tensors, such as {listed(list(weights.tensors))}; give SegFormer weights"
+            f"tensors, such as {listed(list(weights.tensors))}; give SegFormer's weights, "
+            "or build the network that these belong to"
         )
     layout, prefix, wrapper = detected
     inside, outside = _unwrapped(weights.tensors, wrapper)

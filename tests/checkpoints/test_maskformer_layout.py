@@ -186,5 +186,7 @@ def test_other_systems_are_refused(tmp_path):
         export_weights(small("convnext_atto"), tmp_path / "other", "huggingface")
     with pytest.raises(UserError, match="has no projection of the coarsest map"):
         export_weights(small("swin", decoder_dim=128), tmp_path / "other", "huggingface")
-    with pytest.raises(UserError, match="layout nvlabs is for SegFormer"):
+    with pytest.raises(
+        UserError, match=r"serves SegFormer .* a MaskFormer on SwinEncoder; use hug"
+    ):
         export_weights(small("swin"), tmp_path / "other.pth", "nvlabs")
