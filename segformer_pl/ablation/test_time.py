@@ -28,10 +28,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from segformer_pl.analysis.complexity import executed_macs
-from segformer_pl.checkpoints.networks import brief, build
+from segformer_pl.checkpoints.networks import build
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.checkpoints.transplant import transplant
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, brief
 from segformer_pl.inference import Inference, Predictor, predict_classes
 from segformer_pl.models.segmenter import Output
 

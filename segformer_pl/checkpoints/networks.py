@@ -27,7 +27,7 @@ from segformer_pl.checkpoints.loading import (
 from segformer_pl.checkpoints.matching import split
 from segformer_pl.checkpoints.report import LoadReport, listed
 from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, brief
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 
@@ -95,13 +95,6 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
             f"{name} describes a network that cannot be built here ({brief(error)}); build it "
             "yourself and use load_weights"
         ) from error
-
-
-def brief(error: Exception) -> str:
-    """Return the first line of an exception's text, after its type unless it is a ValueError."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
 
 
 def _factory(class_path: str, name: str) -> Any:
