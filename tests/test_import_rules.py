@@ -24,7 +24,7 @@ EVERYTHING = LEAVES | {
     "task",
 }
 # These import nothing of the package, and every module may import them.
-FOUNDATION = {"atomic", "batch", "errors", "lightning_workarounds", "normalization"}
+FOUNDATION = {"atomic", "batch", "errors", "lightning_workarounds", "normalization", "yaml_file"}
 MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     # Both upsample logits in bands of rows.
     "losses": {"upsampling"},

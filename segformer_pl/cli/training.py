@@ -54,9 +54,7 @@ from segformer_pl.doctor import examine_settings
 from segformer_pl.errors import UserError, find_user_error
 from segformer_pl.lightning_workarounds import SettingsWinCLI
 from segformer_pl.task import SegmentationTask
-
-# libyaml's loader, which pyyaml has on most platforms, is ten times as fast.
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from segformer_pl.yaml_file import Loader
 
 
 def _labels(dataset: str) -> LabelSpec:
