@@ -33,20 +33,20 @@ from segformer_pl.callbacks import (
 from segformer_pl.callbacks.history import RunConfig, keep_history
 from segformer_pl.callbacks.progress import StepProgressBar
 from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
+from segformer_pl.cli.named_checkpoint import NAMED, named_checkpoint
 from segformer_pl.cli.resumption import check_settings
+from segformer_pl.cli.run_folder import (
+    DEFAULT_LOGGER,
+    find_continuation,
+    place_below_root,
+    refuse_used_folder,
+)
 from segformer_pl.commands import COMMANDS
-from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
 from segformer_pl.commands.parser import (
     PROG,
     RunArgumentParser,
     leave_elements_unchecked,
     try_int_before_float,
-)
-from segformer_pl.commands.run_folder import (
-    DEFAULT_LOGGER,
-    find_continuation,
-    place_below_root,
-    refuse_used_folder,
 )
 from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
