@@ -11,7 +11,8 @@ from segformer_pl.checkpoints import export_weights, load_network, read_weights
 from segformer_pl.checkpoints.networks import build
 from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer, TimmEncoder, mit_b0, segformer_b0
-from segformer_pl.models.mit import MixTransformer, NormEps
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.mit_block import NormEps
 
 FORMS = {"huggingface": "folder", "smp": "folder", "nvlabs": "w.pth", "native": "w.safetensors"}
 
