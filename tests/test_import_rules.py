@@ -21,6 +21,7 @@ EVERYTHING = LEAVES | {
     "commands",
     "divergence",
     "doctor",
+    "metrics_log",
     "task",
 }
 # These import nothing of the package, and every module may import them.
@@ -33,7 +34,17 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "analysis": {"models", "metrics"},
     "ablation": {"analysis", "checkpoints", "inference", "models"},
     "divergence": {"checkpoints"},
-    "task": {"models", "checkpoints", "losses", "metrics", "optim", "inference", "divergence"},
+    "metrics_log": {"metrics"},
+    "task": {
+        "models",
+        "checkpoints",
+        "losses",
+        "metrics",
+        "metrics_log",
+        "optim",
+        "inference",
+        "divergence",
+    },
     "callbacks": {"analysis", "metrics"},
     "cli": EVERYTHING,
     "doctor": {"analysis", "data", "models", "task"},
