@@ -1,4 +1,4 @@
-"""The exception for errors that the user can correct, and the exit status of Ctrl-C."""
+"""Errors that the user can correct: their exception, texts of others in them, an exit status."""
 
 INTERRUPTED = 130  # as in shells: 128 and the number of SIGINT
 
@@ -35,3 +35,10 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error
+
+
+def brief(error: Exception) -> str:
+    """Return the first line of an exception's text, after its type unless it is a ValueError."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]

@@ -34,6 +34,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, predict_classes, predict_pixels
 from segformer_pl.losses import CrossEntropy, check_loss
 from segformer_pl.metrics import SegmentationMetrics, StepOutput
+from segformer_pl.metrics_log import log_metrics
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 from segformer_pl.optim import (
@@ -304,10 +305,10 @@ class SegmentationTask(pl.LightningModule):
         return predict_classes(self.network, images, size, self.inference, self.normalize)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val", self.val_metrics)
+        log_metrics(self, "val", self.val_metrics, self.class_names, self.trained_steps)
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test", self.test_metrics)
+        log_metrics(self, "test", self.test_metrics, self.class_names, self.trained_steps)
 
     def _evaluate(self, batch: dict[str, Any], metrics: SegmentationMetrics) -> StepOutput:
         images, target = batch["image"], batch["label"]
@@ -316,48 +317,6 @@ class SegmentationTask(pl.LightningModule):
         )
         counts = metrics.update(pixels.labels, target, pixels.confidence, pixels.losses)
         return {"pred": pixels.labels, **counts}
-
-    def _log_metrics(self, split: str, metrics: SegmentationMetrics) -> None:
-        # Synchronise at the end of the epoch and not in the step: a rank without a single batch
-        # runs no step, and the other ranks would wait for it in the all-reduce.
-        values = metrics.compute()
-        metrics.reset()
-        iou, num_labelled = values.pop("iou"), values.pop("num_labelled")
-        if not num_labelled and not self.trainer.sanity_checking:
-            raise UserError(
-                f"no pixel of the {split} images is labelled, so the metrics are undefined; check "
-                "labels.ignored of the data set and the label files"
-            )
-        if not values["loss"].isfinite() and not self.trainer.sanity_checking:
-            message = (
-                f"the network's outputs for the {split} images hold nan or infinity (mean loss "
-                f"{values['loss'].item():g}), so the metrics are meaningless"
-            )
-            if self.trainer.state.fn != TrainerFn.FITTING:
-                raise UserError(
-                    f"{message}; give other weights, or --trainer.precision 32-true if this run "
-                    "used 16 bits"
-                )
-            # A training goes on: DivergenceWatch stops it once its weights are not finite.
-            rank_zero_warn(message)
-        self.log_dict(
-            {f"{split}/{key}": value.float() for key, value in values.items()},
-            prog_bar=True,
-            sync_dist=True,
-        )
-        self.log_dict(
-            {f"{split}/iou/{name}": value.float() for name, value in zip(self.class_names, iou)},
-            sync_dist=True,
-        )
-        if self.trainer.state.fn != TrainerFn.FITTING and self.trained_steps:
-            # Lightning logs a row under the metric "step" if there is one, and else under the fit
-            # loop's step, which is 0 here. The index is 0-based, as in training.
-            self.log("step", float(self.trained_steps - 1), rank_zero_only=True)
-        # Reference values of the data set, such as an upper bound, are logged beside the metrics.
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "reference_scores"):
-            references = data.reference_scores(split)
-            self.log_dict({f"{split}/{name}": value for name, value in references.items()})
 
     def read_weights(self, network: nn.Module) -> LoadReport:
         """Load ``weights`` or ``encoder_weights`` into a network built like the task's.

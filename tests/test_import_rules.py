@@ -21,10 +21,11 @@ EVERYTHING = LEAVES | {
     "commands",
     "divergence",
     "doctor",
+    "metrics_log",
     "task",
 }
 # These import nothing of the package, and every module may import them.
-FOUNDATION = {"atomic", "batch", "errors", "lightning_workarounds", "normalization"}
+FOUNDATION = {"atomic", "batch", "errors", "lightning_workarounds", "normalization", "yaml_file"}
 MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     # Both upsample logits in bands of rows.
     "losses": {"upsampling"},
@@ -33,7 +34,17 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "analysis": {"models", "metrics"},
     "ablation": {"analysis", "checkpoints", "inference", "models"},
     "divergence": {"checkpoints"},
-    "task": {"models", "checkpoints", "losses", "metrics", "optim", "inference", "divergence"},
+    "metrics_log": {"metrics"},
+    "task": {
+        "models",
+        "checkpoints",
+        "losses",
+        "metrics",
+        "metrics_log",
+        "optim",
+        "inference",
+        "divergence",
+    },
     "callbacks": {"analysis", "metrics"},
     "cli": EVERYTHING,
     "doctor": {"analysis", "data", "models", "task"},
@@ -209,10 +220,15 @@ def test_a_planted_architecture_check_is_detected(source):
     assert list(architecture_checks(source)) == [1]
 
 
-def test_importing_the_package_is_cheap():
-    heavy = {"torch", "torchvision", "lightning", "timm", "datasets", "wandb", "matplotlib"}
+HEAVY = {"torch", "torchvision", "lightning", "timm", "datasets", "wandb", "matplotlib"}
+# What a training, its data and its reports need
+OF_TRAINING = {"lightning", "datasets", "pyarrow", "torchmetrics", "matplotlib", "transformers"}
+
+
+def loaded_by(statement):
+    """Return the top-level modules that a statement loads in a new process."""
     program = (
-        "import sys; before = set(sys.modules); import segformer_pl; "
+        f"import sys; before = set(sys.modules); {statement}; "
         "sys.stdout.write(' '.join(set(sys.modules) - before))"
     )
     done = subprocess.run(
@@ -222,6 +238,26 @@ def test_importing_the_package_is_cheap():
         text=True,
         check=True,
     )
-    loaded = set(done.stdout.split())
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_is_cheap():
+    loaded = loaded_by("import segformer_pl")
     assert "segformer_pl" in loaded
-    assert loaded & heavy == set()
+    assert loaded & HEAVY == set()
+
+
+@pytest.mark.slow
+def test_prediction_loads_nothing_of_a_training():
+    loaded = loaded_by("import segformer_pl.models; from segformer_pl.inference import Predictor")
+    assert "torch" in loaded
+    assert loaded & OF_TRAINING == set()
+
+
+@pytest.mark.slow  # the first import of Lightning
+def test_the_data_module_is_found_when_it_is_used():
+    from segformer_pl import data
+
+    assert data.StreamingSegmentationData.__module__ == "segformer_pl.data.datamodule"
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from segformer_pl.data import Nothing  # noqa: F401

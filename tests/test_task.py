@@ -10,7 +10,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.models import segformer_b0
-from segformer_pl.models.mit import NormEps
+from segformer_pl.models.mit_block import NormEps
 from segformer_pl.task import SegmentationTask
 from tests.small_task import NAMES, Tiny, make_task, make_trainer, samples
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from segformer_pl.analysis.complexity import Complexity, PartCost, complexity
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, brief
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 
 MIN_ROUNDS = 3
@@ -136,7 +136,7 @@ def _build(variant: Variant, height: int, width: int) -> Segmenter:
         check_segmenter(network)
     except Exception as error:  # any type: the constructor may be the user's
         raise UserError(
-            f"variant {variant.name}: its network cannot be built ({_first_line(error)}); change "
+            f"variant {variant.name}: its network cannot be built ({brief(error)}); change "
             "its settings in the study"
         ) from error
     if min(height, width) < network.min_size:
@@ -151,15 +151,9 @@ def _count(name: str, network: Segmenter, height: int, width: int) -> Complexity
     try:
         return complexity(network, height, width)
     except Exception as error:  # any type: the forward pass may be the user's
-        raise UserError(
-            f"variant {name}: its network cannot process an image of {height}x{width} pixels "
-            f"({_first_line(error)}); change data.crop_size or the variant"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+        is_known = isinstance(error, UserError)
+        text = str(error) if is_known else f"its costs cannot be counted ({brief(error)})"
+        raise UserError(f"variant {name}: {text}") from error
 
 
 def _interleaved_times(

@@ -26,12 +26,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 from segformer_pl.analysis.configuration import plain
 from segformer_pl.errors import UserError
+from segformer_pl.yaml_file import read_mapping
 
 # Names become parts of the names of run folders, <variant>.seed<seed>.<budget>.<digest>.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
@@ -99,16 +99,7 @@ class StudyFile:
 
 
 def read_study_file(file: Path) -> StudyFile:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"study: '{file}' cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"study: '{file}' is not UTF-8 text; give a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: no valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: no study; see the files in experiments/ablations")
+    content = read_mapping(file, "a study, such as those in experiments/ablations")
     _check_entries(file, content)
     _check_parts(file, content)
     parser = ArgumentParser(exit_on_error=False)

@@ -23,17 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from segformer_pl.analysis.complexity import executed_macs
-from segformer_pl.checkpoints.networks import brief, build
+from segformer_pl.checkpoints.networks import build
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.checkpoints.transplant import transplant
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, brief
 from segformer_pl.inference import Inference, Predictor, predict_classes
 from segformer_pl.models.segmenter import Output
+from segformer_pl.yaml_file import read_mapping
 
 AS_TRAINED = "as_trained"
 NUM_WARMUP = 2
@@ -66,16 +66,8 @@ def read_settings(file: Path) -> list[Setting]:
     Raises:
         UserError: The file cannot be read or has another form.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--settings: '{file}' cannot be read ({brief(error)}); give a YAML file"
-        ) from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--settings: '{file}' is not valid YAML ({reason}); correct it") from error
-    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+    content = read_mapping(file, "`settings:` with named entries")
+    if not isinstance(content.get("settings"), dict):
         raise UserError(
             f"--settings: '{file}' has no settings; expected `settings:` with named entries such "
             "as `scale-0.75: {inference: {scales: [0.75]}}`"

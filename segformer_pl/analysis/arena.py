@@ -24,6 +24,7 @@ import numpy as np
 
 from segformer_pl.analysis.ablation import MEASURES, StudyResults, VariantSummary
 from segformer_pl.analysis.crossed_effects import interval_over_seeds
+from segformer_pl.analysis.robustness import LEAST_CLEAN_MIOU, relative_miou
 from segformer_pl.analysis.run import Run
 from segformer_pl.errors import UserError
 
@@ -59,8 +60,8 @@ class Robustness:
 
     @property
     def ratio(self) -> float:
-        """Corrupted mIoU relative to the clean one; nan if that is 0."""
-        return self.corrupted / self.clean if self.clean > 0 else math.nan
+        """Corrupted mIoU relative to the clean one; nan if that is below 1 %."""
+        return relative_miou(self.corrupted, self.clean)
 
 
 class Radius(NamedTuple):
@@ -278,7 +279,9 @@ def _system(
             found["robustness"] = one.robustness.ratio
             if math.isnan(one.robustness.ratio):
                 problems[seed].append(
-                    "its robustness is not defined, because its mIoU on the clean images is 0"
+                    "its robustness is left out, because its mIoU on the clean images is "
+                    f"{100 * one.robustness.clean:.2f} %, and below {100 * LEAST_CLEAN_MIOU:g} % a "
+                    "ratio means nothing"
                 )
         for key, value in found.items():
             if math.isfinite(value):

@@ -18,16 +18,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from segformer_pl.errors import UserError
+from segformer_pl.models.forward_check import check_class_maps, class_maps_of
 from segformer_pl.models.segmenter import Segmenter
 
 NUM_TRAINED = 2  # images in the batch whose tensors for the backward pass are counted
+NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 
 
 @dataclass(frozen=True)
@@ -120,18 +132,12 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
         width: Width of the image in pixels.
 
     Raises:
-        UserError: The network refuses images of this size.
+        UserError: The network refuses images of this size, fails on them, breaks the contract, or
+            cannot run on tensors without values.
     """
     parts = {name: (path, network.get_submodule(path)) for name, path in network.parts().items()}
-    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
-        state: dict[str, Tensor] = {
-            name: fake.from_tensor(tensor)
-            for name, tensor in (*network.named_parameters(), *network.named_buffers())
-        }
-        first = next(network.parameters())
-        images = torch.zeros(
-            1, network.in_channels, height, width, dtype=first.dtype, device=first.device
-        )
+    with _on_fake_tensors(network, height, width) as state:
+        images = _one_image(network, height, width)
         # torch's counter leaves out matrix-vector products.
         flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv_flops})
         lengths = _AttentionLengths()
@@ -147,6 +153,7 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
             for context in contexts:
                 stack.enter_context(context)
             logits = functional_call(network, state, (images,))
+        check_class_maps(network, logits, images)
         saved = _SavedForBackward(state.values())
         # On one image, a BatchNorm after image pooling (DeepLabv3+) could not train: it would have
         # one value for each channel.
@@ -193,19 +200,57 @@ def executed_macs(network: Segmenter, height: int, width: int) -> int:
         width: Width of the image in pixels.
 
     Raises:
-        UserError: The network refuses images of this size.
+        UserError: As for :func:`complexity`.
     """
-    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
-        tensors = (*network.named_parameters(), *network.named_buffers())
-        state: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors}
-        first = next(network.parameters())
-        images = torch.zeros(
-            1, network.in_channels, height, width, dtype=first.dtype, device=first.device
-        )
+    with _on_fake_tensors(network, height, width) as state:
+        images = _one_image(network, height, width)
         flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv_flops})
         with _evaluating(network), flops, torch.no_grad():
-            functional_call(network, state, (images,))
+            check_class_maps(network, functional_call(network, state, (images,)), images)
     return flops.get_total_flops() // 2
+
+
+@contextmanager
+def _on_fake_tensors(network: Segmenter, height: int, width: int) -> Iterator[dict[str, Tensor]]:
+    """Yield parameters and buffers of a network as fake tensors, and restore its attributes.
+
+    A network that caches a tensor in its forward pass would keep a fake one otherwise.
+
+    Raises:
+        UserError: The network fails on a real image, or needs values.
+    """
+    attributes = {module: dict(vars(module)) for module in network.modules()}
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+            yield {name: fake.from_tensor(tensor) for name, tensor in tensors}
+    except UserError:
+        raise
+    except Exception as error:  # any type: the forward pass may be the user's
+        _restore(attributes)
+        with _evaluating(network), torch.no_grad():
+            class_maps_of(network, _one_image(network, height, width))
+        if not isinstance(error, NEEDS_VALUES):
+            raise
+        raise UserError(
+            f"the cost of {type(network).__name__} cannot be counted, because it is counted on "
+            "tensors without values, and its forward pass depends on values "
+            f"({type(error).__name__}); let it depend on shapes alone"
+        ) from error
+    finally:
+        _restore(attributes)
+
+
+def _restore(attributes: dict[nn.Module, dict[str, Any]]) -> None:
+    for module, before in attributes.items():
+        vars(module).clear()
+        vars(module).update(before)
+
+
+def _one_image(network: Segmenter, height: int, width: int) -> Tensor:
+    like = next(network.parameters())
+    shape = (1, network.in_channels, height, width)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def measure_latency(

@@ -4,6 +4,7 @@ Table and figure follow the paper's Table 5 (16 corruptions in four groups) and 
 severity).
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from segformer_pl.analysis.style import (
 from segformer_pl.errors import UserError
 
 CLEAN = "clean"
+# Of a smaller clean mIoU, that of a network which has learnt next to nothing, a ratio is noise.
+LEAST_CLEAN_MIOU = 0.01
 NOTES = (
     "Values are means over severities 1 to 3 for noise and 1 to 5 otherwise, as described in the "
     "paper (Sec. 4.4, App. D). UNVERIFIED: that the cells of its Table 5 are these means, and "
@@ -35,6 +38,10 @@ NOTES = (
     "this column, and the means that include it, with published values.",
     "Corruption strengths are in pixels: the same severity is milder in larger images. Published "
     "values are for Cityscapes, 2048x1024.",
+)
+NO_RATIO = (
+    "Of clean: not given, because the clean mIoU is below {:g} %, too low for the ratio to mean "
+    "anything."
 )
 GROUP_COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 LINES = ((BLUE, "o", "-"), (VERMILLION, "s", "--"), (GREEN, "^", "-."), (INK, "D", ":"))
@@ -118,6 +125,11 @@ class Robustness:
         return float(np.mean([value for by in self.corruptions.values() for value in by.values()]))
 
 
+def relative_miou(corrupted: float, clean: float) -> float:
+    """Return corrupted mIoU / clean mIoU; nan if the clean one is below 1 %, or is nan."""
+    return corrupted / clean if clean >= LEAST_CLEAN_MIOU else math.nan
+
+
 def summarize(scores: list[Score]) -> Robustness:
     """Summarise the rows of a results file; groups and corruptions keep their order.
 
@@ -152,6 +164,8 @@ def markdown(robustness: Robustness) -> str:
     """Return a Markdown page: the paper's Table 5, group means, mIoU by severity, and notes."""
     origin, clean = robustness.origin, robustness.clean
     table = robustness.corruptions
+    ratio = relative_miou(robustness.mean, clean)
+    notes = (NO_RATIO.format(100 * LEAST_CLEAN_MIOU), *NOTES) if math.isnan(ratio) else NOTES
     names = [name for by in table.values() for name in by]
     levels = sorted({level for by in _rows(robustness).values() for level in by})
     lines = [
@@ -178,7 +192,7 @@ def markdown(robustness: Robustness) -> str:
                     _percent(clean),
                     *(_percent(value) for value in robustness.groups.values()),
                     _percent(robustness.mean),
-                    f"{100 * _ratio(robustness.mean, clean):.1f} %",
+                    "\u2013" if math.isnan(ratio) else f"{100 * ratio:.1f} %",
                 ]
             ],
         ),
@@ -193,7 +207,7 @@ def markdown(robustness: Robustness) -> str:
             ],
         ),
         "",
-        *(f"- {note}" for note in NOTES),
+        *(f"- {note}" for note in notes),
     ]
     return "\n".join(lines) + "\n"
 
@@ -282,7 +296,3 @@ def _title(name: str) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
-
-
-def _ratio(value: float, clean: float) -> float:
-    return value / clean if clean else float("nan")

@@ -30,12 +30,18 @@ from segformer_pl.checkpoints.report import listed
 from segformer_pl.checkpoints.sources import SUFFIXES
 from segformer_pl.errors import UserError
 from segformer_pl.models.mit import MixTransformer
-from segformer_pl.models.segmenter import Segmenter
+from segformer_pl.models.segmenter import Encoder, Segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 ExportLayout = Literal["huggingface", "nvlabs", "smp", "native"]
 
 LAYOUTS = {"huggingface": TRANSFORMERS_DISK, "nvlabs": NVLABS, "smp": SMP, "native": NATIVE}
+# The networks that a layout can hold. The native one holds every network of the contract.
+SERVES = {
+    "huggingface": "SegFormer on MiT, MiT alone, and MaskFormer on Swin or ResNet",
+    "nvlabs": "SegFormer on MiT and MiT alone",
+    "smp": "SegFormer on MiT",
+}
 FILE_SUFFIX = {"nvlabs": ".pth", "native": ".safetensors"}  # the other layouts are folders
 
 # Arguments of MixTransformer that are fixed in the other code bases. Some layouts can express other
@@ -67,8 +73,8 @@ def export_weights(
       constants that the weights depend on.
 
     Args:
-        model: A segmenter or an encoder. Layouts other than ``"native"`` are for SegFormer and MiT,
-            ``"huggingface"`` for MaskFormer too.
+        model: A segmenter or an encoder. Layouts other than ``"native"`` serve SegFormer and MiT,
+            ``"huggingface"`` MaskFormer too.
         destination: Path of the file or folder to write, which must not exist.
         layout: Layout of the result.
         task: Facts about classes, images and network that are stored with the weights, see
@@ -173,14 +179,15 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
     """Refuse a network that the other code base would silently compute in another way.
 
     Raises:
-        UserError: The network is no SegFormer, or has an argument that the layout cannot express.
+        UserError: The layout serves other networks, or cannot express an argument of this one.
     """
     if layout == "native" or (layout == "huggingface" and _is_maskformer(model)):
         return
     if native_prefix(model) is None:
+        advice = "huggingface or native" if _is_maskformer(model) else "native"
         raise UserError(
-            f"layout {layout} is for SegFormer and MixTransformer, and the keys of this "
-            f"{type(model).__name__} are others; use native"
+            f"layout {layout} serves {SERVES[layout]}, and this is {_described(model)}; use "
+            f"{advice}, as native serves every network"
         )
     arguments = encoder_arguments(model)
     # Epsilons have a remark of their own, and drop path acts in training only.
@@ -204,6 +211,12 @@ def _check_expressible(model: Any, layout: ExportLayout) -> None:
         raise UserError(
             f"layout {layout} cannot express this network ({', '.join(changed)}); use native"
         )
+
+
+def _described(model: Any) -> str:
+    """Return the class of a network, and that of the encoder in it."""
+    inside = [type(child).__name__ for child in model.children() if isinstance(child, Encoder)]
+    return " on ".join([f"a {type(model).__name__}", *inside[:1]])
 
 
 def _is_maskformer(model: Any) -> bool:

@@ -163,7 +163,14 @@ _OURS = Layout(
 
 def is_transformers_maskformer(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a state dict is a MaskFormer of transformers."""
-    return _ANCHOR in tensors
+    return _wrapper(tensors) is not None
+
+
+def _wrapper(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the prefix of all keys, such as ``"module."``; None for another network."""
+    prefixes = [key.removesuffix(_ANCHOR) for key in tensors if key.endswith(_ANCHOR)]
+    # A wrapper is a chain of attributes, and not the "my_" of "my_model.pixel_level_module".
+    return next((prefix for prefix in prefixes if not prefix or prefix.endswith(".")), None)
 
 
 def own_keys(
@@ -174,6 +181,9 @@ def own_keys(
     Returns:
         Tensors by our keys; keys that were dropped on purpose -> reason; unknown keys.
     """
+    wrapper = _wrapper(tensors) or ""
+    outside = [key for key in tensors if not key.startswith(wrapper)]
+    tensors = {k.removeprefix(wrapper): t for k, t in tensors.items() if k.startswith(wrapper)}
     dropped = {
         key: reason
         for key in tensors
@@ -183,7 +193,7 @@ def own_keys(
     kept = {key: tensor for key, tensor in tensors.items() if key not in dropped}
     layout = _RESNET_LAYOUT if _RESNET_STEM in tensors else _SWIN_LAYOUT
     canonical, _, unknown = to_canonical(layout, _BACKBONE, kept)
-    return from_canonical(_OURS, "encoder.", canonical)[0], dropped, unknown
+    return from_canonical(_OURS, "encoder.", canonical)[0], dropped, outside + unknown
 
 
 def is_ours(state: Mapping[str, Tensor]) -> bool:

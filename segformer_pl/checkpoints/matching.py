@@ -123,7 +123,8 @@ def split(
     if detected is None:
         raise UserError(
             f"{weights.name} is no SegFormer of a known layout: it holds {len(weights.tensors)} "
-            f"tensors, such as {listed(list(weights.tensors))}; give SegFormer weights"
+            f"tensors, such as {listed(list(weights.tensors))}; give SegFormer's weights, "
+            "or build the network that these belong to"
         )
     layout, prefix, wrapper = detected
     inside, outside = _unwrapped(weights.tensors, wrapper)
@@ -219,6 +220,8 @@ def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matc
         a segmenter     encoder.backbone.conv1.weight   head.bn.weight: left out
         an encoder      backbone.conv1.weight
         a backbone      conv1.weight                    fc.weight: left out
+
+    All keys of the last two may come after a prefix such as ``module.``.
     """
     names = _encoder_keys(model, own)
     encoder = {key: tensor for key, tensor in own.items() if key in names}
@@ -226,7 +229,8 @@ def _match_encoder(weights: Weights, model: Any, own: dict[str, Tensor]) -> Matc
     if wrapper is not None:
         tensors, outside = _unwrapped(weights.tensors, wrapper)
     else:
-        of_backbone = _renamed(weights.tensors, model)
+        inside, _ = _unwrapped(weights.tensors, _shared_wrapper(weights.tensors, encoder))
+        of_backbone = _renamed(inside, model)
         prefix = _wrapper(encoder, of_backbone) or ""
         tensors = {prefix + key: tensor for key, tensor in of_backbone.items()}
         outside = []
@@ -303,6 +307,20 @@ def _wrapper(keys: Iterable[str], own: Mapping[str, object]) -> str | None:
             if ".".join(steps[number:]) in own:
                 count["".join(f"{step}." for step in steps[:number])] += 1
     return min(count, key=lambda wrapper: (-count[wrapper], len(wrapper)), default=None)
+
+
+def _shared_wrapper(keys: Iterable[str], own: Iterable[str]) -> str:
+    """Return the prefix that all keys share, up to the first name that the model's keys have too.
+
+    It is ``"module."`` in the state dict of ``DataParallel(backbone)``, else usually ``""``.
+    """
+    names = {name for key in own for name in key.split(".")}
+    wrapper = ""
+    for steps in zip(*(key.split(".")[:-1] for key in keys)):
+        if len(set(steps)) > 1 or steps[0] in names:
+            break
+        wrapper += f"{steps[0]}."
+    return wrapper
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], wrapper: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from segformer_pl.checkpoints import maskformer_layout
+from segformer_pl.checkpoints.layouts import detect
 from segformer_pl.checkpoints.loading import (
     STEM,
     dims_and_depths,
@@ -24,9 +25,9 @@ from segformer_pl.checkpoints.loading import (
     variants,
 )
 from segformer_pl.checkpoints.matching import split
-from segformer_pl.checkpoints.report import LoadReport
+from segformer_pl.checkpoints.report import LoadReport, listed
 from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, brief
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import SegFormer
 
@@ -96,13 +97,6 @@ def build(spec: Mapping[str, Any], name: str) -> nn.Module:
         ) from error
 
 
-def brief(error: Exception) -> str:
-    """Return the first line of an exception's text, after its type unless it is a ValueError."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
-
-
 def _factory(class_path: str, name: str) -> Any:
     """Import the class or function of a class path; refuse it if it builds no network."""
     module_name, _, attribute = class_path.rpartition(".")
@@ -163,6 +157,13 @@ def network_spec(weights: Weights) -> dict[str, Any]:
         return dict(weights.task["network"])
     if maskformer_layout.is_transformers_maskformer(weights.tensors):
         return maskformer_layout.network_spec(weights.name, weights.tensors, weights.config)
+    if detect(weights.tensors) is None:
+        raise UserError(
+            f"{weights.name} states no network, and its {len(weights.tensors)} tensors "
+            f"({listed(list(weights.tensors))}) show none, as those of SegFormer, of MiT and of "
+            "transformers' MaskFormer would; give a run's checkpoint or a native file, which state "
+            "it, or build the network yourself and use load_weights"
+        )
     tensors = split(weights, "all")[2]
     config = weights.config if weights.config.get("model_type") == "segformer" else {}
     _check_config(weights.name, config, tensors)

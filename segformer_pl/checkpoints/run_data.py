@@ -3,10 +3,9 @@
 from typing import Any
 
 from segformer_pl.checkpoints.facts import class_difference
-from segformer_pl.checkpoints.networks import brief
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.data import StreamingSegmentationData
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, brief
 
 
 def load_data(checkpoint: RunCheckpoint, **changes: Any) -> StreamingSegmentationData:

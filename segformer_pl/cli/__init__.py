@@ -1,7 +1,8 @@
 """The command line, ``python -m segformer_pl COMMAND``.
 
-``fit``, ``validate`` and ``test`` come from LightningCLI (training.py). ``doctor`` takes the same
-settings and checks them (doctor.py), and ``ablate`` and ``arena`` run many of them (ablate.py,
+``fit``, ``validate`` and ``test`` come from LightningCLI (training.py; run_folder.py,
+named_checkpoint.py and resumption.py look after the files of earlier runs). ``doctor`` takes the
+same settings and checks them (doctor.py), and ``ablate`` and ``arena`` run many of them (ablate.py,
 arena.py, study_command.py). The other commands are in the package ``commands``.
 """
 

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from segformer_pl.cli.exits import explain
 from segformer_pl.cli.training import check_trainer, parse_files, parser, plain_settings
 from segformer_pl.errors import UserError
+from segformer_pl.models.forward_check import class_maps_of
 
 # Arguments of the trainer that concern the machine on which it runs, or that would act on this
 # process or on files.
@@ -71,6 +72,26 @@ def _build(config: Namespace, command: str) -> None:
     if command == "fit":
         built["model"].trainer = trainer
         built["model"].configure_optimizers()
+        _try_forward(built, lambda: parser(command).instantiate(config)[command]["model"].network)
+
+
+def _try_forward(built: Mapping[str, Any], build_again: Callable[[], Any]) -> None:
+    """Run the network on one image of the size of training.
+
+    Raises:
+        UserError: It fails, or returns no class maps.
+    """
+    network, data = built["model"].network, built["data"]
+    size = data.train_transforms.crop_size or data.entry.size
+    if size is None or min(size) < network.min_size:  # the study refuses smaller ones
+        return
+    shape = (1, network.in_channels, *size)
+    with torch.no_grad():
+        try:
+            # Shapes without values take a fraction of the time.
+            class_maps_of(network.to("meta").eval(), torch.zeros(shape, device="meta"))
+        except Exception:  # any type: the forward pass may need values
+            class_maps_of(build_again().eval(), torch.zeros(shape))
 
 
 @contextmanager

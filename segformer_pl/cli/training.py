@@ -33,20 +33,20 @@ from segformer_pl.callbacks import (
 from segformer_pl.callbacks.history import RunConfig, continue_wandb, keep_history
 from segformer_pl.callbacks.progress import StepProgressBar
 from segformer_pl.checkpoints.run_checkpoint import read_checkpoint, read_previous
+from segformer_pl.cli.named_checkpoint import NAMED, named_checkpoint
 from segformer_pl.cli.resumption import check_settings
+from segformer_pl.cli.run_folder import (
+    DEFAULT_LOGGER,
+    find_continuation,
+    place_below_root,
+    refuse_used_folder,
+)
 from segformer_pl.commands import COMMANDS
-from segformer_pl.commands.named_checkpoint import NAMED, named_checkpoint
 from segformer_pl.commands.parser import (
     PROG,
     RunArgumentParser,
     leave_elements_unchecked,
     try_int_before_float,
-)
-from segformer_pl.commands.run_folder import (
-    DEFAULT_LOGGER,
-    find_continuation,
-    place_below_root,
-    refuse_used_folder,
 )
 from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
@@ -54,9 +54,7 @@ from segformer_pl.doctor import examine_settings
 from segformer_pl.errors import UserError, find_user_error
 from segformer_pl.lightning_workarounds import SettingsWinCLI
 from segformer_pl.task import SegmentationTask
-
-# libyaml's loader, which pyyaml has on most platforms, is ten times as fast.
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from segformer_pl.yaml_file import Loader
 
 
 def _labels(dataset: str) -> LabelSpec:

@@ -2,8 +2,7 @@
 
 ``recipe`` is not in ``COMMANDS``: it needs the parser of ``fit``, which :mod:`segformer_pl.cli`
 passes to it. ``parser.py`` and ``device.py`` are shared by the commands, and
-``validation_split.py`` by those that evaluate many settings. ``run_folder.py`` and
-``named_checkpoint.py`` are used by ``fit``, ``validate`` and ``test`` alone.
+``validation_split.py`` by those that evaluate many settings.
 """
 
 from collections.abc import Callable

@@ -40,8 +40,9 @@ def convert(arguments: list[str]) -> None:
         "--to",
         choices=list(LAYOUTS),
         required=True,
-        help="layout to write: that of Hugging Face transformers, NVlabs/SegFormer, "
-        "segmentation_models_pytorch, or this package (native)",
+        help="layout to write: that of Hugging Face transformers (SegFormer, MiT, MaskFormer), "
+        "NVlabs/SegFormer (SegFormer, MiT), segmentation_models_pytorch (SegFormer), or this "
+        "package (native, every network)",
     )
     options = parser.parse_args(arguments)
     check_destination(options.destination, options.to)

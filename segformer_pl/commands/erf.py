@@ -43,7 +43,8 @@ from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
 from segformer_pl.inference.predictor import check_takes_rgb, normalization_of
-from segformer_pl.models.segmenter import check_segmenter
+from segformer_pl.models.forward_check import class_maps_of, feature_maps_of
+from segformer_pl.models.segmenter import Segmenter, check_segmenter
 from segformer_pl.normalization import Normalization
 
 DPI = 300
@@ -293,8 +294,18 @@ def image_batches(
 
 def _try(subject: Subject, data: StreamingSegmentationData, options: Any) -> None:
     """Measure one image, so that wrong arguments are refused before any long measurement."""
-    with suppress(NoFieldError):  # other images may have a receptive field
-        _measure(subject, data, options, min(options.num_images, 1))
+    try:
+        with suppress(NoFieldError):  # other images may have a receptive field
+            _measure(subject, data, options, min(options.num_images, 1))
+    except UserError:
+        raise
+    except Exception:  # any type: the network may be the user's
+        if isinstance(subject.network, Segmenter):
+            images = next(image_batches(data, 1, options.size))["image"].to(options.device)
+            with torch.no_grad():
+                feature_maps_of(subject.network, subject.normalization(images))
+                class_maps_of(subject.network, subject.normalization(images))
+        raise
 
 
 def _measure(

@@ -4,8 +4,10 @@ import inspect
 import operator
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import reduce
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,8 +15,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from segformer_pl import models
 from segformer_pl.errors import UserError, find_user_error
 from segformer_pl.models.segmenter import Segmenter
+from segformer_pl.yaml_file import check_sections, read_mapping, read_yaml
 
 PROG = "python -m segformer_pl"
+SETTINGS = "settings"  # what the files that a parser reads hold, for messages
+YAML_SUFFIXES = (".yaml", ".yml")
+OWN_READERS = ("--data.dataset", "--settings")  # options whose files the parser does not read
 
 # Option names of the previous release -> present ones, which have underscores and agree with the
 # options of `fit`. The old names are still accepted.
@@ -78,6 +84,18 @@ def find_segmenter(name: str) -> Callable[..., Segmenter]:
     return build
 
 
+def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Yield the options whose value is a file, ``--option FILE`` or ``--option=FILE``."""
+    option = ""
+    for argument in arguments:
+        value = argument
+        if argument.startswith("--"):
+            option, _, value = argument.partition("=")
+        with suppress(OSError, ValueError):  # too long a text, or one with a zero byte
+            if option and value and Path(value).is_file():
+                yield option, Path(value)
+
+
 class RunArgumentParser(LightningArgumentParser):
     """The parser of ``fit``, ``validate``, ``test`` and ``doctor``.
 
@@ -95,6 +113,37 @@ class RunArgumentParser(LightningArgumentParser):
         sentence = " ".join(line.strip() for line in text.splitlines())
         sys.stderr.write(f"error: {sentence} (what is accepted: {self.prog} --help)\n")
         self.exit(2)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
+    ) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        # jsonargparse's messages name neither the file nor, for groups of arguments, the mistake.
+        for option, file in _files_among(given):
+            if file.suffix in YAML_SUFFIXES and option not in OWN_READERS:
+                # The trainer has arguments that are lists, such as callbacks.
+                read = read_yaml if option.startswith("--trainer.") else read_mapping
+                read(file, SETTINGS)
+        try:
+            return super().parse_args(args, *others, **kwargs)
+        except UnicodeDecodeError as error:
+            for _, file in _files_among(given):
+                if file.read_bytes() == error.object:
+                    read_mapping(file, SETTINGS)
+            raise
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a file of settings, after a check that it is one."""
+        if Path(path).is_file():  # a pipe can be read only once
+            content = read_mapping(path, SETTINGS)
+            sections = {a.dest.partition(".")[0] for a in self._actions if "." in a.dest}
+            check_sections(path, content, sections)
+            if "config" in content:
+                raise UserError(
+                    f"'{path}' has the key config, which is an option of the command line alone; "
+                    "give several files as several --config"
+                )
+        return super().parse_path(path, *args, **kwargs)
 
     # jsonargparse 4.53 passes linked_targets to this method as it does to add_class_arguments, but
     # only the latter accepts it. So drop it here.

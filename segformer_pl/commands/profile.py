@@ -7,7 +7,6 @@ import sys
 import torch
 
 from segformer_pl.analysis.complexity import as_dict, complexity, measure_latency, table
-from segformer_pl.checkpoints.networks import brief
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import (
     PROG,
@@ -15,7 +14,7 @@ from segformer_pl.commands.parser import (
     find_segmenter,
     segmenter_names,
 )
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, brief
 from segformer_pl.models.segmenter import check_segmenter
 
 

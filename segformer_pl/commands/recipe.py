@@ -9,6 +9,7 @@ from segformer_pl.analysis.recipe import departures, remarks, scope
 from segformer_pl.analysis.run import Run
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
+from segformer_pl.yaml_file import read_mapping
 
 Resolve = Callable[[list[str]], dict[str, Any]]
 
@@ -42,14 +43,10 @@ def recipe(arguments: list[str], resolve: Resolve) -> None:
         # that did not exist when the run was trained.
         config = runs[0].config
     else:
+        for source in [source for source, run in zip(sources, runs) if run is None]:
+            read_mapping(source, "settings, the folder of a run or a checkpoint in one")
         files = [str(run.config_file if run else file) for run, file in zip(runs, sources)]
-        try:
-            config = resolve(files)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{', '.join(map(repr, files))}: not all are YAML files ({error.reason}); give the "
-                "folder of a run, a checkpoint in one, or YAML files"
-            ) from error
+        config = resolve(files)
     sys.stdout.write(table(config) + "\n")
 
 

@@ -36,12 +36,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from segformer_pl.data import shapes
 from segformer_pl.data.class_colors import distinct_colors
 from segformer_pl.data.labels import LabelSpec, is_line
 from segformer_pl.errors import UserError
+from segformer_pl.yaml_file import read_mapping
 
 FOLDER = Path(__file__).parent / "datasets"
 
@@ -128,17 +127,7 @@ def _read_stored(file: Path) -> DatasetEntry:
 
 
 def _read(file: Path, **hooks: Any) -> DatasetEntry:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"data.dataset: {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text; save it in UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UserError(f"{file}{line}: invalid YAML: {problem}") from error
+    content = read_mapping(file, "the description of a data set")
     given = _validate(content, "", ENTRY_KEYS, str(file))
     labels = _validate(given.pop("labels"), "labels", LABEL_KEYS, str(file))
     try:
@@ -256,15 +245,13 @@ LABEL_KEYS: Keys = {
 REQUIRED = {"": ("image_column", "label_column", "labels"), "labels": ("names",)}
 
 
-def _validate(content: Any, section: str, keys: Keys, file: str) -> dict[str, Any]:
+def _validate(content: dict[Any, Any], section: str, keys: Keys, file: str) -> dict[str, Any]:
     """Return a mapping of the file without its null keys.
 
     Raises:
         UserError: The mapping has an unknown key, lacks a required one, or has a wrong value.
     """
     prefix = f"{section}." if section else ""
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: no mapping; describe the data set by keys and values")
     for key in content:
         if key not in keys:
             close = difflib.get_close_matches(str(key), keys, n=1)

@@ -23,6 +23,7 @@ from segformer_pl.inference.engine import (
     probability_bands,
 )
 from segformer_pl.inference.protocol import Inference
+from segformer_pl.models.forward_check import class_maps_of
 from segformer_pl.models.segmenter import Network, Output, Segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
@@ -261,7 +262,7 @@ def normalization_of(weights: Weights) -> Normalization:
 
 
 class _FiniteCheck:
-    """A network that records for every output whether it is finite.
+    """A network whose outputs are checked: their shape at once, and later whether they are finite.
 
     The records stay on the device until :meth:`check_finite`, so that windows do not wait for each
     other on a GPU.
@@ -274,7 +275,7 @@ class _FiniteCheck:
         self.is_finite: list[Tensor] = []  # one scalar for each window
 
     def __call__(self, images: Tensor) -> Tensor:
-        class_maps = self.network(images)
+        class_maps = class_maps_of(self.network, images)
         self.is_finite.append(class_maps.isfinite().all())
         return class_maps
 

@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
-    from segformer_pl.models.mit import Block, EfficientSelfAttention, MixFFN, Stage
+    from segformer_pl.models.mit import Stage
+    from segformer_pl.models.mit_block import Block, EfficientSelfAttention, MixFFN
 
 Size = tuple[int, int]
 

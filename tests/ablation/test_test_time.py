@@ -66,7 +66,7 @@ def test_the_trained_network_is_the_first_setting(settings_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("settings: [", "is not valid YAML"),
+        ("settings: [", "line 1: invalid YAML"),
         ("scales: [1.5]", "has no settings; expected"),
         ("settings: {a: {inference: {flip: true}}}\nseeds: 3", "has 'seeds' beside `question`"),
         ("settings: {a/b: {inference: {flip: true}}}", "setting 'a/b': the name also names a file"),
@@ -82,7 +82,7 @@ def test_a_file_of_another_form_is_refused(settings_file, text, message):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--settings: '.*nowhere.yaml' cannot be read"):
+    with pytest.raises(UserError, match=r"'.*nowhere.yaml' cannot be read .*holds `settings:`"):
         read_settings(tmp_path / "nowhere.yaml")
 
 

@@ -92,7 +92,7 @@ def test_gaps_of_single_seeds(results, tmp_path):
     problem = "its receptive fields were not measured: RuntimeError: planted"
     measured = {
         "base": {
-            0: RunMeasurements(Robustness(0.0, 0.0, 20), None, (problem,)),
+            0: RunMeasurements(Robustness(0.0042, 0.006, 20), None, (problem,)),
             1: RunMeasurements(Robustness(0.4, 0.1, 20), stored(tmp_path, a=math.nan), ()),
         }
     }
@@ -103,7 +103,10 @@ def test_gaps_of_single_seeds(results, tmp_path):
     assert mean_radius(base, "a") is None
     assert "base: its costs were not measured: x" in base.missing
     assert f"base, seed 0: {problem}" in base.missing
-    assert any("seed 0: its robustness is not defined" in text for text in base.missing)
+    assert (
+        "base, seed 0: its robustness is left out, because its mIoU on the clean images is 0.42 %, "
+        "and below 1 % a ratio means nothing"
+    ) in base.missing
     damaged = results.runs["base"][1].evaluations[-1].file
     damaged.write_bytes(b"no archive")
     again = compare_systems(results, measured, costs, {}, {})[0]
@@ -154,6 +157,8 @@ def test_stored_robustness(tmp_path):
     assert read_robustness(tmp_path) == (Robustness(0.5, 0.2, 20), origin)
     file.write_text(json.dumps(origin | {"clean": None, "mean": 0.2}))
     assert math.isnan(read_robustness(tmp_path)[0].ratio)
+    assert Robustness(0.01, 0.005, 20).ratio == pytest.approx(0.5)
+    assert all(math.isnan(Robustness(clean, 0.005, 20).ratio) for clean in (0.0, 0.0099))
     for text in ("{", "[1]", "{}", json.dumps(origin | {"clean": "x", "mean": 0.2})):
         file.write_text(text)
         assert read_robustness(tmp_path) is None

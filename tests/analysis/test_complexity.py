@@ -14,7 +14,7 @@ from segformer_pl.analysis.complexity import (
     table,
 )
 from segformer_pl.models import MixTransformer, SegFormer
-from segformer_pl.models.mit import EfficientSelfAttention
+from segformer_pl.models.mit_block import EfficientSelfAttention
 from segformer_pl.models.segmenter import Segmenter
 
 # Table 1a of the paper: GFLOPs on ADE20K, Cityscapes, COCO-Stuff.

@@ -161,5 +161,15 @@ def test_table_and_figure_without_a_labelled_pixel(tmp_path):
     robustness = summarize(scores)
     plot(robustness).savefig(tmp_path / "figure.png")
     assert "| nan | nan |" in markdown(robustness)
-    nothing = [dataclasses.replace(s, miou=0.0) for s in published()]
-    assert "nan %" in markdown(summarize(nothing))
+    assert "| – |" in markdown(robustness)
+
+
+@pytest.mark.parametrize(("factor", "is_given"), [(0.0, False), (0.0121, False), (0.0122, True)])
+def test_no_ratio_to_a_clean_miou_below_one_percent(factor, is_given):
+    """The published clean mIoU is 82.4 %; times 0.0121 that is 0.997 %."""
+    text = markdown(summarize([dataclasses.replace(s, miou=factor * s.miou) for s in published()]))
+    lines = text.splitlines()
+    row = next(lines[n + 2] for n, line in enumerate(lines) if line.endswith("| of clean |"))
+    assert row.endswith("| 79.9 % |" if is_given else "| – |")
+    assert ("- Of clean: not given, because the clean mIoU is below 1 %" in text) != is_given
+    assert "nan" not in text

@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import checkpoint_filter_fn
+from torch import nn
 
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.sources import Weights
@@ -173,3 +174,36 @@ def test_a_file_that_lacks_tensors_of_such_a_backbone_is_refused():
         UserError, match=r"lacks 1 tensors of .*stages_2\.blocks\.0\.conv_dw\.weight"
     ):
         load_weights(network, source, parts="encoder")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_alone", [True, False])
+@pytest.mark.parametrize("kind", ["convnext", "vit", "swin"])
+def test_a_backbone_that_was_trained_in_data_parallel(kind, is_alone):
+    """The keys start with ``module.``, be it a classification network or our encoder alone."""
+    name = {"convnext": "test_convnext", "vit": "test_vit", "swin": SWIN}[kind]
+    arguments = SMALL if kind == "swin" else {}
+    network = {
+        "convnext": lambda: SegFormer(TimmEncoder(name), 3, 8),
+        "vit": lambda: setr(160),
+        "swin": lambda: SeMaskFPN(SwinEncoder(name, **arguments), 3, decoder_dim=8),
+    }[kind]
+    source = network().encoder if is_alone else timm.create_model(name, **arguments)
+    plain, wrapped = network(), network()
+    load_weights(plain, source.state_dict(), parts="encoder")
+    report = load_weights(wrapped, nn.DataParallel(source).state_dict(), parts="encoder")
+    expected = plain.encoder.state_dict()
+    assert report.num_tensors == len(expected) - len(report.initialized)
+    for key, tensor in wrapped.encoder.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.slow
+def test_a_wrapped_backbone_of_another_kind_is_refused():
+    other = nn.DataParallel(timm.create_model("resnet18")).state_dict()
+    with pytest.raises(UserError, match=r"holds no tensor of a SETR .*such as module\.conv1"):
+        load_weights(setr(), other, parts="encoder")
+    deeper = nn.DataParallel(SegFormer(TimmEncoder("test_convnext"), 3, 8).encoder).state_dict()
+    deeper["module.backbone.stages_9.weight"] = torch.zeros(2)
+    with pytest.raises(UserError, match=r"no place for \(encoder\.backbone\.stages_9\.weight\)"):
+        load_weights(SegFormer(TimmEncoder("test_convnext"), 3, 8), deeper, parts="encoder")

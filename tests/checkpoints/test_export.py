@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from segformer_pl.checkpoints import export_weights, load_network, read_weights
 from segformer_pl.checkpoints.networks import build
 from segformer_pl.errors import UserError
-from segformer_pl.models import SegFormer, mit_b0, segformer_b0
-from segformer_pl.models.mit import MixTransformer, NormEps
+from segformer_pl.models import SegFormer, TimmEncoder, mit_b0, segformer_b0
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.mit_block import NormEps
 
 FORMS = {"huggingface": "folder", "smp": "folder", "nvlabs": "w.pth", "native": "w.safetensors"}
 
@@ -206,6 +207,38 @@ def test_smp_takes_whole_segmenters_only(tmp_path):
     export_weights(mit_b0(), tmp_path / "mit_b0.pth", "nvlabs")
     assert "patch_embed1.proj.weight" in torch.load(tmp_path / "mit_b0.pth", weights_only=True)
     assert isinstance(load_network(tmp_path / "mit_b0.pth")[0], MixTransformer)
+
+
+SEGFORMER, MASKFORMER = "SegFormer on MiT", "MaskFormer on Swin or ResNet"
+
+
+@pytest.mark.parametrize(
+    ("layout", "serves", "others"),
+    [
+        ("huggingface", {SEGFORMER, MASKFORMER}, set()),
+        ("nvlabs", {SEGFORMER}, {MASKFORMER}),
+        ("smp", {SEGFORMER}, {MASKFORMER}),
+    ],
+)
+def test_a_refusal_says_which_networks_the_layout_serves(layout, serves, others, tmp_path):
+    """A SegFormer on another encoder has the right class, and is none of them."""
+    network = SegFormer(TimmEncoder("test_convnext"), 2, 8)
+    with pytest.raises(UserError, match=f"^layout {layout} serves ") as refusal:
+        export_weights(network, tmp_path / f"x{FORMS[layout]}", layout)
+    message = str(refusal.value)
+    assert all(text in message for text in serves)
+    assert not any(text in message for text in others)
+    assert message.endswith(
+        "this is a SegFormer on TimmEncoder; use native, as native serves every network"
+    )
+    export_weights(network, tmp_path / "n.safetensors", "native")
+    assert type(load_network(tmp_path / "n.safetensors")[0].encoder) is TimmEncoder
+
+
+def test_a_bare_state_dict_of_a_network_that_its_tensors_do_not_show():
+    state = SegFormer(TimmEncoder("test_convnext"), 2, 8).state_dict()
+    with pytest.raises(UserError, match=r"states no network.*run's checkpoint or a native file"):
+        load_network(state)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from segformer_pl.checkpoints.facts import class_difference, match_names
 from segformer_pl.checkpoints.sources import Weights
 from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer
-from segformer_pl.models.mit import MixTransformer, NormEps
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.mit_block import NormEps
 
 NAMES = ["sky", "road", "car"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

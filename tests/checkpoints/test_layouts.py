@@ -19,7 +19,7 @@ from segformer_pl.checkpoints.layouts import (
     to_canonical,
 )
 from segformer_pl.errors import UserError
-from segformer_pl.models.mit import EfficientSelfAttention
+from segformer_pl.models.mit_block import EfficientSelfAttention
 
 WIDE = (64, 128, 320, 512)
 DIMS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(("b1", "b2", "b3", "b4", "b5"), WIDE)

@@ -18,7 +18,8 @@ from segformer_pl.checkpoints.layouts import (
 from segformer_pl.checkpoints.matching import canonical_tensors
 from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer, mit_b0, segformer_b0, segformer_b1
-from segformer_pl.models.mit import MixTransformer, NormEps
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.mit_block import NormEps
 
 STEM = "encoder.stages.0.patch_embed.proj.weight"
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from segformer_pl.checkpoints import load_network, load_weights
 from segformer_pl.checkpoints.export import export_weights
@@ -155,6 +156,28 @@ def test_an_incomplete_source_is_refused():
         load_network(state)
 
 
+@pytest.mark.parametrize("parts", ["all", "encoder"])
+def test_keys_of_data_parallel(parts, tmp_path, randomize):
+    source = randomize(small("swin")).float()
+    export_weights(source, tmp_path / "network", "huggingface")
+    state = load_file(tmp_path / "network" / "model.safetensors")
+    wrapped = {f"module.{key}": tensor for key, tensor in state.items()}
+    network = small("swin")
+    report = load_weights(network, wrapped, parts=parts)
+    expected = source.state_dict()
+    same = [
+        key for key, tensor in network.state_dict().items() if torch.equal(tensor, expected[key])
+    ]
+    assert len(same) >= report.num_tensors > 0
+    assert (len(same) == len(expected)) == (parts == "all")
+    if parts == "all":
+        loaded, _ = load_network(wrapped)
+        assert all(torch.equal(t, expected[key]) for key, t in loaded.state_dict().items())
+    stray = wrapped | {"step": torch.zeros(())}
+    with pytest.raises(UserError, match=r"no place for \(step\)"):
+        load_weights(small("swin"), stray, parts=parts)
+
+
 def test_other_systems_are_refused(tmp_path):
     export_weights(small("swin"), tmp_path / "network", "huggingface")
     with pytest.raises(UserError, match="is no SegFormer of a known layout"):
@@ -163,5 +186,7 @@ def test_other_systems_are_refused(tmp_path):
         export_weights(small("convnext_atto"), tmp_path / "other", "huggingface")
     with pytest.raises(UserError, match="has no projection of the coarsest map"):
         export_weights(small("swin", decoder_dim=128), tmp_path / "other", "huggingface")
-    with pytest.raises(UserError, match="layout nvlabs is for SegFormer"):
+    with pytest.raises(
+        UserError, match=r"serves SegFormer .* a MaskFormer on SwinEncoder; use hug"
+    ):
         export_weights(small("swin"), tmp_path / "other.pth", "nvlabs")

@@ -18,7 +18,8 @@ from segformer_pl.checkpoints.transplant import (
 )
 from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer, mit_b0, segformer_b0
-from segformer_pl.models.mit import MixTransformer, to_channels_first, to_tokens
+from segformer_pl.models.mit import MixTransformer
+from segformer_pl.models.tokens import to_channels_first, to_tokens
 
 pytestmark = pytest.mark.slow
 

@@ -63,8 +63,10 @@ def test_the_file_of_a_run_folder_is_not_completed_with_todays_defaults(tmp_path
     assert ["model.schedule", "paper", "not", "stated"] in [line[:4] for line in lines]
     assert resolved == []
     # With another file the settings are those of a new run, completed by the command line.
-    recipe(["diff", str(run), "mine.yaml"], resolve)
-    assert resolved == [[str(run / "config.yaml"), "mine.yaml"]]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {lr: 1.0}\n")
+    recipe(["diff", str(run), str(mine)], resolve)
+    assert resolved == [[str(run / "config.yaml"), str(mine)]]
 
 
 @pytest.mark.slow
@@ -132,7 +134,9 @@ def test_a_network_that_is_not_in_the_paper_has_no_recipe(diff, tmp_path, monkey
 def test_a_checkpoint_outside_of_a_run_folder_is_refused(fail, tmp_path):
     file = tmp_path / "last.ckpt"
     file.write_bytes(b"PK\x03\x04\x80\xff")
-    assert "not all are YAML files" in fail("diff", file)
+    message = fail("diff", file)
+    assert f"'{file}', line 1: not UTF-8 text (byte 0x80); give" in message
+    assert "a checkpoint in one" in message
     assert "nowhere.ckpt" in fail("diff", tmp_path / "checkpoints" / "nowhere.ckpt")
 
 

@@ -14,7 +14,7 @@ from segformer_pl.checkpoints import load_weights
 from segformer_pl.checkpoints.layouts import detect, to_canonical
 from segformer_pl.checkpoints.matching import canonical_tensors
 from segformer_pl.models import decode_head, mit, segformer
-from segformer_pl.models.mit import NormEps
+from segformer_pl.models.mit_block import NormEps
 
 NUM_CLASSES = 5
 # embed_dims, depths, decoder_dim of the published variants

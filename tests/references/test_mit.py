@@ -5,7 +5,7 @@ import torch
 
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.models import mit
-from segformer_pl.models.mit import NormEps
+from segformer_pl.models.mit_block import NormEps
 
 TOLERANCE = 1e-11  # rounding errors are about 1e-15, the smallest planted fault is 1e-7
 DEPTHS = {"b0": (32, [2, 2, 2, 2]), "b2": (64, [3, 4, 6, 3])}

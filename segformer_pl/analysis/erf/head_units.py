@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.models.decode_head import AllMLPHead
-from segformer_pl.models.mit import to_tokens
 from segformer_pl.models.segformer import SegFormer
+from segformer_pl.models.tokens import to_tokens
 
 # Grid (h, w) of a map -> rows and columns of the n units wanted of it.
 ChooseUnits = Callable[[tuple[int, int]], tuple[Sequence[int], Sequence[int]]]

@@ -14,6 +14,7 @@ from segformer_pl.analysis.ablation import StudyResults, VariantSummary
 from segformer_pl.analysis.arena import System, mean_radius
 from segformer_pl.analysis.report.study_style import DASH
 from segformer_pl.analysis.report.study_tables import CSV_COSTS, Column, Table, mean_text
+from segformer_pl.analysis.robustness import LEAST_CLEAN_MIOU
 
 FRONTIER_FILE = "arena_frontier.yaml"
 MEASURE_HEADINGS = {
@@ -106,7 +107,8 @@ def systems_table(systems: Sequence[System], robustness_images: str) -> Table:
         rows.append(tuple(cells))
     robustness = (
         f"Corrupted mIoU: mean over 16 corruptions and their severities, relative to the mIoU of "
-        f"the same {robustness_images} without corruptions"
+        f"the same {robustness_images} without corruptions; {DASH} where that is below "
+        f"{100 * LEAST_CLEAN_MIOU:g} %"
     )
     notes = [RESULT_NOTE, robustness, COST_NOTE, *([PAPER_NOTE] if has_paper else [])]
     return Table(tuple(columns), tuple(rows), tuple(notes))

@@ -27,7 +27,7 @@ def outcome(summaries: Mapping[str, StudySummary], reference: str) -> list[str]:
     tested = [one for one in known if math.isfinite(one.p_holm)]
     if tested:
         sentences += [_resolved(main, tested), _unresolved(tested), _sources(tested)]
-        sentences += [_seeds(tested), *_agreement(tested, others)]
+        sentences += [_seeds(tested), *_agreement(tested, main, others)]
     if len(tested) < len(known):
         sentences.append(_untested([one for one in known if one not in tested], main))
     return [sentence for sentence in sentences if sentence]
@@ -143,16 +143,26 @@ def _seeds(tested: Sequence[VariantDifference]) -> str:
     return f"{sentence}."
 
 
-def _agreement(tested: Sequence[VariantDifference], others: Sequence[StudySummary]) -> list[str]:
+def _agreement(
+    tested: Sequence[VariantDifference], main: StudySummary, others: Sequence[StudySummary]
+) -> list[str]:
     """Compare further measures with the main one; those that say the same share a sentence."""
+    first = MEASURES[main.measure].title
     by_text: dict[str, list[str]] = {}
     for other in others:
-        text = _compared(tested, {one.variant: one for one in other.differences})
+        text = _compared(tested, {one.variant: one for one in other.differences}, first)
         by_text.setdefault(text, []).append(MEASURES[other.measure].title)
-    return [f"{_listed(titles)}: {text}." for text, titles in by_text.items() if text]
+    return [f"In {_listed(titles)}, {text}." for text, titles in by_text.items() if text]
 
 
-def _compared(tested: Sequence[VariantDifference], twins: Mapping[str, VariantDifference]) -> str:
+def _compared(
+    tested: Sequence[VariantDifference], twins: Mapping[str, VariantDifference], first: str
+) -> str:
+    """Say in which differences another measure disagrees with the first one.
+
+    The result follows the name of the other measure: "unlike in mIoU, the difference of "a" is not
+    resolved".
+    """
     pairs = [(one, twins[one.variant]) for one in tested if one.variant in twins]
     if not pairs:
         return ""
@@ -163,17 +173,20 @@ def _compared(tested: Sequence[VariantDifference], twins: Mapping[str, VariantDi
     ]
     gained = [twin.variant for one, twin in pairs if twin.is_resolved and not one.is_resolved]
     lost = [one.variant for one, twin in pairs if one.is_resolved and not twin.is_resolved]
-    parts = []
-    if opposed:
-        parts.append(f"of the opposite sign for {_named(opposed)}")
-    if gained:
-        parts.append(f"resolved also for {_named(gained)}")
-    if lost:
-        parts.append(f"not resolved for {_named(lost)}")
+    parts = [
+        f"the difference{'s' if len(names) > 1 else ''} of {_named(names)} {verb[len(names) > 1]}"
+        for names, verb in (
+            (opposed, ("has the opposite sign", "have the opposite sign")),
+            (gained, ("is resolved", "are resolved")),
+            (lost, ("is not resolved", "are not resolved")),
+        )
+        if names
+    ]
     if parts:
-        return f"the difference is {_listed(parts)}"
+        return f"unlike in {first}, {_listed(parts)}"
     is_any = any(one.is_resolved for one, _ in pairs)
-    return "the same differences are resolved" if is_any else "none is resolved either"
+    same = f"the same differences are resolved as in {first}"
+    return same if is_any else "no difference is resolved either"
 
 
 def _points(difference: float) -> str:

@@ -93,16 +93,16 @@ def test_seeds_at_hand_suffice_or_none_do():
 @pytest.mark.parametrize(
     ("others", "expected"),
     [
-        ((0.02, 0.01), "the same differences are resolved"),
-        ((0.02, 0.3), "the difference is not resolved for “a”"),
-        ((-0.02, 0.01), "the difference is of the opposite sign for “a”"),
+        ((0.02, 0.01), "the same differences are resolved as in mIoU"),
+        ((0.02, 0.3), "unlike in mIoU, the difference of “a” is not resolved"),
+        ((-0.02, 0.01), "unlike in mIoU, the difference of “a” has the opposite sign"),
     ],
 )
 def test_other_measures(others, expected):
     value, p_holm = others
     twin = summary(difference("a", value, p_holm), measure="image_miou")
     text = words(difference("a", 0.03, 0.01), others=(twin,))
-    assert f"mIoU per image (mIoU^I): {expected}." in text
+    assert f" In mIoU per image (mIoU^I), {expected}." in text
 
 
 def test_other_measure_resolves_more():
@@ -111,7 +111,29 @@ def test_other_measure_resolves_more():
         for measure in ("image_miou", "worst_decile")
     ]
     text = words(difference("a", 0.03, 0.3), others=twins)
-    assert text.count("the difference is resolved also for “a”") == 1  # one sentence for both
+    assert (
+        " In mIoU per image (mIoU^I) and mIoU^I of the worst 10 % of images, unlike in mIoU, the "
+        "difference of “a” is resolved."
+    ) in text
+
+
+def test_other_measure_resolves_more_and_less():
+    names = {"a": (0.3, 0.01), "b": (0.01, 0.3), "c": (0.01, 0.3), "d": (0.01, 0.01)}
+    twin = summary(
+        *(difference(name, 0.03, p_holm) for name, (_, p_holm) in names.items()),
+        measure="worst_decile",
+    )
+    text = words(*(difference(name, 0.03, p) for name, (p, _) in names.items()), others=(twin,))
+    assert (
+        " In mIoU^I of the worst 10 % of images, unlike in mIoU, the difference of “a” is resolved "
+        "and the differences of “b” and “c” are not resolved."
+    ) in text
+
+
+def test_other_measure_resolves_nothing_either():
+    twin = summary(difference("a", 0.03, 0.3), measure="worst_decile")
+    text = words(difference("a", 0.03, 0.3), others=(twin,))
+    assert " In mIoU^I of the worst 10 % of images, no difference is resolved either." in text
 
 
 def test_one_seed():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from segformer_pl.commands.run_folder import DEFAULT_LOGGER, find_continuation
+from segformer_pl.cli.run_folder import DEFAULT_LOGGER, find_continuation
 
 
 @pytest.mark.parametrize("is_elsewhere", [True, False])

@@ -85,7 +85,7 @@ def test_hpc_is_the_checkpoint_of_the_newest_requeued_job(capsys, arguments, tmp
     for number in (2, 10):
         torch.save({"state_dict": {}}, tmp_path / f"hpc_ckpt_{number}.ckpt")
     (tmp_path / "hpc_ckpt_old.ckpt").touch()
-    from segformer_pl.commands.named_checkpoint import named_checkpoint
+    from segformer_pl.cli.named_checkpoint import named_checkpoint
 
     cli = main([*arguments, "--trainer.max_steps=2"], run=False)
     assert named_checkpoint("hpc", cli.config, {}, True).name == "hpc_ckpt_10.ckpt"
