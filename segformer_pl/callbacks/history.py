@@ -30,6 +30,7 @@ from segformer_pl.analysis.run import (
     FIGURE_FOLDERS,
     FINDINGS_FILE,
     METRICS_FILE,
+    RANKS_FILE,
     TRAINING_DATA,
     TRAINING_DATA_FILE,
     Run,
@@ -133,7 +134,8 @@ class RunHistory(pl.Callback):
 
     Logged values are written soon after each checkpoint, so a kill loses no value up to the
     checkpoint. The paths of the best checkpoints are kept valid if the run folder was moved. The
-    facts that identify the training data are written to ``training_data.json``, for ``compare``.
+    facts that identify the training data are written to ``training_data.json``, for ``compare``;
+    ranks and images per step of each part to ``ranks.json``, for the report.
 
     Attributes:
         findings: Messages about implausible settings, written to ``findings.json`` for the report.
@@ -183,7 +185,13 @@ class RunHistory(pl.Callback):
                     f"rows and files of steps after {trainer.global_step} were moved to {aside}"
                 )
         atomic_write_text(folder / FINDINGS_FILE, json.dumps(self.findings, indent=1) + "\n")
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
+        part = {"ranks": trainer.world_size}
+        if hasattr(data, "samples_per_step"):
+            part["images per step"] = data.samples_per_step
+        step = trainer.global_step
+        parts = {key: value for key, value in Run(folder).ranks.items() if key < step}
+        atomic_write_text(folder / RANKS_FILE, json.dumps(parts | {step: part}, indent=1) + "\n")
         state = {} if data is None else data.state_dict()
         if all(key in state for key in TRAINING_DATA):
             text = json.dumps({key: state[key] for key in TRAINING_DATA}, indent=1)

@@ -1,0 +1,375 @@
+"""A rank that fails or hangs ends all others, with a sentence that names it."""
+
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from jsonargparse.typing import NonNegativeFloat
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from segformer_pl.callbacks.rank_status import (
+    Failure,
+    RankStatus,
+    ServerAddress,
+    StatusClient,
+    StatusServer,
+    end_of,
+)
+from segformer_pl.callbacks.signals import StopOnSignal
+from segformer_pl.errors import UserError, find_user_error
+from segformer_pl.lightning_workarounds import take_child_processes
+
+INTERVAL = 1.0  # seconds between two signs of life
+SILENCE = 60.0  # seconds without one; a thread of its own sends them, so long steps do not delay it
+GRACE = 10  # intervals that a rank has to end by itself once another one has failed
+# Intervals that a rank has after an error to write its report and to close its connections. NCCL
+# can wait without end for operations of a rank that is gone.
+FAREWELL = 300
+
+BEGIN = "before the first step"
+LOADER = os.path.join("torch", "utils", "data", "")
+# Files of torch in which a rank waits for others. Gradients are reduced in the backward pass.
+COMMUNICATION = tuple(
+    os.path.join("torch", *parts)
+    for parts in (("distributed", ""), ("nn", "parallel", ""), ("autograd", "graph.py"))
+)
+PACKAGES = f"site-packages{os.sep}"
+STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+COMMUNICATION_ERROR = re.compile(r"\bgloo\b|nccl", re.IGNORECASE)
+MAX_NAMED = 4  # ranks of a sentence
+MAX_MESSAGE = 300  # characters
+
+
+class LostRank(UserError):
+    """Raised on a rank that cannot go on because another rank has failed or hangs.
+
+    Attributes:
+        is_printed: Whether the message has been printed, on this rank or on another one of the
+            same machine.
+    """
+
+    is_printed = False
+
+
+class RankWatchdog(pl.Callback):
+    """Ends all ranks when one of them fails or hangs, with a sentence that names it.
+
+    ==============================================  ==========================================
+    what happens to a rank                          when the others end
+    ==============================================  ==========================================
+    it raises an exception                          at once, at the latest after 10 s
+    it is killed, for example for lack of memory    at once, at the latest after 10 s
+    it is stopped, or its machine cannot be reached after 60 s, or ``timeout`` if that is less
+    it hangs, so that all ranks stand still         after ``timeout``
+    ==============================================  ==========================================
+
+    Without it, the others wait in a collective for the timeout of the process group, 30 minutes
+    with gloo, or end with an error of the network that names no rank. The command line attaches it
+    to every run of several ranks. Training is not slowed down: a thread of each rank sends a sign
+    of life to rank 0 every second (:mod:`.rank_status`), and samples where the main thread stands.
+    ``torch.distributed.monitored_barrier`` would stop all ranks in every step instead.
+
+    A rank hangs only if the main threads of all ranks stay in the same lines of code. One that
+    validates, draws figures or compiles moves, so the others may wait for it. The rank to blame is
+    the one that loads data or computes while others communicate; it prints its stack.
+
+    The timeouts of the collectives stay as they are; ``DDPStrategy(timeout=...)`` sets them.
+
+    Args:
+        timeout: Seconds for which all main threads may stand still. With 0, a rank may hang or be
+            stopped for any time, as in a debugger; one that raises or is killed ends the others.
+    """
+
+    def __init__(self, timeout: NonNegativeFloat = 600.0) -> None:
+        self.timeout = float(timeout)
+        self.interval = min(INTERVAL, self.timeout / 10 or INTERVAL)
+        self.silence = min(SILENCE, self.timeout) if self.timeout else math.inf
+        self._server: StatusServer | None = None
+        self._client: StatusClient | None = None
+        self._children: list[subprocess.Popen[bytes]] = []  # ranks that this process has started
+        self._moment = BEGIN
+        self._lines: Lines = ()
+        self._still = 0.0
+        self._is_leaving = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+            return
+        self._trainer = trainer
+        self._rank, self._local_rank = trainer.global_rank, trainer.local_rank
+        self._name = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})"
+        self._moment, self._is_leaving = BEGIN, False
+        self._main_thread = threading.get_ident()
+        address = None
+        if trainer.is_global_zero:
+            self._children = take_child_processes(trainer)
+            self._server = StatusServer(
+                self.interval, self.silence, self._find_hang, self._describe_end
+            )
+            self._server.start()
+            host = trainer.strategy.cluster_environment.main_address  # type: ignore[attr-defined]
+            address = ServerAddress(host, self._server.port, self._server.token, self._name)
+        address = trainer.strategy.broadcast(address)
+        assert address is not None
+        reason = None
+        try:
+            arguments = (address, self._rank, self.interval, self.silence)
+            self._client = StatusClient(*arguments, self._status, self._on_failure)
+        except OSError as error:
+            reason = str(error)
+        # All ranks or none: one that is not watched would be taken for lost.
+        if trainer.strategy.reduce_boolean_decision(reason is None):
+            assert self._client is not None
+            self._client.start()
+            return
+        rank_zero_warn(
+            f"the ranks are not watched, as not all of them reach {address.host}:{address.port}, "
+            f"where rank 0 listens ({reason or 'see the other ranks'}); if one hangs, the others "
+            "wait for the timeout of their collectives"
+        )
+        self.teardown(trainer, pl_module, stage)
+
+    # The part of the run, for sentences
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._moment = f"in step {trainer.global_step + 1}"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        self._moment = f"in step {trainer.global_step + 1}"
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        after = f" after step {trainer.global_step}" if _is_fit(trainer) else ""
+        self._moment = f"in the validation{after}"
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _is_fit(trainer):
+            self._moment = f"in step {trainer.global_step + 1}"
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._moment = "in the test"
+
+    # The end of the run on this rank
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        self._raise_if_lost()
+
+    def on_validation_batch_start(self, *arguments: Any) -> None:
+        self._raise_if_lost()
+
+    def on_test_batch_start(self, *arguments: Any) -> None:
+        self._raise_if_lost()
+
+    def _raise_if_lost(self) -> None:
+        if self._client is not None and self._client.failure is not None:
+            raise _lost_rank(self._client.failure)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Tell the other ranks, or find out which of them has caused the exception."""
+        self._is_leaving = True
+        is_consequence = _is_of_communication(exception)
+        if self._client is None:
+            if is_consequence and trainer.world_size > 1:
+                exception.__cause__ = LostRank(
+                    "another rank ended before the run began; its own output says why"
+                )
+            return
+        if isinstance(exception, LostRank) or _is_agreed(trainer):
+            return
+        threading.Thread(target=self._end_later, daemon=True).start()
+        if is_consequence and (failure := self._client.wait_for_failure(2 * self.interval)):
+            exception.__cause__ = _lost_rank(failure)
+            return
+        self._client.report(f"{self._name} failed {self._moment}: {_describe(exception)}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._client is not None:
+            self._client.end()
+        if self._server is not None:
+            self._server.close(GRACE * self.interval)
+        self._client = self._server = None
+
+    # In threads
+
+    def _status(self) -> RankStatus:
+        """Return what this rank is doing. It is called once per interval."""
+        position = position_of(sys._current_frames()[self._main_thread])
+        self._still = self._still + self.interval if position.lines == self._lines else 0.0
+        self._lines = position.lines
+        return RankStatus(self._name, self._still, self._moment, position.activity, position.where)
+
+    def _find_hang(self, statuses: Mapping[int, RankStatus]) -> Failure | None:
+        if not self.timeout or min(status.still for status in statuses.values()) < self.timeout:
+            return None
+        return describe_hang(statuses)
+
+    def _describe_end(self, rank: int, status: RankStatus) -> str:
+        """Return the sentence about a rank whose connection was closed."""
+        exit_status = None
+        if 0 < rank <= len(self._children):
+            with suppress(subprocess.TimeoutExpired):
+                exit_status = self._children[rank - 1].wait(1)
+        if exit_status is None:
+            return end_of(status.name, status.moment)
+        if exit_status >= 0:
+            return f"{status.name} ended {status.moment} with exit status {exit_status}"
+        how = signal.Signals(-exit_status).name
+        why = "; the system does that when memory runs out" if how == "SIGKILL" else ""
+        return f"{status.name} was killed {status.moment} by {how}{why}"
+
+    def _on_failure(self, failure: Failure) -> None:
+        """Print the sentence, and end this process if its main thread does not."""
+        if (signals := _stop_on_signal(self._trainer)) is not None:
+            signals.is_announced = False  # launchers send SIGTERM to the other ranks
+        if self._rank in failure.ranks and not self._is_leaving:
+            stack = traceback.format_stack(sys._current_frames()[self._main_thread])
+            _write(f"\n{self._name} stands still here:\n{''.join(stack)}")
+        # One rank of each machine prints: the first one that has not failed.
+        before = range(self._rank - self._local_rank, self._rank)
+        if self._rank not in failure.ranks and all(rank in failure.ranks for rank in before):
+            signals = _stop_on_signal(self._trainer)
+            resume = None if signals is None else signals.how_to_resume(self._trainer)
+            _write("\nerror: " + "; ".join(filter(None, [failure.sentence, resume])) + "\n")
+        for _ in range(GRACE):
+            time.sleep(self.interval)
+            if self._is_leaving:
+                return
+        for child in self._children:  # one that is stopped does not end by itself
+            child.kill()
+        os._exit(1)
+
+    def _end_later(self) -> None:
+        time.sleep(FAREWELL * self.interval)
+        os._exit(1)
+
+
+Lines = tuple[tuple[CodeType, int], ...]
+
+
+class Position(NamedTuple):
+    """Where a thread is.
+
+    Attributes:
+        lines: Code and line number of every frame, from the innermost to the outermost.
+        activity: ``loading data``, ``communicating`` or ``computing``.
+        where: Function, file and line of the innermost frame outside of Python's standard library.
+    """
+
+    lines: Lines
+    activity: str
+    where: str
+
+
+def position_of(frame: FrameType) -> Position:
+    """Return where the thread of a frame is.
+
+    Args:
+        frame: Innermost frame of the thread.
+    """
+    frames = [frame]
+    while (outer := frames[-1].f_back) is not None:
+        frames.append(outer)
+    files = [one.f_code.co_filename for one in frames]
+    index = next((i for i, file in enumerate(files) if not _is_standard(file)), 0)
+    activity = "computing"
+    if any(LOADER in file for file in files):
+        activity = "loading data"
+    elif any(part in files[index] for part in COMMUNICATION):
+        activity = "communicating"
+    parts = Path(files[index].rpartition(PACKAGES)[2]).parts
+    shown = os.path.join(*parts[-4:])
+    where = f"{frames[index].f_code.co_name}, {shown}, line {frames[index].f_lineno}"
+    return Position(tuple((one.f_code, one.f_lineno) for one in frames), activity, where)
+
+
+def describe_hang(statuses: Mapping[int, RankStatus]) -> Failure:
+    """Return the ranks to blame for a hang, and the sentence about it.
+
+    Args:
+        statuses: Status by rank, of all ranks whose run has not ended.
+    """
+    blamed: Sequence[int] = ()
+    for activity in ("loading data", "computing"):
+        ranks = [rank for rank, status in statuses.items() if status.activity == activity]
+        if ranks and len(ranks) < len(statuses):
+            blamed = ranks
+            break
+    seconds = min(status.still for status in statuses.values())
+    others = [rank for rank in statuses if rank not in blamed]
+
+    def describe(ranks: Sequence[int]) -> str:
+        named = [statuses[rank] for rank in ranks[:MAX_NAMED]]
+        parts = [f"{one.name} is {one.activity} {one.moment} ({one.where})" for one in named]
+        if len(ranks) > MAX_NAMED:
+            parts.append(f"{len(ranks) - MAX_NAMED} more ranks")
+        return ", ".join(parts)
+
+    if not blamed:
+        return Failure((), f"all ranks have stood still for {seconds:.0f} s: {describe(others)}")
+    return Failure(
+        tuple(blamed),
+        f"{describe(blamed)} and has stood still there for {seconds:.0f} s; its output has its "
+        f"stack; the other ranks wait for it: {describe(others[:1])}",
+    )
+
+
+def _is_standard(file: str) -> bool:
+    return file.startswith("<") or (file.startswith(STANDARD_LIBRARY) and PACKAGES not in file)
+
+
+def _is_fit(trainer: pl.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING
+
+
+def _is_of_communication(exception: BaseException) -> bool:
+    """Return whether an exception tells of a lost connection, which another rank has caused."""
+    # gloo's errors are plain RuntimeErrors with the path of gloo's source file.
+    return isinstance(exception, dist.DistError) or (
+        isinstance(exception, RuntimeError) and bool(COMMUNICATION_ERROR.search(str(exception)))
+    )
+
+
+def _is_agreed(trainer: pl.Trainer) -> bool:
+    """Return whether all ranks end after this step because of a signal."""
+    signals = _stop_on_signal(trainer)
+    return signals is not None and bool(signals.stopping)
+
+
+def _stop_on_signal(trainer: pl.Trainer) -> StopOnSignal | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, StopOnSignal)), None)
+
+
+def _describe(exception: BaseException) -> str:
+    if (error := find_user_error(exception)) is not None:
+        return str(error)
+    lines = str(exception).strip().splitlines()
+    first = f"{type(exception).__name__}: {lines[0][:MAX_MESSAGE]}" if lines else repr(exception)
+    return f"{first}; its own output has the traceback"
+
+
+def _lost_rank(failure: Failure) -> LostRank:
+    error = LostRank(failure.sentence)
+    error.is_printed = True
+    return error
+
+
+def _write(text: str) -> None:
+    os.write(2, text.encode(errors="replace"))  # whole, beside the output of other processes
