@@ -106,9 +106,9 @@ def departures(config: Config) -> list[Departure]:
     """Return every setting that differs from the paper's recipe for this network and data set.
 
     Settings with unknown values are listed as well: those that the configuration leaves out, and
-    the number of devices if it is ``auto``. Of the callbacks, those of Lightning and of this package
-    that change training are recognised, not the user's own. See :func:`scope` for what is compared,
-    and :func:`remarks` for differences that are not settings.
+    the number of devices if it is ``auto``. Of the callbacks, those of Lightning and of this
+    package that change training are recognised, not the user's own. See :func:`scope` for what is
+    compared, and :func:`remarks` for differences that are not settings.
 
     Args:
         config: Resolved configuration of a run as plain data, the content of its ``config.yaml``.

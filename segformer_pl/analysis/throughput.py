@@ -120,7 +120,8 @@ class Throughput:
         In DDP every step takes as long as on the slowest rank, and its own duration is the same on
         all ranks. So stragglers are told by what a rank does alone: waiting for data, and computing
         (three times its forward pass). A rank is one if that takes longer than the median of the
-        other ranks by more than 10 % of a step: the run would be that much faster without it.
+        other ranks by more than 10 % of a step: a run with this straggler alone would be that much
+        faster without it.
         """
         sentences = []
         for rank in self.ranks:
@@ -138,7 +139,7 @@ class Throughput:
                 excess = (seconds - statistics.median(of_others)) / rank.seconds
                 if excess > CLEAR:
                     sentences.append(
-                        f"Rank {rank.rank} {what} longer than the others, which costs all ranks "
+                        f"Rank {rank.rank} {what} longer than the median of the other ranks, by "
                         f"{100 * excess:.0f} % of the time of a step."
                     )
         if self.is_data_bound:

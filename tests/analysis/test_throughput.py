@@ -18,8 +18,8 @@ def throughput(*ranks, accumulate=1):
     ("ranks", "remarks"),
     [
         ([(2, 20), (2, 21), (3, 20)], []),
-        ([(2, 20), (2, 24), (2, 20)], ["Rank 1 computes longer than the others, .* 12 % of"]),
-        ([(2, 20), (30, 20)], ["Rank 1 waits for data longer than the others, .* 28 % of"]),
+        ([(2, 20), (2, 24), (2, 20)], ["Rank 1 computes longer than the median of .* 12 % of"]),
+        ([(2, 20), (30, 20)], ["Rank 1 waits for data longer than the median of .* 28 % of"]),
         ([(40, 5), (41, 5), (42, 5)], ["Training waits for data 41 % of the time"]),
         ([(40, 5), (41, 5), (60, 9)], ["Rank 2 waits", "Rank 2 computes", "Training waits"]),
         ([(50, 5)], ["Training waits for data 50 % of the time"]),
