@@ -1,4 +1,24 @@
-"""What the command line adds to a trainer of several ranks."""
+"""What the command line adds to a trainer of several ranks.
+
+:data:`ON_SEVERAL_RANKS` are attached by themselves, and here with other arguments; the compression
+of gradients and the options of DDP are for the user to choose::
+
+    trainer:
+      devices: 8
+      strategy:
+        class_path: lightning.pytorch.strategies.DDPStrategy
+        init_args:
+          gradient_as_bucket_view: true  # saves the memory of one copy of all gradients
+          static_graph: true
+          timeout: "0:10:00"  # of a collective
+      callbacks+:
+      - class_path: segformer_pl.callbacks.RankWatchdog
+        init_args: {timeout: 300}
+      - class_path: segformer_pl.callbacks.ReplicaCheck
+        init_args: {every_n_steps: 100}
+      - class_path: segformer_pl.callbacks.GradientCompression
+        init_args: {compression: bf16}
+"""
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy

@@ -79,9 +79,9 @@ class RankWatchdog(pl.Callback):
     it hangs, so that all ranks stand still         after ``timeout``
     ==============================================  ==========================================
 
-    Without it, the others wait in a collective for the timeout of the process group, 30 minutes
-    with gloo, or end with an error of the network that names no rank. The command line attaches it
-    to every run of several ranks. Training is not slowed down: a thread of each rank sends a sign
+    Without it, the others wait in a collective for the timeout of the process group, 30 minutes, or
+    end with an error of the network that names no rank. The command line attaches it to every run of
+    several ranks. Training is not slowed down: a thread of each rank sends a sign
     of life to rank 0 every second (:mod:`.rank_status`), and samples where the main thread stands.
     ``torch.distributed.monitored_barrier`` would stop all ranks in every step instead.
 
@@ -89,7 +89,8 @@ class RankWatchdog(pl.Callback):
     validates, draws figures or compiles moves, so the others may wait for it. The rank to blame is
     the one that loads data or computes while others communicate; it prints its stack.
 
-    The timeouts of the collectives stay as they are; ``DDPStrategy(timeout=...)`` sets them.
+    The timeouts of the collectives stay as they are; ``DDPStrategy(timeout=...)`` sets them. With
+    NCCL the 10 s apply whenever a rank fails, since its collectives cannot be interrupted.
 
     Args:
         timeout: Seconds for which all main threads may stand still. With 0, a rank may hang or be
@@ -107,6 +108,7 @@ class RankWatchdog(pl.Callback):
         self._lines: Lines = ()
         self._still = 0.0
         self._is_leaving = False
+        self._is_printed = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
@@ -114,8 +116,9 @@ class RankWatchdog(pl.Callback):
         self._trainer = trainer
         self._rank, self._local_rank = trainer.global_rank, trainer.local_rank
         self._name = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})"
-        self._moment, self._is_leaving = BEGIN, False
+        self._moment, self._is_leaving, self._is_printed = BEGIN, False, False
         self._main_thread = threading.get_ident()
+        self._printing = threading.Lock()  # not in __init__, as spawned processes unpickle this
         address = None
         if trainer.is_global_zero:
             self._children = take_child_processes(trainer)
@@ -177,7 +180,7 @@ class RankWatchdog(pl.Callback):
 
     def _raise_if_lost(self) -> None:
         if self._client is not None and self._client.failure is not None:
-            raise _lost_rank(self._client.failure)
+            raise self._lost_rank(self._client.failure)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -195,8 +198,9 @@ class RankWatchdog(pl.Callback):
             return
         threading.Thread(target=self._end_later, daemon=True).start()
         if is_consequence and (failure := self._client.wait_for_failure(2 * self.interval)):
-            exception.__cause__ = _lost_rank(failure)
+            exception.__cause__ = self._lost_rank(failure)
             return
+        record_for_torchrun(exception)
         self._client.report(f"{self._name} failed {self._moment}: {_describe(exception)}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -226,13 +230,15 @@ class RankWatchdog(pl.Callback):
         if 0 < rank <= len(self._children):
             with suppress(subprocess.TimeoutExpired):
                 exit_status = self._children[rank - 1].wait(1)
+        # Its last status can be of an earlier step, but all ranks are in the same one.
+        name, moment = status.name, self._moment
         if exit_status is None:
-            return end_of(status.name, status.moment)
+            return end_of(name, moment)
         if exit_status >= 0:
-            return f"{status.name} ended {status.moment} with exit status {exit_status}"
+            return f"{name} ended {moment} with exit status {exit_status}"
         how = signal.Signals(-exit_status).name
         why = "; the system does that when memory runs out" if how == "SIGKILL" else ""
-        return f"{status.name} was killed {status.moment} by {how}{why}"
+        return f"{name} was killed {moment} by {how}{why}"
 
     def _on_failure(self, failure: Failure) -> None:
         """Print the sentence, and end this process if its main thread does not."""
@@ -241,19 +247,31 @@ class RankWatchdog(pl.Callback):
         if self._rank in failure.ranks and not self._is_leaving:
             stack = traceback.format_stack(sys._current_frames()[self._main_thread])
             _write(f"\n{self._name} stands still here:\n{''.join(stack)}")
-        # One rank of each machine prints: the first one that has not failed.
-        before = range(self._rank - self._local_rank, self._rank)
-        if self._rank not in failure.ranks and all(rank in failure.ranks for rank in before):
-            signals = _stop_on_signal(self._trainer)
-            resume = None if signals is None else signals.how_to_resume(self._trainer)
-            _write("\nerror: " + "; ".join(filter(None, [failure.sentence, resume])) + "\n")
         for _ in range(GRACE):
             time.sleep(self.interval)
-            if self._is_leaving:
+            if self._is_leaving:  # it prints the sentence, or an error of its own
                 return
+            self._print(failure)
         for child in self._children:  # one that is stopped does not end by itself
             child.kill()
         os._exit(1)
+
+    def _print(self, failure: Failure) -> None:
+        """Print the sentence once, on the first rank of each machine that has not failed."""
+        before = range(self._rank - self._local_rank, self._rank)
+        is_first = self._rank not in failure.ranks and all(rank in failure.ranks for rank in before)
+        with self._printing:
+            is_due, self._is_printed = is_first and not self._is_printed, True
+        if is_due:
+            signals = _stop_on_signal(self._trainer)
+            resume = None if signals is None else signals.how_to_resume(self._trainer)
+            _write("\nerror: " + "; ".join(filter(None, [failure.sentence, resume])) + "\n")
+
+    def _lost_rank(self, failure: Failure) -> LostRank:
+        self._print(failure)
+        error = LostRank(failure.sentence)
+        error.is_printed = True
+        return error
 
     def _end_later(self) -> None:
         time.sleep(FAREWELL * self.interval)
@@ -297,6 +315,18 @@ def position_of(frame: FrameType) -> Position:
     shown = os.path.join(*parts[-4:])
     where = f"{frames[index].f_code.co_name}, {shown}, line {frames[index].f_lineno}"
     return Position(tuple((one.f_code, one.f_lineno) for one in frames), activity, where)
+
+
+def record_for_torchrun(exception: BaseException) -> None:
+    """Let torchrun's closing table show the traceback of this rank, unless it has one already.
+
+    Call it where the exception is handled.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None and not os.path.exists(file):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(exception)
 
 
 def describe_hang(statuses: Mapping[int, RankStatus]) -> Failure:
@@ -363,12 +393,6 @@ def _describe(exception: BaseException) -> str:
     lines = str(exception).strip().splitlines()
     first = f"{type(exception).__name__}: {lines[0][:MAX_MESSAGE]}" if lines else repr(exception)
     return f"{first}; its own output has the traceback"
-
-
-def _lost_rank(failure: Failure) -> LostRank:
-    error = LostRank(failure.sentence)
-    error.is_printed = True
-    return error
 
 
 def _write(text: str) -> None:

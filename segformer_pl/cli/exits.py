@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import Interrupted, LostRank
+from segformer_pl.callbacks.watchdog import record_for_torchrun
 from segformer_pl.errors import INTERRUPTED, find_user_error
 from segformer_pl.lightning_workarounds import came_from_restoring
 
@@ -46,21 +47,16 @@ def exits() -> Iterator[None]:
         sentence = explain(error)
         lost = find_user_error(error)
         if not isinstance(lost, LostRank):
-            _record_for_torchrun(error)
-        elif lost.is_printed:
+            record_for_torchrun(error)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            # Its closing table shows the rank that failed first, by whole seconds. So a rank that
+            # ends because of another one must not end in the same second.
+            time.sleep(1)
+        if isinstance(lost, LostRank) and lost.is_printed:
             sys.exit(1)
         if sentence is None:
             raise
         sys.exit("; ".join([f"error: {sentence}", *getattr(error, "__notes__", [])]))
-
-
-def _record_for_torchrun(error: Exception) -> None:
-    """Let torchrun tell in its closing table which rank failed first, and why."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
-        time.sleep(1)  # it compares whole seconds, and other ranks end when this one does
 
 
 def explain(error: Exception) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from segformer_pl.callbacks import RankWatchdog
 from segformer_pl.callbacks.rank_status import RankStatus
 from segformer_pl.callbacks.watchdog import describe_hang, position_of
 from segformer_pl.data import shapes
@@ -174,6 +176,10 @@ def test_torchrun_names_the_rank_that_failed_first(start, arguments):
     assert "ValueError: planted" in sentence
     cause = command.output.partition("Root Cause")[2]
     assert re.search(r"rank +: 1 .*ValueError: planted", cause, re.DOTALL)
+
+
+def test_processes_can_be_spawned_with_it():
+    assert pickle.loads(pickle.dumps(RankWatchdog(timeout=7))).timeout == 7
 
 
 def test_where_a_thread_is():

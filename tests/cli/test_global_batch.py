@@ -1,5 +1,7 @@
 """A resumed run with another global batch, and the learning rate that goes with it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,13 +11,14 @@ from segformer_pl.data import shapes
 
 
 @pytest.fixture
-def fit(tmp_path, without_figures):
+def fit(tmp_path, without_figures, monkeypatch):
     """Function (settings) that trains on batches of one image and returns the command line."""
     shapes.generate(tmp_path / "shapes", {"train": 6, "validation": 1})
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
 
     def call(**settings):
         settings = {
-            "model.network": "segformer_pl.models.segformer_b0",
+            "model.network": "toy_segmenter.ToySegmenter",
             "model.lr": 0.01,
             "model.min_lr": 0.001,
             "model.warmup_steps": 0,
