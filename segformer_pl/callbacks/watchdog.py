@@ -7,15 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -23,6 +20,7 @@ from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from segformer_pl.callbacks.hangs import Lines, describe_hang, position_of
 from segformer_pl.callbacks.rank_status import (
     Failure,
     RankStatus,
@@ -38,21 +36,12 @@ from segformer_pl.lightning_workarounds import take_child_processes
 INTERVAL = 1.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one; a thread of its own sends them, so long steps do not delay it
 GRACE = 10  # intervals that a rank has to end by itself once another one has failed
-# Intervals that a rank has after an error to write its report and to close its connections. NCCL
-# can wait without end for operations of a rank that is gone.
+# Intervals that a process has to close its connections after an error. NCCL can wait without end
+# for operations of a rank that is gone.
 FAREWELL = 300
 
 BEGIN = "before the first step"
-LOADER = os.path.join("torch", "utils", "data", "")
-# Files of torch in which a rank waits for others. Gradients are reduced in the backward pass.
-COMMUNICATION = tuple(
-    os.path.join("torch", *parts)
-    for parts in (("distributed", ""), ("nn", "parallel", ""), ("autograd", "graph.py"))
-)
-PACKAGES = f"site-packages{os.sep}"
-STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 COMMUNICATION_ERROR = re.compile(r"\bgloo\b|nccl", re.IGNORECASE)
-MAX_NAMED = 4  # ranks of a sentence
 MAX_MESSAGE = 300  # characters
 
 
@@ -70,27 +59,30 @@ class LostRank(UserError):
 class RankWatchdog(pl.Callback):
     """Ends all ranks when one of them fails or hangs, with a sentence that names it.
 
-    ==============================================  ==========================================
-    what happens to a rank                          when the others end
-    ==============================================  ==========================================
-    it raises an exception                          at once, at the latest after 10 s
-    it is killed, for example for lack of memory    at once, at the latest after 10 s
-    it is stopped, or its machine cannot be reached after 60 s, or ``timeout`` if that is less
-    it hangs, so that all ranks stand still         after ``timeout``
-    ==============================================  ==========================================
+    ===============================================  ==========================================
+    what happens to a rank                           when the others are told
+    ===============================================  ==========================================
+    it raises an exception                           at once
+    it is killed, for example for lack of memory     at once
+    it is stopped, or its machine cannot be reached  after 60 s, or ``timeout`` if that is less
+    it hangs, so that all ranks stand still          after ``timeout``
+    ===============================================  ==========================================
 
-    Without it, the others wait in a collective for the timeout of the process group, 30 minutes, or
-    end with an error of the network that names no rank. The command line attaches it to every run of
-    several ranks. Training is not slowed down: a thread of each rank sends a sign
-    of life to rank 0 every second (:mod:`.rank_status`), and samples where the main thread stands.
-    ``torch.distributed.monitored_barrier`` would stop all ranks in every step instead.
+    They end by themselves if they can: between two batches, or when gloo reports the lost
+    connection. 10 s later they are ended, which is the rule with NCCL, whose collectives cannot be
+    interrupted. Without the watchdog they wait in a collective for 30 minutes, the timeout of the
+    process group, or end with an error of the network that names no rank.
+
+    The command line attaches the callback to every run of several ranks. Training is not slowed
+    down: a thread of each rank sends a sign of life to rank 0 every second (:mod:`.rank_status`),
+    and samples where the main thread stands. ``torch.distributed.monitored_barrier`` would stop all
+    ranks in every step instead.
 
     A rank hangs only if the main threads of all ranks stay in the same lines of code. One that
     validates, draws figures or compiles moves, so the others may wait for it. The rank to blame is
     the one that loads data or computes while others communicate; it prints its stack.
 
-    The timeouts of the collectives stay as they are; ``DDPStrategy(timeout=...)`` sets them. With
-    NCCL the 10 s apply whenever a rank fails, since its collectives cannot be interrupted.
+    The timeouts of the collectives stay as they are; ``DDPStrategy(timeout=...)`` sets them.
 
     Args:
         timeout: Seconds for which all main threads may stand still. With 0, a rank may hang or be
@@ -196,7 +188,7 @@ class RankWatchdog(pl.Callback):
             return
         if isinstance(exception, LostRank) or _is_agreed(trainer):
             return
-        threading.Thread(target=self._end_later, daemon=True).start()
+        threading.Thread(target=self._end_at_exit, daemon=True).start()
         if is_consequence and (failure := self._client.wait_for_failure(2 * self.interval)):
             exception.__cause__ = self._lost_rank(failure)
             return
@@ -273,48 +265,11 @@ class RankWatchdog(pl.Callback):
         error.is_printed = True
         return error
 
-    def _end_later(self) -> None:
+    def _end_at_exit(self) -> None:
+        """End the process if it does not end by itself once its main thread has returned."""
+        threading.main_thread().join()
         time.sleep(FAREWELL * self.interval)
         os._exit(1)
-
-
-Lines = tuple[tuple[CodeType, int], ...]
-
-
-class Position(NamedTuple):
-    """Where a thread is.
-
-    Attributes:
-        lines: Code and line number of every frame, from the innermost to the outermost.
-        activity: ``loading data``, ``communicating`` or ``computing``.
-        where: Function, file and line of the innermost frame outside of Python's standard library.
-    """
-
-    lines: Lines
-    activity: str
-    where: str
-
-
-def position_of(frame: FrameType) -> Position:
-    """Return where the thread of a frame is.
-
-    Args:
-        frame: Innermost frame of the thread.
-    """
-    frames = [frame]
-    while (outer := frames[-1].f_back) is not None:
-        frames.append(outer)
-    files = [one.f_code.co_filename for one in frames]
-    index = next((i for i, file in enumerate(files) if not _is_standard(file)), 0)
-    activity = "computing"
-    if any(LOADER in file for file in files):
-        activity = "loading data"
-    elif any(part in files[index] for part in COMMUNICATION):
-        activity = "communicating"
-    parts = Path(files[index].rpartition(PACKAGES)[2]).parts
-    shown = os.path.join(*parts[-4:])
-    where = f"{frames[index].f_code.co_name}, {shown}, line {frames[index].f_lineno}"
-    return Position(tuple((one.f_code, one.f_lineno) for one in frames), activity, where)
 
 
 def record_for_torchrun(exception: BaseException) -> None:
@@ -327,41 +282,6 @@ def record_for_torchrun(exception: BaseException) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(exception)
-
-
-def describe_hang(statuses: Mapping[int, RankStatus]) -> Failure:
-    """Return the ranks to blame for a hang, and the sentence about it.
-
-    Args:
-        statuses: Status by rank, of all ranks whose run has not ended.
-    """
-    blamed: Sequence[int] = ()
-    for activity in ("loading data", "computing"):
-        ranks = [rank for rank, status in statuses.items() if status.activity == activity]
-        if ranks and len(ranks) < len(statuses):
-            blamed = ranks
-            break
-    seconds = min(status.still for status in statuses.values())
-    others = [rank for rank in statuses if rank not in blamed]
-
-    def describe(ranks: Sequence[int]) -> str:
-        named = [statuses[rank] for rank in ranks[:MAX_NAMED]]
-        parts = [f"{one.name} is {one.activity} {one.moment} ({one.where})" for one in named]
-        if len(ranks) > MAX_NAMED:
-            parts.append(f"{len(ranks) - MAX_NAMED} more ranks")
-        return ", ".join(parts)
-
-    if not blamed:
-        return Failure((), f"all ranks have stood still for {seconds:.0f} s: {describe(others)}")
-    return Failure(
-        tuple(blamed),
-        f"{describe(blamed)} and has stood still there for {seconds:.0f} s; its output has its "
-        f"stack; the other ranks wait for it: {describe(others[:1])}",
-    )
-
-
-def _is_standard(file: str) -> bool:
-    return file.startswith("<") or (file.startswith(STANDARD_LIBRARY) and PACKAGES not in file)
 
 
 def _is_fit(trainer: pl.Trainer) -> bool:

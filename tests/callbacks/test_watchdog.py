@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from segformer_pl.callbacks import RankWatchdog
+from segformer_pl.callbacks.hangs import describe_hang, position_of
 from segformer_pl.callbacks.rank_status import RankStatus
-from segformer_pl.callbacks.watchdog import describe_hang, position_of
 from segformer_pl.data import shapes
 
 RANK = r"rank {} \(process \d+ on \S+\)"
