@@ -1,6 +1,7 @@
 """A rank that fails or hangs ends all others, with a sentence that names it."""
 
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -244,9 +245,7 @@ class RankWatchdog(pl.Callback):
             if self._is_leaving:  # it prints the sentence, or an error of its own
                 return
             self._print(failure)
-        for child in self._children:  # one that is stopped does not end by itself
-            child.kill()
-        os._exit(1)
+        self._end()
 
     def _print(self, failure: Failure) -> None:
         """Print the sentence once, on the first rank of each machine that has not failed."""
@@ -269,6 +268,17 @@ class RankWatchdog(pl.Callback):
         """End the process if it does not end by itself once its main thread has returned."""
         threading.main_thread().join()
         time.sleep(FAREWELL * self.interval)
+        self._end()
+
+    def _end(self) -> None:
+        """End this process, and those that it has started and that do not end by themselves."""
+        for worker in multiprocessing.active_children():  # one may hang in a sample
+            worker.kill()
+        for rank in self._children:  # one may be stopped; the others end as this process does
+            try:
+                rank.wait(2 * self.interval)
+            except subprocess.TimeoutExpired:
+                rank.kill()
         os._exit(1)
 
 
