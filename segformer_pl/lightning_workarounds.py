@@ -6,12 +6,14 @@ first.
 """
 
 import signal
+import subprocess
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -80,6 +82,26 @@ def synchronizes_batch_norm(trainer: pl.Trainer) -> bool:
     The argument is stored only in the strategy, under a private name.
     """
     return getattr(trainer.strategy, "_layer_sync", None) is not None
+
+
+def turn_off_synchronized_batch_norm(trainer: pl.Trainer) -> None:
+    """Train with plain BatchNorm, as without ``sync_batchnorm``."""
+    trainer.strategy._layer_sync = None  # type: ignore[attr-defined]
+
+
+def take_child_processes(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    """Return the processes of ranks 1, 2, ... that rank 0 has started, and observe them no longer.
+
+    Lightning's observer kills rank 0 by SIGKILL up to five seconds after another rank has failed,
+    and so before rank 0 has written why. It holds the launcher's list of processes.
+    """
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return []
+    processes = list(launcher.procs)
+    launcher.procs.clear()  # the observer ends, as there is nothing left to observe
+    launcher.procs = processes  # for signals to the processes
+    return list(processes)
 
 
 def is_accumulating(trainer: pl.Trainer) -> bool:

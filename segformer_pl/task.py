@@ -110,6 +110,10 @@ class SegmentationTask(pl.LightningModule):
             :func:`segformer_pl.optim.poly_factor`.
         layer_decay: Factor on the learning rate per encoder layer, counted down from the last, see
             :func:`segformer_pl.optim.parameter_groups`. The paper uses none, which is 1.
+        reference_batch_size: Images per optimiser step, over all ranks, for which ``lr`` and
+            ``min_lr`` are stated. A run with k times as many uses k times these rates (linear
+            scaling, Goyal et al. 2017), as does a resumed run on other devices; warm-up and number
+            of steps stay as they are. Default: ``lr`` and ``min_lr`` hold for any number.
         image_mean: Channel means for normalising images in 0 to 1.
         image_std: Channel standard deviations for normalising images in 0 to 1.
 
@@ -144,6 +148,7 @@ class SegmentationTask(pl.LightningModule):
         min_lr: float = 0.0,
         schedule: Schedule = "paper",
         layer_decay: float = 1.0,
+        reference_batch_size: int | None = None,
         image_mean: tuple[float, ...] = IMAGENET_MEAN,
         image_std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
@@ -182,6 +187,11 @@ class SegmentationTask(pl.LightningModule):
             min_lr=min_lr,
             warmup_steps=warmup_steps,
         )
+        if reference_batch_size is not None and reference_batch_size < 1:
+            raise UserError(
+                f"model.reference_batch_size is {reference_batch_size}; give the number of images "
+                "per step, over all devices, for which model.lr is stated"
+            )
         if not all(0 < value < math.inf for value in image_std):  # NaN compares as false
             raise UserError(
                 f"model.image_std is {list(image_std)}; give finite numbers above 0, because "
@@ -227,6 +237,7 @@ class SegmentationTask(pl.LightningModule):
         self.min_lr = min_lr
         self.schedule = schedule
         self.layer_decay = layer_decay
+        self.reference_batch_size = reference_batch_size
         # Not persistent, because the checkpoint has them in its hyperparameters.
         self.register_buffer("image_mean", torch.tensor(image_mean).view(-1, 1, 1), False)
         self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1), False)
@@ -376,6 +387,12 @@ class SegmentationTask(pl.LightningModule):
         # also happens without ckpt_path when a cluster job is requeued.
         self._start_from_weights(is_training=True)
         self._last_step = self.trainer.global_step
+        if self.reference_batch_size is not None:
+            rank_zero_info(
+                f"learning rate: model.lr {self.lr:g} for {self.reference_batch_size} images per "
+                f"step times {self._lr_factor():g} is {self.lr * self._lr_factor():g}, as this run "
+                "has that many times as many images per step (model.reference_batch_size)"
+            )
 
     def on_validation_start(self) -> None:
         self._divergence_watch.check_pending()
@@ -456,10 +473,27 @@ class SegmentationTask(pl.LightningModule):
         for group, lr_lambda in zip(optimizer.param_groups, schedule.lr_lambdas):
             group["lr"] = group["initial_lr"] * lr_lambda(schedule.last_epoch)
 
+    def _lr_factor(self) -> float:
+        """Return the factor of linear scaling on the learning rates.
+
+        Raises:
+            UserError: The data module does not state the number of images per step.
+        """
+        if self.reference_batch_size is None:
+            return 1.0
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "samples_per_step"):
+            raise UserError(
+                f"model.reference_batch_size is {self.reference_batch_size}, but "
+                f"{type(data).__name__} has no samples_per_step to compare it with; use a data "
+                "module that states it, or leave model.reference_batch_size out"
+            )
+        return data.samples_per_step / self.reference_batch_size
+
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(
             self.network,
-            self.lr,
+            self.lr * self._lr_factor(),
             self.weight_decay,
             self.head_lr_mult,
             self.layer_decay,
@@ -478,7 +512,12 @@ class SegmentationTask(pl.LightningModule):
         groups = self._parameter_groups()
         optimizer = build_optimizer(self.optimizer, groups, self.momentum, is_fused=is_fused)
         schedule = poly_with_warmup(
-            optimizer, max_steps, self.warmup_steps, self.poly_power, self.schedule, self.min_lr
+            optimizer,
+            max_steps,
+            self.warmup_steps,
+            self.poly_power,
+            self.schedule,
+            self.min_lr * self._lr_factor(),
         )
         return {
             "optimizer": optimizer,

@@ -29,7 +29,12 @@ NOT_COMPARED = (
 )
 # Settings that later versions added -> value of runs that were trained before. It is left out, so
 # that such runs still equal later ones.
-ADDED = {"model.optimizer": "adamw", "model.momentum": 0.9, "model.min_lr": 0.0}
+ADDED = {
+    "model.optimizer": "adamw",
+    "model.momentum": 0.9,
+    "model.min_lr": 0.0,
+    "model.reference_batch_size": None,
+}
 FOLDER = "dirpath"
 # All other callbacks of Lightning log, display or end a training, and change none of its steps.
 LIGHTNING = ("lightning.pytorch.callbacks.", "pytorch_lightning.callbacks.")
@@ -43,7 +48,8 @@ TRAINING_CALLBACKS = {
     "StochasticWeightAveraging",
     "WeightAveraging",
 }
-OWN = "segformer_pl.callbacks."  # none of these changes training
+OWN = "segformer_pl.callbacks."  # none of these changes training, except these:
+OWN_TRAINING_CALLBACKS = {"GradientCompression"}
 EVALUATES = "verbose"  # argument of Lightning's validate and test, which fit does not have
 MISSING = "not stated"
 
@@ -266,5 +272,7 @@ def _changes_training(config: dict[str, Any], key: str) -> bool:
     path = next(path for path in paths if path.rpartition(".")[2] == name)
     if path.startswith(LIGHTNING):
         return name in TRAINING_CALLBACKS
+    if path.startswith(OWN):
+        return name in OWN_TRAINING_CALLBACKS
     # Which arguments of an unknown class matter is not known, so compare only its presence.
-    return not path.startswith(OWN) and all(part.isdecimal() for part in argument)
+    return all(part.isdecimal() for part in argument)

@@ -47,6 +47,7 @@ CHANGE_TRAINING = (
     "EMAWeightAveraging",
     "EarlyStopping",
     "GradientAccumulationScheduler",
+    "GradientCompression",
     "LearningRateFinder",
     "ModelPruning",
     "StochasticWeightAveraging",
@@ -105,9 +106,9 @@ def departures(config: Config) -> list[Departure]:
     """Return every setting that differs from the paper's recipe for this network and data set.
 
     Settings with unknown values are listed as well: those that the configuration leaves out, and
-    the number of devices if it is ``auto``. Of the callbacks, only those of Lightning that change
-    training are recognised, not the user's own. See :func:`scope` for what is compared, and
-    :func:`remarks` for differences that are not settings.
+    the number of devices if it is ``auto``. Of the callbacks, those of Lightning and of this
+    package that change training are recognised, not the user's own. See :func:`scope` for what is
+    compared, and :func:`remarks` for differences that are not settings.
 
     Args:
         config: Resolved configuration of a run as plain data, the content of its ``config.yaml``.
@@ -217,7 +218,7 @@ def _callbacks(config: Config, recipe: Recipe) -> Iterator[Departure]:
     callbacks = _get(config, "trainer.callbacks")
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         name = str(_get(callback, "class_path")).rpartition(".")[2]
-        if name in CHANGE_TRAINING:
+        if name in CHANGE_TRAINING and _get(callback, "init_args.compression") != "none":
             paper = "none that changes training"
             yield Departure("trainer.callbacks", paper, name, recipe.reference)
 

@@ -9,6 +9,8 @@ After resumptions at steps 400 and 900 the folder of a training holds::
     training_data.json                      data set, number of rows and fingerprint
     findings.json                           warnings about the settings of the last part
     wandb_run_id.txt                        id of its run at Weights & Biases
+    ranks.json                              ranks and images per step of each part
+    throughput.json                         throughput of the ranks in the last part
     metrics.csv                             the rows of all parts, one after the other
     evaluation/ predictions/ worst/ erf/    the files of all parts, named by their steps
     checkpoints/                            last.ckpt, and the files of other callbacks
@@ -50,6 +52,7 @@ from segformer_pl.analysis.evaluation import (
     Evaluation,
     load_evaluation,
 )
+from segformer_pl.analysis.throughput import Throughput
 from segformer_pl.errors import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -57,6 +60,8 @@ HYPERPARAMETERS_FILE = "hparams.yaml"  # Lightning's
 METRICS_FILE = "metrics.csv"  # Lightning's
 FINDINGS_FILE = "findings.json"
 WANDB_FILE = "wandb_run_id.txt"
+RANKS_FILE = "ranks.json"
+THROUGHPUT_FILE = "throughput.json"
 ABLATION_FILE = "ablation.json"
 FAILURE_FILE = "failure.txt"
 NAMED_EVALUATIONS = "evaluations"
@@ -215,7 +220,29 @@ class Run:
             UserError: One of the configurations cannot be read.
         """
         parts = pairwise(self.configs.items())
-        return [Resumption(step, changes(old, new)) for (_, old), (step, new) in parts]
+        ranks = self.ranks
+        return [
+            Resumption(step, changes(old, new) | changes(ranks.get(before, {}), ranks[step]))
+            if step in ranks
+            else Resumption(step, changes(old, new))
+            for (before, old), (step, new) in parts
+        ]
+
+    @cached_property
+    def ranks(self) -> dict[int, dict[str, int]]:
+        """Number of ``ranks`` and ``images per step`` by the step from which they apply.
+
+        The configuration does not state them if a launcher sets the number of ranks.
+        """
+        content = _read_json(self.folder / RANKS_FILE)
+        if not isinstance(content, dict):
+            return {}
+        return {int(step): part for step, part in content.items() if step.isdecimal()}
+
+    @cached_property
+    def throughput(self) -> Throughput | None:
+        """Throughput of the ranks since the last resumption; None if it was not recorded."""
+        return Throughput.of(_read_json(self.folder / THROUGHPUT_FILE))
 
     @cached_property
     def hyperparameters(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from segformer_pl.analysis.run import (
     FIGURE_FOLDERS,
     FINDINGS_FILE,
     METRICS_FILE,
+    RANKS_FILE,
     TRAINING_DATA,
     TRAINING_DATA_FILE,
     WANDB_FILE,
@@ -134,8 +135,9 @@ class RunHistory(pl.Callback):
 
     Logged values are written soon after each checkpoint, so a kill loses no value up to the
     checkpoint. The paths of the best checkpoints are kept valid if the run folder was moved. The
-    facts that identify the training data are written to ``training_data.json``, for ``compare``,
-    and the id of a WandbLogger's run to ``wandb_run_id.txt``, so that a resumption continues it.
+    facts that identify the training data are written to ``training_data.json``, for ``compare``;
+    ranks and images per step of each part to ``ranks.json``, for the report; and the id of a
+    WandbLogger's run to ``wandb_run_id.txt``, so that a resumption continues it.
 
     Attributes:
         findings: Messages about implausible settings, written to ``findings.json`` for the report.
@@ -188,7 +190,13 @@ class RunHistory(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 atomic_write_text(folder / WANDB_FILE, f"{logger.experiment.id}\n")
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
+        part = {"ranks": trainer.world_size}
+        if hasattr(data, "samples_per_step"):
+            part["images per step"] = data.samples_per_step
+        step = trainer.global_step
+        parts = {key: value for key, value in Run(folder).ranks.items() if key < step}
+        atomic_write_text(folder / RANKS_FILE, json.dumps(parts | {step: part}, indent=1) + "\n")
         state = {} if data is None else data.state_dict()
         if all(key in state for key in TRAINING_DATA):
             text = json.dumps({key: state[key] for key in TRAINING_DATA}, indent=1)

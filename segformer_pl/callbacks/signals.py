@@ -49,6 +49,7 @@ class StopOnSignal(pl.Callback):
     Attributes:
         stopping: Number of the signal once all ranks have exchanged it; 0 before.
         begun: Whether the first step has begun.
+        is_announced: Whether a line of output confirms a signal.
     """
 
     def __init__(self, command: list[str]) -> None:
@@ -58,6 +59,7 @@ class StopOnSignal(pl.Callback):
         self._requeue = 0  # SLURM's signal received by this rank
         self._requeuing = 0  # SLURM's signal received by any rank
         self.begun = False
+        self.is_announced = True
         self._num_common_batches = 0
 
     def attach(self, trainer: pl.Trainer) -> None:
@@ -81,7 +83,7 @@ class StopOnSignal(pl.Callback):
             os._exit(128 + signum)
         if not self._received:
             self._received = signum
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and self.is_announced:
                 note = f"\n{_name(signum)}: stopping after this step; Ctrl-C now stops at once\n"
                 os.write(2, note.encode())  # buffered writes are not safe in a signal handler
 
@@ -115,15 +117,19 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Add the command that resumes the run to an error such as that of a full disk."""
-        if not isinstance(exception, OSError) or trainer.state.fn != TrainerFn.FITTING:
-            return
+        if isinstance(exception, OSError) and (how := self.how_to_resume(trainer)) is not None:
+            exception.add_note(f"then {how}")
+
+    def how_to_resume(self, trainer: pl.Trainer) -> str | None:
+        """Return ``resume with`` and the command; None if this run has no checkpoint yet."""
         callbacks: list[Any] = trainer.checkpoint_callbacks
-        for callback in callbacks:
-            # The file could also be from an earlier run in the same folder.
-            if getattr(callback, "has_saved", False) and callback.file.exists():
-                command = [*_without_ckpt_path(self.command), f"--ckpt_path={callback.file}"]
-                exception.add_note(f"then resume with\n{shlex.join(command)}")
-                return
+        if trainer.state.fn == TrainerFn.FITTING:
+            for callback in callbacks:
+                # The file could also be from an earlier run in the same folder.
+                if getattr(callback, "has_saved", False) and callback.file.exists():
+                    command = [*_without_ckpt_path(self.command), f"--ckpt_path={callback.file}"]
+                    return f"resume with\n{shlex.join(command)}"
+        return None
 
     def _exchange(self, trainer: pl.Trainer) -> None:
         """Take the signals that any rank has received. Call it on all ranks."""
@@ -140,9 +146,9 @@ class StopOnSignal(pl.Callback):
             self._handlers.save_and_requeue(self._requeuing)
             self._requeuing = self._requeue = 0
         if self.stopping:
-            raise _interrupted(trainer, self.stopping, self._how_to_resume(trainer))
+            raise _interrupted(trainer, self.stopping, self._where_it_stopped(trainer))
 
-    def _how_to_resume(self, trainer: pl.Trainer) -> str:
+    def _where_it_stopped(self, trainer: pl.Trainer) -> str:
         stopped = f"{_name(self.stopping)}: stopped after step {trainer.global_step}"
         callbacks = trainer.checkpoint_callbacks
         files = [callback.file for callback in callbacks if hasattr(callback, "file")]

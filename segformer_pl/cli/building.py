@@ -70,7 +70,8 @@ def _build(config: Namespace, command: str) -> None:
     environment = LightningEnvironment()  # and not that of a Slurm job in which this may run
     trainer = Trainer(**{**built["trainer"], "plugins": [environment]})
     if command == "fit":
-        built["model"].trainer = trainer
+        built["model"].trainer = built["data"].trainer = trainer
+        trainer.datamodule = built["data"]  # type: ignore[attr-defined]
         built["model"].configure_optimizers()
         _try_forward(built, lambda: parser(command).instantiate(config)[command]["model"].network)
 

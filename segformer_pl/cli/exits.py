@@ -1,14 +1,17 @@
 """Error messages and exit statuses of commands that fail or are interrupted."""
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from segformer_pl.atomic import WriteError
-from segformer_pl.callbacks import Interrupted
+from segformer_pl.callbacks import Interrupted, LostRank
+from segformer_pl.callbacks.watchdog import record_for_torchrun
 from segformer_pl.errors import INTERRUPTED, find_user_error
 from segformer_pl.lightning_workarounds import came_from_restoring
 
@@ -23,6 +26,7 @@ def exits() -> Iterator[None]:
     exception                  message                                  exit status
     =========================  =======================================  =====================
     a user's error             ``error: ...``, one sentence             1
+    another rank has failed    the same, once per machine               1
     SIGTERM or Ctrl-C          the command to resume with, if any       128 + signal number
     any other                  the traceback, as it is a bug            1
     =========================  =======================================  =====================
@@ -41,6 +45,15 @@ def exits() -> Iterator[None]:
         raise
     except Exception as error:
         sentence = explain(error)
+        lost = find_user_error(error)
+        if not isinstance(lost, LostRank):
+            record_for_torchrun(error)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            # Its closing table shows the rank that failed first, by whole seconds. So a rank that
+            # ends because of another one must not end in the same second.
+            time.sleep(1)
+        if isinstance(lost, LostRank) and lost.is_printed:
+            sys.exit(1)
         if sentence is None:
             raise
         sys.exit("; ".join([f"error: {sentence}", *getattr(error, "__notes__", [])]))

@@ -30,6 +30,7 @@ from segformer_pl.callbacks import (
     RunReport,
     StopOnSignal,
 )
+from segformer_pl.callbacks.distributed import attach_to_ranks, use_possible_batch_norm
 from segformer_pl.callbacks.history import RunConfig, continue_wandb, keep_history
 from segformer_pl.callbacks.progress import StepProgressBar
 from segformer_pl.checkpoints.run_checkpoint import read_checkpoint, read_previous
@@ -240,6 +241,9 @@ class SegformerCLI(SettingsWinCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.stop_on_signal = StopOnSignal([*PROG.split(), *self.arguments])
         self.stop_on_signal.attach(trainer)
+        attach_to_ranks(trainer)
+        if given["sync_batchnorm"] and self.subcommand in ("fit", None):
+            use_possible_batch_norm(trainer)
         return trainer
 
     def before_fit(self) -> None:

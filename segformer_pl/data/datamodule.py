@@ -216,7 +216,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
         return self._description["first_sample"] + num_steps * self._description["samples_per_step"]
 
     @property
-    def _samples_per_step(self) -> int:
+    def samples_per_step(self) -> int:
+        """Training images of an optimiser step over all ranks, the global batch."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         return self.batch_size * self._world_size * accumulate
 
@@ -226,7 +227,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
             "num_rows": sum(source.group_rows),
             "fingerprint": source.fingerprint,
             "seed": self.seed,
-            "samples_per_step": self._samples_per_step,
+            "samples_per_step": self.samples_per_step,
             "labels": describe_labels(self.entry.labels),
         }
 
@@ -261,7 +262,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
         current = self._describe(source) | {"first_step": step, "first_sample": self.consumed}
         saved, self._saved = self._saved, None
         if saved:
-            self._check_resumption(saved, current, step)
+            module = self.trainer.lightning_module if self.trainer else None
+            self._check_resumption(saved, current, step, module)
             if saved["samples_per_step"] == current["samples_per_step"]:
                 current |= {key: saved.get(key, 0) for key in ("first_step", "first_sample")}
             else:
@@ -297,13 +299,16 @@ class StreamingSegmentationData(pl.LightningDataModule):
             )
 
     @staticmethod
-    def _check_resumption(saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
+    def _check_resumption(
+        saved: dict[str, Any], current: dict[str, Any], step: int, module: Any
+    ) -> None:
         """Check that a saved description is of the current data and of whole steps.
 
         Args:
             saved: State in the checkpoint.
             current: Description of this training.
             step: Optimiser steps of the checkpoint.
+            module: LightningModule of this training.
 
         Raises:
             UserError: The data, the seed or the position do not agree.
@@ -343,11 +348,14 @@ class StreamingSegmentationData(pl.LightningDataModule):
                 "its weights with --model.weights"
             )
         if size != current["samples_per_step"]:
+            rate = "model.lr stays as it is, unless model.reference_batch_size is given"
+            if getattr(module, "reference_batch_size", None) is not None:
+                rate = "the learning rate is scaled in proportion (model.reference_batch_size)"
             rank_zero_warn(
                 f"the interrupted run trained on {size} samples per step, this one trains on "
                 f"{current['samples_per_step']} (devices x data.batch_size x "
                 f"accumulate_grad_batches); it resumes at sample {consumed}, but its steps are no "
-                "longer those of the interrupted run"
+                f"longer those of the interrupted run, and {rate}"
             )
 
     def _count_batches_of_steps(self) -> None:
@@ -376,10 +384,10 @@ class StreamingSegmentationData(pl.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         in_training = self._description and self.trainer is not None and self.trainer.training
-        if in_training and self._samples_per_step != self._description["samples_per_step"]:
+        if in_training and self.samples_per_step != self._description["samples_per_step"]:
             raise UserError(
                 f"the samples of a step changed from {self._description['samples_per_step']} to "
-                f"{self._samples_per_step} while training, so the number of steps no longer tells "
+                f"{self.samples_per_step} while training, so the number of steps no longer tells "
                 "how many were consumed; keep accumulate_grad_batches and data.batch_size fixed"
             )
         for name, why in batch.get("skipped", {}).items():

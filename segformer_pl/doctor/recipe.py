@@ -118,11 +118,6 @@ def examine_recipe(
             "scaled to 0 to 1; divide both by 255",
         )
     synchronized = synchronizes_batch_norm(trainer)
-    if synchronized and trainer.strategy.root_device.type != "cuda":
-        examination.error(
-            "recipe",
-            "trainer.sync_batchnorm works on GPUs only; remove it to train with plain BatchNorm",
-        )
     has_batch_norm = _uses_batch_statistics(task.network)
     is_single_image = data.batch_size == 1 and not (synchronized and trainer.world_size > 1)
     if has_batch_norm and is_single_image:

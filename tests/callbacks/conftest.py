@@ -1,4 +1,11 @@
-"""Fixtures of the tests of callbacks: the command of a short training."""
+"""Fixtures of the tests of callbacks: the command of a short training, and code on ranks."""
+
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
 
 import pytest
 
@@ -21,3 +28,58 @@ def fit(tmp_path):
         "last_checkpoint.every_n_train_steps": 1,
     }
     return ["fit", *(f"--{key}={value}" for key, value in settings.items())]
+
+
+@pytest.fixture(scope="session")
+def torchrun_environments():
+    """Function (world size) -> environment variables that torchrun sets, by rank."""
+
+    def environments(world_size):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
+        shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        shared |= {"TORCHELASTIC_RUN_ID": "1"}
+        return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world_size)]
+
+    return environments
+
+
+@pytest.fixture(scope="module")
+def on_ranks(torchrun_environments, tmp_path_factory):
+    """Function (function, world size) -> what the function returns on each rank, in processes.
+
+    The processes are forks of this one, and trainers in them belong to one process group. If the
+    function raises, the result is the exception's text.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+
+    def call(function, world_size=2, timeout=120):
+        folder = tmp_path_factory.mktemp("ranks")
+        processes = []
+        for rank, environment in enumerate(torchrun_environments(world_size)):
+            process = os.fork()
+            if not process:
+                os.environ.update(environment)
+                try:
+                    result = function(rank)
+                except BaseException as error:
+                    traceback.print_exc()
+                    result = f"{type(error).__name__}: {error}"
+                (folder / str(rank)).write_bytes(pickle.dumps(result))
+                os._exit(0)
+            processes.append(process)
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            while not os.waitpid(process, os.WNOHANG)[0]:
+                if time.monotonic() > deadline:
+                    for one in processes:
+                        os.kill(one, signal.SIGKILL)
+                    pytest.fail(f"the ranks have not ended within {timeout} s")
+                time.sleep(0.01)
+        files = [folder / str(rank) for rank in range(world_size)]
+        return [pickle.loads(file.read_bytes()) for file in files]
+
+    return call

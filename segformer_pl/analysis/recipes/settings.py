@@ -60,7 +60,7 @@ def settings(values: Mapping[str, Any], source: str, prefix: str = "") -> tuple[
     return tuple(Setting(prefix + key, value, source) for key, value in values.items())
 
 
-# Runs of versions without these settings had AdamW, and a decay to 0.
+# Runs of versions without these settings had AdamW, a decay to 0, and unscaled learning rates.
 EARLIER = (NOT_STATED,)
 
 
@@ -80,6 +80,7 @@ def adamw(
         *settings(values, src, "model."),
         Setting("model.optimizer", "adamw", src, EARLIER),
         Setting("model.min_lr", 0, src, EARLIER),
+        Setting("model.reference_batch_size", None, src, EARLIER),
     )
 
 
@@ -97,7 +98,8 @@ def sgd(
         "min_lr": min_lr,
         "layer_decay": 1,
     }
-    return settings(values, src, "model.")
+    unscaled = Setting("model.reference_batch_size", None, src, EARLIER)
+    return (*settings(values, src, "model."), unscaled)
 
 
 def cross_entropy(average: str, src: str) -> tuple[Setting, ...]:

@@ -17,6 +17,7 @@ from segformer_pl.analysis.report.curves import CROSS_ENTROPY, draw_charts
 from segformer_pl.analysis.report.evaluation_details import Details, describe
 from segformer_pl.analysis.report.results import Results, class_colors, last_results
 from segformer_pl.analysis.run import Resumption, Run, Series
+from segformer_pl.analysis.throughput import is_shown
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
@@ -70,6 +71,7 @@ def write_report(run: Run) -> Path:
                 else []
             ),
             figures=[figure for figure in figures if figure],
+            throughput=run.throughput if is_shown(run.throughput) else None,
             worst=_figures(run, "worst", "Images with the highest loss"),
             scope=scope(config) if config else "",
             departures=departures(config) if config else [],

@@ -1,5 +1,6 @@
 """The page shows the files of the run, escaped, and loads nothing from elsewhere."""
 
+import json
 import math
 import re
 
@@ -121,6 +122,20 @@ def test_resumptions_are_marked_and_their_changes_listed(folder):
     assert page.row("8") == ["trainer.max_steps", "20", "90"]
     assert page.row("15") == ["no", "setting", "changed"]
     assert "steps trained 20 of 90: not finished" in page.text
+
+
+def test_throughput_of_several_ranks_names_the_straggler(folder):
+    folder.plant(folder.training(40))
+    assert "Throughput" not in folder.page().text
+    totals = {"images": 800, "batches": 100, "seconds": 50.0, "data_seconds": 1.0}
+    ranks = [{"rank": i, **totals, "forward_seconds": 10.0 + 2 * (i == 70)} for i in range(100)]
+    content = {"first_step": 20, "last_step": 40, "accumulate": 1, "ranks": ranks}
+    (folder.path / "throughput.json").write_text(json.dumps(content))
+    page = folder.page()
+    assert "Throughput steps 21 to 40 1,600.0 images per second on 100 ranks" in page.text
+    assert "Rank 70 computes longer than the median of the other ranks, by 12 % of" in page.text
+    assert page.row("70") == ["16.0", "2.0", "%", "120.0"]
+    assert "The 16 ranks of 100 whose data and computation take the longest" in page.text
 
 
 def test_changed_arguments_of_callbacks_are_listed_one_by_one(folder):
