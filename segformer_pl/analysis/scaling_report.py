@@ -130,11 +130,11 @@ def table(predictions: Sequence[Prediction], loader_images_per_second: float | N
         line = (
             f"{row.num_devices:>7}{row.num_nodes:>6}{row.local_batch:>7}{step:>10.2f}"
             f"{compute:>10.2f}{reduce:>9.3f}{exposed:>9.3f}{synchronous:>8.3f}"
-            f"{row.images_per_second:>11.1f}{row.efficiency:>7.0%}"
-            f"{row.node_images_per_second:>8.0f}"
+            f"{_rate(row.images_per_second):>11}{row.efficiency:>7.0%}"
+            f"{_rate(row.node_images_per_second):>8}"
         )
         if loader_images_per_second is not None:
-            line += f"{loader_images_per_second * row.devices_in_node:>8.0f}"
+            line += f"{_rate(loader_images_per_second * row.devices_in_node):>8}"
         lines.append(line)
     lines += [
         "",
@@ -145,6 +145,12 @@ def table(predictions: Sequence[Prediction], loader_images_per_second: float | N
         *(["they can deliver"] if is_known else []),
     ]
     return "\n".join(lines)
+
+
+def _rate(images_per_second: float) -> str:
+    """Return a rate with two decimals below 10, one below 100 and none above."""
+    decimals = 2 if images_per_second < 10 else 1 if images_per_second < 100 else 0
+    return f"{images_per_second:.{decimals}f}"
 
 
 def as_dict(

@@ -40,8 +40,9 @@ MAX_MEASURED_BATCH = {"cpu": 4, "cuda": 16}
 NUM_REGIONS = 3  # regions of one label along each side of an image
 CPU_WARNING = (
     "The step was measured on this machine's CPU and not on a device of the stated node. Slow "
-    "computation hides communication, so these efficiencies are far above those of GPUs. Run the "
-    "command on one GPU of the cluster."
+    "computation hides communication, so these efficiencies are far above those of GPUs; run the "
+    "command on one GPU of the cluster. The columns reduce and sync do not depend on it: on any "
+    "device, their sum is the most that communication adds to a step."
 )
 
 
@@ -105,7 +106,8 @@ def scaling(arguments: list[str]) -> None:
         f"pixels, {own['num_classes']} classes, {own['precision']}\n\n"
     )
     for note in notes:
-        sys.stdout.write(fill(note, 98, initial_indent="- ", subsequent_indent="  ") + "\n")
+        lines = fill(note, 98, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        sys.stdout.write(f"{lines}\n")
     sys.stdout.write(f"\n{table(rows, loaded)}\n")
 
 
