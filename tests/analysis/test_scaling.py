@@ -237,12 +237,12 @@ def test_buckets_and_collectives_are_those_of_ddp(gloo, build, shape, bucket_cap
     assert len(ours.buckets) > 1
     num_values = [sum(ours.num_values[i] for i in bucket) for bucket in ours.buckets]
     assert ", ".join(str(4 * number) for number in num_values) == log["rebuilt_bucket_sizes"]
-    # The workers of gloo may start two all-reduces in either order.
+    # The two threads of gloo may start collectives in either order.
     assert sorted(num_values) == sorted(sizes["gloo:all_reduce"])
     # float32 statistics, and int64 counters of batches
     assert len(ours.broadcast_bytes) == len(sizes["gloo:broadcast"]) == 2
     broadcast = [b // n for b, n in zip(ours.broadcast_bytes, (4, 8), strict=True)]
-    assert broadcast == sizes["gloo:broadcast"]
+    assert sorted(broadcast) == sorted(sizes["gloo:broadcast"])
     # Planted faults: the order of registration, its reverse, and no small first bucket.
     registered = list(range(len(parameters)))
     faults = [(registered, bucket_cap_mb), (registered[::-1], bucket_cap_mb), (order, 25)]
