@@ -13,6 +13,7 @@ from segformer_pl.commands.erf import erf
 from segformer_pl.commands.predict import predict
 from segformer_pl.commands.profile import profile
 from segformer_pl.commands.robustness import robustness
+from segformer_pl.commands.scaling import scaling
 from segformer_pl.commands.test_time import evaluate_at_test_time
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -22,5 +23,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "test_time": evaluate_at_test_time,
     "erf": erf,
     "profile": profile,
+    "scaling": scaling,
     "convert": convert,
 }
