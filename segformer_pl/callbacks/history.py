@@ -125,8 +125,8 @@ class MetricsWriter(ExperimentWriter):
 class RunHistory(pl.Callback):
     """Keeps one consistent history in the run folder of a resumed run.
 
-    When training starts from a checkpoint, rows and files of later steps are set aside
-    (:func:`rewind`), since these steps are trained again::
+    When training starts, rows and files of later steps are set aside (:func:`rewind`), since these
+    steps are trained again::
 
         first process     1  2  3  4  5  6  killed     checkpoint at step 4
         resumed                       5  6  7  8       rows 5 and 6 of the first process set aside
@@ -176,12 +176,11 @@ class RunHistory(pl.Callback):
         if not trainer.is_global_zero or not has_history:
             return
         folder = run_folder(trainer)
-        if trainer.ckpt_path is not None:
-            aside = rewind(folder, trainer.global_step)
-            if aside is not None:
-                rank_zero_info(
-                    f"rows and files of steps after {trainer.global_step} were moved to {aside}"
-                )
+        # Also without a checkpoint: a run that was killed before its first one may start anew.
+        if (aside := rewind(folder, trainer.global_step)) is not None:
+            rank_zero_info(
+                f"rows and files of steps after {trainer.global_step} were moved to {aside}"
+            )
         atomic_write_text(folder / FINDINGS_FILE, json.dumps(self.findings, indent=1) + "\n")
         data = getattr(trainer, "datamodule", None)
         state = {} if data is None else data.state_dict()
