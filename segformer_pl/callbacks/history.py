@@ -38,6 +38,7 @@ from segformer_pl.analysis.run import (
 )
 from segformer_pl.atomic import WriteError, atomic_write_text, make_writable_folder
 from segformer_pl.callbacks.figures import run_folder
+from segformer_pl.callbacks.run_lock import RunLock
 
 
 class RunLogger(CSVLogger):
@@ -137,13 +138,19 @@ class RunHistory(pl.Callback):
 
     Attributes:
         findings: Messages about implausible settings, written to ``findings.json`` for the report.
+        is_locked: Whether training waits until no other process trains in the run folder.
     """
 
     def __init__(self) -> None:
         self.findings: list[str] = []
+        self.is_locked = False
+        self._lock: RunLock | None = None
         self._is_unsaved = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_locked and trainer.is_global_zero:
+            self._lock = RunLock(run_folder(trainer))
+            self._lock.acquire()
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.trainer = trainer
@@ -152,6 +159,17 @@ class RunHistory(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.trainer = None  # a later validation is not part of it
+        self._unlock()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -162,7 +162,6 @@ class StopOnSignal(pl.Callback):
             is_elastic = isinstance(environment, TorchElasticEnvironment)
             return Interrupted(128 + signum if is_elastic else 0)
         is_requeued = self.resumes_by_itself and signum not in (signal.SIGTERM, signal.SIGINT)
-        is_requeued &= getattr(environment, "auto_requeue", True)
         return Interrupted(128 + signum, message, _slurm_job() if is_requeued else None)
 
     def _how_to_resume(self, trainer: pl.Trainer) -> str:

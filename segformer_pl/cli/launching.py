@@ -100,7 +100,8 @@ def launch_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
         os.environ["SLURM_NTASKS_PER_NODE"] = str(num_local)
         os.environ["SLURM_NNODES"] = str(num_nodes)
         os.environ["SLURM_NODELIST"] = os.environ["SLURM_STEP_NODELIST"]
-        arguments["plugins"] = [*plugins, SLURMEnvironment()]
+        # StopOnSignal requeues.
+        arguments["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
     return arguments
 
 

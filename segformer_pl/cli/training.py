@@ -232,7 +232,7 @@ class SegformerCLI(SettingsWinCLI):
             )
         place_below_root(config["trainer"])
         settings = self._stored_settings()
-        self.is_named = True
+        self.is_named = self.history.is_locked = True
         self.run_dir = named_folder(config["run_name"], settings["trainer"]["logger"])
         file = own_checkpoint(self.run_dir, config, settings)
         config.ckpt_path = None if file is None else str(file)
