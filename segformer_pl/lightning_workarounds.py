@@ -30,25 +30,21 @@ class SettingsWinCLI(LightningCLI):
 
 
 class SignalHandlers(_SignalConnector):
-    """Signal handlers for a trainer that only call two functions.
+    """Signal handlers for a trainer that only call one function.
 
     Lightning's handler for SIGTERM communicates with the other ranks inside the handler, ends the
     run with status 0 in the middle of a step, and ignores the signal outside of a training. Its
-    handler for SLURM's signal saves in the middle of a step. The trainer accepts handlers only
-    through its signal connector.
+    handler for Slurm's signal, SIGUSR1 by default, saves and requeues in the middle of a step, also
+    in the data-loader workers. The trainer accepts handlers only through its signal connector.
 
     Args:
         trainer: Trainer to install the handlers in.
-        stop: Function that receives the number of SIGTERM or SIGINT.
-        requeue: Function that receives the number of SLURM's signal.
+        stop: Function that receives the number of SIGTERM, SIGINT or Slurm's signal.
     """
 
-    def __init__(
-        self, trainer: pl.Trainer, stop: Callable[[int], None], requeue: Callable[[int], None]
-    ) -> None:
+    def __init__(self, trainer: pl.Trainer, stop: Callable[[int], None]) -> None:
         super().__init__(trainer)
         self._stop = stop
-        self._requeue = requeue
         trainer._signal_connector = self
 
     def register_signal_handlers(self) -> None:
@@ -56,16 +52,29 @@ class SignalHandlers(_SignalConnector):
         # A shell makes background processes ignore Ctrl-C; leave that as it is.
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._register_signal(signal.SIGINT, self._sigterm_notifier_fn)
+        # Other schedulers and torchrun send it too, and without a handler it kills.
+        usr1 = getattr(signal, "SIGUSR1", None)
+        if usr1 is not None and not self._has_already_handler(usr1):
+            self._register_signal(usr1, self._sigterm_notifier_fn)
 
     def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
         self._stop(int(signum))
 
     def _slurm_sigusr_handler_fn(self, signum: Any, _: Any) -> None:
-        self._requeue(int(signum))
+        self._stop(int(signum))
 
-    def save_and_requeue(self, signum: int) -> None:
-        """Save a checkpoint and requeue the job, as Lightning does. Call it on all ranks."""
-        super()._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
+
+class _OwnCheckpoints(_CheckpointConnector):
+    _hpc_resume_path = None
+
+
+def ignore_checkpoints_of_other_jobs(trainer: pl.Trainer) -> None:
+    """Load no checkpoint but that of ``ckpt_path``.
+
+    In a job of Slurm without ``ckpt_path``, Lightning loads the newest ``hpc_ckpt_*.ckpt`` in
+    ``trainer.default_root_dir``, which all tasks of an array and all experiments share.
+    """
+    trainer._checkpoint_connector = _OwnCheckpoints(trainer)
 
 
 def replaces_samplers(trainer: pl.Trainer) -> bool:

@@ -383,8 +383,7 @@ class SegmentationTask(pl.LightningModule):
         rank_zero_info(str(report))
 
     def on_fit_start(self) -> None:
-        # Not in setup: Lightning has not resolved there whether a checkpoint will be loaded, which
-        # also happens without ckpt_path when a cluster job is requeued.
+        # Not in setup: Lightning has not resolved there whether a checkpoint will be loaded.
         self._start_from_weights(is_training=True)
         self._last_step = self.trainer.global_step
         if self.reference_batch_size is not None:

@@ -20,9 +20,8 @@ wait for it::
     attempt 2                         9 ... 24
     kept        steps 1 2 3 4 5 6 7 8 9 ... 24    must equal an uninterrupted run
 
-SIGTERM and SIGINT end a run after the current step, so no step may be repeated after them. SIGUSR1,
-which means something only under Slurm, ends a process like SIGKILL. The checkpoints are on another
-file system than the temporary folder.
+SIGTERM, SIGINT and SIGUSR1 end a run after the current step, so no step may be repeated after them.
+The checkpoints are on another file system than the temporary folder.
 
 Two records of the samples, neither of them made by the code under test, are compared:
 
@@ -64,7 +63,7 @@ STEPS, SAMPLES_PER_STEP, NUM_ROWS = 24, 12, 50
 ACCUMULATED = {1: (1, 2, 3, 4), 2: (1, 2, 3), 3: (1, 2, 4), 4: (1, 3)}  # by number of ranks
 SINGLE_IMAGES = {ranks: (SAMPLES_PER_STEP // ranks,) for ranks in ACCUMULATED}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACEFUL = (signal.SIGTERM, signal.SIGINT)
+GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TIMEOUT = 300  # seconds for one attempt, or for one to end after a signal; a hang is a failure
 LOSS_TOLERANCE = 1e-3  # relative; AdamW amplifies rounding
 Step = list[tuple[str, int]]

@@ -13,11 +13,12 @@ DATA_PATH = "data.path"
 CALLBACKS = "trainer.callbacks."
 # Settings in which a resumption may differ without training differently: where files are stored,
 # and the checkpoint that it starts from.
-NOT_OF_A_PART = ("ckpt_path", "trainer.logger.", "trainer.default_root_dir")
+NOT_OF_A_PART = ("ckpt_path", "run_name.", "trainer.logger.", "trainer.default_root_dir")
 # Where a run is stored and how it is executed. Neither changes what is trained; in particular, the
 # order of the samples does not depend on the number of data-loader workers.
 NOT_COMPARED = (
     f"{SEED}.",
+    "run_name.",
     "weights_only.",
     "last_checkpoint.",
     "trainer.default_root_dir.",

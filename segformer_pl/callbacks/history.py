@@ -40,6 +40,7 @@ from segformer_pl.analysis.run import (
 )
 from segformer_pl.atomic import WriteError, atomic_write_text, make_writable_folder
 from segformer_pl.callbacks.figures import run_folder
+from segformer_pl.callbacks.run_lock import RunLock
 
 
 class RunLogger(CSVLogger):
@@ -127,8 +128,8 @@ class MetricsWriter(ExperimentWriter):
 class RunHistory(pl.Callback):
     """Keeps one consistent history in the run folder of a resumed run.
 
-    When training starts from a checkpoint, rows and files of later steps are set aside
-    (:func:`rewind`), since these steps are trained again::
+    When training starts, rows and files of later steps are set aside (:func:`rewind`), since these
+    steps are trained again::
 
         first process     1  2  3  4  5  6  killed     checkpoint at step 4
         resumed                       5  6  7  8       rows 5 and 6 of the first process set aside
@@ -141,13 +142,19 @@ class RunHistory(pl.Callback):
 
     Attributes:
         findings: Messages about implausible settings, written to ``findings.json`` for the report.
+        is_locked: Whether training waits until no other process trains in the run folder.
     """
 
     def __init__(self) -> None:
         self.findings: list[str] = []
+        self.is_locked = False
+        self._lock: RunLock | None = None
         self._is_unsaved = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_locked and trainer.is_global_zero:
+            self._lock = RunLock(run_folder(trainer))
+            self._lock.acquire()
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.trainer = trainer
@@ -156,6 +163,17 @@ class RunHistory(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.trainer = None  # a later validation is not part of it
+        self._unlock()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -180,12 +198,11 @@ class RunHistory(pl.Callback):
         if not trainer.is_global_zero or not has_history:
             return
         folder = run_folder(trainer)
-        if trainer.ckpt_path is not None:
-            aside = rewind(folder, trainer.global_step)
-            if aside is not None:
-                rank_zero_info(
-                    f"rows and files of steps after {trainer.global_step} were moved to {aside}"
-                )
+        # Also without a checkpoint: a run that was killed before its first one may start anew.
+        if (aside := rewind(folder, trainer.global_step)) is not None:
+            rank_zero_info(
+                f"rows and files of steps after {trainer.global_step} were moved to {aside}"
+            )
         atomic_write_text(folder / FINDINGS_FILE, json.dumps(self.findings, indent=1) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

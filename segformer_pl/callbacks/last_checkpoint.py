@@ -73,6 +73,12 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        if (step := trainer.strategy.broadcast(trainer.global_step)) != trainer.global_step:
+            raise UserError(
+                f"ckpt_path: rank {trainer.global_rank} has read step {trainer.global_step} from "
+                f"{trainer.ckpt_path!r} and rank 0 step {step}, so their nodes see different "
+                "files; put it on a disk that all nodes share, or start again after a minute"
+            )
         if not trainer.fit_loop.epoch_loop.restarting:
             return
         self._last_global_step_saved = trainer.global_step  # the loaded one

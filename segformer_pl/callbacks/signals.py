@@ -1,8 +1,10 @@
-"""SIGTERM and Ctrl-C: end a training after a complete step, and print how to resume it."""
+"""SIGTERM, Ctrl-C and Slurm's signal: end a training after a complete step, to be resumed."""
 
 import os
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from functools import partial
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
@@ -22,15 +25,17 @@ class Interrupted(SystemExit):
     Args:
         code: Exit status, usually 128 + signal number.
         message: Last message to the user; may be empty.
+        job: Job of Slurm to requeue once the run has ended; None for none.
     """
 
-    def __init__(self, code: int, message: str = "") -> None:
+    def __init__(self, code: int, message: str = "", job: str | None = None) -> None:
         super().__init__(code)
         self.message = message
+        self.job = job
 
 
 class StopOnSignal(pl.Callback):
-    """Ends ``fit`` after the step in which any rank receives SIGTERM or Ctrl-C.
+    """Ends ``fit`` after the step in which any rank receives SIGTERM, Ctrl-C or SIGUSR1.
 
     The signal handler only stores the signal. After every optimiser step, the ranks take the
     maximum of their stored signals, so all ranks end after the same step::
@@ -39,12 +44,18 @@ class StopOnSignal(pl.Callback):
         rank 1     step 7     max(0, 0) = 0      step 8, SIGTERM     max(0, 15) = 15     end
 
     In a validation, they exchange signals before every batch that all ranks have.
-    :class:`~segformer_pl.callbacks.LastCheckpoint` then saves, the exit status is 143 (SIGTERM) or
-    130 (Ctrl-C), and the last line of output is the command that resumes the run. Before the first
-    step, and on a second Ctrl-C, the run ends at once.
+    :class:`~segformer_pl.callbacks.LastCheckpoint` then saves, and the exit status is 143
+    (SIGTERM), 130 (Ctrl-C) or 138 (SIGUSR1). A single rank ends at once before the first step, and
+    any number of ranks on a second Ctrl-C.
+
+    SIGUSR1 is what ``sbatch --signal=USR1@120`` sends before the time limit. The job is then
+    requeued, if its command resumes by itself; otherwise the last line of output is the command
+    that resumes. In the validation after the last step the signal is ignored, since nothing would
+    be left to train.
 
     Args:
         command: Command line of this run, from which the command that resumes it is made.
+        resumes_by_itself: Whether the same command line continues the run.
 
     Attributes:
         stopping: Number of the signal once all ranks have exchanged it; 0 before.
@@ -52,12 +63,11 @@ class StopOnSignal(pl.Callback):
         is_announced: Whether a line of output confirms a signal.
     """
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], resumes_by_itself: bool = False) -> None:
         self.command = command
+        self.resumes_by_itself = resumes_by_itself
         self.stopping = 0
         self._received = 0  # signal received by this rank
-        self._requeue = 0  # SLURM's signal received by this rank
-        self._requeuing = 0  # SLURM's signal received by any rank
         self.begun = False
         self.is_announced = True
         self._num_common_batches = 0
@@ -66,18 +76,17 @@ class StopOnSignal(pl.Callback):
         """Insert this as the first callback of a trainer and install its signal handlers."""
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         # Launchers that spawn processes pickle the trainer, and a lambda cannot be pickled.
-        receive = partial(self.receive, trainer)
-        self._handlers = SignalHandlers(trainer, stop=receive, requeue=self._note_requeue)
-
-    def _note_requeue(self, signum: int) -> None:
-        self._requeue = signum
+        self._handlers = SignalHandlers(trainer, stop=partial(self.receive, trainer))
 
     def receive(self, trainer: pl.Trainer, signum: int) -> None:
-        """Handle SIGTERM or SIGINT."""
-        if trainer.state.fn != TrainerFn.FITTING or not self.begun:
+        """Handle SIGTERM, SIGINT or SIGUSR1."""
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        if not is_fit and signum not in (signal.SIGTERM, signal.SIGINT):
+            return  # the rest of an evaluation may take less time than is left
+        # Of several ranks, one that ended at once would leave the others waiting for it.
+        if not is_fit or (not self.begun and trainer.world_size == 1):
             _signal_children(trainer, signum)
-            nothing = ", nothing was trained" if trainer.state.fn == TrainerFn.FITTING else ""
-            raise _interrupted(trainer, signum, f"{_name(signum)}: stopped{nothing}")
+            raise self._interrupted(trainer, signum, _nothing_trained(signum, is_fit))
         if self._received and signum == signal.SIGINT:
             _signal_children(trainer, signal.SIGKILL)
             os._exit(128 + signum)
@@ -91,6 +100,8 @@ class StopOnSignal(pl.Callback):
         self.begun, self._received, self.stopping = False, 0, 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        if not self.begun:
+            self._exchange(trainer)
         self._act(trainer)
         self.begun = True
 
@@ -99,7 +110,8 @@ class StopOnSignal(pl.Callback):
             self._exchange(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._num_common_batches = _num_common_batches(trainer) if self.begun else 0
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        self._num_common_batches = _num_common_batches(trainer) if is_fit else 0
 
     def on_validation_batch_start(
         self,
@@ -109,7 +121,7 @@ class StopOnSignal(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.begun and batch_idx < self._num_common_batches:
+        if batch_idx < self._num_common_batches:
             self._exchange(trainer)
             self._act(trainer)
 
@@ -127,26 +139,35 @@ class StopOnSignal(pl.Callback):
             for callback in callbacks:
                 # The file could also be from an earlier run in the same folder.
                 if getattr(callback, "has_saved", False) and callback.file.exists():
+                    if self.resumes_by_itself:
+                        return "resume with the same command"
                     command = [*_without_ckpt_path(self.command), f"--ckpt_path={callback.file}"]
                     return f"resume with\n{shlex.join(command)}"
         return None
 
     def _exchange(self, trainer: pl.Trainer) -> None:
         """Take the signals that any rank has received. Call it on all ranks."""
-        self.stopping, self._requeuing = self._received, self._requeue
+        self.stopping = self._received
         if trainer.world_size > 1:
-            signals = torch.tensor(
-                [self.stopping, self._requeuing], device=trainer.strategy.root_device
-            )
-            dist.all_reduce(signals, dist.ReduceOp.MAX)
-            self.stopping, self._requeuing = signals.tolist()
+            stopping = torch.tensor(self.stopping, device=trainer.strategy.root_device)
+            dist.all_reduce(stopping, dist.ReduceOp.MAX)
+            self.stopping = int(stopping)
+        if self.stopping not in (0, signal.SIGTERM, signal.SIGINT) and _is_last_step(trainer):
+            self.stopping = self._received = 0
 
     def _act(self, trainer: pl.Trainer) -> None:
-        if self._requeuing:
-            self._handlers.save_and_requeue(self._requeuing)
-            self._requeuing = self._requeue = 0
         if self.stopping:
-            raise _interrupted(trainer, self.stopping, self._where_it_stopped(trainer))
+            raise self._interrupted(trainer, self.stopping, self._where_it_stopped(trainer))
+
+    def _interrupted(self, trainer: pl.Trainer, signum: int, message: str) -> Interrupted:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if not trainer.is_global_zero:
+            # torchrun restarts ranks that failed. But `srun --kill-on-bad-exit` and Lightning kill
+            # rank 0, which has not ended yet, if another rank fails.
+            is_elastic = isinstance(environment, TorchElasticEnvironment)
+            return Interrupted(128 + signum if is_elastic else 0)
+        is_requeued = self.resumes_by_itself and signum not in (signal.SIGTERM, signal.SIGINT)
+        return Interrupted(128 + signum, message, _slurm_job() if is_requeued else None)
 
     def _where_it_stopped(self, trainer: pl.Trainer) -> str:
         stopped = f"{_name(self.stopping)}: stopped after step {trainer.global_step}"
@@ -156,12 +177,40 @@ class StopOnSignal(pl.Callback):
             return f"{stopped}; nothing was saved, trainer.enable_checkpointing is false"
         # A resumed run that made no step has saved nothing: resume from the same file again.
         saved = files[0] if files[0].exists() else trainer.ckpt_path
+        if saved is None:
+            return _nothing_trained(self.stopping)
         command, how = _without_ckpt_path(self.command), "resume with"
         if _is_last_step(trainer):
             how = "all steps are done, evaluate with"
             command = ["validate" if argument == "fit" else argument for argument in command]
+        elif self.resumes_by_itself:
+            return f"{stopped}, saved in {saved}; the same command resumes"
         command.append(f"--ckpt_path={saved}")
         return f"{stopped}, saved in {saved}; {how}\n{shlex.join(command)}"
+
+
+def requeue(job: str) -> str | None:
+    """Requeue a job of Slurm, which ends all its processes; -> why that failed, or None."""
+    if shutil.which("scontrol") is None:
+        return "there is no scontrol here, so the batch script has to do it"
+    try:
+        command = ["scontrol", "requeue", job]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else " ".join(done.stderr.split())
+
+
+def _slurm_job() -> str | None:
+    """Return the id by which Slurm requeues this job; None outside of one."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        # The job id of one of the tasks is that of the whole array.
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def _nothing_trained(signum: int, is_fit: bool = True) -> str:
+    return f"{_name(signum)}: stopped{', nothing was trained' if is_fit else ''}"
 
 
 def _is_last_step(trainer: pl.Trainer) -> bool:
@@ -189,16 +238,6 @@ def _signal_children(trainer: pl.Trainer, signum: int) -> None:
     """Send a signal to the ranks that this process has started."""
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signum)
-
-
-def _interrupted(trainer: pl.Trainer, signum: int, message: str) -> Interrupted:
-    if trainer.is_global_zero:
-        return Interrupted(128 + signum, message)
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    external = environment is not None and environment.creates_processes_externally
-    # If a process that rank 0 started exits with an error, Lightning kills rank 0 before it has
-    # ended by itself. So these processes exit with 0.
-    return Interrupted(128 + signum if external else 0)
 
 
 def _name(signum: int) -> str:

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks import Interrupted, LostRank
+from segformer_pl.callbacks.signals import requeue
 from segformer_pl.callbacks.watchdog import record_for_torchrun
 from segformer_pl.errors import INTERRUPTED, find_user_error
 from segformer_pl.lightning_workarounds import came_from_restoring
@@ -27,7 +28,7 @@ def exits() -> Iterator[None]:
     =========================  =======================================  =====================
     a user's error             ``error: ...``, one sentence             1
     another rank has failed    the same, once per machine               1
-    SIGTERM or Ctrl-C          the command to resume with, if any       128 + signal number
+    SIGTERM, Ctrl-C, SIGUSR1   how to resume, if that is possible       128 + signal number
     any other                  the traceback, as it is a bug            1
     =========================  =======================================  =====================
     """
@@ -35,6 +36,11 @@ def exits() -> Iterator[None]:
         yield
     except Interrupted as interrupted:
         sys.stderr.write(f"{interrupted.message}\n" if interrupted.message else "")
+        if interrupted.job is not None:
+            sys.stderr.write(f"requeuing Slurm's job {interrupted.job}\n")
+            sys.stderr.flush()  # Slurm ends this process
+            if (reason := requeue(interrupted.job)) is not None:
+                sys.stderr.write(f"job {interrupted.job} is not requeued: {reason}\n")
         sys.exit(interrupted.code)
     except KeyboardInterrupt:
         sys.stderr.write("Ctrl-C: stopped\n")

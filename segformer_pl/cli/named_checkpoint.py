@@ -1,6 +1,5 @@
-"""The file that ``--ckpt_path last``, ``best`` or ``hpc`` stands for."""
+"""The file that ``--ckpt_path last`` or ``best`` stands for."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from segformer_pl.analysis.run import LAST_CHECKPOINT, Run
 from segformer_pl.checkpoints.run_checkpoint import read_checkpoint
 from segformer_pl.errors import UserError
 
-NAMED = ("last", "best", "hpc")
+NAMED = ("last", "best")
 # Settings that must agree for two runs to be one experiment: the network, its training and data.
 SAME_EXPERIMENT = (
     "seed_everything",
@@ -22,6 +21,8 @@ SAME_EXPERIMENT = (
 )
 # Those of them that only affect how batches are read and how the network is evaluated.
 FREE = ("model.inference.", "data.eval_batch_size", "data.num_workers", "data.on_bad_sample")
+# Those of them that change with the number of devices.
+DIVISION = ("data.batch_size", "trainer.accumulate_grad_batches")
 # Settings that must agree for a command that only evaluates.
 EVALUATED = ("model.network.", "data.dataset")
 
@@ -33,11 +34,10 @@ def named_checkpoint(name: str, config: Any, settings: dict[str, Any], is_fit: b
     ``last``   The newest ``last.ckpt`` below the logger's folder and name, or the one in
                ``last_checkpoint.dirpath``.
     ``best``   The checkpoint with the best monitored metric of that same run.
-    ``hpc``    The newest one that a requeued SLURM job left in ``trainer.default_root_dir``.
     =========  ===================================================================================
 
     Args:
-        name: One of the three names.
+        name: One of the two names.
         config: Settings of the command, as parsed.
         settings: Settings of the command as plain data, in the form that a run folder stores.
         is_fit: Whether the command trains.
@@ -45,10 +45,9 @@ def named_checkpoint(name: str, config: Any, settings: dict[str, Any], is_fit: b
     Raises:
         UserError: There is no such checkpoint, or the newest run is another experiment.
     """
-    if name == "hpc":
-        return _hpc(Path(config.trainer.default_root_dir or "."))
     last = _last(name, config)
-    _refuse_another_experiment(last, settings, is_fit)
+    compared = SAME_EXPERIMENT if is_fit else EVALUATED
+    refuse_another_experiment(last, "the newest run", settings, compared, FREE)
     return last if name == "last" else _best(last)
 
 
@@ -72,10 +71,45 @@ def _last(name: str, config: Any) -> Path:
     return max(files, key=lambda file: file.stat().st_mtime_ns)
 
 
-def _refuse_another_experiment(last: Path, here: dict[str, Any], is_fit: bool) -> None:
+def own_checkpoint(run_dir: Path, config: Any, settings: dict[str, Any]) -> Path | None:
+    """Return the last checkpoint of the run that ``fit --run_name`` names; None if there is none.
+
+    Args:
+        run_dir: Run folder.
+        config: Settings of the command, as parsed.
+        settings: Settings of the command as plain data, in the form that a run folder stores.
+
+    Raises:
+        UserError: The run is another experiment.
+    """
+    last_checkpoint = config.get("last_checkpoint")
+    dirpath = None if last_checkpoint is None else last_checkpoint.dirpath
+    last = Run(run_dir).last_checkpoint if dirpath is None else Path(dirpath) / LAST_CHECKPOINT
+    if not last.is_file():
+        return None
+    # The run may have been given other devices than at its start.
+    free = (*FREE, *DIVISION)
+    refuse_another_experiment(last, "the run of this name", settings, SAME_EXPERIMENT, free)
+    return last
+
+
+def refuse_another_experiment(
+    last: Path,
+    run_name: str,
+    here: dict[str, Any],
+    compared: tuple[str, ...],
+    free: tuple[str, ...],
+) -> None:
     """Raise UserError if the run of a checkpoint has other settings than the command.
 
     The logger's name has a default, so runs of different experiments can share a folder.
+
+    Args:
+        last: Last checkpoint of the run.
+        run_name: What the run is called in the message.
+        here: Settings of the command.
+        compared: Beginnings of the settings that must agree.
+        free: Beginnings of those that need not.
     """
     run = Run.of(last)
     if run is None:
@@ -86,12 +120,11 @@ def _refuse_another_experiment(last: Path, here: dict[str, Any], is_fit: bool) -
         return
     if not there:
         return
-    compared = SAME_EXPERIMENT if is_fit else EVALUATED
     different = {
         key: values
         for key, values in changes(there, here).items()
         if f"{key}.".startswith(compared)
-        and not f"{key}.".startswith(FREE)
+        and not f"{key}.".startswith(free)
         and not (key == "data.path" and _is_same_path(*values))
     }
     if different:
@@ -101,7 +134,7 @@ def _refuse_another_experiment(last: Path, here: dict[str, Any], is_fit: bool) -
             for key, (then, now) in different.items()
         )
         raise UserError(
-            f"ckpt_path: the newest run, {str(last.parent.parent)!r}, is another experiment: "
+            f"ckpt_path: {run_name}, {str(last.parent.parent)!r}, is another experiment: "
             f"{differences}; give the path of the checkpoint that is meant, such as {last}"
         )
 
@@ -141,17 +174,3 @@ def _best(last: Path) -> Path:
     raise UserError(
         f"ckpt_path: the best checkpoint of the run, {str(file)!r}, does not exist; give another"
     )
-
-
-def _hpc(folder: Path) -> Path:
-    numbered = {
-        int(match[1]): file
-        for file in folder.glob("hpc_ckpt_*.ckpt")
-        if (match := re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", file.name))
-    }
-    if not numbered:
-        raise UserError(
-            f"ckpt_path: there is no {str(folder / 'hpc_ckpt_*.ckpt')!r}; give the checkpoint's "
-            "path, or leave ckpt_path out to train from the start"
-        )
-    return numbered[max(numbered)]

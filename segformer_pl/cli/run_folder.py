@@ -49,6 +49,32 @@ def place_below_root(trainer: Any) -> None:
         )
 
 
+def named_folder(name: str, logger: Any) -> Path:
+    """Return the run folder of ``fit --run_name NAME``: ``NAME`` below the first logger's folder.
+
+    Args:
+        name: Name of the run.
+        logger: Value of ``trainer.logger`` as plain data.
+
+    Raises:
+        UserError: The first logger is no CSVLogger or has a version, or the name is no file name.
+    """
+    first = logger[0] if isinstance(logger, list) and logger else logger
+    if not isinstance(first, dict) or first.get("class_path") != CSV_LOGGER:
+        raise UserError(
+            f"run_name: {name!r} is a folder of the first logger, but that is no CSVLogger; use one"
+        )
+    arguments = first.get("init_args") or {}
+    if arguments.get("version") is not None:
+        raise UserError(
+            f"run_name: the run is called {name!r} here and {arguments['version']!r} in "
+            "trainer.logger.init_args.version; give one of them"
+        )
+    if Path(name).name != name:
+        raise UserError(f"run_name: {name!r} is no name of a folder; leave out slashes and dots")
+    return Path(arguments.get("save_dir") or ".", arguments.get("name") or "", name)
+
+
 def find_continuation(
     ckpt_path: str, step: int, logger: Any, damaged: Path | None = None
 ) -> Continuation:

@@ -34,11 +34,13 @@ from segformer_pl.callbacks.distributed import attach_to_ranks, use_possible_bat
 from segformer_pl.callbacks.history import RunConfig, continue_wandb, keep_history
 from segformer_pl.callbacks.progress import StepProgressBar
 from segformer_pl.checkpoints.run_checkpoint import read_checkpoint, read_previous
-from segformer_pl.cli.named_checkpoint import NAMED, named_checkpoint
+from segformer_pl.cli.launching import launch_arguments
+from segformer_pl.cli.named_checkpoint import NAMED, named_checkpoint, own_checkpoint
 from segformer_pl.cli.resumption import check_settings
 from segformer_pl.cli.run_folder import (
     DEFAULT_LOGGER,
     find_continuation,
+    named_folder,
     place_below_root,
     refuse_used_folder,
 )
@@ -53,7 +55,7 @@ from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine_settings
 from segformer_pl.errors import UserError, find_user_error
-from segformer_pl.lightning_workarounds import SettingsWinCLI
+from segformer_pl.lightning_workarounds import SettingsWinCLI, ignore_checkpoints_of_other_jobs
 from segformer_pl.task import SegmentationTask
 from segformer_pl.yaml_file import Loader
 
@@ -89,7 +91,8 @@ class SegformerCLI(SettingsWinCLI):
     ) -> None:
         self.arguments = sys.argv[1:] if args is None else args
         self.history = RunHistory()
-        self.continued_run: Path | None = None  # run folder of a resumed run
+        self.run_dir: Path | None = None  # that of a resumed run, or the one that --run_name names
+        self.is_named = False  # by --run_name, so that the same command line resumes
         self.damaged_checkpoint: Path | None = None
         self.checkpoint_step = 0
         super().__init__(
@@ -145,6 +148,12 @@ class SegformerCLI(SettingsWinCLI):
             compute_fn=_num_classes,
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.add_argument(
+            "--run_name",
+            type=str | None,
+            help="name of the run folder, below that of the logger; if it holds a checkpoint from "
+            "an earlier start of the same command, training continues from there",
+        )
         # add_lightning_class_args would pass it to every trainer, but instantiate_trainer leaves it
         # out where checkpointing is off.
         parser.add_class_arguments(LastCheckpoint, "last_checkpoint", fail_untyped=False)
@@ -173,6 +182,8 @@ class SegformerCLI(SettingsWinCLI):
         check_trainer(config["trainer"])
         place_below_root(config["trainer"])
         self._find_run_folder(config)
+        # Not in config.yaml, which is also given to `validate` and to further trainings.
+        config["run_name"] = None
 
     def _read_checkpoint(self, config: Namespace) -> None:
         """Read the checkpoint of ``ckpt_path`` and compare it with the settings.
@@ -180,6 +191,8 @@ class SegformerCLI(SettingsWinCLI):
         This comes before anything is built, so a refusal leaves no run folder behind.
         """
         ckpt_path, command = config.get("ckpt_path"), self.subcommand
+        if config["run_name"] is not None:
+            ckpt_path = self._find_own_checkpoint(config)
         if ckpt_path is None:
             if command in ("validate", "test") and not config.model.weights:
                 rank_zero_warn(
@@ -191,8 +204,9 @@ class SegformerCLI(SettingsWinCLI):
         if ckpt_path in NAMED:
             # The trainer would search this run's own, empty folder, and train without a checkpoint.
             place_below_root(config["trainer"])
-            settings = yaml.load(self.parser.dump(self.config, skip_none=False), Loader)[command]
-            ckpt_path = str(named_checkpoint(ckpt_path, config, settings, command == "fit"))
+            ckpt_path = str(
+                named_checkpoint(ckpt_path, config, self._stored_settings(), command == "fit")
+            )
             rank_zero_info(f"ckpt_path: {config.ckpt_path} is {ckpt_path}")
             config.ckpt_path = ckpt_path
         try:
@@ -209,19 +223,48 @@ class SegformerCLI(SettingsWinCLI):
         settings = self.plain_config()
         check_settings(checkpoint, ckpt_path, settings["model"], settings["data"], command == "fit")
 
+    def _stored_settings(self) -> dict[str, Any]:
+        """Return the settings of the command in the form that a run folder stores."""
+        text = self.parser.dump(self.config, skip_none=False)
+        return yaml.load(text, Loader)[self.subcommand]
+
+    def _find_own_checkpoint(self, config: Namespace) -> str | None:
+        """Return the checkpoint of the run that ``--run_name`` names, if there is one."""
+        if self.subcommand != "fit":
+            raise UserError(
+                f"run_name is the name of a training; leave it out of {self.subcommand}"
+            )
+        if config.ckpt_path is not None:
+            raise UserError(
+                f"run_name: {config['run_name']!r} continues from its own checkpoint, but "
+                f"ckpt_path is {config.ckpt_path!r}; give one of them"
+            )
+        place_below_root(config["trainer"])
+        settings = self._stored_settings()
+        self.is_named = self.history.is_locked = True
+        self.run_dir = named_folder(config["run_name"], settings["trainer"]["logger"])
+        file = own_checkpoint(self.run_dir, config, settings)
+        config.ckpt_path = None if file is None else str(file)
+        return config.ckpt_path
+
     def _find_run_folder(self, config: Namespace) -> None:
         """Choose the run folder: that of the resumed run, or one that no other run has used."""
         command, ckpt_path = self.subcommand, config.get("ckpt_path")
         logger = self.plain_config(skip_none=False)["trainer"]["logger"]
-        if command == "fit" and ckpt_path and Path(ckpt_path).is_file():
-            self.continued_run, sentence = find_continuation(
+        if self.run_dir is not None:
+            # Without a checkpoint, an earlier start may have ended before its first one. RunHistory
+            # sets aside what that has logged.
+            begins = f"continues from step {self.checkpoint_step}" if ckpt_path else "begins"
+            rank_zero_info(f"the run in {self.run_dir} {begins}")
+        elif command == "fit" and ckpt_path and Path(ckpt_path).is_file():
+            self.run_dir, sentence = find_continuation(
                 ckpt_path, self.checkpoint_step, logger, self.damaged_checkpoint
             )
             rank_zero_info(sentence)
-        if command is not None and self.continued_run is None:
+        if command is not None and self.run_dir is None:
             refuse_used_folder(logger)
-        if self.continued_run is not None:
-            continue_wandb(config["trainer"]["logger"], Run(self.continued_run))
+        if self.run_dir is not None and ckpt_path:
+            continue_wandb(config["trainer"]["logger"], Run(self.run_dir))
             # A new name, so that the configuration of the start is not overwritten.
             self.save_config_kwargs["config_filename"] = resumed_config_name(self.checkpoint_step)
 
@@ -235,11 +278,15 @@ class SegformerCLI(SettingsWinCLI):
             callbacks = [*callbacks, StepProgressBar()]
         if given["enable_checkpointing"] is not False:
             callbacks = [*callbacks, built["last_checkpoint"]]
-        logger = keep_history(given["logger"], self.continued_run)
-        trainer = super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
+        logger = keep_history(given["logger"], self.run_dir)
+        launch = launch_arguments(given)
+        trainer = super().instantiate_trainer(
+            logger=logger, callbacks=callbacks, **launch, **kwargs
+        )
+        ignore_checkpoints_of_other_jobs(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user gave none
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        self.stop_on_signal = StopOnSignal([*PROG.split(), *self.arguments])
+        self.stop_on_signal = StopOnSignal([*PROG.split(), *self.arguments], self.is_named)
         self.stop_on_signal.attach(trainer)
         attach_to_ranks(trainer)
         if given["sync_batchnorm"] and self.subcommand in ("fit", None):

@@ -29,6 +29,7 @@ from segformer_pl.lightning_workarounds import replaces_samplers, set_batches_th
 # Samples per device after which training stops if no pixel had a label, or warns if all labelled
 # pixels had the same class.
 UNLABELLED_SAMPLES = 256
+GROUP_SIGNALS = ("SIGINT", "SIGUSR1", "SIGUSR2")  # from terminals and job schedulers
 SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # log key -> split
 
 
@@ -180,7 +181,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
                 "that gives each rank its samples; use Trainer(use_distributed_sampler=False)"
             )
         rank = self.trainer.global_rank if self.trainer else 0
-        return DataLoader(
+        return _SignalSafeLoader(
             samples,
             batch_size=batch_size,
             sampler=RankSampler(samples.order, rank, self._world_size, batch_size, **start),
@@ -460,13 +461,27 @@ class StreamingSegmentationData(pl.LightningDataModule):
             self._judge_labels()  # not with several ranks, where another may have had labels
 
 
+class _SignalSafeLoader(DataLoader[Sample]):
+    """A DataLoader whose workers start with signals blocked, until they ignore them."""
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        signals = {signal.SIGTERM, *(getattr(signal, name) for name in GROUP_SIGNALS)}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(worker: int) -> None:
     """Ignore signals in a worker, except a SIGTERM that its parent sends.
 
     Ctrl-C and the signals of job schedulers reach the whole process group. If a worker ended, the
     training could not finish its current step.
     """
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+    for name in GROUP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # without it, any SIGTERM ends the worker

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import socket
 
 import pytest
 import torch
@@ -57,3 +58,23 @@ def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_ranks_that_read_different_files_of_one_name_are_refused(fit, tmp_path, start_command):
+    """The cache of a file server can show one node an older last checkpoint than another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    commands = []
+    for rank in "01":
+        folder = tmp_path / rank
+        main([*fit, f"--trainer.max_steps={1 + int(rank)}", f"--last_checkpoint.dirpath={folder}"])
+        arguments = [*fit, "--trainer.max_steps=9", "--ckpt_path=last.ckpt"]
+        variables = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        commands.append(start_command(arguments, folder=folder, **variables))
+    assert commands[1].wait() == 1
+    assert "rank 1 has read step 2 from 'last.ckpt' and rank 0 step 1" in commands[1].output
+    assert commands[0].wait() != 0

@@ -89,7 +89,9 @@ def last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+    ("signum", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)],
+    ids=["SIGTERM", "Ctrl-C", "SIGUSR1"],
 )
 def test_fit_ends_after_the_step_and_prints_how_to_resume(run, has_event, tmp_path, signum, status):
     command = run("fit", trainer__accumulate_grad_batches=3)
@@ -101,7 +103,7 @@ def test_fit_ends_after_the_step_and_prints_how_to_resume(run, has_event, tmp_pa
     assert consumed == step * 6
     assert "Traceback" not in command.output
     message, how = command.output.splitlines()[-2:]
-    name = "SIGTERM" if signum == signal.SIGTERM else "Ctrl-C"
+    name = "Ctrl-C" if signum == signal.SIGINT else signum.name
     assert message == f"{name}: stopped after step {step}, saved in {file}; resume with"
     assert how.startswith("python -m segformer_pl fit --model.network=")
     if signum == signal.SIGTERM:
@@ -254,32 +256,58 @@ def test_two_ranks_end_a_validation_of_11_and_10_images(run, has_event, tmp_path
 
 
 def test_slurm_requeues_after_a_complete_step(run, has_event, tmp_path):
-    """Lightning's own requeuing saves in the middle of a step, and fails with worker processes."""
+    """Also one task of an array, and beside the checkpoint of another job of Lightning.
+
+    tests/cluster/test_slurm.py does it on a real Slurm.
+    """
     tools, calls = tmp_path / "bin", tmp_path / "calls"
     tools.mkdir()
     (tools / "scontrol").write_text(f"#!/bin/sh\necho $* >> {calls}\n")
     (tools / "scontrol").chmod(0o755)
-    environment = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1"}
-    environment |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost"}
-    environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    torch.save({"state_dict": {}}, tmp_path / "hpc_ckpt_1.ckpt")
+    environment = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "7"}
+    environment |= {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
     environment["PATH"] = f"{tools}:{os.environ['PATH']}"
     settings = {"environment": environment, "trainer__accumulate_grad_batches": 3}
-    settings["trainer__default_root_dir"] = tmp_path / "root"
-    settings["trainer__logger__save_dir"] = tmp_path / "root" / "runs"
-    command = run("fit", **settings)
+    command = run("fit", "--run_name=first", **settings)
     command.wait_for(lambda: has_event("batch 2"))
     os.killpg(command.pid, signal.SIGUSR1)
-    command.wait_for(calls.exists)
-    os.killpg(command.pid, signal.SIGTERM)
-    assert command.wait() == 143
-    assert calls.read_text() == "requeue 77\n"
-    checkpoint = torch.load(tmp_path / "root" / "hpc_ckpt_1.ckpt", weights_only=True)
-    step, consumed = (
-        checkpoint["global_step"],
-        checkpoint["StreamingSegmentationData"]["consumed"],
-    )
+    assert command.wait() == 138
+    file, step, consumed = last(tmp_path)
+    assert file == tmp_path / "runs" / "unnamed" / "first" / "checkpoints" / "last.ckpt"
     assert step >= 2
     assert consumed == step * 6
-    again = run("fit", **settings | {"trainer__max_steps": step + 1})
-    assert again.wait() == 0, again.output
-    assert "hpc_ckpt_1.ckpt" in again.output
+    assert command.output.endswith(
+        f"SIGUSR1: stopped after step {step}, saved in {file}; the same command resumes\n"
+        "requeuing Slurm's job 70_7\n"
+    )
+    assert calls.read_text() == "requeue 70_7\n"
+
+    (tools / "scontrol").write_text("#!/bin/sh\necho Access denied >&2\nexit 1\n")
+    command = run("fit", "--run_name=first", **settings)
+    command.wait_for(lambda: has_event(f"batch {step + 1}"))
+    os.killpg(command.pid, signal.SIGUSR1)
+    assert command.wait() == 138
+    assert f"the run in {file.parents[1]} continues from step {step}" in command.output
+    assert command.output.endswith("\njob 70_7 is not requeued: Access denied\n")
+
+
+def test_sigusr1_in_the_last_validation_is_ignored(run, has_event, tmp_path):
+    """A requeued job would have no step left, and no validation."""
+    settings = {"trainer__val_check_interval": 2, "trainer__max_steps": 2}
+    command = run("fit", "--run_name=first", validation=0.1, **settings)
+    command.wait_for(lambda: has_event("validation 2"))
+    os.killpg(command.pid, signal.SIGUSR1)
+    assert command.wait() == 0
+    assert (tmp_path / "events").read_text().count("validation 2\n") == 21
+
+
+def test_two_ranks_stop_alike_before_the_first_step(run, has_event, tmp_path):
+    """A rank that ended at once would leave the other waiting in its first step."""
+    commands = ranks(run, "fit", validation=0.2, trainer__num_sanity_val_steps=20)
+    commands[0].wait_for(lambda: has_event("validation 0"))
+    os.kill(commands[1].pid, signal.SIGTERM)
+    assert [command.wait() for command in commands] == [143, 143]
+    assert commands[0].output.splitlines()[-1] == "SIGTERM: stopped, nothing was trained"
+    assert "Traceback" not in commands[0].output + commands[1].output
+    assert not has_event("batch 0")

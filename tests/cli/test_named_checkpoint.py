@@ -1,4 +1,4 @@
-"""``--ckpt_path last``, ``best`` and ``hpc``: the file they stand for, or an error."""
+"""``--ckpt_path last`` and ``best``, and ``--run_name``: the file they stand for, or an error."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from segformer_pl.analysis.run import Run
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
 
@@ -38,13 +39,12 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
-@pytest.mark.parametrize("name", ["last", "best", "hpc"])
+@pytest.mark.parametrize("name", ["last", "best"])
 def test_a_name_without_a_file_is_refused(capsys, arguments, tmp_path, command, name):
     """A regression: ``last`` started from step 0 without an error."""
     error = refused(capsys, command, *arguments, "--trainer.max_steps=2", f"--ckpt_path={name}")
     assert error.startswith("error: ckpt_path: ")
-    expected = "hpc_ckpt_" if name == "hpc" else "runs/unnamed/*/checkpoints/last.ckpt"
-    assert expected in error
+    assert "runs/unnamed/*/checkpoints/last.ckpt" in error
     assert not list(tmp_path.rglob("version_*"))
 
 
@@ -81,14 +81,45 @@ def test_names_stand_for_the_newest_run_of_the_configuration(capsys, arguments, 
     assert cli.model.trained_steps == 2
 
 
-def test_hpc_is_the_checkpoint_of_the_newest_requeued_job(capsys, arguments, tmp_path):
-    for number in (2, 10):
-        torch.save({"state_dict": {}}, tmp_path / f"hpc_ckpt_{number}.ckpt")
-    (tmp_path / "hpc_ckpt_old.ckpt").touch()
-    from segformer_pl.cli.named_checkpoint import named_checkpoint
+def test_run_name_starts_a_run_and_then_continues_it(capsys, arguments, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_dir = tmp_path / "runs" / "unnamed" / "007"  # a name, and no number
+    fit = ["fit", *arguments, "--run_name=007", "--trainer.log_every_n_steps=1"]
+    # A start that was killed before its first checkpoint has left logged values.
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics.csv").write_text("epoch,step,train/loss\n0,0,99.0\n")
+    assert main([*fit, "--trainer.max_steps=2"]).trainer.global_step == 2
+    assert "the run in runs/unnamed/007 begins" in caplog.text
+    assert "99.0" not in (run_dir / "metrics.csv").read_text()
+    assert "99.0" in (run_dir / "superseded_after_step_0000000" / "metrics.csv").read_text()
+    # The same global batch, divided as for two devices
+    divided = ["--data.batch_size=1", "--trainer.accumulate_grad_batches=2"]
+    cli = main([*fit, "--trainer.max_steps=3", *divided])
+    assert cli.trainer.global_step == 3
+    assert "the run in runs/unnamed/007 continues from step 2" in caplog.text
+    assert [path.name for path in run_dir.parent.iterdir()] == ["007"]
+    assert Run(run_dir).resumptions[0].step == 2
+    assert list(Run(run_dir).metrics["train/loss"].step) == [1, 2, 3]
+    assert Run(run_dir).config["run_name"] is None
+    # Its configuration, which names no run, is that of other commands too.
+    last = run_dir / "checkpoints" / "last.ckpt"
+    main(["validate", f"--config={run_dir / 'config.yaml'}", f"--ckpt_path={last}"])
+    assert (run_dir.parent / "version_0" / "evaluation").is_dir()
 
-    cli = main([*arguments, "--trainer.max_steps=2"], run=False)
-    assert named_checkpoint("hpc", cli.config, {}, True).name == "hpc_ckpt_10.ckpt"
+
+def test_run_names_that_cannot_be_used_are_refused(capsys, arguments, earlier_runs, tmp_path):
+    fit = ["fit", *arguments, "--trainer.max_steps=2"]
+    assert "another experiment: model.lr is 0.5 here" in refused(
+        capsys, *fit, "--run_name=version_0", "--model.lr=0.5"
+    )
+    error = refused(capsys, *fit, "--run_name=x", "--ckpt_path=last")
+    assert "'x' continues from its own checkpoint, but ckpt_path is 'last'" in error
+    error = refused(capsys, *fit, "--run_name=x", "--trainer.logger.version=y")
+    assert "'x' here and 'y' in trainer.logger.init_args.version" in error
+    assert "is no name of a folder" in refused(capsys, *fit, "--run_name=../x")
+    assert "that is no CSVLogger" in refused(capsys, *fit, "--run_name=x", "--trainer.logger=false")
+    error = refused(capsys, "validate", *arguments, "--run_name=x")
+    assert "name of a training; leave it out of validate" in error
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import multiprocessing
+import subprocess
 import tarfile
+import time
 from itertools import islice
 
 import datasets
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from segformer_pl.data import StreamingSegmentationData
+from segformer_pl.data import StreamingSegmentationData, datamodule
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import ParquetSource, StreamedSource, open_split
@@ -178,3 +181,15 @@ def test_loaders_that_are_read_in_turn(shards, rows, write_shards, num_workers):
     turns = [(next(train)["id"], next(validation)["id"], next(second)["id"]) for _ in range(12)]
     assert [turn[0] for turn in turns] == [turn[2] for turn in turns] == alone
     assert [turn[1] for turn in turns] == [[f"r{number:03d}"] for number in range(12)]
+
+
+def test_a_signal_while_a_worker_starts_does_not_end_it(tmp_path, rows, write_shards, monkeypatch):
+    ignore = datamodule._ignore_signals
+    monkeypatch.setattr(datamodule, "_ignore_signals", lambda rank: (time.sleep(1), ignore(rank)))
+    write_shards(tmp_path / "data", "train", [rows[:8]])
+    data = StreamingSegmentationData(path=tmp_path / "data", batch_size=2, num_workers=2)
+    batches = iter(data.train_dataloader())
+    workers = [str(process.pid) for process in multiprocessing.active_children()]
+    for name in ("TERM", "USR1", "INT"):  # from a scheduler, which is not the parent
+        subprocess.run(["kill", f"-{name}", *workers], check=True)
+    assert len(next(batches)["id"]) == 2
