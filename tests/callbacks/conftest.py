@@ -1,15 +1,15 @@
 """Fixtures of the tests of callbacks: the command of a short training, and code on ranks."""
 
-import os
 import pickle
-import signal
 import socket
-import time
-import traceback
+from pathlib import Path
 
+import cloudpickle
 import pytest
 
 from segformer_pl.data import shapes
+
+PROGRAM = Path(__file__).with_name("run_on_rank.py")
 
 
 @pytest.fixture
@@ -46,40 +46,27 @@ def torchrun_environments():
     return environments
 
 
-@pytest.fixture(scope="module")
-def on_ranks(torchrun_environments, tmp_path_factory):
+@pytest.fixture
+def on_ranks(torchrun_environments, start_command, tmp_path):
     """Function (function, world size) -> what the function returns on each rank, in processes.
 
-    The processes are forks of this one, and trainers in them belong to one process group. If the
-    function raises, the result is the exception's text.
+    The trainers in these processes belong to one process group. If the function raises, the result
+    is the exception's text.
     """
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
 
     def call(function, world_size=2, timeout=120):
-        folder = tmp_path_factory.mktemp("ranks")
-        processes = []
-        for rank, environment in enumerate(torchrun_environments(world_size)):
-            process = os.fork()
-            if not process:
-                os.environ.update(environment)
-                try:
-                    result = function(rank)
-                except BaseException as error:
-                    traceback.print_exc()
-                    result = f"{type(error).__name__}: {error}"
-                (folder / str(rank)).write_bytes(pickle.dumps(result))
-                os._exit(0)
-            processes.append(process)
-        deadline = time.monotonic() + timeout
-        for process in processes:
-            while not os.waitpid(process, os.WNOHANG)[0]:
-                if time.monotonic() > deadline:
-                    for one in processes:
-                        os.kill(one, signal.SIGKILL)
-                    pytest.fail(f"the ranks have not ended within {timeout} s")
-                time.sleep(0.01)
+        folder = tmp_path / "ranks"
+        folder.mkdir()
+        pickled = folder / "function"
+        pickled.write_bytes(cloudpickle.dumps(function))  # pickle takes no function in a function
         files = [folder / str(rank) for rank in range(world_size)]
+        processes = [
+            start_command([pickled, rank, files[rank]], program=PROGRAM, **environment)
+            for rank, environment in enumerate(torchrun_environments(world_size))
+        ]
+        for process, file in zip(processes, files):
+            process.wait(timeout)
+            assert file.exists(), process.output[-3000:]
         return [pickle.loads(file.read_bytes()) for file in files]
 
     return call
