@@ -26,12 +26,15 @@ Schedule = Literal["paper", "mmseg1"]
 MOMENTUM = 0.9  # default of SGD in every published recipe
 
 
-def check_settings(optimizer: str, momentum: float, **others: float) -> None:
+def check_settings(
+    optimizer: str, momentum: float, reference_batch_size: int | None = None, **others: float
+) -> None:
     """Check settings of the optimiser and the schedule.
 
     Args:
         optimizer: Name of the optimiser.
         momentum: Momentum of SGD; AdamW has to have the default.
+        reference_batch_size: Images per step for which the learning rate is stated; at least 1.
         others: Further settings by their names, which have to be finite and not negative.
 
     Raises:
@@ -51,6 +54,32 @@ def check_settings(optimizer: str, momentum: float, **others: float) -> None:
             f"model.momentum is {momentum}, but {optimizer} has no such setting; leave it out, or "
             "give --model.optimizer sgd"
         )
+    if reference_batch_size is not None and reference_batch_size < 1:
+        raise UserError(
+            f"model.reference_batch_size is {reference_batch_size}; give the number of images per "
+            "step, over all devices, for which model.lr is stated"
+        )
+
+
+def lr_factor(reference_batch_size: int | None, data: Any) -> float:
+    """Return the factor of linear scaling on learning rates (Goyal et al. 2017).
+
+    Args:
+        reference_batch_size: Images per step for which the rates are stated; None for any number.
+        data: Data module of the run, whose ``samples_per_step`` is compared with it.
+
+    Raises:
+        UserError: The data module does not state the number of images per step.
+    """
+    if reference_batch_size is None:
+        return 1.0
+    if not hasattr(data, "samples_per_step"):
+        raise UserError(
+            f"model.reference_batch_size is {reference_batch_size}, but {type(data).__name__} has "
+            "no samples_per_step to compare it with; use a data module that states it, or leave "
+            "model.reference_batch_size out"
+        )
+    return data.samples_per_step / reference_batch_size
 
 
 def build_optimizer(

@@ -43,6 +43,7 @@ from segformer_pl.optim import (
     Schedule,
     build_optimizer,
     check_settings,
+    lr_factor,
     parameter_groups,
     poly_with_warmup,
 )
@@ -180,6 +181,7 @@ class SegmentationTask(pl.LightningModule):
         check_settings(
             optimizer,
             momentum,
+            reference_batch_size,
             lr=lr,
             head_lr_mult=head_lr_mult,
             weight_decay=weight_decay,
@@ -187,11 +189,6 @@ class SegmentationTask(pl.LightningModule):
             min_lr=min_lr,
             warmup_steps=warmup_steps,
         )
-        if reference_batch_size is not None and reference_batch_size < 1:
-            raise UserError(
-                f"model.reference_batch_size is {reference_batch_size}; give the number of images "
-                "per step, over all devices, for which model.lr is stated"
-            )
         if not all(0 < value < math.inf for value in image_std):  # NaN compares as false
             raise UserError(
                 f"model.image_std is {list(image_std)}; give finite numbers above 0, because "
@@ -387,10 +384,11 @@ class SegmentationTask(pl.LightningModule):
         self._start_from_weights(is_training=True)
         self._last_step = self.trainer.global_step
         if self.reference_batch_size is not None:
+            factor = self._lr_factor()
             rank_zero_info(
                 f"learning rate: model.lr {self.lr:g} for {self.reference_batch_size} images per "
-                f"step times {self._lr_factor():g} is {self.lr * self._lr_factor():g}, as this run "
-                "has that many times as many images per step (model.reference_batch_size)"
+                f"step times {factor:g} is {self.lr * factor:g}, as this run has that many times "
+                "as many images per step (model.reference_batch_size)"
             )
 
     def on_validation_start(self) -> None:
@@ -473,21 +471,7 @@ class SegmentationTask(pl.LightningModule):
             group["lr"] = group["initial_lr"] * lr_lambda(schedule.last_epoch)
 
     def _lr_factor(self) -> float:
-        """Return the factor of linear scaling on the learning rates.
-
-        Raises:
-            UserError: The data module does not state the number of images per step.
-        """
-        if self.reference_batch_size is None:
-            return 1.0
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "samples_per_step"):
-            raise UserError(
-                f"model.reference_batch_size is {self.reference_batch_size}, but "
-                f"{type(data).__name__} has no samples_per_step to compare it with; use a data "
-                "module that states it, or leave model.reference_batch_size out"
-            )
-        return data.samples_per_step / self.reference_batch_size
+        return lr_factor(self.reference_batch_size, getattr(self.trainer, "datamodule", None))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(

@@ -25,8 +25,6 @@ The folder of a run of an ablation study also holds::
 :class:`Run` is the only reader of these files in the package.
 """
 
-import csv
-import io
 import json
 import re
 from dataclasses import dataclass
@@ -36,7 +34,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import yaml
 
 from segformer_pl.analysis.configuration import (
@@ -52,6 +49,7 @@ from segformer_pl.analysis.evaluation import (
     Evaluation,
     load_evaluation,
 )
+from segformer_pl.analysis.metrics_table import Series, num_steps_trained, read_columns
 from segformer_pl.analysis.throughput import Throughput
 from segformer_pl.errors import UserError
 
@@ -72,38 +70,6 @@ LAST_CHECKPOINT = "last.ckpt"
 FIGURE_FOLDERS = ("predictions", "worst", "erf")
 # Names of files with a step. Each folder has files of one kind.
 NUMBERED = re.compile(r"(?:step|(?:val|test)_step|config_resumed_at_step)_(\d+)\.(?:png|npz|yaml)")
-
-
-@dataclass(frozen=True)
-class Series:
-    """One column of ``metrics.csv``.
-
-    Attributes:
-        step: (N,), number of training steps done, in ascending order.
-        value: (N,), values; some may be nan.
-    """
-
-    step: npt.NDArray[np.int64]
-    value: npt.NDArray[np.float64]
-
-    @property
-    def last(self) -> float:
-        return float(self.value[-1])
-
-
-class Row(NamedTuple):
-    """A row of ``metrics.csv``: line number, number of training steps done, and cells as text."""
-
-    line: int
-    num_steps: int
-    cells: list[str]
-
-
-class Table(NamedTuple):
-    """Header and complete rows of ``metrics.csv``."""
-
-    header: list[str]
-    rows: list[Row]
 
 
 @dataclass(frozen=True)
@@ -359,21 +325,7 @@ class Run:
                 f"no {METRICS_FILE} in {self.folder}, from which the report is made: give the "
                 "folder of one run, logged with Lightning's CSVLogger as the first logger"
             )
-        # Of two rows of one step the later one counts: a resumption trained the step again.
-        values: dict[str, dict[int, float]] = {}
-        table = read_table(self.metrics_file)
-        for row in table.rows:
-            for name, cell in zip(table.header, row.cells, strict=True):
-                if cell and name not in ("step", "epoch"):
-                    try:
-                        values.setdefault(name, {})[row.num_steps] = float(cell)
-                    except ValueError:
-                        raise _not_numbers(self.metrics_file, row) from None
-        columns = {}
-        for name, by_step in values.items():
-            steps = sorted(by_step)
-            columns[name] = Series(np.array(steps), np.array([by_step[step] for step in steps]))
-        return columns
+        return read_columns(self.metrics_file)
 
     @property
     def num_steps(self) -> int:
@@ -451,46 +403,6 @@ def numbered_files(folder: Path) -> list[tuple[int, Path]]:
     """Return the files in a folder that are named by a training step: (step, file), ascending."""
     matches = {file: NUMBERED.fullmatch(file.name) for file in folder.glob("*")}
     return sorted((int(match[1]), file) for file, match in matches.items() if match)
-
-
-def read_table(file: Path) -> Table:
-    """Read the complete rows of ``metrics.csv``; rows without a step are left out.
-
-    A last line without a line break was truncated by a crash. It is left out, because its last cell
-    can lack digits.
-
-    Raises:
-        UserError: A step is not a number.
-    """
-    text = file.read_bytes().decode("utf-8", errors="replace")
-    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    header = next(reader, [])
-    rows: list[Row] = []
-    if "step" not in header:
-        return Table(header, rows)
-    for cells in reader:
-        step = cells[header.index("step")] if len(cells) == len(header) else ""
-        if step:
-            try:
-                rows.append(Row(reader.line_num, int(float(step)) + 1, cells))
-            except ValueError:
-                raise _not_numbers(file, Row(reader.line_num, 0, cells)) from None
-    return Table(header, rows)
-
-
-def num_steps_trained(columns: dict[str, Series]) -> int:
-    """Return the number of training steps that columns cover; 0 without training."""
-    steps = [
-        int(series.step[-1])
-        for name, series in columns.items()
-        # A separate validation writes a single row, with the step of its checkpoint.
-        if name.startswith(("train/", "lr-")) or (name == "val/miou" and len(series.step) > 1)
-    ]
-    return max(steps, default=0)
-
-
-def _not_numbers(file: Path, row: Row) -> UserError:
-    return UserError(f"{file}, line {row.line}: expected numbers, got {row.cells}")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

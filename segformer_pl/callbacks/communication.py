@@ -23,9 +23,8 @@ Compression = Literal["none", "bf16", "fp16", "powersgd"]
 HALF = {"bf16": (torch.bfloat16, bf16_compress_hook), "fp16": (torch.float16, fp16_compress_hook)}
 FLOAT32_GRADIENTS = ("32-true", "16-mixed", "bf16-mixed")
 BACKENDS = ("gloo", "nccl")
-MIN_START = (
-    2  # DDP rebuilds its buckets after the first step, and PowerSGD stores one error of each
-)
+# DDP rebuilds its buckets after the first step, and PowerSGD stores one error of each.
+MIN_START = 2
 
 
 class GradientCompression(pl.Callback):

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import (
 from torch import Tensor
 
 from segformer_pl.analysis.evaluation import EVALUATION_FOLDER
+from segformer_pl.analysis.metrics_table import read_table
 from segformer_pl.analysis.run import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -36,7 +37,6 @@ from segformer_pl.analysis.run import (
     WANDB_FILE,
     Run,
     numbered_files,
-    read_table,
 )
 from segformer_pl.atomic import WriteError, atomic_write_text, make_writable_folder
 from segformer_pl.callbacks.figures import run_folder

@@ -29,7 +29,8 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         every_n_train_steps: Optimiser steps between two checkpoints.
         dirpath: Folder of the checkpoint. Default: ``checkpoints`` in the run folder.
-        keep: Number of checkpoints on the disk, ``last.ckpt`` included.
+        keep: Number of checkpoints on the disk, ``last.ckpt`` included. At a remote path, such as
+            ``s3://``, there is only ``last.ckpt``.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ from typing import Any, NoReturn, get_args
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl import models
-from segformer_pl.errors import UserError, find_user_error
-from segformer_pl.models.segmenter import Segmenter
+from segformer_pl.errors import UserError, brief, find_user_error
+from segformer_pl.models.segmenter import Segmenter, check_segmenter
 from segformer_pl.yaml_file import check_sections, read_mapping, read_yaml
 
 PROG = "python -m segformer_pl"
@@ -82,6 +82,50 @@ def find_segmenter(name: str) -> Callable[..., Segmenter]:
             "package; see segformer_pl.models.segmenter"
         )
     return build
+
+
+def add_network_options(
+    parser: LightningArgumentParser, arguments: Sequence[str]
+) -> Callable[..., Segmenter] | None:
+    """Add the arguments of the network that a command names first, without ``num_classes``.
+
+    Args:
+        parser: Parser of the command.
+        arguments: Command-line arguments, ``MODEL`` first.
+
+    Returns:
+        The class or function that builds the network; None if no network is named.
+
+    Raises:
+        UserError: There is no such network.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return None
+    build = find_segmenter(arguments[0])
+    if inspect.isclass(build):
+        parser.add_class_arguments(build, skip={"num_classes"}, instantiate=False)
+    else:
+        parser.add_function_arguments(build, skip={"num_classes"})
+    return build
+
+
+def build_network(name: str, build: Callable[..., Segmenter], **arguments: Any) -> Segmenter:
+    """Build the network that a command names, and check that it is a segmenter.
+
+    Args:
+        name: Name of the network, for messages.
+        build: Its class or function.
+        arguments: Arguments of ``build``.
+
+    Raises:
+        UserError: The arguments do not fit, or the result is no segmenter.
+    """
+    try:
+        network = build(**arguments)
+    except Exception as error:  # any type: the constructor may be the user's
+        raise UserError(f"{name} cannot be built with these arguments: {brief(error)}") from error
+    check_segmenter(network)
+    return network
 
 
 def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:

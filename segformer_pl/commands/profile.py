@@ -1,6 +1,5 @@
 """``profile MODEL``: parameters, multiply-adds, memory and latency of a network."""
 
-import inspect
 import json
 import sys
 
@@ -11,11 +10,11 @@ from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import (
     PROG,
     SegformerArgumentParser,
-    find_segmenter,
+    add_network_options,
+    build_network,
     segmenter_names,
 )
-from segformer_pl.errors import UserError, brief
-from segformer_pl.models.segmenter import check_segmenter
+from segformer_pl.errors import UserError
 
 
 def profile(arguments: list[str]) -> None:
@@ -67,13 +66,7 @@ def profile(arguments: list[str]) -> None:
         default="float32",
         help="data type of weights and image when latency is measured",
     )
-    build = None
-    if arguments and not arguments[0].startswith("-"):
-        build = find_segmenter(arguments[0])
-        if inspect.isclass(build):
-            parser.add_class_arguments(build, skip={"num_classes"}, instantiate=False)
-        else:
-            parser.add_function_arguments(build, skip={"num_classes"})
+    build = add_network_options(parser, arguments)
     options = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
     if build is None:
         parser.error("give MODEL first, then its options")
@@ -82,11 +75,7 @@ def profile(arguments: list[str]) -> None:
     if min(height, width, options["num_classes"]) < 1:
         raise UserError("--size and --num_classes: give integers of at least 1")
     device = resolve_device(device)
-    try:
-        network = build(**options)
-    except Exception as error:  # any type: the constructor may be the user's
-        raise UserError(f"{name} cannot be built with these arguments: {brief(error)}") from error
-    check_segmenter(network)
+    network = build_network(name, build, **options)
     cost = complexity(network, height, width)
     sys.stderr.write("measuring latency ...\n")
     latency = measure_latency(network, height, width, device, dtype)

@@ -1,6 +1,5 @@
 """``scaling MODEL --global_batch N``: expected speed of a training on 1 to 1024 devices."""
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -22,16 +21,16 @@ from segformer_pl.analysis.scaling import (
 )
 from segformer_pl.analysis.scaling_report import as_dict, assumptions, table
 from segformer_pl.analysis.step_time import StepTimes, time_steps
-from segformer_pl.checkpoints.networks import brief
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.parser import (
     PROG,
     SegformerArgumentParser,
-    find_segmenter,
+    add_network_options,
+    build_network,
     segmenter_names,
 )
-from segformer_pl.errors import UserError
-from segformer_pl.models.segmenter import Segmenter, check_segmenter
+from segformer_pl.errors import UserError, brief
+from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.optim import build_optimizer, parameter_groups
 from segformer_pl.task import SegmentationTask
 
@@ -58,13 +57,7 @@ def scaling(arguments: list[str]) -> None:
     """
     parser = _parser()
     own_options = {action.dest for action in parser._actions}
-    build = None
-    if arguments and not arguments[0].startswith("-"):
-        build = find_segmenter(arguments[0])
-        if inspect.isclass(build):
-            parser.add_class_arguments(build, skip={"num_classes"}, instantiate=False)
-        else:
-            parser.add_function_arguments(build, skip={"num_classes"})
+    build = add_network_options(parser, arguments)
     settings = parser.instantiate_classes(parser.parse_args(arguments))
     if build is None:
         parser.error("give MODEL first, then its options")
@@ -213,11 +206,7 @@ def _task(
     name: str, build: Callable[..., Segmenter], arguments: dict[str, Any]
 ) -> SegmentationTask:
     """Return the task of a training with the default recipe; its buffers are broadcast by DDP."""
-    try:
-        network = build(**arguments)
-    except Exception as error:  # any type: the constructor may be the user's
-        raise UserError(f"{name} cannot be built with these arguments: {brief(error)}") from error
-    check_segmenter(network)
+    network = build_network(name, build, **arguments)
     classes = range(network.num_classes)
     mean = (0.5,) * network.in_channels
     return SegmentationTask(

@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import socket
 
 import pytest
 import torch
@@ -61,20 +60,16 @@ def flip_a_bit(file):
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_ranks_that_read_different_files_of_one_name_are_refused(fit, tmp_path, start_command):
+def test_ranks_that_read_different_files_of_one_name_are_refused(
+    fit, tmp_path, start_command, torchrun_environments
+):
     """The cache of a file server can show one node an older last checkpoint than another."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     commands = []
-    for rank in "01":
-        folder = tmp_path / rank
-        main([*fit, f"--trainer.max_steps={1 + int(rank)}", f"--last_checkpoint.dirpath={folder}"])
+    for rank, environment in enumerate(torchrun_environments(2)):
+        folder = tmp_path / str(rank)
+        main([*fit, f"--trainer.max_steps={1 + rank}", f"--last_checkpoint.dirpath={folder}"])
         arguments = [*fit, "--trainer.max_steps=9", "--ckpt_path=last.ckpt"]
-        variables = shared | {"RANK": rank, "LOCAL_RANK": rank}
-        commands.append(start_command(arguments, folder=folder, **variables))
+        commands.append(start_command(arguments, folder=folder, **environment))
     assert commands[1].wait() == 1
     assert "rank 1 has read step 2 from 'last.ckpt' and rank 0 step 1" in commands[1].output
     assert commands[0].wait() != 0

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -221,22 +220,20 @@ def test_other_commands_end_with_one_line_on_ctrl_c(start_command, folder):
     assert "Traceback" not in command.output
 
 
-def ranks(run, *arguments, **settings):
-    """The command on two ranks, started as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "1"}
-    settings |= {"trainer__devices": 2, "trainer__strategy": "ddp", "data__num_workers": 1}
-    return [
-        run(*arguments, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, **settings)
-        for rank in "01"
-    ]
+@pytest.fixture
+def ranks(run, torchrun_environments):
+    """Function that starts a command on two ranks, as torchrun does."""
+
+    def start(*arguments, **settings):
+        settings |= {"trainer__devices": 2, "trainer__strategy": "ddp", "data__num_workers": 1}
+        environments = torchrun_environments(2)
+        return [run(*arguments, environment=one, **settings) for one in environments]
+
+    return start
 
 
-def test_two_ranks_end_after_the_same_step(run, has_event, tmp_path):
-    commands = ranks(run, "fit", trainer__accumulate_grad_batches=2)
+def test_two_ranks_end_after_the_same_step(ranks, has_event, tmp_path):
+    commands = ranks("fit", trainer__accumulate_grad_batches=2)
     commands[0].wait_for(lambda: has_event("batch 2"))
     os.kill(commands[1].pid, signal.SIGTERM)
     assert [command.wait() for command in commands] == [143, 143]
@@ -247,8 +244,8 @@ def test_two_ranks_end_after_the_same_step(run, has_event, tmp_path):
     assert "resume with" not in commands[1].output
 
 
-def test_two_ranks_end_a_validation_of_11_and_10_images(run, has_event, tmp_path):
-    commands = ranks(run, "fit", validation=0.3, trainer__val_check_interval=2)
+def test_two_ranks_end_a_validation_of_11_and_10_images(ranks, has_event, tmp_path):
+    commands = ranks("fit", validation=0.3, trainer__val_check_interval=2)
     commands[0].wait_for(lambda: has_event("validation 2"))
     os.kill(commands[1].pid, signal.SIGTERM)
     assert [command.wait() for command in commands] == [143, 143]
@@ -302,9 +299,9 @@ def test_sigusr1_in_the_last_validation_is_ignored(run, has_event, tmp_path):
     assert (tmp_path / "events").read_text().count("validation 2\n") == 21
 
 
-def test_two_ranks_stop_alike_before_the_first_step(run, has_event, tmp_path):
+def test_two_ranks_stop_alike_before_the_first_step(ranks, has_event, tmp_path):
     """A rank that ended at once would leave the other waiting in its first step."""
-    commands = ranks(run, "fit", validation=0.2, trainer__num_sanity_val_steps=20)
+    commands = ranks("fit", validation=0.2, trainer__num_sanity_val_steps=20)
     commands[0].wait_for(lambda: has_event("validation 0"))
     os.kill(commands[1].pid, signal.SIGTERM)
     assert [command.wait() for command in commands] == [143, 143]

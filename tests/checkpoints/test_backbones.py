@@ -180,7 +180,7 @@ def test_a_file_that_lacks_tensors_of_such_a_backbone_is_refused():
 @pytest.mark.parametrize("is_alone", [True, False])
 @pytest.mark.parametrize("kind", ["convnext", "vit", "swin"])
 def test_a_backbone_that_was_trained_in_data_parallel(kind, is_alone):
-    """The keys start with ``module.``, be it a classification network or our encoder alone."""
+    """The keys start with ``module.``, those of a classifier and those of an encoder alone."""
     name = {"convnext": "test_convnext", "vit": "test_vit", "swin": SWIN}[kind]
     arguments = SMALL if kind == "swin" else {}
     network = {

@@ -101,8 +101,14 @@ def test_run_name_starts_a_run_and_then_continues_it(capsys, arguments, tmp_path
     assert Run(run_dir).resumptions[0].step == 2
     assert list(Run(run_dir).metrics["train/loss"].step) == [1, 2, 3]
     assert Run(run_dir).config["run_name"] is None
-    # Its configuration, which names no run, is that of other commands too.
+    # Where the last checkpoint is damaged, it continues from the one before.
     last = run_dir / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"last.ckpt.1, .* is used instead"):
+        cli = main([*fit, "--trainer.max_steps=4", *divided])
+    assert cli.trainer.global_step == 4
+    assert list(Run(run_dir).metrics["train/loss"].step) == [1, 2, 3, 4]
+    # Its configuration, which names no run, is that of other commands too.
     main(["validate", f"--config={run_dir / 'config.yaml'}", f"--ckpt_path={last}"])
     assert (run_dir.parent / "version_0" / "evaluation").is_dir()
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from segformer_pl.analysis.run import Series, num_steps_trained
+from segformer_pl.analysis.metrics_table import Series, num_steps_trained
 from segformer_pl.analysis.style import (
     BLUE,
     CHART_SIZE,

@@ -12,11 +12,12 @@ import jinja2
 import numpy as np
 
 from segformer_pl.analysis import style
+from segformer_pl.analysis.metrics_table import Series
 from segformer_pl.analysis.recipe import departures, remarks, scope
 from segformer_pl.analysis.report.curves import CROSS_ENTROPY, draw_charts
 from segformer_pl.analysis.report.evaluation_details import Details, describe
 from segformer_pl.analysis.report.results import Results, class_colors, last_results
-from segformer_pl.analysis.run import Resumption, Run, Series
+from segformer_pl.analysis.run import Resumption, Run
 from segformer_pl.analysis.throughput import is_shown
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError

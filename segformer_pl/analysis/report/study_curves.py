@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from segformer_pl.analysis.metrics_table import Series
 from segformer_pl.analysis.report.curves import ERF_RADIUS, running_median
 from segformer_pl.analysis.report.study_style import (
     PAGE_WIDTH,
@@ -17,7 +18,7 @@ from segformer_pl.analysis.report.study_style import (
     spread,
     variant_rows,
 )
-from segformer_pl.analysis.run import Run, Series
+from segformer_pl.analysis.run import Run
 from segformer_pl.analysis.style import BLUE, INK, ORANGE, printable
 
 Runs = Mapping[str, Mapping[int, Run]]  # by variant and seed

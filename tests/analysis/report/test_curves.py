@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
+from segformer_pl.analysis.metrics_table import Series
 from segformer_pl.analysis.report.curves import draw_charts, loss_figure
-from segformer_pl.analysis.run import Series
 
 
 def test_charts_are_inline_with_units(folder):

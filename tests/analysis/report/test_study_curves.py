@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from segformer_pl.analysis.metrics_table import Series
 from segformer_pl.analysis.report.study_curves import erf_figure, layers, mean_and_range, radii
-from segformer_pl.analysis.run import Run, Series
+from segformer_pl.analysis.run import Run
 
 
 def series(steps, values):
