@@ -2,13 +2,14 @@
 
     python experiments/benchmarks/erf.py [--model segformer_b0] [--size H W] [--images N]
                                          [--batch_size N] [--rounds N] [--threads N]
+                                         [--device cpu|cuda]
 
 Three implementations run on the same images, interleaved in one process: segformer_pl's, and two
 plain ones with five separate forward and backward passes, one for each layer, image by image.
 `grad` asks autograd for the gradient of the image alone, as RepLKNet's script does; `backward`
 calls `backward()`, which also computes the gradients of all parameters. The script checks that all
 three give the same maps, and prints medians over the rounds of wall and CPU time, and the peak
-memory of the process.
+memory of the process (on a GPU, that of the CUDA allocator).
 """
 
 import argparse
@@ -31,7 +32,7 @@ Maps = dict[str, Tensor]
 
 def separate(network: torch.nn.Module, images: Tensor, fill_parameters: bool) -> Maps:
     """Compute the maps with five forward and five backward passes for each image."""
-    maps = {layer: torch.zeros(images.shape[2:]) for layer in LAYERS}
+    maps = {layer: images.new_zeros(images.shape[2:]) for layer in LAYERS}
     for image in images:
         for layer in LAYERS:
             inputs = image[None].clone().requires_grad_()
@@ -44,7 +45,7 @@ def separate(network: torch.nn.Module, images: Tensor, fill_parameters: bool) ->
             else:
                 (gradient,) = torch.autograd.grad(unit, inputs)
             maps[layer] += gradient[0].abs().sum(0) / len(images)
-    return maps
+    return {layer: map_.cpu() for layer, map_ in maps.items()}  # waits for a GPU
 
 
 def time_backward(network: torch.nn.Module, images: Tensor) -> float:
@@ -65,6 +66,13 @@ def measure(network: torch.nn.Module, images: Tensor, batch_size: int) -> Maps:
     return {layer: torch.from_numpy(erf[layer].mean).float() for layer in LAYERS}
 
 
+def peak_memory(device: str) -> float:
+    """Return the peak memory of the process so far in GiB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="segformer_b0", help="factory in segformer_pl.models")
@@ -75,11 +83,12 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    network = getattr(models, options.model)(num_classes=19).eval()
-    images = torch.randn(options.images, 3, *options.size)
+    network = getattr(models, options.model)(num_classes=19).eval().to(options.device)
+    images = torch.randn(options.images, 3, *options.size, device=options.device)
     implementations: dict[str, Callable[[Tensor], Maps]] = {
         "segformer_pl": lambda x: measure(network, x, options.batch_size),
         "grad": lambda x: separate(network, x, fill_parameters=False),
@@ -102,10 +111,10 @@ def main() -> None:
             compute(images)
             wall[name].append(time.perf_counter() - start[0])
             cpu[name].append(time.process_time() - start[1])
-            memory.setdefault(name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    backward = [time_backward(network, images) for _ in range(options.rounds)]
+            memory.setdefault(name, peak_memory(options.device))
     sys.stdout.write(
         f"{options.model}, {options.images} images of {options.size[0]}x{options.size[1]}, "
+        f"{torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}, "
         f"batches of {options.batch_size}, {options.threads} threads, torch {torch.__version__}; "
         f"medians of {options.rounds} rounds\n"
         f"{'':<14}{'wall, s':>10}{'CPU, s':>10}{'wall ratio':>12}{'CPU ratio':>11}"
@@ -119,8 +128,11 @@ def main() -> None:
             f"{median[name] / median['segformer_pl']:>12.2f}"
             f"{median_cpu[name] / median_cpu['segformer_pl']:>11.2f}{memory[name]:>10.2f}\n"
         )
+    sys.stdout.write("ratios are to segformer_pl; peak memory is that of the process so far\n")
+    if options.device == "cuda":
+        return
+    backward = [time_backward(network, images) for _ in range(options.rounds)]
     sys.stdout.write(
-        "ratios are to segformer_pl; peak memory is that of the process so far\n"
         f"the five backward passes of `grad` alone take {statistics.median(backward):.2f} CPU s, "
         "so sharing forward passes can speed it up by at most "
         f"{median_cpu['grad'] / statistics.median(backward):.2f}\n"

@@ -1,0 +1,78 @@
+# Sourced by the numbered scripts, which are called as
+#   experiments/gpu/N_NAME.sh OUTPUT [--smoke]
+# Each fits into nine minutes of one H100 or H200 and 16 cores, and writes to the folder OUTPUT. A
+# script that is stopped, or reaches its time, goes on where it was when it is called again with the
+# same OUTPUT. CAMVID is the folder of CamVid's Parquet files. --smoke runs the same commands on a CPU,
+# with few and small steps, and on the data set `shapes` instead of CamVid.
+set -eu
+cd "$(dirname "$0")/../.."
+mkdir -p "${1:?give the folder of the results}"
+output=$(cd "$1" && pwd)
+python=${PYTHON:-python}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ "${2:-}" = --smoke ]; then
+    smoke=yes device=cpu camvid=
+else
+    smoke= device=cuda camvid=${CAMVID-}
+    # Eight small trainings share a GPU at 145 steps a second with this service, and 99 without.
+    nvidia-cuda-mps-control -d 2>/dev/null || true
+fi
+
+# limited SECONDS COMMAND...: at the end of the time, training stops with a checkpoint.
+limited() {
+    local seconds=$1
+    shift
+    timeout --signal=TERM --kill-after=60 "$seconds" "$@" || {
+        local status=$?
+        [ "$status" = 124 ] || exit "$status" # 124: it was stopped
+        echo "stopped after $seconds s; the same call goes on"
+    }
+}
+
+# needs_camvid: exit with a sentence where CamVid is needed and not given.
+needs_camvid() {
+    if [ -z "$smoke" ] && [ ! -d "$camvid" ]; then
+        echo "error: give the folder of CamVid's Parquet files as CAMVID=FOLDER" >&2
+        exit 2
+    fi
+}
+
+# train_camvid NETWORK SEED...: B0's experiment to convergence, all seeds side by side.
+train_camvid() {
+    local network=$1 seed
+    shift
+    local settings=(--trainer.accelerator gpu --trainer.precision bf16-mixed
+        --trainer.val_check_interval 1000 --data.path "$camvid")
+    if [ "$smoke" ]; then
+        settings=(--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_check_interval 2
+            --trainer.limit_val_batches 1 --trainer.callbacks null --model.warmup_steps 1
+            --data.dataset shapes --data.crop_size '[64,64]' --data.num_workers 0)
+        set -- "$1"
+    fi
+    for seed; do
+        limited 500 "$python" -m segformer_pl fit --config experiments/camvid_b0.yaml \
+            --model.network.class_path "segformer_pl.models.$network" --seed_everything "$seed" \
+            --trainer.logger.init_args.save_dir "$output" --trainer.logger.init_args.name "$network" \
+            --run_name "seed$seed" --trainer.enable_progress_bar false "${settings[@]}" \
+            >>"$output/$network.seed$seed.log" 2>&1 &
+        jobs="${jobs:-} $!"
+    done
+    local status=0 job
+    for job in $jobs; do
+        wait "$job" || status=$?
+    done
+    tail -n 1 "$output/$network".seed*.log
+    return "$status"
+}
+
+# study COMMAND FILE BUDGET ARGUMENTS...: an ablation or an arena, eight runs at a time.
+study() {
+    local command=$1 file=$2 budget=$3
+    shift 3
+    if [ "$smoke" ]; then
+        set -- --dry_run
+        budget=smoke
+    fi
+    limited "${limit:-500}" "$python" -m segformer_pl "$command" "$file" --budget "$budget" \
+        --output "$output" "$@"
+}

@@ -1,0 +1,57 @@
+"""Every script of the GPU queue runs from beginning to end with --smoke."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "gpu"
+SCRIPTS = sorted(FOLDER.glob("[0-9]*.sh"))
+WRITTEN = {
+    "1_speed": "speed.csv",
+    "2_camvid_b0": "segformer_b0/seed0/report.html",
+    "3_camvid_b2": "segformer_b2/seed0/report.html",
+    "6_erf": "erf.txt",
+}
+
+
+def run(script, *arguments, **environment):
+    return subprocess.run(
+        ["bash", str(script), *map(str, arguments)],
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_scripts_are_numbered_without_gaps():
+    assert [int(script.name.split("_")[0]) for script in SCRIPTS] == [*range(1, len(SCRIPTS) + 1)]
+    assert set(WRITTEN) <= {script.stem for script in SCRIPTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_runs_with_smoke(script, tmp_path):
+    result = run(script, tmp_path, "--smoke")
+    assert result.returncode == 0, result.stdout + result.stderr
+    if script.stem in WRITTEN:
+        assert (tmp_path / WRITTEN[script.stem]).stat().st_size > 0
+    else:
+        assert "minimum detectable difference" in result.stdout
+
+
+def test_a_script_without_its_data_says_what_to_give(tmp_path):
+    result = run(FOLDER / "2_camvid_b0.sh", tmp_path, CAMVID="")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "error: give the folder of CamVid's Parquet files as CAMVID=FOLDER"
+    )
+
+
+def test_a_failing_command_fails_its_script(tmp_path):
+    """A script that ended well after a failure would pass its smoke test whatever it runs."""
+    result = run(FOLDER / "6_erf.sh", tmp_path, "--smoke", PYTHON="false")
+    assert result.returncode == 1
