@@ -13,7 +13,10 @@ WRITTEN = {
     "1_speed": "speed.csv",
     "2_camvid_b0": "segformer_b0/seed0/report.html",
     "3_camvid_b2": "segformer_b2/seed0/report.html",
+    "4_reduction_and_overlap": "reduction_and_overlap.yaml",
+    "5_arena": "camvid.yaml",
     "6_erf": "erf.txt",
+    "7_shapes": "reduction_ratio.yaml",
 }
 
 
@@ -29,7 +32,7 @@ def run(script, *arguments, **environment):
 
 def test_the_scripts_are_numbered_without_gaps():
     assert [int(script.name.split("_")[0]) for script in SCRIPTS] == [*range(1, len(SCRIPTS) + 1)]
-    assert set(WRITTEN) <= {script.stem for script in SCRIPTS}
+    assert set(WRITTEN) == {script.stem for script in SCRIPTS}
 
 
 @pytest.mark.slow
@@ -37,10 +40,7 @@ def test_the_scripts_are_numbered_without_gaps():
 def test_a_script_runs_with_smoke(script, tmp_path):
     result = run(script, tmp_path, "--smoke")
     assert result.returncode == 0, result.stdout + result.stderr
-    if script.stem in WRITTEN:
-        assert (tmp_path / WRITTEN[script.stem]).stat().st_size > 0
-    else:
-        assert "minimum detectable difference" in result.stdout
+    assert (tmp_path / WRITTEN[script.stem]).stat().st_size > 0
 
 
 def test_a_script_without_its_data_says_what_to_give(tmp_path):

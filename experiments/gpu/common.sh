@@ -2,8 +2,8 @@
 #   experiments/gpu/N_NAME.sh OUTPUT [--smoke]
 # Each fits into nine minutes of one H100 or H200 and 16 cores, and writes to the folder OUTPUT. A
 # script that is stopped, or reaches its time, goes on where it was when it is called again with the
-# same OUTPUT. CAMVID is the folder of CamVid's Parquet files. --smoke runs the same commands on a CPU,
-# with few and small steps, and on the data set `shapes` instead of CamVid.
+# same OUTPUT. CAMVID is the folder of CamVid's Parquet files. --smoke runs the same commands on a CPU:
+# trainings with two steps on the data set `shapes`, and studies without training.
 set -eu
 cd "$(dirname "$0")/../.."
 mkdir -p "${1:?give the folder of the results}"
@@ -69,9 +69,8 @@ train_camvid() {
 study() {
     local command=$1 file=$2 budget=$3
     shift 3
-    if [ "$smoke" ]; then
-        set -- --dry_run
-        budget=smoke
+    if [ "$smoke" ]; then # checks the study and every variant, and trains nothing
+        set -- --wandb_sweep "$output/$(basename "$file")"
     fi
     limited "${limit:-500}" "$python" -m segformer_pl "$command" "$file" --budget "$budget" \
         --output "$output" "$@"
