@@ -195,12 +195,19 @@ def read_measurements(run: Run, num_images: int) -> RunMeasurements:
     robustness = read_robustness(robustness_folder(run, num_images))
     erf = read_erf(erf_file(run, num_images))
     lacking = [
-        f"{what} not measured on {num_images} images, and '{run.last_checkpoint}' is missing"
-        for what, found in (("its robustness was", robustness), ("its receptive fields were", erf))
+        what
+        for what, found in (("its robustness", robustness), ("its receptive fields", erf))
         if found is None
     ]
+    problems = []
+    if lacking:
+        were = "was" if lacking == ["its robustness"] else "were"
+        problems.append(
+            f"{' and '.join(lacking)} {were} not measured on {num_images} images, and its "
+            f"checkpoint '{run.last_checkpoint.relative_to(run.folder)}' is missing"
+        )
     return RunMeasurements(
-        None if robustness is None else robustness[0], None if erf is None else erf[0], (*lacking,)
+        None if robustness is None else robustness[0], None if erf is None else erf[0], (*problems,)
     )
 
 

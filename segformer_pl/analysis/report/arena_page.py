@@ -173,12 +173,15 @@ def _fields(
 ) -> tuple[FieldFigure | None, list[str]]:
     """Return the figure of receptive fields, and a sentence for each system it lacks."""
     rows: dict[str, dict[str, Field]] = {}
-    unread, facts = [], []
+    unread, without_maps, facts = [], [], []
     for system in systems:
         if not system.erfs:
             continue
         seeds = [seed for seed, erf in system.erfs.items() if erf.file.is_file()]
-        seed = min(seeds or system.erfs)
+        if not seeds:
+            without_maps.append(system.name)
+            continue
+        seed = min(seeds)
         stored = system.erfs[seed]
         try:
             layers = load_erf(stored.file).layers
@@ -195,6 +198,11 @@ def _fields(
             value = math.nan if radius is None else radius.mean
             row[column] = Field(title, layer.mean, layer.position, value)
         facts.append((system.name, seed, stored))
+    if without_maps:
+        unread.append(
+            f"{', '.join(without_maps)}: the figure has no row, because the maps of receptive "
+            "fields (.npz) are missing; their radii are in the table"
+        )
     if not facts:
         return None, unread
     shown = [column for column in columns if any(column in row for row in rows.values())]

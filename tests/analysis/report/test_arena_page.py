@@ -164,6 +164,16 @@ def test_maps_that_cannot_be_read_are_left_out(arena, read_page):
     assert len(page.all("img")) == 1
 
 
+@pytest.mark.slow
+def test_systems_without_maps_share_a_sentence(arena, read_page):
+    results, systems, page = arena({"a": 0.0, "b": -0.3}, MAPS, seeds=(0,))
+    for system in systems:
+        next(iter(system.erfs.values())).file.unlink()
+    page = read_page(write_arena_report(page.folder, results, systems, 20))
+    assert page.text.count("the figure has no row, because the maps of receptive fields") == 1
+    assert "a, b: the figure has no row" in page.text
+
+
 def test_published_results_have_protocol_and_source():
     frontier = read_frontier()
     by_name = {one.system: one for one in frontier.systems}
