@@ -25,7 +25,9 @@ from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
 import segformer_pl.cli  # noqa: F401  it imports what the commands need
 from segformer_pl import callbacks
+from segformer_pl.ablation import costs
 
+costs.MIN_SECONDS = 0.05  # the plan and the report of each study measure latencies
 START = inspect.signature(subprocess.Popen._execute_child)
 
 

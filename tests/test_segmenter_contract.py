@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,10 @@ def test_predict_writes_the_masks_of_the_network(tmp_path, checkpoint, task):
 
 
 @pytest.mark.slow
-def test_profile_counts_the_parts_of_the_network(capsys):
+def test_profile_counts_the_parts_of_the_network(capsys, monkeypatch):
+    command = sys.modules["segformer_pl.commands.profile"]
+    quick = partial(command.measure_latency, min_seconds=0.01)
+    monkeypatch.setattr(command, "measure_latency", quick)
     size = ["--size", "32", "48", "--num-classes", "3", "--device", "cpu", "--json"]
     main(["profile", TOY, *size, "--width", "4", "--in_channels", "2"])
     cost = json.loads(capsys.readouterr().out)

@@ -21,6 +21,7 @@ from segformer_pl.analysis.complexity import Complexity, PartCost, complexity
 from segformer_pl.errors import UserError, brief
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 
+MIN_SECONDS = 3.0  # duration of the latency measurement for each variant, at least
 MIN_ROUNDS = 3
 NUM_WARMUP = 2
 # A forward pass of less is repeated, so that the clock's resolution and Python do not matter.
@@ -95,7 +96,7 @@ def variant_costs(
     height: int,
     width: int,
     device: str = "cpu",
-    min_seconds: float = 3.0,
+    min_seconds: float | None = None,
 ) -> list[VariantCost]:
     """Count and time all variants of a study for images of one size.
 
@@ -106,6 +107,7 @@ def variant_costs(
         width: Width of the image in pixels.
         device: Device on which latency is measured, ``cpu`` or ``cuda``.
         min_seconds: Minimum duration of the latency measurement in seconds, for each variant.
+            Default: :data:`MIN_SECONDS`.
 
     Raises:
         UserError: There is no such reference, a variant's network cannot be built, or it refuses
@@ -122,6 +124,8 @@ def variant_costs(
         network = _build(variant, height, width)
         networks.append(network)
         counts.append(_count(variant.name, network, height, width))
+    if min_seconds is None:
+        min_seconds = MIN_SECONDS
     times = _interleaved_times(networks, height, width, device, min_seconds)
     latencies = _summaries(times, names.index(reference), device)
     return [

@@ -10,6 +10,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl import models
@@ -188,6 +189,13 @@ class RunArgumentParser(LightningArgumentParser):
                     "give several files as several --config"
                 )
         return super().parse_path(path, *args, **kwargs)
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Return arguments as text. They were checked when they were parsed, and not again here.
+
+        Settings are dumped several times at the start of a run, and the check takes much longer.
+        """
+        return super().dump(namespace, *args, **{"skip_validation": True} | kwargs)
 
     # jsonargparse 4.53 passes linked_targets to this method as it does to add_class_arguments, but
     # only the latter accepts it. So drop it here.

@@ -138,6 +138,7 @@ def test_a_killed_and_resumed_run_leaves_what_an_uninterrupted_one_leaves(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_another_folder_or_an_earlier_checkpoint_starts_a_new_run_folder(data, tmp_path, caplog):
     arguments = options(data, tmp_path, trainer__limit_val_batches=0, trainer__max_steps=4)
     every = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}
@@ -289,6 +290,7 @@ class Score(pl.Callback):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, moved):
     """The default folder is a relative path, with which Lightning overwrote the best checkpoint."""
@@ -327,6 +329,7 @@ def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, mo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_a_resumed_run_continues_its_wandb_run(data, tmp_path):
     import wandb
 

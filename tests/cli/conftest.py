@@ -2,10 +2,17 @@
 
 import pytest
 
+from segformer_pl.ablation import costs
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
 
 NETWORK = ["--model.network", "segformer_pl.models.segformer_b0"]
+
+
+@pytest.fixture(autouse=True)
+def _short_latency_measurements(monkeypatch):
+    """Measure latencies in a few rounds, in each plan and report of a study; see fork_server.py."""
+    monkeypatch.setattr(costs, "MIN_SECONDS", 0.05)
 
 
 @pytest.fixture(scope="module")

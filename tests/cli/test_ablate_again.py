@@ -50,16 +50,20 @@ def _importable(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory, request):
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture
+def finished(folder, place, start_command):
     """A study with a finished run and an evaluation, and its folder."""
-    place = tmp_path_factory.mktemp("study")
-    evaluations = {"at_96": {"model.inference.base_size": [96, 96]}}
-    file = write_study(place, folder, evaluations=evaluations)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        patch.syspath_prepend(str(Path(__file__).parent))
-        main(["ablate", str(file), f"--output={place / 'out'}"])
-    return file, place / "out"
+    file, output = place / "tiny.yaml", place / "out"
+    if not output.is_dir():
+        evaluations = {"at_96": {"model.inference.base_size": [96, 96]}}
+        write_study(place, folder, evaluations=evaluations)
+        process = start_command(["ablate", file, f"--output={output}"], figures=False)
+        assert process.wait(400) == 0, process.output
+    return file, output
 
 
 def files_of(folder):

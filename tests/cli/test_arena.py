@@ -62,7 +62,7 @@ def test_systems_are_trained_measured_once_and_compared(folder, tmp_path, start_
     arguments = ["arena", "tiny.yaml", "--output=out", "--num_images=2"]
 
     def finish():
-        process = start_command(arguments, folder=tmp_path)
+        process = start_command(arguments, folder=tmp_path, figures=False)
         assert process.wait(600) == 0, process.output
         return process.output
 

@@ -1,8 +1,17 @@
 """The command ``profile``."""
 
+import importlib
 import json
+from functools import partial
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _short_latency_measurement(monkeypatch):
+    command = importlib.import_module("segformer_pl.commands.profile")
+    quick = partial(command.measure_latency, min_seconds=0.01)
+    monkeypatch.setattr(command, "measure_latency", quick)
 
 
 @pytest.mark.slow
