@@ -6,7 +6,11 @@
 # RUN names the run folder, on a disk that all nodes share; the same line resumes it. docs/clusters.md
 set -eu
 
-run=$1
+run=${1:-}
+if [[ -z $run || $run == -* ]]; then
+    echo "error: give the name of the run first: torchrun.sh RUN --config FILE [options of fit]" >&2
+    exit 2
+fi
 shift
 head=${HEAD:-localhost:0} # one node, with any free port
 

@@ -92,6 +92,7 @@ class EffectiveReceptiveField(pl.Callback):
             pl_module.log_dict(
                 {f"val/erf/{name}/{key}": value for key, value in values.items()},
                 rank_zero_only=True,
+                sync_dist=True,  # nothing is exchanged, but without it Lightning advises to
             )
         if trainer.is_global_zero:
             height, width = erf.settings["image_size"]

@@ -41,6 +41,9 @@ from segformer_pl.analysis.run import (
 from segformer_pl.atomic import WriteError, atomic_write_text, make_writable_folder
 from segformer_pl.callbacks.figures import run_folder
 from segformer_pl.callbacks.run_lock import RunLock
+from segformer_pl.errors import UserError
+
+Saved = tuple[int, int]  # size and time of modification
 
 
 class RunLogger(CSVLogger):
@@ -149,12 +152,20 @@ class RunHistory(pl.Callback):
         self.findings: list[str] = []
         self.is_locked = False
         self._lock: RunLock | None = None
+        self._found: Saved | None = None
         self._is_unsaved = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.is_locked and trainer.is_global_zero:
             self._lock = RunLock(run_folder(trainer))
             self._lock.acquire()
+            # Some strategies read the checkpoint later, which then is the newest one.
+            is_read = not trainer.strategy.restore_checkpoint_after_setup
+            if is_read and _saved(trainer) != self._found:
+                raise UserError(
+                    f"run_name: another process has trained in '{self._lock.folder}' meanwhile; "
+                    "start this one again, to continue from the last checkpoint"
+                )
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.trainer = trainer
@@ -178,6 +189,7 @@ class RunHistory(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._found = _saved(trainer)  # it was read just now, before on_fit_start
         run = Run.of(trainer.ckpt_path) if trainer.ckpt_path else None
         if trainer.state.fn != TrainerFn.FITTING or run is None:
             return
@@ -232,6 +244,19 @@ class RunHistory(pl.Callback):
             for logger in trainer.loggers:
                 logger.save()
             self._is_unsaved = False
+
+
+def _saved(trainer: pl.Trainer) -> Saved | None:
+    """Return what changes when the checkpoint of a named run is written; None if there is none."""
+    files = [Path(trainer.ckpt_path)] if trainer.ckpt_path else []
+    if not files:
+        callbacks: list[Any] = trainer.checkpoint_callbacks
+        files = [callback.file for callback in callbacks if hasattr(callback, "file")]
+    for file in files:
+        if file.is_file():
+            status = file.stat()
+            return status.st_size, status.st_mtime_ns
+    return None
 
 
 def rewind(run_dir: Path, step: int) -> Path | None:

@@ -1,8 +1,11 @@
 """The progress bar counts the optimiser steps of the whole run."""
 
+import sys
+
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 
 from segformer_pl.callbacks.progress import StepProgressBar
 
@@ -37,3 +40,20 @@ def test_a_resumed_run_shows_its_step_out_of_max_steps(tmp_path, capsys):
     assert "3/5" in printed
     assert "5/5" in printed
     assert "6/" not in printed  # batches
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_log_of_a_job_gets_few_bars(is_terminal, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    fit(tmp_path, 60)
+    printed = capsys.readouterr().out
+    assert "50/60" in printed
+    assert "60/60" in printed
+    assert ("49/60" in printed) == is_terminal
+
+
+def test_the_bar_does_not_show_the_end_of_the_run_folders_name(tmp_path):
+    logger = CSVLogger(tmp_path, version="second")
+    trainer = pl.Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False)
+    assert "v_num" not in StepProgressBar().get_metrics(trainer, BoringModel())

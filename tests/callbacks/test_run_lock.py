@@ -52,3 +52,20 @@ def test_a_named_run_is_trained_by_one_process(holder, fit, tmp_path, monkeypatc
     holder.wait()
     for _ in range(2):  # it is released at the end of a training
         main([*fit, *named])
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_has_continued_meanwhile_is_not_set_back(
+    holder, fit, tmp_path, start_command
+):
+    named = [f"--trainer.logger.save_dir={tmp_path / 'runs'}", "--trainer.logger.name=name"]
+    named += ["--run_name=first", "--trainer.max_steps=2"]
+    waiting = start_command([*fit, *named], figures=False)
+    waiting.wait_for(lambda: "waiting for its end" in waiting.output)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(exist_ok=True)
+    last.write_bytes(b"of the other process")
+    holder.kill()
+    assert waiting.wait() == 1
+    assert "another process has trained in" in waiting.output.splitlines()[-1]
+    assert last.read_bytes() == b"of the other process"
