@@ -70,8 +70,8 @@ def named_folder(name: str, logger: Any) -> Path:
             f"run_name: the run is called {name!r} here and {arguments['version']!r} in "
             "trainer.logger.init_args.version; give one of them"
         )
-    if Path(name).name != name:
-        raise UserError(f"run_name: {name!r} is no name of a folder; leave out slashes and dots")
+    if name in ("", "..") or Path(name).name != name:  # Path(".").name is empty
+        raise UserError(f"run_name: {name!r} is no name of a folder; give one without slashes")
     return Path(arguments.get("save_dir") or ".", arguments.get("name") or "", name)
 
 

@@ -233,8 +233,11 @@ def generate(folder: Path, num_images: Mapping[str, int] | None = None) -> None:
         WriteError: The folder cannot be written, for example because the disk is full.
     """
     make_writable_folder(folder.parent)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    # mkdtemp's folder is readable for its owner alone, a folder in it for everybody who may.
+    private = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    draft = private / folder.name
     try:
+        draft.mkdir()
         statistics = {
             split: _write_split(draft, split_index, split, count)
             for split_index, (split, count) in enumerate((num_images or NUM_IMAGES).items())
@@ -251,7 +254,7 @@ def generate(folder: Path, num_images: Mapping[str, int] | None = None) -> None:
             f"cannot write {str(folder)!r}: {error.strerror or error}; {advice(error.errno)}"
         ) from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def _write_split(folder: Path, split_index: int, split: str, count: int) -> dict[str, list[int]]:

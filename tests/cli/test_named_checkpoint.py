@@ -122,7 +122,8 @@ def test_run_names_that_cannot_be_used_are_refused(capsys, arguments, earlier_ru
     assert "'x' continues from its own checkpoint, but ckpt_path is 'last'" in error
     error = refused(capsys, *fit, "--run_name=x", "--trainer.logger.version=y")
     assert "'x' here and 'y' in trainer.logger.init_args.version" in error
-    assert "is no name of a folder" in refused(capsys, *fit, "--run_name=../x")
+    for name in ("../x", "..", ".", ""):
+        assert "is no name of a folder" in refused(capsys, *fit, f"--run_name={name}")
     assert "that is no CSVLogger" in refused(capsys, *fit, "--run_name=x", "--trainer.logger=false")
     error = refused(capsys, "validate", *arguments, "--run_name=x")
     assert "name of a training; leave it out of validate" in error

@@ -37,6 +37,11 @@ def test_generation_repeats_bit_for_bit(folder, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_others_can_read_what_the_umask_allows(folder, tmp_path):
+    (tmp_path / "usual").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
