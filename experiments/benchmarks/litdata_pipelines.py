@@ -20,12 +20,8 @@ from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.decoding import EncodedImage, decode_label
 from segformer_pl.data.transforms import TrainTransforms
 
-OURS, LITDATA, PARALLEL, CHUNKS = (
-    "segformer_pl",
-    "litdata",
-    "litdata, parallel",
-    "litdata, chunks",
-)
+OURS, LITDATA = "segformer_pl", "litdata"
+WHOLE, PARALLEL, CHUNKS = "litdata, drop_last=False", "litdata, parallel", "litdata, chunks"
 ROW_GROUP, SHARDS = 16, 4
 SCALES = (0.5, 2.0)
 SEED = 0
@@ -126,7 +122,7 @@ def litdata_loader(system: str, data: Data, split: Split) -> DataLoader[Any]:
         str(folder),
         item_loader=None if system == CHUNKS else ParquetLoader(),
         shuffle=True,
-        drop_last=True,
+        drop_last=system != WHOLE,
         seed=SEED,
         transform=None if system == PARALLEL else augment,
     )

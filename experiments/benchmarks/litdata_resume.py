@@ -28,6 +28,7 @@ The systems are used as their documentation says:
   resuming on other ranks and workers. Ranks are set by WORLD_SIZE and GLOBAL_RANK; its data loader
   does not communicate. Random numbers come from torch's generator in the worker, as in
   torchvision's transforms, because its transforms are told neither the position nor the epoch.
+- litdata, drop_last=False: against which it advises, as ranks may get different numbers of batches.
 - litdata, parallel: the same in ``ParallelStreamingDataset``, whose generators allow "reproducible
   and resumable data transformation" according to its documentation.
 - litdata, chunks: for throughput also the chunks of ``optimize``, its format for highest speed.
@@ -64,6 +65,7 @@ from litdata_pipelines import (
     LITDATA,
     OURS,
     PARALLEL,
+    WHOLE,
     Data,
     Rank,
     Split,
@@ -87,6 +89,18 @@ class Attempt(NamedTuple):
     steps: int | None
 
 
+# Of the variants of litdata, only the cases that they are about
+CASES = {
+    PARALLEL: ("never killed, read again", "nothing changed", "fewer ranks, more workers"),
+    WHOLE: (
+        "never killed, read again",
+        "more workers",
+        "more ranks, larger global batch",
+        "fewer ranks, more workers",
+    ),
+}
+
+
 class Failure(Exception):
     """A rank ended with an error; the message is its last line."""
 
@@ -100,6 +114,7 @@ def cases(steps: int, steps_of_epoch: int) -> dict[str, tuple[int, tuple[Attempt
     """Return the number of epochs and the attempts of each case."""
     first, end = Attempt(FIRST, steps), None
     return {
+        "never killed, read again": (1, (Attempt(FIRST, end),)),
         "nothing changed": (1, (first, Attempt(FIRST, end))),
         "more workers": (1, (first, Attempt(Split(2, 3, 4), end))),
         "fewer workers": (1, (first, Attempt(Split(2, 1, 4), end))),
@@ -203,8 +218,10 @@ class Comparison:
             if len(attempts) > 1:
                 before, state = self.read(system, epochs, attempts[:-1], repetition)
             samples, saved = self._attempt(system, epochs, attempts, state, len(before))
-            # The data of segformer_pl have no end, so the last step may reach into the next epoch.
-            self.results[key] = (before + samples)[: epochs * self.data.num_rows], saved
+            kept = before + samples
+            if system == OURS:  # it has no end, so the last step may reach into the next epoch
+                kept = kept[: epochs * self.data.num_rows]
+            self.results[key] = kept, saved
         return self.results[key]
 
     def _attempt(
@@ -306,37 +323,28 @@ def resume_table(data: Data, steps: int, systems: tuple[str, ...]) -> list[dict[
     rows: list[dict[str, object]] = []
     comparison = Comparison(data)
     for system in systems:
-        references = {}
-        for split in (FIRST, SINGLE) if system != PARALLEL else (FIRST,):
-            references[split], _ = comparison.read(system, 2, (Attempt(split, None),))
-        of_epoch = len(references[FIRST]) // 2
-        if system != PARALLEL:
-            again, _ = comparison.read(system, 2, (Attempt(FIRST, None),), repetition=1)
-            rows.append(
-                {"case": f"never killed, read again ({of_epoch} samples an epoch)"}
-                | {"system": system, "splits": str(FIRST)}
-                | compare(again, references[FIRST], 0)
-            )
-        shown = cases(steps, -(-of_epoch // (FIRST.ranks * FIRST.batch_size)))
-        if system == PARALLEL:
-            shown = {key: shown[key] for key in ("nothing changed", "fewer ranks, more workers")}
-        for case, (epochs, attempts) in shown.items():
-            reference = references[attempts[0].split]
-            if epochs == 1:
-                reference = reference[: len(reference) // 2]
-            row: dict[str, object] = {"case": case, "system": system}
-            row["splits"] = " -> ".join(str(attempt.split) for attempt in attempts)
+        epoch, _ = comparison.read(system, 1, (Attempt(FIRST, None),))
+        steps_of_epoch = -(-len(epoch) // (FIRST.ranks * FIRST.batch_size))
+        all_cases = cases(steps, steps_of_epoch)
+        for case, (epochs, attempts) in all_cases.items():
+            if case not in CASES.get(system, all_cases):
+                continue
+            split = attempts[0].split
+            # Not half of a longer run: ranks with different numbers of batches in an epoch are not
+            # in step after it, and their samples have no order.
+            reference, _ = comparison.read(system, epochs, (Attempt(split, None),))
+            row: dict[str, object] = {"data": data.name, "case": case, "system": system}
+            row["ranks x workers"] = " -> ".join(str(attempt.split) for attempt in attempts)
+            row["samples"] = len(reference)
+            before = (attempts[0].steps or 0) * split.ranks * split.batch_size
             try:
-                kept, _ = comparison.read(system, epochs, attempts)
-                before = attempts[0].steps or 0
-                split = attempts[0].split
-                row |= compare(kept, reference, before * split.ranks * split.batch_size)
+                kept, _ = comparison.read(system, epochs, attempts, repetition=1)
+                row |= compare(kept, reference, before)
             except Failure as failure:
                 row |= {"lost": f"refused: {failure}"}
             rows.append(row)
-    order = {row["case"]: number for number, row in reversed(list(enumerate(rows)))}
-    rows.sort(key=lambda row: order[row["case"]])
-    return [{"data": data.name} | row for row in rows]
+    order = list(all_cases)
+    return sorted(rows, key=lambda row: order.index(str(row["case"])))
 
 
 def cpu_seconds(session: int) -> float:
@@ -441,8 +449,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     table = pa.concat_tables([pq.read_table(file) for file in files])
     import_all()
     rows: list[dict[str, object]] = []
-    both = (OURS, LITDATA)
-    for num_rows, steps, systems in ((EVEN_ROWS, 12, (*both, PARALLEL)), (len(table), 7, both)):
+    sets = ((EVEN_ROWS, 12, (OURS, LITDATA, PARALLEL)), (len(table), 7, (OURS, LITDATA, WHOLE)))
+    for num_rows, steps, systems in sets:
         name = f"{dataset}, {num_rows} rows"
         data = Data(name, dataset, folder / f"{num_rows}", num_rows, (64, 64))
         write_parquet(data.folder, table.slice(0, num_rows))
