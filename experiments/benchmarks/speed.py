@@ -2,7 +2,8 @@
 
     python experiments/benchmarks/speed.py [--variants b0 b2] [--dtypes float32 bfloat16]
         [--tasks inference labels training file] [--modes eager] [--size H W] [--num_classes N]
-        [--batch_size N] [--device cpu|cuda] [--threads N] [--rounds N] [--output FILE.csv]
+        [--batch_size N] [--device cpu|cuda] [--threads N] [--rounds N] [--without_smp]
+        [--output FILE.csv]
 
 Question: how many times as fast is segformer_pl, with the same weights and the same outputs? Each
 combination of task, data type and mode is a group. All implementations of a group are timed in
@@ -19,13 +20,17 @@ Tasks, all on images of --size:
                processor, network and post-processing (transformers only; batch of 1, eager)
 
 In bfloat16 the weights of inference have that type; training uses autocast. Float32 is computed in
-32 bits on a GPU, too, without TF32. Modes: eager; compile,
-which is torch.compile; graphs, which is torch.compile with CUDA graphs ("reduce-overhead").
+32 bits on a GPU, too, without TF32. Modes: eager; compile, which is torch.compile; graphs, which is
+torch.compile with CUDA graphs ("reduce-overhead").
 
-Nothing is timed before its output has been compared with that of transformers in float32 (for
-smp, with that of our network on smp's weights). Outputs that differ by more than 1e-4 (float32) or
-5e-2 (bfloat16) of the largest value are an error, and so is a file whose mask differs in more than
-0.1 % of the pixels.
+An implementation is timed only after its logits (in training, its loss; for a file, its mask) have
+been compared: with those of transformers in float32, eager, or for smp, whose weights are its own,
+with those of its own network, whose logits are compared with ours beforehand. If they differ by
+more than 1e-4 (float32) or 5e-2 (bfloat16) of the largest value, or masks in more than 0.1 % of the
+pixels, the group is named and not timed, and the exit status is 1.
+
+Groups whose rows are in the file of --output already are left out, so that the same command goes on
+where it was stopped.
 """
 
 import argparse
@@ -44,10 +49,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from segformer_pl.checkpoints import load_weights
+from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor, predict_classes
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.models import segformer
@@ -61,6 +66,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "compile": {},
     "graphs": {"mode": "reduce-overhead"},
 }
+GROUP = ("device", "variant", "task", "dtype", "mode", "batch", "height", "width", "classes")
 Call = Callable[[], Any]
 
 
@@ -69,6 +75,9 @@ class Subject:
 
     name: str
     network: nn.Module
+
+    def compile(self, **options: Any) -> None:
+        self.network.compile(**options)
 
     def logits(self, images: Tensor) -> Tensor:
         raise NotImplementedError
@@ -113,6 +122,11 @@ class Smp(Subject):
     def __init__(self, network: nn.Module) -> None:
         self.name, self.network = "smp", network
 
+    def compile(self, **options: Any) -> None:
+        # ``logits`` calls the parts and not the network.
+        for part in self.network.children():
+            part.compile(**options)
+
     def logits(self, images: Tensor) -> Tensor:
         network = self.network
         return network.segmentation_head[0](network.decoder(network.encoder(images)))
@@ -124,7 +138,7 @@ class Smp(Subject):
         return F.cross_entropy(self.network(images), target, ignore_index=IGNORED)
 
 
-def build(variant: str, num_classes: int, libraries: Sequence[str]) -> list[Subject]:
+def build(variant: str, num_classes: int, with_smp: bool) -> list[Subject]:
     """Return our network and its rivals, with the same weights, in float32 on the CPU."""
     ours = getattr(segformer, f"segformer_{variant}")(num_classes, drop_path_rate=0.0, dropout=0.0)
     arguments = ours.init_args()
@@ -134,7 +148,7 @@ def build(variant: str, num_classes: int, libraries: Sequence[str]) -> list[Subj
     load_weights(ours, theirs.state_dict())
     ours.eval()
     subjects: list[Subject] = [Ours(ours), Transformers(theirs)]
-    if "smp" in libraries:
+    if with_smp:
         network = build_smp(variant, arguments["decoder_dim"], num_classes)
         twin = copy.deepcopy(ours)
         twin.encoder.norm_eps = NormEps(0.5, 0.5)  # smp's epsilons are read from its network
@@ -190,42 +204,62 @@ def randomize_statistics(network: nn.Module) -> nn.Module:
 
 
 def check(result: Tensor, expected: Tensor, dtype: str, what: str) -> None:
-    """Exit with a sentence if two outputs differ by more than their data type explains."""
+    """Check that two outputs differ by no more than their data type explains.
+
+    Raises:
+        UserError: They differ by more, or one of them is nan.
+    """
     difference = (result.float() - expected.float()).abs().max() / expected.float().abs().max()
     if not difference <= TOLERANCE[dtype]:
-        sys.exit(f"error: {what}: the outputs differ by {difference:.1e} of the largest value")
+        raise UserError(f"{what}: the outputs differ by {difference:.1e} of the largest value")
+
+
+def check_labels(result: Any, expected: Any, what: str) -> None:
+    """Check that two masks agree.
+
+    Raises:
+        UserError: They differ in more than 0.1 % of the pixels.
+    """
+    agreement = float((result == expected).mean())
+    if agreement < LEAST_AGREEMENT:
+        raise UserError(f"{what}: {agreement:.2%} of the pixels agree")
+
+
+def on_device(subject: Subject, device: torch.device, dtype: torch.dtype, mode: str) -> Subject:
+    """Return a copy in evaluation mode that is compiled when it is called, in some modes."""
+    copied = type(subject)(copy.deepcopy(subject.network).to(device, dtype).eval())
+    if (options := MODES[mode]) is not None:
+        copied.compile(**options)
+    return copied
 
 
 def inference(
-    subject: Subject, task: str, dtype: str, mode: str, images: Tensor, expected: Tensor
+    subject: Subject, reference: Subject, task: str, dtype: str, mode: str, images: Tensor
 ) -> Call:
-    """Return the call to be timed, after its logits have been compared with ``expected``."""
-    network = copy.deepcopy(subject.network).to(images.device, getattr(torch, dtype)).eval()
-    images = images.to(getattr(torch, dtype))
-    if MODES[mode] is not None:
-        network.compile(**MODES[mode])
-    measured = type(subject)(network)
-    with torch.inference_mode():
-        if subject.name != "smp":  # whose weights are its own; build has compared its logits
-            what = f"{subject.name}, {dtype}, {mode}"
-            check(measured.logits(images), expected, dtype, what)
+    """Return the call to be timed, after its output has been compared with the reference's."""
+    measured = on_device(subject, images.device, getattr(torch, dtype), mode)
+    inputs = images.to(getattr(torch, dtype))
 
     @torch.inference_mode()
     def call() -> Tensor:
-        return measured.labels(images) if task == "labels" else measured.logits(images)
+        return measured.labels(inputs) if task == "labels" else measured.logits(inputs)
 
+    reference = on_device(reference, images.device, torch.float32, "eager")
+    what = f"{task}, {subject.name}, {dtype}, {mode}"
+    with torch.inference_mode():
+        check(measured.logits(inputs), reference.logits(images), dtype, what)
+        if task == "labels" and dtype == "float32":  # bfloat16 decides near ties otherwise
+            expected = reference.labels(images).cpu().numpy()
+            check_labels(call().cpu().numpy(), expected, what)
     return call
 
 
 def training(
-    subject: Subject, dtype: str, mode: str, images: Tensor, target: Tensor, expected: float
+    subject: Subject, reference: Subject, dtype: str, mode: str, images: Tensor, target: Tensor
 ) -> Call:
     """Return one training step as a call, after its first loss has been compared."""
-    network = copy.deepcopy(subject.network).to(images.device).eval()  # statistics as loaded
-    if MODES[mode] is not None:
-        network.compile(**MODES[mode])
-    measured = type(subject)(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    measured = on_device(subject, images.device, torch.float32, mode)  # statistics as loaded
+    optimizer = torch.optim.AdamW(measured.network.parameters(), lr=1e-6, fused=True)
 
     def call() -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -235,11 +269,11 @@ def training(
         optimizer.zero_grad()
         return loss.detach()
 
-    loss = call()
-    if subject.name != "smp":
-        what = f"training, {subject.name}, {dtype}, {mode}"
-        check(loss.cpu(), torch.tensor(expected), dtype, what)
-    network.train()
+    reference = on_device(reference, images.device, torch.float32, "eager")
+    with torch.no_grad():
+        expected = reference.loss(images, target)
+    check(call(), expected, dtype, f"training, {subject.name}, {dtype}, {mode}")
+    measured.network.train()
     return call
 
 
@@ -274,15 +308,15 @@ def write_image(file: Path, height: int, width: int) -> None:
     random = np.random.default_rng(0)
     pixels = np.zeros((height, width, 3))
     for cells, weight in ((4, 80), (16, 40), (64, 20), (256, 10)):
-        noise = random.uniform(-1, 1, (cells, cells, 3)) * 0.5 + 0.5
+        noise = random.random((cells, cells, 3))
         image = Image.fromarray((255 * noise).astype(np.uint8)).resize((width, height))
         pixels += weight / 150 * np.asarray(image)
     Image.fromarray(pixels.astype(np.uint8)).save(file, quality=90)
 
 
-def peak_memory(call: Call) -> float | None:
+def peak_memory(call: Call, device: str) -> float | None:
     """Return the peak of CUDA's allocator during a call, in MB; None on a CPU."""
-    if not torch.cuda.is_available():
+    if device == "cpu":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -310,68 +344,61 @@ def time_in_turns(calls: dict[str, Call], rounds: int, threads: int) -> dict[str
     return times
 
 
-def measure(
-    variant: str, task: str, dtype: str, mode: str, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Return the rows of one group, one for each implementation."""
+def measure(group: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of a group, one for each implementation.
+
+    Raises:
+        UserError: Outputs differ.
+    """
     torch.manual_seed(0)
-    subjects = build(variant, options.num_classes, options.libraries)
-    height, width = options.size
-    images = torch.randn(options.batch_size, 3, height, width, device=options.device)
-    target = torch.randint(options.num_classes, (options.batch_size, height, width))
+    task, dtype, mode, num_classes = (group[key] for key in ("task", "dtype", "mode", "classes"))
+    height, width, batch_size = group["height"], group["width"], group["batch"]
+    subjects = build(group["variant"], num_classes, not options.without_smp and task != "file")
+    images = torch.randn(batch_size, 3, height, width).to(options.device)
+    target = torch.randint(num_classes, (batch_size, height, width))
     target[:, :, : width // 10] = IGNORED
     target = target.to(options.device)
-    reference = Transformers(copy.deepcopy(subjects[1].network).to(options.device))
-    with torch.no_grad():
-        logits = reference.logits(images)
-        loss = reference.loss(images, target).item()
-        with FlopCounterMode(display=False) as counter:
-            subjects[0].network(images[:1].cpu())
     calls: dict[str, Call] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "image.jpg")
         write_image(file, height, width)
         for subject in subjects:
-            if task == "file" and subject.name == "smp":
-                continue
+            reference = subject if subject.name == "smp" else subjects[1]
             if task == "training":
-                call = training(subject, dtype, mode, images, target, loss)
+                call = training(subject, reference, dtype, mode, images, target)
             elif task == "file":
-                call = from_file(subject, file, options.num_classes, options.device)
+                call = from_file(subject, file, num_classes, options.device)
             else:
-                call = inference(subject, task, dtype, mode, images, logits)
+                call = inference(subject, reference, task, dtype, mode, images)
             calls[subject.name] = call
             for _ in range(3):  # compilation, CUDA graphs, autotuning
                 call()
         if task == "file":
-            agreement = (calls["segformer_pl"]() == calls["transformers"]()).mean()
-            if agreement < LEAST_AGREEMENT:
-                sys.exit(f"error: file, {variant}: {agreement:.2%} of the pixels agree")
-        memory = {name: peak_memory(call) for name, call in calls.items()}
+            check_labels(calls["segformer_pl"](), calls["transformers"](), "file")
+        memory = {name: peak_memory(call, options.device) for name, call in calls.items()}
         times = time_in_turns(calls, options.rounds, options.threads)
-    rows = []
-    for name, seconds in times.items():
-        ratios = [t / s for t, s in zip(times["transformers"], seconds)]
-        rows.append(
-            {
-                "variant": variant,
-                "task": task,
-                "dtype": dtype,
-                "mode": mode,
-                "library": name,
-                "batch": 1 if task == "file" else options.batch_size,
-                "height": height,
-                "width": width,
-                "classes": options.num_classes,
-                "ms": 1e3 * statistics.median(seconds),
-                "ms_min": 1e3 * min(seconds),
-                "ms_max": 1e3 * max(seconds),
-                "times_as_fast": statistics.median(ratios),
-                "peak_mb": memory[name],
-                "our_gflop_per_image": counter.get_total_flops() / 1e9,
-            }
-        )
-    return rows
+    return [
+        group
+        | {
+            "library": name,
+            "ms": 1e3 * statistics.median(seconds),
+            "ms_min": 1e3 * min(seconds),
+            "ms_max": 1e3 * max(seconds),
+            "times_as_fast": statistics.median(
+                theirs / ours for theirs, ours in zip(times["transformers"], seconds)
+            ),
+            "peak_mb": memory[name],
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def stored_groups(file: Path) -> set[tuple[str, ...]]:
+    """Return the groups of a file's rows, as text."""
+    if not file.exists():
+        return set()
+    with file.open(newline="") as stream:
+        return {tuple(row[key] for key in GROUP) for row in csv.DictReader(stream)}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -396,9 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtypes", nargs="+", default=list(TOLERANCE), choices=list(TOLERANCE))
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=list(MODES))
-    parser.add_argument(
-        "--libraries", nargs="+", default=["smp"], choices=["smp", "none"], help="further rivals"
-    )
+    parser.add_argument("--without_smp", action="store_true", help="compare with transformers only")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"))
     parser.add_argument("--num_classes", type=int, default=150)
     parser.add_argument("--batch_size", type=int, default=1)
@@ -409,34 +434,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    height, width = options.size
     groups = [
-        (variant, task, dtype, mode)
+        dict(
+            zip(
+                GROUP,
+                (
+                    *(device, variant, task, dtype, mode),
+                    *(1 if task == "file" else options.batch_size, height, width),
+                    options.num_classes,
+                ),
+            )
+        )
         for variant in options.variants
         for task in options.tasks
         for dtype in options.dtypes
         for mode in options.modes
         if task != "file" or (dtype, mode) == ("float32", "eager")
     ]
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    file = Path(options.output) if options.output else None
+    done = set() if file is None else stored_groups(file)
+    groups = [group for group in groups if tuple(map(str, group.values())) not in done]
     sys.stdout.write(
-        f"batch {options.batch_size}, {options.num_classes} classes, "
-        f"{options.size[0]}x{options.size[1]}, {device}, {options.threads} threads, "
-        f"torch {torch.__version__}\n"
+        f"batch {options.batch_size}, {options.num_classes} classes, {height}x{width}, {device}, "
+        f"{options.threads} threads, torch {torch.__version__}\n"
     )
+    failed = False
     for group in tqdm(groups, unit="group", leave=False):
         torch.compiler.reset()
-        rows = measure(*group, options)
+        try:
+            rows = measure(group, options)
+        except UserError as error:
+            failed = True
+            with tqdm.external_write_mode():
+                sys.stdout.write(f"not timed: {group['variant']}, {error}\n")
+            continue
         with tqdm.external_write_mode():
-            for row in rows:
-                sys.stdout.write(line(row))
+            sys.stdout.writelines(map(line, rows))
             sys.stdout.flush()
-        if options.output:
-            file = Path(options.output)
+        if file is not None:
             with file.open("a", newline="") as stream:
                 writer = csv.DictWriter(stream, rows[0])
                 if stream.tell() == 0:
                     writer.writeheader()
                 writer.writerows(rows)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

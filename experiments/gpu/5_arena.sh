@@ -4,4 +4,4 @@
 . "$(dirname "$0")/common.sh"
 needs_camvid
 study arena experiments/arena/camvid.yaml gpu \
-    --data.path "$camvid" --max_parallel 12 --num_images 10
+    --data.path "$camvid" --max_parallel 12 --num_images 10 --block_size 10

@@ -2,14 +2,19 @@
 # 6. How fast are the receptive fields of five layers on a GPU, and what do they look like?
 . "$(dirname "$0")/common.sh"
 if [ "$smoke" ]; then
-    "$python" experiments/benchmarks/erf.py --size 64 64 --images 2 --rounds 1 >"$output/erf.txt"
-    exit
+    models=segformer_b0 batches=1 size="64 64" images=2 rounds=1
+else
+    models="segformer_b0 segformer_b2" batches="1 8" size="512 512" images=32 rounds=3
 fi
-for model in segformer_b0 segformer_b2; do
-    for batch_size in 1 8; do
-        limited 100 "$python" experiments/benchmarks/erf.py --model "$model" --device "$device" \
-            --images 32 --batch_size "$batch_size" >>"$output/erf.txt"
+for model in $models; do
+    for batch_size in $batches; do
+        file=$output/$model.batch$batch_size.txt
+        [ ! -e "$file" ] || continue
+        limited "$python" experiments/benchmarks/erf.py --model "$model" --device "$device" \
+            --size $size --images "$images" --batch_size "$batch_size" --rounds "$rounds" \
+            >"$output/partial.txt"
+        mv "$output/partial.txt" "$file"
     done
-    limited 60 "$python" -m segformer_pl erf --model "$model" --data.dataset shapes \
-        --device "$device" --num_images 32 --output "$output/$model"
+    limited "$python" -m segformer_pl erf --model "$model" --data.dataset shapes \
+        --device "$device" --num_images "$images" --output "$output/$model"
 done

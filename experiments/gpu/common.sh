@@ -1,9 +1,9 @@
 # Sourced by the numbered scripts, which are called as
 #   experiments/gpu/N_NAME.sh OUTPUT [--smoke]
-# Each fits into nine minutes of one H100 or H200 and 16 cores, and writes to the folder OUTPUT. A
-# script that is stopped, or reaches its time, goes on where it was when it is called again with the
-# same OUTPUT. CAMVID is the folder of CamVid's Parquet files. --smoke runs the same commands on a CPU:
-# trainings with two steps on the data set `shapes`, and studies without training.
+# Each stops after nine minutes of one H100 or H200 and 16 cores and writes to the folder OUTPUT.
+# Called again with the same OUTPUT, it goes on where it was. CAMVID is the folder of CamVid's Parquet
+# files. --smoke runs each kind of command once on a CPU: trainings with two steps on the data set
+# `shapes`, benchmarks with small images, studies without training.
 set -eu
 cd "$(dirname "$0")/../.."
 mkdir -p "${1:?give the folder of the results}"
@@ -14,19 +14,24 @@ if [ "${2:-}" = --smoke ]; then
     smoke=yes device=cpu camvid=
 else
     smoke= device=cuda camvid=${CAMVID-}
-    # Eight small trainings share a GPU at 145 steps a second with this service, and 99 without.
-    nvidia-cuda-mps-control -d 2>/dev/null || true
 fi
+end=$((SECONDS + 480)) # leaves a minute to a training that ends with a checkpoint
 
-# limited SECONDS COMMAND...: at the end of the time, training stops with a checkpoint.
+# limited COMMAND...: stop it at the end of the time of the whole script.
 limited() {
-    local seconds=$1
-    shift
-    timeout --signal=TERM --kill-after=60 "$seconds" "$@" || {
-        local status=$?
-        [ "$status" = 124 ] || exit "$status" # 124: it was stopped
-        echo "stopped after $seconds s; the same call goes on"
-    }
+    local status=124 left=$((end - SECONDS))
+    if [ "$left" -gt 0 ]; then
+        timeout --signal=TERM --kill-after=60 "$left" "$@" && return
+        status=$?
+    fi
+    [ "$status" = 124 ] || exit "$status" # 124: it was stopped
+    echo "stopped at the end of the time; the same call goes on"
+    exit
+}
+
+# Eight small trainings share a GPU at 145 steps a second with this service, and 99 without.
+share_gpu() {
+    [ "$smoke" ] || nvidia-cuda-mps-control -d 2>/dev/null || true
 }
 
 # needs_camvid: exit with a sentence where CamVid is needed and not given.
@@ -39,8 +44,9 @@ needs_camvid() {
 
 # train_camvid NETWORK SEED...: B0's experiment to convergence, all seeds side by side.
 train_camvid() {
-    local network=$1 seed
+    local network=$1 seed jobs=
     shift
+    share_gpu
     local settings=(--trainer.accelerator gpu --trainer.precision bf16-mixed
         --trainer.val_check_interval 1000 --data.path "$camvid")
     if [ "$smoke" ]; then
@@ -50,12 +56,12 @@ train_camvid() {
         set -- "$1"
     fi
     for seed; do
-        limited 500 "$python" -m segformer_pl fit --config experiments/camvid_b0.yaml \
+        limited "$python" -m segformer_pl fit --config experiments/camvid_b0.yaml \
             --model.network.class_path "segformer_pl.models.$network" --seed_everything "$seed" \
             --trainer.logger.init_args.save_dir "$output" --trainer.logger.init_args.name "$network" \
             --run_name "seed$seed" --trainer.enable_progress_bar false "${settings[@]}" \
             >>"$output/$network.seed$seed.log" 2>&1 &
-        jobs="${jobs:-} $!"
+        jobs+=" $!"
     done
     local status=0 job
     for job in $jobs; do
@@ -65,13 +71,14 @@ train_camvid() {
     return "$status"
 }
 
-# study COMMAND FILE BUDGET ARGUMENTS...: an ablation or an arena, eight runs at a time.
+# study COMMAND FILE BUDGET ARGUMENTS...: an ablation or an arena.
 study() {
     local command=$1 file=$2 budget=$3
     shift 3
     if [ "$smoke" ]; then # checks the study and every variant, and trains nothing
         set -- --wandb_sweep "$output/$(basename "$file")"
     fi
-    limited "${limit:-500}" "$python" -m segformer_pl "$command" "$file" --budget "$budget" \
+    share_gpu
+    limited "$python" -m segformer_pl "$command" "$file" --budget "$budget" \
         --output "$output" "$@"
 }

@@ -123,7 +123,7 @@ def write_arena_report(
                 "than one on the Pareto front; differences that are not resolved can change it.",
             ),
             fields=fields,
-            radii=radius_table(systems, columns) if fields else None,
+            radii=radius_table(systems, columns) if first else None,
             frontier=frontier,
             published=published,
             breakable=breakable,
@@ -136,8 +136,9 @@ def write_arena_report(
         CSV_FILE: systems_csv(results, systems),
         REPORT_FILE: html,
     }
-    if fields is not None:
+    if first:
         texts[ERF_CSV] = radius_csv(systems, columns)
+    if fields is not None:
         for kind, content in fields.files.items():
             with atomic_write(folder / f"{ERF_FIGURE}.{kind}") as stream:
                 stream.write(content)
@@ -201,7 +202,7 @@ def _fields(
     if without_maps:
         unread.append(
             f"{', '.join(without_maps)}: the figure has no row, because the maps of receptive "
-            "fields (.npz) are missing; their radii are in the table"
+            "fields (.npz) are missing; the radii are in their table all the same"
         )
     if not facts:
         return None, unread

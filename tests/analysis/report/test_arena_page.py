@@ -169,9 +169,15 @@ def test_systems_without_maps_share_a_sentence(arena, read_page):
     results, systems, page = arena({"a": 0.0, "b": -0.3}, MAPS, seeds=(0,))
     for system in systems:
         next(iter(system.erfs.values())).file.unlink()
-    page = read_page(write_arena_report(page.folder, results, systems, 20))
+    (page.folder / "erf.csv").unlink()
+    report = write_arena_report(page.folder, results, systems, 20)
+    page = read_page(report)
     assert page.text.count("the figure has no row, because the maps of receptive fields") == 1
     assert "a, b: the figure has no row" in page.text
+    # The radii need no maps.
+    assert "Radius that holds half of each receptive field" in report.read_text()
+    assert "No receptive field was measured" not in page.text
+    assert (report.parent / "erf.csv").exists()
 
 
 def test_published_results_have_protocol_and_source():
