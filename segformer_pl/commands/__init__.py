@@ -10,6 +10,7 @@ from collections.abc import Callable
 from segformer_pl.commands.compare import compare
 from segformer_pl.commands.convert import convert
 from segformer_pl.commands.erf import erf
+from segformer_pl.commands.export import export
 from segformer_pl.commands.predict import predict
 from segformer_pl.commands.profile import profile
 from segformer_pl.commands.robustness import robustness
@@ -25,4 +26,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "profile": profile,
     "scaling": scaling,
     "convert": convert,
+    "export": export,
 }

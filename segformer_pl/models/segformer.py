@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from segformer_pl.models.decode_head import AllMLPHead
+from segformer_pl.models.decode_head import AllMLPHead, FoldedAllMLPHead
 from segformer_pl.models.mit import mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5
 from segformer_pl.models.segmenter import Encoder, Segmenter
 
@@ -42,7 +42,9 @@ class SegFormer(Segmenter):
         self.num_classes = num_classes
         self.min_size = encoder.min_size
         self.encoder = encoder
-        self.head = AllMLPHead(encoder.out_channels, num_classes, decoder_dim, in_indices, dropout)
+        self.head: AllMLPHead | FoldedAllMLPHead = AllMLPHead(
+            encoder.out_channels, num_classes, decoder_dim, in_indices, dropout
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes, H_1, W_1) of images (B, in_channels, H, W)."""
@@ -59,6 +61,11 @@ class SegFormer(Segmenter):
         features = self.encoder(images)
         named = {f"stage{i}": feature for i, feature in enumerate(features, start=1)}
         return named | {"head": self.head.fuse_features(features)}
+
+    def fold(self) -> None:
+        """Fold the encoder, and multiply the matrices of the head once and for all."""
+        super().fold()
+        self.head = self.head.folded()
 
     def init_args(self) -> dict[str, Any]:
         return {

@@ -77,7 +77,8 @@ def shift_mask(padded: Tensor, window: Window, shift: Window) -> Tensor:
 
 def _regions(index: Tensor, side: int, moved: int) -> Tensor:
     """Return the region of every row or column, 0 to 2."""
-    return (index >= len(index) - side).long() + (index >= len(index) - moved).long()
+    size = index.shape[0]  # len() would make it a constant in an exported graph
+    return (index >= size - side).long() + (index >= size - moved).long()
 
 
 class SwinBlock(nn.Module):
