@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
 from PIL import Image
+from torch import Tensor
 
 from segformer_pl.checkpoints import read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
@@ -107,7 +108,8 @@ def export(arguments: list[str]) -> None:
     predictor = Predictor.from_weights(weights)
     predictor.protocol = changed_protocol(predictor.protocol, changes.as_dict() if changes else {})
     size = None if options.size is None else (options.size[0], options.size[1])
-    images = _images(options.verify, options.num_images, options.ckpt, predictor)
+    min_size = predictor.network.min_size
+    images = _images(options.verify, options.num_images, options.ckpt, min_size)
     found = export_graph(
         predictor,
         file,
@@ -125,21 +127,26 @@ def export(arguments: list[str]) -> None:
 
 
 def _images(
-    given: str | None, num_images: int, ckpt: str, predictor: Predictor
+    given: str | None, num_images: int, ckpt: str, min_size: int
 ) -> Iterator[tuple[str, Pixels]]:
-    """Yield names and pixels of the images to compare predictions on."""
+    """Return names and pixels of the images to compare predictions on, read one by one.
+
+    Raises:
+        UserError: There is no such image or split.
+    """
     if given is None:
-        yield from _generated(predictor.network.min_size)
-    elif given == SPLIT and not Path(given).exists():
-        data = load_data(RunCheckpoint.read(ckpt, "CKPT"))
-        split = ValidationSplit(data, None)
-        for position in _spread(split.positions, num_images):
-            sample = split.samples[position]
-            pixels = (sample["image"] * 255).round().to(torch.uint8)
-            yield f"image {sample['id']}", np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-    else:
-        for path in _spread(list(find_images(given, Path(), "--verify")), num_images):
-            yield f"'{path}'", EncodedImage.read(path).decode()
+        return _generated(min_size)
+    if given == SPLIT and not Path(given).exists():
+        split = ValidationSplit(load_data(RunCheckpoint.read(ckpt, "CKPT")), None)
+        samples = (split.samples[position] for position in _spread(split.positions, num_images))
+        return ((f"image {sample['id']}", _to_bytes(sample["image"])) for sample in samples)
+    files = _spread(list(find_images(given, Path(), "--verify")), num_images)
+    return ((f"'{file}'", EncodedImage.read(file).decode()) for file in files)
+
+
+def _to_bytes(image: Tensor) -> Pixels:
+    """Return an image (3, H, W) in 0 to 1 as it was decoded, (H, W, 3)."""
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
 def _generated(min_size: int) -> Iterator[tuple[str, Pixels]]:

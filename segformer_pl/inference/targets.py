@@ -15,6 +15,7 @@ is bound to a memory layout, and that of a channels-last batch depends on whethe
 
 import importlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,8 @@ from torch.export import ExportedProgram
 
 from segformer_pl.errors import UserError, brief
 
-OPSET = 18  # of ONNX: the first with the Resize and LayerNormalization that torch writes
+OPSET = 18  # of ONNX, the oldest that torch writes without conversion
 DESCRIPTION = "segformer_pl"  # where the description is stored, if it is one entry
-INPUT, OUTPUT = "images", "classes"
-MAPS = "maps"
 
 Description = Mapping[str, str]
 
@@ -95,7 +94,20 @@ def _open_torch_export(file: Path) -> OpenedGraph:
 
 
 def _write_onnx(program: ExportedProgram, file: Path, description: Description) -> None:
-    converted = torch.onnx.export(program, opset_version=OPSET, verbose=False)
+    images = next(node for node in program.graph.nodes if node.name == "images").meta["val"]
+    is_whole = images.dtype == torch.uint8
+    names = ("batch", *(("height", "width", "") if is_whole else ("", "height", "width")))
+    free = {dim: names[dim] for dim, size in enumerate(images.shape) if not isinstance(size, int)}
+    # It reports every operator that it does not fold.
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    converted = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=["classes" if is_whole else "class_maps"],
+        opset_version=OPSET,
+        dynamic_shapes={"images": free},
+        verbose=False,
+    )
     assert converted is not None
     converted.model.metadata_props.update(description)
     converted.save(file, external_data=False)
