@@ -94,7 +94,8 @@ def _open_torch_export(file: Path) -> OpenedGraph:
 
 
 def _write_onnx(program: ExportedProgram, file: Path, description: Description) -> None:
-    images = next(node for node in program.graph.nodes if node.name == "images").meta["val"]
+    (name,) = program.graph_signature.user_inputs
+    images = next(node for node in program.graph.nodes if node.name == name).meta["val"]
     is_whole = images.dtype == torch.uint8
     names = ("batch", *(("height", "width", "") if is_whole else ("", "height", "width")))
     free = {dim: names[dim] for dim, size in enumerate(images.shape) if not isinstance(size, int)}
@@ -105,7 +106,7 @@ def _write_onnx(program: ExportedProgram, file: Path, description: Description) 
         input_names=["images"],
         output_names=["classes" if is_whole else "class_maps"],
         opset_version=OPSET,
-        dynamic_shapes={"images": free},
+        dynamic_shapes=(free,),
         verbose=False,
     )
     assert converted is not None
@@ -148,7 +149,7 @@ def _open_openvino(file: Path) -> OpenedGraph:
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(compiled(images.numpy())[0].copy())
 
-    return OpenedGraph(run, {name: str(value) for name, value in stored.astype(dict).items()})
+    return OpenedGraph(run, {name: value.astype(str) for name, value in stored.items()})
 
 
 def _write_aoti(program: ExportedProgram, file: Path, description: Description) -> None:
