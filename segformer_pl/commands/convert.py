@@ -5,7 +5,7 @@ from pathlib import Path
 
 from segformer_pl.atomic import make_writable_folder
 from segformer_pl.checkpoints import export_weights, load_network, read_weights
-from segformer_pl.checkpoints.export import LAYOUTS, check_destination
+from segformer_pl.checkpoints.conversion import LAYOUTS, check_destination
 from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 
 

@@ -1,11 +1,11 @@
 """SegFormer = a hierarchical encoder and the All-MLP decode head (Xie et al. 2021, Fig. 2)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from segformer_pl.models.decode_head import AllMLPHead, FoldedAllMLPHead
+from segformer_pl.models.decode_head import AllMLPHead
 from segformer_pl.models.mit import mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5
 from segformer_pl.models.segmenter import Encoder, Segmenter
 
@@ -42,9 +42,7 @@ class SegFormer(Segmenter):
         self.num_classes = num_classes
         self.min_size = encoder.min_size
         self.encoder = encoder
-        self.head: AllMLPHead | FoldedAllMLPHead = AllMLPHead(
-            encoder.out_channels, num_classes, decoder_dim, in_indices, dropout
-        )
+        self.head = AllMLPHead(encoder.out_channels, num_classes, decoder_dim, in_indices, dropout)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes, H_1, W_1) of images (B, in_channels, H, W)."""
@@ -65,7 +63,7 @@ class SegFormer(Segmenter):
     def fold(self) -> None:
         """Fold the encoder, and multiply the matrices of the head once and for all."""
         super().fold()
-        self.head = self.head.folded()
+        self.head = cast(AllMLPHead, self.head.folded())  # it has all that inference uses
 
     def init_args(self) -> dict[str, Any]:
         return {
