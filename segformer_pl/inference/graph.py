@@ -24,6 +24,7 @@ from segformer_pl import __version__
 from segformer_pl.errors import UserError, brief, find_user_error
 from segformer_pl.inference.predictor import Predictor
 from segformer_pl.inference.protocol import Inference
+from segformer_pl.models.segmenter import Network
 from segformer_pl.normalization import Normalization
 
 Size = tuple[int, int]
@@ -107,6 +108,12 @@ def trace(
         UserError: The protocol does not fit into a graph, or the network cannot be traced.
     """
     network = predictor.network.for_inference()
+    for part in network.modules():
+        if size is None and isinstance(part, Network) and not part.traces_any_size:
+            raise UserError(
+                f"torch cannot trace {type(part).__name__} for images of any size; give a fixed "
+                "size, --size HEIGHT WIDTH"
+            )
     graph: nn.Module = network
     if not network_only:
         check_protocol(predictor.protocol)

@@ -64,10 +64,13 @@ class Network(nn.Module, ABC):
         training_arguments: Names of the constructor arguments that matter only in training, such as
             rates of dropout: whatever their values, equal weights compute the same. A comparison
             of networks ignores them.
+        traces_any_size: Whether ``torch.export`` traces one graph for images of all sizes. If not,
+            an exported graph has a fixed size.
     """
 
     in_channels: int
     min_size: int = 1
+    traces_any_size: bool = True
     training_arguments: tuple[str, ...] = ()
 
     @abstractmethod

@@ -77,8 +77,7 @@ def shift_mask(padded: Tensor, window: Window, shift: Window) -> Tensor:
 
 def _regions(index: Tensor, side: int, moved: int) -> Tensor:
     """Return the region of every row or column, 0 to 2."""
-    size = index.shape[0]  # len() would make it a constant in an exported graph
-    return (index >= size - side).long() + (index >= size - moved).long()
+    return (index >= len(index) - side).long() + (index >= len(index) - moved).long()
 
 
 class SwinBlock(nn.Module):
@@ -198,6 +197,8 @@ class SwinEncoder(Encoder):
     """
 
     training_arguments = ("pretrained", "drop_path_rate")
+    # The shapes of padded and shifted windows are too much for the symbolic sizes of torch 2.15.
+    traces_any_size = False
 
     def __init__(
         self,

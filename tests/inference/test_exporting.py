@@ -248,30 +248,39 @@ def test_a_planted_fault_is_detected_and_leaves_no_file(small, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+SWIN = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
 SYSTEMS = {
-    "setr_pup": ({"backbone": "test_vit", "image_size": 64, "decoder_dim": 8}, {"pad_to": 16}),
-    "semask_fpn": (
-        {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
-        | {"decoder_dim": 8},
-        {},
-    ),
-    "maskformer": (
-        {"backbone": "test_resnet", "num_queries": 8, "decoder_dim": 64, "decoder_layers": 1}
-        | {"decoder_heads": 2, "decoder_mlp_dim": 16},
-        {},
-    ),
-    "deeplabv3plus": ({"backbone": "test_resnet", "decoder_dim": 8}, {}),
+    "setr_pup": {"backbone": "test_vit", "image_size": 64, "decoder_dim": 8},
+    "semask_fpn": {"decoder_dim": 8, **SWIN},
+    "maskformer": {
+        **{"backbone": "test_resnet", "num_queries": 8, "decoder_dim": 64, "decoder_layers": 1},
+        **{"decoder_heads": 2, "decoder_mlp_dim": 16},
+    },
+    "deeplabv3plus": {"backbone": "test_resnet", "decoder_dim": 8},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_other_systems_take_any_size(name, randomize, tmp_path):
-    arguments, protocol = SYSTEMS[name]
-    network = randomize(getattr(models, name)(len(NAMES), **arguments))
+@pytest.mark.parametrize(
+    ("name", "protocol", "size"),
+    [
+        ("deeplabv3plus", {}, None),
+        ("maskformer", {}, None),
+        ("setr_pup", {"pad_to": 16}, None),
+        ("semask_fpn", {}, (65, 97)),
+    ],
+)
+def test_other_systems(name, protocol, size, randomize, tmp_path):
+    network = randomize(getattr(models, name)(len(NAMES), **SYSTEMS[name]))
     predictor = predictor_of(network, Inference(**protocol))
-    sizes = [(64, 64), (65, 97), (47, 130)]
-    export_graph(predictor, tmp_path / "m.pt2", "torch-export", images(*sizes))
+    sizes = [(64, 64), (65, 97), (47, 130)] if size is None else [size]
+    export_graph(predictor, tmp_path / "m.pt2", "torch-export", images(*sizes), size=size)
+
+
+def test_a_network_of_fixed_sizes_says_so(small, tmp_path):
+    small.network.traces_any_size = False
+    with pytest.raises(UserError, match=r"trace Small for images of any size; give .* --size"):
+        export_graph(small, tmp_path / "m.pt2", "torch-export", images((64, 64)))
 
 
 @pytest.mark.parametrize(
