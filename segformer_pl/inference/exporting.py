@@ -160,8 +160,15 @@ def export_graph(
         try:
             target.write(program, draft, description)
             graph = target.open(draft)
+        except OSError as error:
+            raise UserError(
+                f"'{file}' cannot be written ({error.strerror or error}); give another place"
+            ) from error
         except Exception as error:  # any type: it depends on the target
-            raise UserError(f"{to} cannot express the network ({brief(error)})") from error
+            raise UserError(
+                f"the graph cannot be written as {to} and opened again ({brief(error)}); choose "
+                "another target"
+            ) from error
         if graph.description != description:
             raise UserError(f"{to} does not return the description that was stored with the graph")
         found = agreement(predictor, _prediction(graph, predictor, network_only), images)

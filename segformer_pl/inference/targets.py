@@ -161,7 +161,9 @@ def _write_aoti(program: ExportedProgram, file: Path, description: Description) 
 
 def _open_aoti(file: Path) -> OpenedGraph:
     model: Any = torch._inductor.aoti_load_package(str(file))
-    return OpenedGraph(model, model.get_metadata())
+    # torch adds entries of its own, such as AOTI_DEVICE_KEY.
+    stated = model.get_metadata().items()
+    return OpenedGraph(model, {name: text for name, text in stated if not name.startswith("AOTI")})
 
 
 TARGETS = {
