@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from segformer_pl.cli import main
+from segformer_pl.commands.predict import find_images
 from segformer_pl.data import shapes
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.sources import open_split
 from segformer_pl.errors import UserError
+from segformer_pl.models import segformer_b0
 
 NOBODY = 65534
 
@@ -35,7 +38,7 @@ def place():
     """A folder that an ordinary user can reach, unlike those of pytest."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        folder.chmod(0o755)
+        folder.chmod(0o777)
         yield folder
         for part in [*folder.rglob("*"), folder]:
             if part.is_dir():
@@ -45,8 +48,6 @@ def place():
 def write_images(place):
     for part in ("images/train", "labels/train"):
         (place / "data" / part).mkdir(parents=True)
-    from PIL import Image
-
     Image.new("RGB", (8, 8)).save(place / "data/images/train/a.png")
     Image.new("L", (8, 8)).save(place / "data/labels/train/a.png")
 
@@ -96,10 +97,10 @@ def refused(capsys, arguments):
         ["fit", "--config=FILE.yaml"],
         ["doctor", "FILE.yaml"],
         ["fit", "--data.dataset=FILE.yaml", "--model.network=segformer_pl.models.segformer_b0"],
-        ["predict", "--ckpt=FILE.ckpt", "--input=x", "--output=y"],
+        ["predict", "--ckpt=FILE.ckpt", "--input=.", "--output=y"],
         ["validate", "--ckpt_path=FILE.ckpt", "--model.network=segformer_pl.models.segformer_b0"],
         ["robustness", "--ckpt=FILE.ckpt", "--output=y"],
-        ["erf", "--model=segformer_b0", "--weights=FILE.safetensors", "--data.dataset=shapes"],
+        ["erf", "--weights=FILE.safetensors", "--data.dataset=shapes"],
         ["convert", "FILE.pth", "x.safetensors", "--to=native"],
         ["compare", "FILE.npz", "FILE.npz"],
         ["ablate", "FILE.yaml"],
@@ -114,6 +115,7 @@ def test_a_file_that_may_not_be_read(capsys, place, monkeypatch, arguments, deni
     suffix = next(Path(a).suffix for a in arguments if "secret" in a)
     file = place / "secret" / f"file{suffix}"
     torch.save({}, file)
+    Image.new("RGB", (8, 8)).save(place / "a.png")
     (place / denied if denied == "secret" else file).chmod(0)
     error = refused(capsys, arguments)
     assert str(place / "secret") in error
@@ -133,6 +135,7 @@ def test_a_file_that_may_not_be_read(capsys, place, monkeypatch, arguments, deni
 @pytest.mark.parametrize("mode", [0o000, 0o555])
 def test_a_folder_that_may_not_be_written(capsys, place, monkeypatch, arguments, mode):
     monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     if arguments[0] == "fit":
         write_parquet(place)
         arguments = [
@@ -143,8 +146,6 @@ def test_a_folder_that_may_not_be_written(capsys, place, monkeypatch, arguments,
             "--trainer.accelerator=cpu",
         ]
     else:
-        from segformer_pl.models import segformer_b0
-
         torch.save(segformer_b0(num_classes=2).state_dict(), place / "w.pth")
     (place / "secret").mkdir()
     (place / "secret").chmod(mode)
@@ -155,8 +156,6 @@ def test_a_folder_that_may_not_be_written(capsys, place, monkeypatch, arguments,
 
 
 def test_an_input_folder_that_may_not_be_read(place):
-    from segformer_pl.commands.predict import find_images
-
     (place / "in").mkdir()
     (place / "in").chmod(0)
     with ordinary_user(), pytest.raises(UserError, match=r"--input: .*in. cannot be read"):
@@ -167,6 +166,7 @@ def test_a_cache_folder_of_shapes_that_may_not_be_read(capsys, place, monkeypatc
     (place / "cache").mkdir()
     (place / "cache").chmod(0)
     monkeypatch.setattr(shapes, "cache_folder", lambda: place / "cache" / "shapes")
+    monkeypatch.chdir(place)
     error = refused(capsys, ["erf", "--model=segformer_b0", "--data.dataset=shapes"])
     assert str(place / "cache") in error
     assert "Permission denied" in error

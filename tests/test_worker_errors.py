@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import time
 
 import lightning.pytorch as pl
 import pytest
@@ -54,16 +53,21 @@ def test_a_killed_worker(signum, part):
     assert part in sentence(fail)
 
 
-def test_a_worker_that_is_killed_while_it_passes_a_tensor_on():
-    """The main process asks the worker for the open file of the tensor, and is not answered."""
-    loader = iter(DataLoader([torch.zeros(2)] * 4, num_workers=1, prefetch_factor=4))
-    next(loader)
-    (worker,) = loader._workers
-    time.sleep(0.2)  # until the worker has sent the other tensors
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(Exception) as error:  # noqa: PT011
-        list(loader)
-    assert "worker" in explain_worker_failure(error.value)
+class LostConnection:
+    """A queue whose worker has been killed while the main process received a tensor of it."""
+
+    def get(self, timeout):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_a_worker_that_is_killed_while_it_sends(monkeypatch):
+    loader = iter(DataLoader([1, 2], num_workers=1))
+    monkeypatch.setattr(loader, "_data_queue", LostConnection())
+    with pytest.raises(ConnectionResetError) as error:
+        next(loader)
+    monkeypatch.undo()
+    assert explain_worker_failure(error.value).startswith("a data-loader worker ended unexpectedly")
+    assert explain_worker_failure(ConnectionResetError(104, "of another connection")) is None
 
 
 def test_a_worker_that_ends_without_a_signal():
@@ -106,7 +110,7 @@ def test_a_worker_that_raises(fail, part):
 def test_too_many_open_files():
     """Workers pass each tensor on by an open file."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    loader = DataLoader([torch.zeros(2)] * 500, num_workers=1, collate_fn=list)
+    loader = DataLoader([torch.zeros(2) for _ in range(500)], num_workers=1, collate_fn=list)
     try:
         num_open = len(os.listdir("/dev/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 40, before[1]))

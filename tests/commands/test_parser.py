@@ -36,7 +36,7 @@ def test_hyphens_of_option_names_become_underscores_and_no_others():
         ["arena", "study.yaml", "--num-images=x"],
         ["compare", "a", "b", "--block-size=x"],
         ["erf", "--batch-size=x"],
-        ["predict", "--ckpt=a", "--input=b", "--output=c", "--inference.kv-border=x"],
+        ["predict", "--ckpt=a", "--input=b", "--output=c", "--inference.resize-to=x"],
         ["profile", "segformer_b0", "--decoder-dim=x"],
         ["robustness", "--ckpt=a", "--output=b", "--num-images=x"],
         ["scaling", "segformer_b0", "--global-batch=x"],
