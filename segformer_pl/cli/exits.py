@@ -83,7 +83,7 @@ def explain(error: Exception) -> str | None:
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         return (
-            f"ckpt_path: the checkpoint cannot be restored ({reason[:200]}); give another, or "
+            f"the checkpoint cannot be restored ({reason[:200]}); give another, or "
             "start a new run from its weights with --model.weights"
         )
     return None
