@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import segformer_pl.cli.ablate  # noqa: F401  which an ordinary user may not import from root's home
 from segformer_pl.cli import main
 from segformer_pl.commands.predict import find_images
 from segformer_pl.data import shapes
@@ -100,7 +101,7 @@ def refused(capsys, arguments):
         ["predict", "--ckpt=FILE.ckpt", "--input=.", "--output=y"],
         ["validate", "--ckpt_path=FILE.ckpt", "--model.network=segformer_pl.models.segformer_b0"],
         ["robustness", "--ckpt=FILE.ckpt", "--output=y"],
-        ["erf", "--weights=FILE.safetensors", "--data.dataset=shapes"],
+        ["erf", "--weights=FILE.safetensors", "--data.dataset=shapes", "--data.path=data"],
         ["convert", "FILE.pth", "x.safetensors", "--to=native"],
         ["compare", "FILE.npz", "FILE.npz"],
         ["ablate", "FILE.yaml"],
@@ -116,6 +117,8 @@ def test_a_file_that_may_not_be_read(capsys, place, monkeypatch, arguments, deni
     file = place / "secret" / f"file{suffix}"
     torch.save({}, file)
     Image.new("RGB", (8, 8)).save(place / "a.png")
+    if "--data.path=data" in arguments:
+        write_parquet(place)
     (place / denied if denied == "secret" else file).chmod(0)
     error = refused(capsys, arguments)
     assert str(place / "secret") in error
