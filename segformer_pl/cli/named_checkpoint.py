@@ -140,7 +140,7 @@ def _refuse_another_experiment(
             for key, (then, now) in different.items()
         )
         raise UserError(
-            f"{name}, {str(run.folder)!r}, is another experiment: {differences}; {remedy}"
+            f"{name}, {str(last.parent.parent)!r}, is another experiment: {differences}; {remedy}"
         )
 
 
