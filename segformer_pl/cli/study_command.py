@@ -42,8 +42,6 @@ from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
 
 OUTPUT = Path("runs/ablations")
-# Options have underscores, as those of `fit`. Hyphens are accepted in those of these commands.
-HYPHENS = ("--dry-run", "--max-parallel", "--retry-failed", "--block-size", "--wandb-sweep")
 
 
 class StudyCommand(NamedTuple):
@@ -187,20 +185,13 @@ def _parse(command: StudyCommand, arguments: list[str]) -> Namespace:
     )
     if command.add_options is not None:
         command.add_options(parser)
-    options = parser.parse_args([_with_underscores(argument) for argument in arguments])
+    options = parser.parse_args(arguments)
     chosen = [name for name in ("dry_run", "report", "wandb_sweep") if options[name]]
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one of them")
     if options.slurm and options.launcher != "slurm":
         raise UserError("slurm: these are options for --launcher slurm, which is not given")
     return options
-
-
-def _with_underscores(argument: str) -> str:
-    option, equals, value = argument.partition("=")
-    if option in HYPHENS:
-        option = "--" + option.removeprefix("--").replace("-", "_")
-    return option + equals + value
 
 
 def _execute(study: Study, runs: list[RunProgress], options: Namespace) -> int:
