@@ -124,6 +124,8 @@ def export(arguments: list[str]) -> None:
         f"the checkpoint's class (worst image: {found.worst_share:.3%}, {found.worst}); "
         f"{len(found.classes)} of {len(predictor.class_names)} classes occur in them\n"
     )
+    if len(found.classes) == 1:
+        sys.stdout.write("with a single class this shows little; --verify images with more\n")
 
 
 def _images(
@@ -154,7 +156,7 @@ def _generated(min_size: int) -> Iterator[tuple[str, Pixels]]:
     for number, sides in enumerate(GENERATED_SIZES):
         height, width = (max(side, min_size) for side in sides)
         pixels = shapes.draw(np.random.default_rng(number)).image
-        yield f"generated image of {height}x{width} pixels", _resized(pixels, (height, width))
+        yield f"generated image {number + 1}", _resized(pixels, (height, width))
 
 
 def _resized(pixels: Pixels, size: Size | None) -> Pixels:

@@ -41,6 +41,9 @@ class PredictionGraph(nn.Module):
         protocol: Test-time protocol, see :func:`check_protocol`.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, network: Any, normalization: Normalization, protocol: Inference) -> None:
         super().__init__()
         self.network = network
@@ -131,7 +134,8 @@ def trace(
     shapes = (dict.fromkeys(free, Dim.DYNAMIC),)
     try:
         # Without this setting, torch would refuse sizes whose coarsest maps have a single row.
-        with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
+        settings = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with torch.no_grad(), settings:
             return export(graph, (images,), dynamic_shapes=shapes)
     except Exception as error:  # any type: the network may be the user's
         reason = find_user_error(error) or brief(error)

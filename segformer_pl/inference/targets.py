@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,13 +154,12 @@ def _open_openvino(file: Path) -> OpenedGraph:
 
 def _write_aoti(program: ExportedProgram, file: Path, description: Description) -> None:
     settings = {"aot_inductor.metadata": dict(description)}
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(file), inductor_configs=settings
-    )
+    inductor = importlib.import_module("torch._inductor")
+    inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
 
 
 def _open_aoti(file: Path) -> OpenedGraph:
-    model: Any = torch._inductor.aoti_load_package(str(file))
+    model = importlib.import_module("torch._inductor").aoti_load_package(str(file))
     # torch adds entries of its own, such as AOTI_DEVICE_KEY.
     stated = model.get_metadata().items()
     return OpenedGraph(model, {name: text for name, text in stated if not name.startswith("AOTI")})

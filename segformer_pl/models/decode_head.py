@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 from collections.abc import Sequence
 from functools import reduce
 from typing import cast
@@ -188,7 +189,7 @@ class FoldedAllMLPHead(nn.Module):
         upsampled = (
             F.interpolate(p, size=size, mode="bilinear", align_corners=False) for p in projected
         )
-        return F.relu(reduce(torch.add, upsampled))
+        return F.relu(reduce(operator.add, upsampled))
 
     def folded(self) -> "FoldedAllMLPHead":
         """Return this head, which is folded already."""
