@@ -1,0 +1,126 @@
+"""The argument parser of the commands."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from segformer_pl.errors import UserError, find_user_error
+from segformer_pl.yaml_file import check_sections, read_mapping, read_yaml
+
+PROG = "python -m segformer_pl"
+SETTINGS = "settings"  # what the files that a parser reads hold, for messages
+YAML_SUFFIXES = (".yaml", ".yml")
+OWN_READERS = ("--data.dataset", "--settings")  # options whose files the parser does not read
+
+# Option names of the previous release -> present ones, which have underscores and agree with the
+# options of `fit`. The old names are still accepted.
+OLD_SPELLINGS = {
+    "--batch-size": "--batch_size",
+    "--block-size": "--block_size",
+    "--data": "--data.dataset",
+    "--num-classes": "--num_classes",
+    "--num-images": "--num_images",
+    "--num-workers": "--data.num_workers",
+    "--path": "--data.path",
+}
+
+
+def current_spelling(arguments: list[str]) -> list[str]:
+    """Replace old option names in the arguments of a command, with a notice on stderr for each."""
+    current = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option in OLD_SPELLINGS:
+            sys.stderr.write(f"{option} is now {OLD_SPELLINGS[option]}\n")
+        current.append(OLD_SPELLINGS.get(option, option) + equals + value)
+    return current
+
+
+def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Yield the options whose value is a file, ``--option FILE`` or ``--option=FILE``."""
+    option = ""
+    for argument in arguments:
+        value = argument
+        if argument.startswith("--"):
+            option, _, value = argument.partition("=")
+        with suppress(OSError, ValueError):  # too long a text, or one with a zero byte
+            if option and value and Path(value).is_file():
+                yield option, Path(value)
+
+
+class OneSentenceParser(ArgumentParser):
+    """A parser whose errors are one sentence, also those about the files of settings.
+
+    Links can set arguments of a function as well as of a class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Abbreviations would accept a misspelt --trainer.max_step as trainer.max_steps.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        text = str(find_user_error(ex) or message)
+        sentence = " ".join(line.strip() for line in text.splitlines())
+        sys.stderr.write(f"error: {sentence} (what is accepted: {self.prog} --help)\n")
+        self.exit(2)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
+    ) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        # jsonargparse's messages name neither the file nor, for groups of arguments, the mistake.
+        for option, file in _files_among(given):
+            if file.suffix in YAML_SUFFIXES and option not in OWN_READERS:
+                # The trainer has arguments that are lists, such as callbacks.
+                read = read_yaml if option.startswith("--trainer.") else read_mapping
+                read(file, SETTINGS)
+        try:
+            return super().parse_args(args, *others, **kwargs)
+        except UnicodeDecodeError as error:
+            for _, file in _files_among(given):
+                if file.read_bytes() == error.object:
+                    read_mapping(file, SETTINGS)
+            raise
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a file of settings, after a check that it is one."""
+        if Path(path).is_file():  # a pipe can be read only once
+            content = read_mapping(path, SETTINGS)
+            sections = {a.dest.partition(".")[0] for a in self._actions if "." in a.dest}
+            check_sections(path, content, sections)
+            if "config" in content:
+                raise UserError(
+                    f"'{path}' has the key config, which is an option of the command line alone; "
+                    "give several files as several --config"
+                )
+        return super().parse_path(path, *args, **kwargs)
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Return arguments as text. They were checked when they were parsed, and not again here.
+
+        Settings are dumped several times at the start of a run, and the check takes much longer.
+        """
+        return super().dump(namespace, *args, **{"skip_validation": True} | kwargs)
+
+    # jsonargparse 4.53 passes linked_targets to this method as it does to add_class_arguments, but
+    # only the latter accepts it. So drop it here.
+    def add_function_arguments(
+        self, *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
+    ) -> list[str]:
+        return super().add_function_arguments(*args, **kwargs)
+
+
+class SegformerArgumentParser(OneSentenceParser):
+    """The parser of the project's own commands, which also accepts old option names."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
+    ) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        return super().parse_args(current_spelling(given), *others, **kwargs)
