@@ -1,8 +1,8 @@
 """What do imports and ``--help`` cost, beside ``import torch``?
 
-Every case runs in a new interpreter, in interleaved rounds; the table has medians of the CPU seconds
-(user and system, which a busy machine changes little) and of the wall-clock seconds, and the CPU
-seconds as a multiple of those of ``import torch`` in the same round::
+Every case runs in a new interpreter, in interleaved rounds. The table has medians of the CPU
+seconds (user and system, which a busy machine changes little), of their ratio to those of
+``import torch`` in the same round, and of the wall-clock seconds::
 
     python experiments/benchmarks/startup.py --rounds 5
     python experiments/benchmarks/startup.py --rounds 3 --cases "fit --help" "segformer_pl.task"

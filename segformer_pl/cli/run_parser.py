@@ -1,16 +1,35 @@
 """The parser of ``fit``, ``validate``, ``test`` and ``doctor``."""
 
 import operator
+from argparse import Action
 from functools import reduce
-from typing import get_args
+from typing import Any, get_args
 
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl.commands.options.parser import OneSentenceParser
 
+SHOWN_SUBCLASSES = 1000  # characters of their import paths
+
+
+class RunHelpFormatter(DefaultHelpFormatter):
+    """Lists the known subclasses of a type where they are few.
+
+    A network can be any ``nn.Module``, of which torch and its libraries define thousands.
+    """
+
+    def _get_help_string(self, action: Action) -> str:
+        text = super()._get_help_string(action)
+        before, _, names = text.partition(", known subclasses: ")
+        return text if len(names) < SHOWN_SUBCLASSES else f"{before})"
+
 
 class RunArgumentParser(OneSentenceParser, LightningArgumentParser):
-    """Lightning's parser with errors of one sentence."""
+    """Lightning's parser with errors of one sentence and a help of readable length."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": RunHelpFormatter} | kwargs)
 
 
 def try_int_before_float(parser: LightningArgumentParser) -> None:
