@@ -5,7 +5,7 @@ seconds (user and system, which a busy machine changes little), of their ratio t
 ``import torch`` in the same round, and of the wall-clock seconds::
 
     python experiments/benchmarks/startup.py --rounds 5
-    python experiments/benchmarks/startup.py --rounds 3 --cases "fit --help" "segformer_pl.task"
+    python experiments/benchmarks/startup.py --rounds 3 --cases segformer_pl.task fit compare
 """
 
 import argparse
@@ -18,9 +18,9 @@ from statistics import median
 TORCH = "import torch"
 IMPORTS = ("segformer_pl", "segformer_pl.models", "segformer_pl.inference", "segformer_pl.data")
 IMPORTS += ("segformer_pl.analysis", "lightning.pytorch", "segformer_pl.task", "segformer_pl.cli")
-OWN = ("predict", "compare", "ablate", "arena", "recipe", "robustness", "test_time", "erf")
-OWN += ("profile", "scaling", "convert")
-HELP = ("--help", *(f"{name} --help" for name in (*OWN, "doctor", "fit", "validate", "test")))
+COMMANDS = ("predict", "compare", "ablate", "arena", "recipe", "robustness", "test_time", "erf")
+COMMANDS += ("profile", "scaling", "convert", "doctor", "fit", "validate", "test")
+HELP = "help"  # of all commands
 
 
 def main() -> None:
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument(
         "--cases",
         nargs="+",
-        default=[*IMPORTS, *HELP],
-        help="modules to import, or arguments of the command line as one word",
+        default=[*IMPORTS, HELP, *COMMANDS],
+        help=f"modules to import; commands, for their --help; {HELP}, for the list of commands",
     )
     options = parser.parse_args()
     commands = {TORCH: ["-c", TORCH]} | {case: command(case) for case in options.cases}
@@ -50,10 +50,10 @@ def main() -> None:
 
 
 def command(case: str) -> list[str]:
-    """Return the arguments of the interpreter for a case."""
+    """Return the arguments of the interpreter: an import, or a command with ``--help``."""
     if case.startswith(("segformer_pl", "lightning")):
         return ["-c", f"import {case}"]
-    return ["-m", "segformer_pl", *case.split()]
+    return ["-m", "segformer_pl", *([] if case == HELP else [case]), "--help"]
 
 
 def measure(arguments: list[str]) -> tuple[float, float]:

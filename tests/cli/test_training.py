@@ -329,6 +329,15 @@ def test_help_names_every_command(capsys):
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
 
 
+def test_help_of_fit_lists_options_and_not_every_module(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert {"--model.network", "--data.path", "--trainer.max_steps"} <= set(text.split())
+    assert "torch.nn" not in text
+    assert len(text.splitlines()) < 800
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [(int, float), (float, int)])
 def test_two_batches_are_no_share_whatever_was_imported_before(order, tmp_path, monkeypatch):
