@@ -11,6 +11,7 @@ from io import BytesIO
 from itertools import chain
 from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 
@@ -20,6 +21,23 @@ def _deterministic():
     torch.manual_seed(0)
     # On tensors this small, threads cost more time than they save.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_shapes(tmp_path_factory, worker_id):
+    """Put few images of `shapes` into a cache folder of the tests, in place of all 6500.
+
+    All tests and their processes find it by the environment. ``tests/data/test_shapes.py`` tests
+    the generator.
+    """
+    from segformer_pl.data import shapes
+
+    os.environ.setdefault("MPLCONFIGDIR", str(platformdirs.user_cache_path("matplotlib")))
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared if worker_id == "master" else shared.parent
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+    if not shapes.cache_folder().is_dir():
+        shapes.generate(shapes.cache_folder(), {"train": 64, "validation": 32})
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +149,7 @@ class Command:
 
 
 @pytest.fixture(scope="session")
-def fork_server():
+def fork_server(_small_shapes):
     """Function that sends a request to the fork server of all tests and returns the answer."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")

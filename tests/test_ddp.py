@@ -7,6 +7,7 @@ import pytest
 
 from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.data import shapes
+from tests.tiny_network import TINY_OPTION
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ def run(start_command):
 
     def call(command, folder, runs, devices, *arguments, timeout=300, **how):
         settings = {
-            "model.network": "segformer_pl.models.segformer_b0",
+            "model.network": TINY_OPTION,
             "data.path": folder,
             "data.batch_size": 2,
             "data.eval_batch_size": 2,

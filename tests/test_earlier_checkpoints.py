@@ -99,6 +99,8 @@ def test_it_is_validated(checkpoint, expected, options):
 def test_it_is_resumed(checkpoint, expected, options, tmp_path):
     cli = main(["fit", *options, "--trainer.max_steps=6", f"--ckpt_path={checkpoint}"])
     metrics = {name: cli.trainer.callback_metrics[name].item() for name in expected["resumed"]}
+    # After three steps, processors that round differently disagree on a few of 16,384 pixels.
+    assert metrics.pop("val/aacc") == pytest.approx(expected["resumed"].pop("val/aacc"), abs=5e-3)
     assert metrics == pytest.approx(expected["resumed"], rel=1e-3)
     groups = cli.trainer.optimizers[0].param_groups
     assert [[g["name"], len(g["params"]), g["weight_decay"]] for g in groups] == (

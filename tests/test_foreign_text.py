@@ -12,6 +12,7 @@ from segformer_pl.analysis.overlays import draw_overlay
 from segformer_pl.analysis.run import Run
 from segformer_pl.analysis.style import printable
 from segformer_pl.cli import main
+from tests.tiny_network import TINY_OPTION
 
 CLASSES = [
     "$\\frac{a}$",
@@ -49,8 +50,7 @@ def data(tmp_path_factory, row, write_shards):
 @pytest.mark.filterwarnings("error:The report could not")
 def test_a_run_and_its_evaluation_by_other_commands(data, tmp_path, capsys):
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
-        "model.network.decoder_dim": 16,
+        "model.network": TINY_OPTION,
         "model.warmup_steps": 1,
         "data.dataset": data / "$odd$ [x].yaml",
         "data.path": data / "shards",

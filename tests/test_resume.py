@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from segformer_pl.data import shapes
+from tests.tiny_network import TINY_OPTION
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 def command(folder, run, devices, accumulate, max_steps):
     run.mkdir(exist_ok=True)
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
+        "model.network": TINY_OPTION,
         "model.warmup_steps": 2,
         "model.lr": 1e-3,
         "data.path": folder,

@@ -8,6 +8,7 @@ import cloudpickle
 import pytest
 
 from segformer_pl.data import shapes
+from tests.tiny_network import TINY_OPTION
 
 PROGRAM = Path(__file__).with_name("run_on_rank.py")
 
@@ -16,7 +17,7 @@ PROGRAM = Path(__file__).with_name("run_on_rank.py")
 def fit(tmp_path):
     shapes.generate(tmp_path / "shapes", {"train": 4, "validation": 1})
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
+        "model.network": TINY_OPTION,
         "data.path": tmp_path / "shapes",
         "data.batch_size": 2,
         "data.num_workers": 0,

@@ -80,7 +80,7 @@ def test_a_full_disk_ends_the_run_with_one_error_message(fit, start_command, tmp
     assert start_command([*fit, "--trainer.max_steps=1"], figures=False).wait() == 0
     before = last.read_bytes()
     resumed = [*fit, "--trainer.max_steps=3", f"--ckpt_path={last}"]
-    full = start_command(resumed, largest_file=1_000_000, figures=False)
+    full = start_command(resumed, largest_file=50_000, figures=False)
     assert full.wait() == 1
     sentence, command = full.output.splitlines()[-2:]
     assert sentence == (

@@ -17,6 +17,7 @@ from segformer_pl.analysis.run import Run
 from segformer_pl.callbacks.history import RunHistory, RunLogger, keep_history, rewind
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
+from tests.tiny_network import TINY_OPTION
 
 
 class KillAt(pl.Callback):
@@ -39,7 +40,7 @@ def data(tmp_path_factory):
 
 def options(data, runs, **changes):
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
+        "model.network": TINY_OPTION,
         "model.warmup_steps": 2,
         "data.path": data,
         "data.batch_size": 2,

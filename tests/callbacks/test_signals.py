@@ -14,6 +14,7 @@ import torch
 
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
+from tests.tiny_network import TINY_OPTION
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +50,7 @@ def run(start_command, folder, tmp_path):
 
     def start(command, *arguments, environment=(), validation=0.0, **settings):
         settings = {
-            "model.network": "segformer_pl.models.segformer_b0",
+            "model.network": TINY_OPTION,
             "data.path": folder,
             "data.batch_size": 2,
             "data.eval_batch_size": 1,
@@ -154,7 +155,7 @@ def test_the_end_of_an_epoch_is_not_the_end_of_the_training(
     """A regression with limit_train_batches: messages said that all steps were done."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
+        "model.network": TINY_OPTION,
         "data.path": folder,
         "data.batch_size": 2,
         "data.eval_batch_size": 1,

@@ -16,6 +16,7 @@ from segformer_pl.cli import main
 from segformer_pl.data import shapes
 from segformer_pl.task import SegmentationTask
 from tests.small_task import NAMES, Tiny, make_trainer, samples
+from tests.tiny_network import TINY_OPTION
 
 DELAY = 0.05  # seconds; all else takes a few milliseconds
 
@@ -129,7 +130,7 @@ def test_resumed_runs_record_their_own_part_and_one_rank_none(
 ):
     shapes.generate(tmp_path / "shapes", {"train": 4, "validation": 1})
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
+        "model.network": TINY_OPTION,
         "model.warmup_steps": 1,
         "data.path": tmp_path / "shapes",
         "data.batch_size": 1,

@@ -5,8 +5,9 @@ import pytest
 from segformer_pl.ablation import costs
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
+from tests.tiny_network import TINY_OPTION
 
-NETWORK = ["--model.network", "segformer_pl.models.segformer_b0"]
+NETWORK = ["--model.network", TINY_OPTION]
 
 
 @pytest.fixture(autouse=True)

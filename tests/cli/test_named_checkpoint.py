@@ -10,6 +10,7 @@ import torch
 from segformer_pl.analysis.run import Run
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
+from tests.tiny_network import TINY_OPTION
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_figures")]
 
@@ -19,7 +20,7 @@ def arguments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shapes.generate(tmp_path / "shapes", {"train": 4, "validation": 1})
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
+        "model.network": TINY_OPTION,
         "data.path": tmp_path / "shapes",
         "data.batch_size": 2,
         "data.num_workers": 0,

@@ -17,6 +17,7 @@ from segformer_pl.commands.options.predict import parse
 from segformer_pl.commands.predict import changed_protocol, find_images
 from segformer_pl.data import shapes
 from segformer_pl.inference import Inference, Predictor, predictor
+from tests.tiny_network import TINY_OPTION
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     shapes.generate(folder / "data", {"train": 2, "validation": 1})
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
-        "model.network.decoder_dim": 16,
+        "model.network": TINY_OPTION,
         "data.path": folder / "data",
         "data.batch_size": 2,
         "data.num_workers": 0,

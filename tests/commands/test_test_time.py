@@ -22,6 +22,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference
 from segformer_pl.metrics import TARGET
 from segformer_pl.task import SegmentationTask
+from tests.tiny_network import TINY_OPTION
 
 pytestmark = pytest.mark.slow
 
@@ -42,8 +43,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     shapes.generate(folder / "data", {"train": 2, "validation": 6})
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
-        "model.network.decoder_dim": 16,
+        "model.network": TINY_OPTION,
         "data.path": folder / "data",
         "data.batch_size": 2,
         "data.eval_batch_size": 4,

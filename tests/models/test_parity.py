@@ -35,8 +35,19 @@ BY_DEPTHS = ["b0", *(pytest.param(v, marks=pytest.mark.slow) for v in ("b1", "b2
 TOLERANCE = 1e-11
 
 
+def empty(build):
+    """Build a network in float64 without spending time on initial values, which are replaced."""
+    with torch.device("meta"):
+        network = build().double()
+    network.to_empty(device="cpu")
+    for name, buffer in network.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.zero_()
+    return network
+
+
 def ours(variant, **arguments):
-    return getattr(segformer, f"segformer_{variant}")(NUM_CLASSES, **arguments).double()
+    return empty(lambda: getattr(segformer, f"segformer_{variant}")(NUM_CLASSES, **arguments))
 
 
 def transformers_model(variant, **settings):
@@ -50,7 +61,7 @@ def transformers_model(variant, **settings):
         num_labels=NUM_CLASSES,
         **settings,
     )
-    return SegformerForSemanticSegmentation(config)
+    return empty(lambda: SegformerForSemanticSegmentation(config))
 
 
 def smp_model(variant):
@@ -86,8 +97,10 @@ def test_logits_of_transformers(variant, randomize):
     report = load_weights(network, theirs.state_dict())
     assert report.num_tensors == len(network.state_dict())
     assert report.constants == {"norm_eps": 1e-5, "conv_norm_eps": 1e-5}
-    for size in [(64, 64), (65, 97), (33, 47)]:
-        batch = images(*size)
+    sizes = [(65, 97), (64, 64), (33, 47)]
+    # The variants differ in widths and depths, which have nothing to do with sizes and batches.
+    for size in sizes if variant == "b0" else sizes[:1]:
+        batch = images(*size, batch=2 if variant == "b0" else 1)
         expected = theirs(batch).logits
         assert expected.abs().max() > 0.1
         assert difference(network(batch), expected) < TOLERANCE, size
@@ -102,7 +115,7 @@ def test_logits_of_smp(variant, randomize):
     network.encoder.norm_eps = NormEps(0.5, 0.5)
     report = load_weights(network, theirs.state_dict())
     assert report.constants == {"norm_eps": 1e-6, "conv_norm_eps": 1e-5}
-    batch = images(64, 96)
+    batch = images(64, 96, batch=2 if variant == "b0" else 1)
     assert difference(network(batch), smp_logits(theirs, batch)) < TOLERANCE
 
 
