@@ -119,7 +119,7 @@ def _explain_commands(is_asked_for: bool) -> NoReturn:
         f"{PROG} COMMAND --help explains the options of a command.",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
-    sys.exit()
+    sys.exit(0)
 
 
 def _refuse(sentence: str) -> NoReturn:
