@@ -10,6 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from segformer_pl.errors import UserError
 from segformer_pl.metrics import SegmentationMetrics
 
+# How values are logged that all ranks know alike. Without sync_dist, Lightning advises to average
+# them, although it exchanges nothing for rank_zero_only.
+OF_RANK_ZERO = {"rank_zero_only": True, "sync_dist": True}
+
 
 def log_metrics(
     task: pl.LightningModule,
@@ -65,9 +69,12 @@ def log_metrics(
     if task.trainer.state.fn != TrainerFn.FITTING and trained_steps:
         # Lightning logs a row under the metric "step" if there is one, and else under the fit
         # loop's step, which is 0 here. The index is 0-based, as in training.
-        task.log("step", float(trained_steps - 1), rank_zero_only=True)
-    # Reference values of the data set, such as an upper bound, are logged beside the metrics.
+        task.log("step", float(trained_steps - 1), **OF_RANK_ZERO)
+    # Reference values of the data set, such as an upper bound, are logged beside the metrics. They
+    # are read from a file, so nothing is averaged, and a rank may lack them.
     data: Any = getattr(task.trainer, "datamodule", None)
     if hasattr(data, "reference_scores"):
         references = data.reference_scores(split)
-        task.log_dict({f"{split}/{name}": value for name, value in references.items()})
+        task.log_dict(
+            {f"{split}/{name}": value for name, value in references.items()}, **OF_RANK_ZERO
+        )

@@ -25,7 +25,15 @@ EVERYTHING = LEAVES | {
     "task",
 }
 # These import nothing of the package, and every module may import them.
-FOUNDATION = {"atomic", "batch", "errors", "lightning_workarounds", "normalization", "yaml_file"}
+FOUNDATION = {
+    "atomic",
+    "batch",
+    "errors",
+    "lightning_workarounds",
+    "normalization",
+    "worker_errors",
+    "yaml_file",
+}
 MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     # Both upsample logits in bands of rows.
     "losses": {"upsampling"},

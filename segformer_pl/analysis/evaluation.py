@@ -148,7 +148,7 @@ def load_evaluation(file: Path) -> Evaluation:
     """Read an evaluation from its npz file; :class:`~.run.Run` lists those of a run folder.
 
     Raises:
-        UserError: There is no such file, or it is damaged or not an evaluation.
+        UserError: There is no such file, or it may not be read, is damaged or not an evaluation.
     """
     if not file.is_file():
         raise UserError(
@@ -168,6 +168,10 @@ def load_evaluation(file: Path) -> Evaluation:
             confusion=arrays["confusion"].astype(np.int64, casting="safe"),
             calibration=arrays["calibration"].astype(np.float64, casting="safe"),
         )
+    except PermissionError as error:
+        raise UserError(
+            f"'{file}' cannot be read ({error.strerror}); check its access rights"
+        ) from error
     except DAMAGES as error:
         raise UserError(
             f"'{file}' is no evaluation of a run, or is damaged; give another, or validate again"

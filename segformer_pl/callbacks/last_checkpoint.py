@@ -62,8 +62,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.strategy.broadcast(trainer.ckpt_path) != trainer.ckpt_path:
             raise UserError(
-                f"ckpt_path: rank {trainer.global_rank} was given {trainer.ckpt_path!r} and rank 0 "
-                "another file; give all ranks the same file"
+                f"rank {trainer.global_rank} continues from {trainer.ckpt_path or 'no checkpoint'} "
+                "and rank 0 does not; give all ranks the same ckpt_path or run_name, on a disk "
+                "that all nodes share"
             )
         if trainer.is_global_zero:
             # This run is the only writer of these folders, so partial files are from a killed run.
@@ -76,7 +77,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if (step := trainer.strategy.broadcast(trainer.global_step)) != trainer.global_step:
             raise UserError(
-                f"ckpt_path: rank {trainer.global_rank} has read step {trainer.global_step} from "
+                f"rank {trainer.global_rank} has read step {trainer.global_step} from "
                 f"{trainer.ckpt_path!r} and rank 0 step {step}, so their nodes see different "
                 "files; put it on a disk that all nodes share, or start again after a minute"
             )

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from segformer_pl.errors import Interrupted
 from segformer_pl.lightning_workarounds import SignalHandlers, is_accumulating, is_end_of_epoch
+from segformer_pl.worker_errors import explain_worker_failure
 
 
 class StopOnSignal(pl.Callback):
@@ -115,7 +116,8 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Add the command that resumes the run to an error such as that of a full disk."""
-        if isinstance(exception, OSError) and (how := self.how_to_resume(trainer)) is not None:
+        is_outside = isinstance(exception, OSError) or explain_worker_failure(exception)
+        if is_outside and (how := self.how_to_resume(trainer)) is not None:
             exception.add_note(f"then {how}")
 
     def how_to_resume(self, trainer: pl.Trainer) -> str | None:
@@ -127,7 +129,8 @@ class StopOnSignal(pl.Callback):
                 if getattr(callback, "has_saved", False) and callback.file.exists():
                     if self.resumes_by_itself:
                         return "resume with the same command"
-                    command = [*_without_ckpt_path(self.command), f"--ckpt_path={callback.file}"]
+                    command = _without(self.command, "--ckpt_path")
+                    command.append(f"--ckpt_path={callback.file}")
                     return f"resume with\n{shlex.join(command)}"
         return None
 
@@ -165,10 +168,11 @@ class StopOnSignal(pl.Callback):
         saved = files[0] if files[0].exists() else trainer.ckpt_path
         if saved is None:
             return _nothing_trained(self.stopping)
-        command, how = _without_ckpt_path(self.command), "resume with"
+        command, how = _without(self.command, "--ckpt_path"), "resume with"
         if _is_last_step(trainer):
             how = "all steps are done, evaluate with"
             command = ["validate" if argument == "fit" else argument for argument in command]
+            command = _without(command, "--run_name")  # the name of a training
         elif self.resumes_by_itself:
             return f"{stopped}, saved in {saved}; the same command resumes"
         command.append(f"--ckpt_path={saved}")
@@ -230,11 +234,11 @@ def _name(signum: int) -> str:
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
-def _without_ckpt_path(arguments: list[str]) -> list[str]:
-    """Return a command line without ``--ckpt_path FILE`` and ``--ckpt_path=FILE``."""
+def _without(arguments: list[str], option: str) -> list[str]:
+    """Return a command line without ``--option VALUE`` and ``--option=VALUE``."""
     pairs = zip(["", *arguments], arguments)
     return [
         argument
         for before, argument in pairs
-        if "--ckpt_path" not in (before, argument) and not argument.startswith("--ckpt_path=")
+        if option not in (before, argument) and not argument.startswith(f"{option}=")
     ]

@@ -33,6 +33,7 @@ from segformer_pl.callbacks.rank_status import (
 from segformer_pl.callbacks.signals import StopOnSignal
 from segformer_pl.errors import LostRank, find_user_error
 from segformer_pl.lightning_workarounds import take_child_processes
+from segformer_pl.worker_errors import explain_worker_failure
 
 INTERVAL = 1.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one; a thread of its own sends them, so long steps do not delay it
@@ -309,6 +310,8 @@ def _stop_on_signal(trainer: pl.Trainer) -> StopOnSignal | None:
 def _describe(exception: BaseException) -> str:
     if (error := find_user_error(exception)) is not None:
         return str(error)
+    if (sentence := explain_worker_failure(exception)) is not None:
+        return sentence
     lines = str(exception).strip().splitlines()
     first = f"{type(exception).__name__}: {lines[0][:MAX_MESSAGE]}" if lines else repr(exception)
     return f"{first}; its own output has the traceback"

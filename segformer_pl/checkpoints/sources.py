@@ -22,7 +22,13 @@ from segformer_pl.checkpoints.facts import (
     names_from_id2label,
     normalization_from_preprocessor,
 )
-from segformer_pl.checkpoints.files import check_regular, check_usable, damaged, load_file
+from segformer_pl.checkpoints.files import (
+    check_regular,
+    check_usable,
+    damaged,
+    load_file,
+    open_file,
+)
 from segformer_pl.errors import UserError
 
 WeightsSource = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -118,7 +124,8 @@ def _read_file(path: Path) -> Weights:
 def _read_safetensors(path: Path) -> Weights:
     from safetensors import SafetensorError, safe_open
 
-    size = check_regular(path)
+    with open_file(path) as stream:  # whose errors safe_open's do not tell from damage
+        size = os.fstat(stream.fileno()).st_size
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

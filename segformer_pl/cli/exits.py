@@ -9,8 +9,11 @@ from contextlib import contextmanager
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.errors import INTERRUPTED, Interrupted, LostRank, find_user_error
+from segformer_pl.worker_errors import explain_worker_failure
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# The access rights, a damaged disk, a file server that is gone
+ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 @contextmanager
@@ -21,6 +24,7 @@ def exits() -> Iterator[None]:
     exception                  message                                  exit status
     =========================  =======================================  =====================
     a user's error             ``error: ...``, one sentence             1
+    a failed data loader       the same                                 1
     another rank has failed    the same, once per machine               1
     SIGTERM, Ctrl-C, SIGUSR1   how to resume, if that is possible       128 + signal number
     any other                  the traceback, as it is a bug            1
@@ -67,7 +71,9 @@ def explain(error: Exception) -> str | None:
     """Return the message for an error of the user; None for a bug of the program."""
     if (user_error := find_user_error(error)) is not None:
         return str(user_error)
-    if isinstance(error, OSError) and (sentence := _explain_failed_write(error)) is not None:
+    if isinstance(error, OSError) and (sentence := _explain_file(error)) is not None:
+        return sentence
+    if (sentence := explain_worker_failure(error)) is not None:
         return sentence
     # An error of Lightning's comes from a command that has imported it.
     return _explain_lightning(error) if "lightning" in sys.modules else None
@@ -84,13 +90,13 @@ def _explain_lightning(error: Exception) -> str | None:
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         return (
-            f"ckpt_path: the checkpoint cannot be restored ({reason[:200]}); give another, or "
+            f"the checkpoint cannot be restored ({reason[:200]}); give another, or "
             "start a new run from its weights with --model.weights"
         )
     return None
 
 
-def _explain_failed_write(error: OSError) -> str | None:
+def _explain_file(error: OSError) -> str | None:
     # On a full disk, a second write (such as a logger's) fails while the error of the first is
     # handled. So search the chain of exceptions for the first one.
     first: BaseException | None = error
@@ -98,6 +104,11 @@ def _explain_failed_write(error: OSError) -> str | None:
         first = first.__context__
     if first is not None:
         return str(first)
-    if error.errno not in DISK_ERRORS:
-        return None
-    return f"cannot write {error.filename or 'a file'!r}: {error.strerror}"
+    if error.errno in DISK_ERRORS:
+        return f"cannot write {error.filename or 'a file'!r}: {error.strerror}"
+    if error.errno in ACCESS_ERRORS and error.filename is not None:
+        return (
+            f"cannot access {str(error.filename)!r}: {error.strerror}; check its access rights, "
+            "those of the folders above it, and the disk"
+        )
+    return None

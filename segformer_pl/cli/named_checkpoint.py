@@ -47,7 +47,8 @@ def named_checkpoint(name: str, config: Any, settings: dict[str, Any], is_fit: b
     """
     last = _last(name, config)
     compared = SAME_EXPERIMENT if is_fit else EVALUATED
-    refuse_another_experiment(last, "the newest run", settings, compared, FREE)
+    remedy = f"give the path of the checkpoint that is meant, such as {last}"
+    _refuse_another_experiment(last, "ckpt_path: the newest run", settings, compared, FREE, remedy)
     return last if name == "last" else _best(last)
 
 
@@ -89,16 +90,20 @@ def own_checkpoint(run_dir: Path, config: Any, settings: dict[str, Any]) -> Path
         return None
     # The run may have been given other devices than at its start.
     free = (*FREE, *DIVISION)
-    refuse_another_experiment(last, "the run of this name", settings, SAME_EXPERIMENT, free)
+    remedy = "give another --run_name, or the settings of that run"
+    _refuse_another_experiment(
+        last, "run_name: the run of this name", settings, SAME_EXPERIMENT, free, remedy
+    )
     return last
 
 
-def refuse_another_experiment(
+def _refuse_another_experiment(
     last: Path,
-    run_name: str,
+    name: str,
     here: dict[str, Any],
     compared: tuple[str, ...],
     free: tuple[str, ...],
+    remedy: str,
 ) -> None:
     """Raise UserError if the run of a checkpoint has other settings than the command.
 
@@ -106,10 +111,11 @@ def refuse_another_experiment(
 
     Args:
         last: Last checkpoint of the run.
-        run_name: What the run is called in the message.
+        name: Option that gave the run, and what the run is called, for the message.
         here: Settings of the command.
         compared: Beginnings of the settings that must agree.
         free: Beginnings of those that need not.
+        remedy: What to do, for the message.
     """
     run = Run.of(last)
     if run is None:
@@ -134,8 +140,7 @@ def refuse_another_experiment(
             for key, (then, now) in different.items()
         )
         raise UserError(
-            f"ckpt_path: {run_name}, {str(last.parent.parent)!r}, is another experiment: "
-            f"{differences}; give the path of the checkpoint that is meant, such as {last}"
+            f"{name}, {str(last.parent.parent)!r}, is another experiment: {differences}; {remedy}"
         )
 
 

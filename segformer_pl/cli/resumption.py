@@ -16,6 +16,7 @@ from segformer_pl.errors import UserError
 def check_settings(
     checkpoint: Mapping[str, Any],
     ckpt_path: str,
+    option: str,
     model: dict[str, Any],
     data: Mapping[str, Any],
     is_fit: bool,
@@ -25,6 +26,7 @@ def check_settings(
     Args:
         checkpoint: Content of the checkpoint.
         ckpt_path: File of the checkpoint, for messages.
+        option: Option that gave the checkpoint, for messages.
         model: Arguments of the task as plain data.
         data: Arguments of the data module as plain data.
         is_fit: Whether the training is resumed; otherwise the network is evaluated.
@@ -38,11 +40,11 @@ def check_settings(
     network = "network.class_path"
     if stored.get(network, current[network]) != current[network]:
         raise UserError(
-            f"ckpt_path: {ckpt_path!r} contains a {stored[network]}, but model.network is a "
+            f"{option}: {ckpt_path!r} contains a {stored[network]}, but model.network is a "
             f"{current[network]}; make them agree"
         )
     hyper_parameters = checkpoint.get("hyper_parameters", {})
-    name = f"ckpt_path: {ckpt_path!r}"
+    name = f"{option}: {ckpt_path!r}"
     normalization = (current["image_mean"], current["image_std"])
     check_facts(hyper_parameters, name, current["class_names"], normalization)
     entry = find_dataset(data["dataset"])
@@ -50,7 +52,7 @@ def check_settings(
     if data_state.get("dataset") == entry.name:
         check_labels(data_state, entry.name, entry.labels)
     if "network" in hyper_parameters:
-        _check_network_arguments(ckpt_path, model["network"], hyper_parameters["network"])
+        _check_network_arguments(ckpt_path, option, model["network"], hyper_parameters["network"])
     # With layer_decay < 1, the optimiser has one parameter group for each layer.
     has_layer_groups = [settings.get("layer_decay", 1) < 1 for settings in (current, stored)]
     if is_fit and has_layer_groups[0] != has_layer_groups[1]:
@@ -73,7 +75,7 @@ def check_settings(
 
 
 def _check_network_arguments(
-    ckpt_path: str, current: dict[str, Any], stored: dict[str, Any]
+    ckpt_path: str, option: str, current: dict[str, Any], stored: dict[str, Any]
 ) -> None:
     """Raise UserError if the network was trained with other arguments.
 
@@ -81,7 +83,7 @@ def _check_network_arguments(
     all differences.
     """
     now_all = function_arguments(current, "model.network")
-    then_all = function_arguments(stored, f"ckpt_path: {ckpt_path!r}")
+    then_all = function_arguments(stored, f"{option}: {ckpt_path!r}")
     if now_all is None or then_all is None:  # a network of the user's: compare the settings as text
         free = ("drop_path_rate", "dropout", "num_classes")
         now_all, then_all = (
@@ -96,7 +98,7 @@ def _check_network_arguments(
         now, then = (_as_list(values.get(key, "not given")) for values in (now_all, then_all))
         if now != then:
             raise UserError(
-                f"ckpt_path: model.network.{key} is {now} here and was {then} in {ckpt_path!r}; "
+                f"{option}: model.network.{key} is {now} here and was {then} in {ckpt_path!r}; "
                 "make them agree, or load the weights into another network with --model.weights"
             )
 

@@ -49,7 +49,7 @@ from segformer_pl.cli.run_parser import (
     leave_elements_unchecked,
     try_int_before_float,
 )
-from segformer_pl.commands.options.parser import PROG
+from segformer_pl.commands.options.parser import PROG, with_underscores
 from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine_settings
@@ -88,7 +88,7 @@ class SegformerCLI(SettingsWinCLI):
     def __init__(
         self, args: list[str] | None = None, run: bool = True, exit_on_error: bool = True
     ) -> None:
-        self.arguments = sys.argv[1:] if args is None else args
+        self.arguments = with_underscores(sys.argv[1:] if args is None else args)
         self.history = RunHistory()
         self.run_dir: Path | None = None  # that of a resumed run, or the one that --run_name names
         self.is_named = False  # by --run_name, so that the same command line resumes
@@ -190,6 +190,7 @@ class SegformerCLI(SettingsWinCLI):
         This comes before anything is built, so a refusal leaves no run folder behind.
         """
         ckpt_path, command = config.get("ckpt_path"), self.subcommand
+        option = "ckpt_path" if config["run_name"] is None else "run_name"
         if config["run_name"] is not None:
             ckpt_path = self._find_own_checkpoint(config)
         if ckpt_path is None:
@@ -209,7 +210,7 @@ class SegformerCLI(SettingsWinCLI):
             rank_zero_info(f"ckpt_path: {config.ckpt_path} is {ckpt_path}")
             config.ckpt_path = ckpt_path
         try:
-            checkpoint = read_checkpoint(ckpt_path, "ckpt_path")
+            checkpoint = read_checkpoint(ckpt_path, option)
         except UserError as error:
             intact = read_previous(ckpt_path) if command == "fit" else None
             if intact is None:
@@ -220,7 +221,8 @@ class SegformerCLI(SettingsWinCLI):
             config.ckpt_path = ckpt_path
         self.checkpoint_step = checkpoint.get("global_step", 0)
         settings = self.plain_config()
-        check_settings(checkpoint, ckpt_path, settings["model"], settings["data"], command == "fit")
+        model, data = settings["model"], settings["data"]
+        check_settings(checkpoint, ckpt_path, option, model, data, command == "fit")
 
     def _stored_settings(self) -> dict[str, Any]:
         """Return the settings of the command in the form that a run folder stores."""

@@ -23,6 +23,7 @@ from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.options.predict import predict_parser
 from segformer_pl.data.decoding import EncodedImage
+from segformer_pl.data.files import check_readable
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.errors import INTERRUPTED, UserError
 from segformer_pl.inference import Inference, Predictor
@@ -120,6 +121,7 @@ def find_images(pattern: str, output: Path) -> dict[Path, Path]:
     if path.is_file():
         return _with_output_names([path], path.parent)
     if path.is_dir():
+        check_readable(path, "--input")
         base, matches = path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
         matches = [file for file in matches if Path(file).suffix.lower() in IMAGE_SUFFIXES]
         missing = f"folder {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)})"

@@ -133,7 +133,9 @@ class EncodedImage:
         try:
             encoded = file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file}: it cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"{file}: it cannot be read ({error.strerror}); check its access rights"
+            ) from error
         return cls(encoded, str(file))
 
     def decode(self, reduce: int = 1) -> npt.NDArray[np.uint8]:

@@ -43,7 +43,9 @@ def read_file(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise UserError(f"{_brief(file)} cannot be read ({error.strerror or error})") from error
+        raise UserError(
+            f"{_brief(file)} cannot be read ({error.strerror or error}); check its access rights"
+        ) from error
 
 
 def file_size(file: Path) -> int:
@@ -81,6 +83,28 @@ def is_folder(path: str) -> bool:
         raise UserError(
             f"data.path: {_brief(path)} cannot be opened ({error.strerror}); correct the path"
         ) from error
+
+
+def check_readable(folder: Path, option: str) -> None:
+    """Check that a folder may be read, if it exists; a glob takes one that may not for empty.
+
+    Args:
+        folder: Path of the folder.
+        option: Option that the path comes from, for the message.
+
+    Raises:
+        UserError: The folder may not be listed, or its files may not be opened.
+    """
+    try:
+        os.scandir(folder).close()
+        os.stat(folder / "_")  # needs the right to open files, not the file
+    except PermissionError as error:
+        raise UserError(
+            f"{option}: {_brief(folder)} cannot be read ({error.strerror}); change its access "
+            "rights, or give another folder"
+        ) from error
+    except OSError:  # it does not exist or is no folder
+        pass
 
 
 def file_below(path: str, folders: Sequence[Path]) -> Path:

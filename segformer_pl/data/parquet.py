@@ -278,7 +278,9 @@ def _read_or_raise(read: Callable[[], T], file: str, part: str = "") -> T:
     except Exception as error:
         # An errno is an error of the file system. Without one, the content is damaged.
         if isinstance(error, OSError) and error.errno:
-            raise UserError(f"data.path: {file!r} cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"data.path: {file!r} cannot be read ({error.strerror}); check its access rights"
+            ) from error
         raise UnreadableRows(
             f"data.path: {file!r} is not a complete Parquet file{part}; fetch or write it again"
         ) from error

@@ -21,6 +21,7 @@ from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.files import (
     UnreadableRows,
     check_no_duplicates,
+    check_readable,
     check_shards,
     file_name,
     files_of_pattern,
@@ -80,8 +81,8 @@ def open_split(
         split: Split to open; ``entry.splits`` has its name as stored.
 
     Raises:
-        UserError: The location or the split does not exist, a shard is damaged, there are no rows,
-            or a column of the entry is missing.
+        UserError: The location or the split does not exist or may not be read, a shard is damaged,
+            there are no rows, or a column of the entry is missing.
     """
     source = _open_source(entry, path, split)
     if not sum(source.group_rows):
@@ -143,6 +144,8 @@ def _open_source(entry: DatasetEntry, path: Any, split: Split) -> Source:
         return ParquetSource(files, entry)
     if path is not None and is_folder(path):
         folder = Path(path)
+        for part in (folder, folder / "data", folder / "images", folder / "labels"):
+            check_readable(part, "data.path")
         shards, in_data = _shards(folder, stored), _shards(folder / "data", stored)
         if shards and in_data:
             raise _stored_twice(shards[0], in_data[0], stored)

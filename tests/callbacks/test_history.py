@@ -12,8 +12,10 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from segformer_pl.analysis.run import Run
+from segformer_pl.callbacks import LastCheckpoint
 from segformer_pl.callbacks.history import RunHistory, RunLogger, keep_history, rewind
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
@@ -281,6 +283,35 @@ def test_a_validation_during_accumulation_has_the_number_of_completed_steps(tmp_
     assert columns["val/miou"].value.tolist() == [1, 2, 4]
     assert columns["val/miou"].step.tolist() == [1, 2, 4]
     assert columns["train/loss"].step.tolist() == [1, 2, 3, 4, 5]
+
+
+class RestoresLate(SingleDeviceStrategy):
+    """A strategy that reads the checkpoint after its setup, as those of FSDP and DeepSpeed do."""
+
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, RestoresLate])
+def test_a_named_run_is_resumed_by_a_strategy_that_restores_late(tmp_path, strategy):
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for max_steps in (2, 4):
+        history = RunHistory()
+        history.is_locked = True
+        trainer = pl.Trainer(
+            max_steps=max_steps,
+            accelerator="cpu",
+            strategy=strategy("cpu"),
+            logger=RunLogger(tmp_path, name="demo", version="first"),
+            callbacks=[history, LastCheckpoint(last.parent)],
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        begin = str(last) if last.exists() else None
+        trainer.fit(Line(), torch.zeros(40, 1), ckpt_path=begin)
+    assert begin is not None
+    assert trainer.global_step == 4
+    assert trainer.model.weight.item() == pytest.approx(-0.4)
 
 
 class Score(pl.Callback):

@@ -290,6 +290,21 @@ def test_slurm_requeues_after_a_complete_step(run, has_event, tmp_path):
     assert command.output.endswith("\njob 70_7 is not requeued: Access denied\n")
 
 
+def test_a_signal_in_the_last_validation_says_how_to_evaluate(run, has_event, tmp_path):
+    """A regression: the command contained --run_name, which validate refuses."""
+    settings = {"trainer__val_check_interval": 2, "trainer__max_steps": 2}
+    command = run("fit", "--run-name", "first", validation=0.3, **settings)
+    command.wait_for(lambda: has_event("validation 2"))
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait() == 143
+    message, how = command.output.splitlines()[-2:]
+    assert message.endswith("; all steps are done, evaluate with")
+    _, _, _, name, *arguments = shlex.split(how)
+    assert name == "validate"
+    assert not [argument for argument in arguments if "run_name" in argument or argument == "first"]
+    assert arguments[-1] == f"--ckpt_path={last(tmp_path)[0]}"
+
+
 def test_sigusr1_in_the_last_validation_is_ignored(run, has_event, tmp_path):
     """A requeued job would have no step left, and no validation."""
     settings = {"trainer__val_check_interval": 2, "trainer__max_steps": 2}

@@ -116,9 +116,13 @@ def test_run_name_starts_a_run_and_then_continues_it(capsys, arguments, tmp_path
 
 def test_run_names_that_cannot_be_used_are_refused(capsys, arguments, earlier_runs, tmp_path):
     fit = ["fit", *arguments, "--trainer.max_steps=2"]
-    assert "another experiment: model.lr is 0.5 here" in refused(
-        capsys, *fit, "--run_name=version_0", "--model.lr=0.5"
-    )
+    error = refused(capsys, *fit, "--run_name=version_0", "--model.lr=0.5")
+    assert error.startswith("error: run_name: the run of this name, 'runs/unnamed/version_0', is ")
+    assert "another experiment: model.lr is 0.5 here and 6e-05 there; give another" in error
+    assert "ckpt_path" not in error
+    (tmp_path / "runs/unnamed/version_0/checkpoints/last.ckpt").write_text("damaged")
+    error = refused(capsys, *fit, "--run_name=version_0")
+    assert error.startswith("error: run_name: 'runs/unnamed/version_0/checkpoints/last.ckpt' is no")
     error = refused(capsys, *fit, "--run_name=x", "--ckpt_path=last")
     assert "'x' continues from its own checkpoint, but ckpt_path is 'last'" in error
     error = refused(capsys, *fit, "--run_name=x", "--trainer.logger.version=y")

@@ -211,6 +211,10 @@ def load_erf(path: str | Path) -> ERF:
                     )
             keys = ("num_images", "not_finite", "without_units", "settings", "about", "image_ids")
             return ERF(layers, **{key: description[key] for key in keys})
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename!r} cannot be read ({error.strerror}); check its access rights"
+        ) from error
     except _DAMAGE as error:
         raise UserError(
             f"'{files[0]}' and '{files[1].name}' hold no ERF, or are damaged "

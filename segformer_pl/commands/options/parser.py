@@ -16,27 +16,38 @@ SETTINGS = "settings"  # what the files that a parser reads hold, for messages
 YAML_SUFFIXES = (".yaml", ".yml")
 OWN_READERS = ("--data.dataset", "--settings")  # options whose files the parser does not read
 
-# Option names of the previous release -> present ones, which have underscores and agree with the
-# options of `fit`. The old names are still accepted.
-OLD_SPELLINGS = {
-    "--batch-size": "--batch_size",
-    "--block-size": "--block_size",
+# Option names of the previous release -> present ones, which agree with the options of `fit`. The
+# old names are still accepted.
+OLD_NAMES = {
     "--data": "--data.dataset",
-    "--num-classes": "--num_classes",
-    "--num-images": "--num_images",
-    "--num-workers": "--data.num_workers",
+    "--num_workers": "--data.num_workers",
     "--path": "--data.path",
 }
 
 
-def current_spelling(arguments: list[str]) -> list[str]:
+def with_underscores(arguments: Sequence[str]) -> list[str]:
+    """Replace hyphens in option names by underscores, so that all commands accept both.
+
+    Options are documented with underscores, as they are the arguments of Python functions. A key
+    with a hyphen can be given in a dict: ``--option '{a-b: 1}'``.
+    """
+    spelled = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option.startswith("--"):
+            option = "--" + option[2:].replace("-", "_")
+        spelled.append(option + equals + value)
+    return spelled
+
+
+def current_names(arguments: list[str]) -> list[str]:
     """Replace old option names in the arguments of a command, with a notice on stderr for each."""
     current = []
     for argument in arguments:
         option, equals, value = argument.partition("=")
-        if option in OLD_SPELLINGS:
-            sys.stderr.write(f"{option} is now {OLD_SPELLINGS[option]}\n")
-        current.append(OLD_SPELLINGS.get(option, option) + equals + value)
+        if option in OLD_NAMES:
+            sys.stderr.write(f"{option} is now {OLD_NAMES[option]}\n")
+        current.append(OLD_NAMES.get(option, option) + equals + value)
     return current
 
 
@@ -55,7 +66,8 @@ def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
 class OneSentenceParser(ArgumentParser):
     """A parser whose errors are one sentence, also those about the files of settings.
 
-    Links can set arguments of a function as well as of a class.
+    Option names may have hyphens in place of underscores, and links can set arguments of a function
+    as well as of a class.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +85,7 @@ class OneSentenceParser(ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
     ) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
+        given = with_underscores(sys.argv[1:] if args is None else args)
         # jsonargparse's messages name neither the file nor, for groups of arguments, the mistake.
         for option, file in _files_among(given):
             if file.suffix in YAML_SUFFIXES and option not in OWN_READERS:
@@ -81,7 +93,7 @@ class OneSentenceParser(ArgumentParser):
                 read = read_yaml if option.startswith("--trainer.") else read_mapping
                 read(file, SETTINGS)
         try:
-            return super().parse_args(args, *others, **kwargs)
+            return super().parse_args(given, *others, **kwargs)
         except UnicodeDecodeError as error:
             for _, file in _files_among(given):
                 if file.read_bytes() == error.object:
@@ -122,5 +134,5 @@ class SegformerArgumentParser(OneSentenceParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
     ) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
-        return super().parse_args(current_spelling(given), *others, **kwargs)
+        given = with_underscores(sys.argv[1:] if args is None else args)
+        return super().parse_args(current_names(given), *others, **kwargs)

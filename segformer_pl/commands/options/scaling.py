@@ -74,8 +74,7 @@ def parse(arguments: list[str]) -> Namespace:
         "--gradient_bytes",
         type=Literal[4, 2],
         default=4,
-        help="bytes of a gradient value on the links, 2 with DDP's hooks bf16_compress and "
-        "fp16_compress",
+        help="bytes of a gradient value on the links, 2 with GradientCompression bf16 or fp16",
     )
     parser.add_argument(
         "--bucket_cap_mb",
@@ -86,7 +85,8 @@ def parse(arguments: list[str]) -> Namespace:
         "--sync_batchnorm",
         type=bool,
         default=True,
-        help="whether BatchNorms are synchronised, as trainer.sync_batchnorm",
+        help="whether BatchNorms are synchronised, as by trainer.sync_batchnorm true, which the "
+        "recipes of experiments/ give and `fit` alone does not",
     )
     parser.add_argument(
         "--worker_images_per_s",

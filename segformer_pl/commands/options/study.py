@@ -10,8 +10,6 @@ from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
 
 OUTPUT = Path("runs/ablations")
-# Options have underscores, as those of `fit`. Hyphens are accepted in those of these commands.
-HYPHENS = ("--dry-run", "--max-parallel", "--retry-failed", "--block-size", "--wandb-sweep")
 
 
 def study_parser(name: str, description: str) -> SegformerArgumentParser:
@@ -96,7 +94,7 @@ def parse_study(parser: SegformerArgumentParser, arguments: list[str]) -> Namesp
     Raises:
         UserError: Two options exclude each other.
     """
-    options = parser.parse_args([_with_underscores(argument) for argument in arguments])
+    options = parser.parse_args(arguments)
     chosen = [name for name in ("dry_run", "report", "wandb_sweep") if options[name]]
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one of them")
@@ -104,10 +102,3 @@ def parse_study(parser: SegformerArgumentParser, arguments: list[str]) -> Namesp
         raise UserError("slurm: these are options for --launcher slurm, which is not given")
     options["arguments"] = arguments
     return options
-
-
-def _with_underscores(argument: str) -> str:
-    option, equals, value = argument.partition("=")
-    if option in HYPHENS:
-        option = "--" + option.removeprefix("--").replace("-", "_")
-    return option + equals + value
