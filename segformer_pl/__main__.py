@@ -5,6 +5,6 @@ from segformer_pl.errors import INTERRUPTED
 if __name__ == "__main__":
     try:
         from segformer_pl.cli import main
-    except KeyboardInterrupt:  # during the imports, which take seconds
+    except KeyboardInterrupt:  # during the imports
         sys.exit(INTERRUPTED)
     main()

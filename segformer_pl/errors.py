@@ -22,6 +22,32 @@ class UserError(ValueError):
         super().__init__(message.rpartition(f"{cls.__module__}.{cls.__qualname__}: ")[2].rstrip())
 
 
+class LostRank(UserError):
+    """Raised on a rank that cannot go on because another rank has failed or hangs.
+
+    Attributes:
+        is_printed: Whether the message has been printed, on this rank or on another one of the
+            same machine.
+    """
+
+    is_printed = False
+
+
+class Interrupted(SystemExit):
+    """Raised to end the run after a signal.
+
+    Args:
+        code: Exit status, usually 128 + signal number.
+        message: Last message to the user; may be empty.
+        job: Job of Slurm to requeue once the run has ended; None for none.
+    """
+
+    def __init__(self, code: int, message: str = "", job: str | None = None) -> None:
+        super().__init__(code)
+        self.message = message
+        self.job = job
+
+
 def find_user_error(error: BaseException | None) -> UserError | None:
     """Return the :class:`UserError` that caused an exception, or None.
 

@@ -20,12 +20,26 @@ import traceback
 import weakref
 from contextlib import suppress
 
+# timm and scipy are imported by the networks that use them, the others once a command is parsed.
+import scipy.optimize  # noqa: F401
+import timm  # noqa: F401
 import torch
 from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
-import segformer_pl.cli  # noqa: F401  it imports what the commands need
 from segformer_pl import callbacks
 from segformer_pl.ablation import costs
+from segformer_pl.cli import ablate, arena, doctor, training  # noqa: F401
+from segformer_pl.commands import (  # noqa: F401
+    compare,
+    convert,
+    erf,
+    predict,
+    profile,
+    recipe,
+    robustness,
+    scaling,
+    test_time,
+)
 
 costs.MIN_SECONDS = 0.05  # the plan and the report of each study measure latencies
 START = inspect.signature(subprocess.Popen._execute_child)

@@ -1,8 +1,8 @@
 """A user's network that fails or breaks the contract is one sentence wherever it is examined."""
 
 import copy
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +164,7 @@ def test_erf(name, message, fail, data, tmp_path):
 def test_an_error_of_the_measurement_itself_keeps_its_traceback(data, tmp_path, monkeypatch):
     from segformer_pl.cli import main
 
-    monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "weights_hash", None)
+    monkeypatch.setattr(importlib.import_module("segformer_pl.commands.erf"), "weights_hash", None)
     options = ["--data.dataset=shapes", f"--data.path={data}", f"--output={tmp_path / 'erf'}"]
     with pytest.raises(TypeError, match="NoneType"):
         main(["erf", "--model=toy_segmenter.ToySegmenter", "--device=cpu", *options])

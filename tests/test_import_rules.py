@@ -138,7 +138,7 @@ def test_the_package_follows_the_rules():
         ("metrics.py", "def f():\n    from segformer_pl.task import SegmentationTask"),
         ("analysis/erf.py", "from segformer_pl.task import SegmentationTask"),
         ("analysis/ablation.py", "from segformer_pl.ablation.study import Study"),
-        ("ablation/study.py", "from segformer_pl.cli import resolve"),
+        ("ablation/study.py", "from segformer_pl.cli.training import resolve"),
         ("ablation/runner.py", "from segformer_pl.data.catalog import find_dataset"),
         ("ablation/runner.py", "from segformer_pl.callbacks import Interrupted"),
         ("callbacks/erf.py", "from segformer_pl.data.catalog import find_dataset"),
@@ -228,9 +228,12 @@ def test_a_planted_architecture_check_is_detected(source):
     assert list(architecture_checks(source)) == [1]
 
 
-HEAVY = {"torch", "torchvision", "lightning", "timm", "datasets", "wandb", "matplotlib"}
-# What a training, its data and its reports need
-OF_TRAINING = {"lightning", "datasets", "pyarrow", "torchmetrics", "matplotlib", "transformers"}
+HEAVY = {
+    *("torch", "torchvision", "lightning", "torchmetrics", "timm", "transformers"),
+    *("datasets", "pyarrow", "pandas", "wandb", "submitit", "rich"),
+    *("matplotlib", "scipy", "sklearn", "cv2"),
+}
+OF_PREDICTION = {"torch", "cv2"}  # cv2 decodes images
 
 
 def loaded_by(statement):
@@ -249,17 +252,47 @@ def loaded_by(statement):
     return set(done.stdout.split())
 
 
-def test_importing_the_package_is_cheap():
-    loaded = loaded_by("import segformer_pl")
+def test_importing_the_package_and_the_settings_is_cheap():
+    packages = "segformer_pl, segformer_pl.analysis, segformer_pl.data, segformer_pl.inference"
+    loaded = loaded_by(f"import {packages}")
     assert "segformer_pl" in loaded
     assert loaded & HEAVY == set()
 
 
-@pytest.mark.slow
-def test_prediction_loads_nothing_of_a_training():
+def test_prediction_loads_nothing_else():
     loaded = loaded_by("import segformer_pl.models; from segformer_pl.inference import Predictor")
-    assert "torch" in loaded
-    assert loaded & OF_TRAINING == set()
+    assert loaded & HEAVY == OF_PREDICTION
+
+
+HELP = """
+import contextlib, io, sys
+from segformer_pl.cli import COMMANDS, TRAINING_COMMANDS, main
+
+for arguments in [[], ["unknown"], ["--help"], *([name, "--help"] for name in COMMANDS)]:
+    if arguments and arguments[0] in TRAINING_COMMANDS:
+        continue  # their help is made from the classes of Lightning
+    before = set(sys.modules)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            main(arguments)
+        except SystemExit as exit_:
+            status = exit_.code
+    loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+    print(arguments, status or 0, output.getvalue().split()[0], *loaded, sep="\t")
+"""
+
+
+def test_help_and_unknown_commands_load_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-c", HELP], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert {(status, begin) for _, status, begin, *_ in lines[:2]} == {("2", "error:")}
+    assert {(status, begin) for _, status, begin, *_ in lines[2:]} == {("0", "usage:")}
+    loaded = {arguments: sorted(HEAVY & set(modules)) for arguments, _, _, *modules in lines}
+    assert len(loaded) == 14
+    assert {arguments: modules for arguments, modules in loaded.items() if modules} == {}
 
 
 @pytest.mark.slow  # the first import of Lightning

@@ -1,9 +1,9 @@
 """SETR, MaskFormer, SeMask and DeepLabv3+ through every command, on tiny backbones."""
 
 import csv
+import importlib
 import json
 import re
-import sys
 from functools import partial
 
 import numpy as np
@@ -40,7 +40,7 @@ def without_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("segformer_pl.callbacks.report.write_report", lambda run: "none")
         patch.setattr("segformer_pl.callbacks.evaluation.publish", lambda *_: None)
-        patch.setattr(sys.modules["segformer_pl.commands.erf"], "_save", lambda *_: [])
+        patch.setattr(importlib.import_module("segformer_pl.commands.erf"), "_save", lambda *_: [])
         yield
 
 
@@ -120,7 +120,7 @@ def test_predict_and_convert(run, checkpoint, tmp_path):
 
 def test_profile_and_doctor(run, checkpoint, data, tmp_path, capsys, monkeypatch):
     name, _ = run
-    command, counted = sys.modules["segformer_pl.commands.profile"], []
+    command, counted = importlib.import_module("segformer_pl.commands.profile"), []
     quick = partial(command.measure_latency, min_seconds=0.01)
     monkeypatch.setattr(command, "measure_latency", quick)
     complexity = command.complexity

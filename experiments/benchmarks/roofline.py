@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segformer_pl.commands.parser import find_segmenter
+from segformer_pl.commands.networks import find_segmenter
 from segformer_pl.models import SegFormer
 
 KINDS = ("norm1", "attn", "norm2", "mlp")  # of a block

@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segformer_pl.analysis.scaling import Exchange, Node, Training, predict_steps
 from segformer_pl.analysis.step_time import StepTimes, time_steps
-from segformer_pl.commands.parser import find_segmenter
+from segformer_pl.commands.networks import find_segmenter
 from segformer_pl.losses import CrossEntropy
 from segformer_pl.optim import MOMENTUM, build_optimizer, parameter_groups
 

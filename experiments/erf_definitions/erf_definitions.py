@@ -65,7 +65,7 @@ from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.erf import TIMM, Subject, against, image_batches
-from segformer_pl.commands.parser import segmenter_names
+from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.errors import UserError
 
@@ -116,7 +116,7 @@ def open_data(options: argparse.Namespace, networks: dict[str, str]) -> Streamin
     if options.dataset is not None:
         return StreamingSegmentationData(dataset=options.dataset, path=options.path, num_workers=0)
     for source in networks.values():
-        if source not in segmenter_names() and not source.startswith(TIMM):
+        if source not in SEGMENTERS and not source.startswith(TIMM):
             return load_data(RunCheckpoint.read(source), path=options.path, num_workers=0)
     raise UserError("give --data.dataset, or the checkpoint of a run, which determines the data")
 

@@ -9,18 +9,16 @@ from segformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from segformer_pl.callbacks.predictions import PredictionPanel
 from segformer_pl.callbacks.replicas import ReplicaCheck
 from segformer_pl.callbacks.report import RunReport
-from segformer_pl.callbacks.signals import Interrupted, StopOnSignal
+from segformer_pl.callbacks.signals import StopOnSignal
 from segformer_pl.callbacks.throughput import ThroughputRecord
-from segformer_pl.callbacks.watchdog import LostRank, RankWatchdog
+from segformer_pl.callbacks.watchdog import RankWatchdog
 
 __all__ = [
     "AtomicCheckpointIO",
     "EffectiveReceptiveField",
     "EvaluationRecord",
     "GradientCompression",
-    "Interrupted",
     "LastCheckpoint",
-    "LostRank",
     "PredictionPanel",
     "RankWatchdog",
     "ReplicaCheck",

@@ -16,23 +16,9 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from segformer_pl.errors import Interrupted
 from segformer_pl.lightning_workarounds import SignalHandlers, is_accumulating, is_end_of_epoch
 from segformer_pl.worker_errors import explain_worker_failure
-
-
-class Interrupted(SystemExit):
-    """Raised to end the run after a signal.
-
-    Args:
-        code: Exit status, usually 128 + signal number.
-        message: Last message to the user; may be empty.
-        job: Job of Slurm to requeue once the run has ended; None for none.
-    """
-
-    def __init__(self, code: int, message: str = "", job: str | None = None) -> None:
-        super().__init__(code)
-        self.message = message
-        self.job = job
 
 
 class StopOnSignal(pl.Callback):

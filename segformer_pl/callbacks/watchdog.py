@@ -31,7 +31,7 @@ from segformer_pl.callbacks.rank_status import (
     end_of,
 )
 from segformer_pl.callbacks.signals import StopOnSignal
-from segformer_pl.errors import UserError, find_user_error
+from segformer_pl.errors import LostRank, find_user_error
 from segformer_pl.lightning_workarounds import take_child_processes
 from segformer_pl.worker_errors import explain_worker_failure
 
@@ -45,17 +45,6 @@ FAREWELL = 300
 BEGIN = "before the first step"
 COMMUNICATION_ERROR = re.compile(r"\bgloo\b|nccl", re.IGNORECASE)
 MAX_MESSAGE = 300  # characters
-
-
-class LostRank(UserError):
-    """Raised on a rank that cannot go on because another rank has failed or hangs.
-
-    Attributes:
-        is_printed: Whether the message has been printed, on this rank or on another one of the
-            same machine.
-    """
-
-    is_printed = False
 
 
 class RankWatchdog(pl.Callback):

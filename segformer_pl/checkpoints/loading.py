@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any, get_args
 
 import torch
-from timm.models import adapt_input_conv
 from torch import Tensor
 
 from segformer_pl.checkpoints.backbones import adapt_encoder, innermost
@@ -200,6 +199,8 @@ def _adapt_stem(
     num_channels = model_tensors[STEM].shape[1]
     if source_tensors[STEM].shape[1] != 3 or num_channels == 3:
         return {}
+    from timm.models import adapt_input_conv  # slow to import
+
     source_tensors[STEM] = adapt_input_conv(num_channels, source_tensors[STEM])
     rule = (
         "the sum over R, G and B"

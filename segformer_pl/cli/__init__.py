@@ -4,25 +4,51 @@
 named_checkpoint.py and resumption.py look after the files of earlier runs). ``doctor`` takes the
 same settings and checks them (doctor.py), and ``ablate`` and ``arena`` run many of them (ablate.py,
 arena.py, study_command.py). The other commands are in the package ``commands``.
+
+What a command needs is imported once its arguments are parsed: torch and Lightning take seconds.
 """
 
 import importlib
 import sys
-from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
-from segformer_pl.cli.doctor import doctor
 from segformer_pl.cli.exits import exits
-from segformer_pl.cli.training import SegformerCLI, resolve
-from segformer_pl.commands import COMMANDS
-from segformer_pl.commands.recipe import recipe
+from segformer_pl.commands.options.parser import PROG
 from segformer_pl.errors import UserError
 
-__all__ = ["SegformerCLI", "main", "resolve"]
+if TYPE_CHECKING:
+    from segformer_pl.cli.training import SegformerCLI
 
-STUDY_COMMANDS = ("ablate", "arena")
+__all__ = ["COMMANDS", "main"]
+
+TRAINING_COMMANDS = {
+    "fit": "train a network",
+    "validate": "evaluate a checkpoint on the validation split",
+    "test": "evaluate a checkpoint on the test split",
+    "doctor": "check the settings of a run before its first step",
+}
+STUDY_COMMANDS = {
+    "ablate": "train the variants of a study, and report which differences are resolved",
+    "arena": "train several systems alike, and compare them in every respect",
+}
+COMMANDS = {
+    **TRAINING_COMMANDS,
+    "predict": "segment image files",
+    "compare": "test whether trained networks differ, and list seed statistics",
+    **STUDY_COMMANDS,
+    "recipe": "list the departures of a run from the paper's recipe",
+    "robustness": "measure the mIoU on corrupted images",
+    "test_time": "evaluate a checkpoint under settings that need no training",
+    "erf": "measure the effective receptive fields of a network's layers",
+    "profile": "count and time a network",
+    "scaling": "predict the speed of a training on 1 to 1024 devices",
+    "convert": "convert weights between layouts",
+    "export": "write a network as a graph for other runtimes",
+}
 
 
-def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None:
+def main(args: list[str] | None = None, run: bool = True) -> "SegformerCLI | None":
     """Parse the arguments, build task, data and trainer, and run the command.
 
     Args:
@@ -38,23 +64,40 @@ def main(args: list[str] | None = None, run: bool = True) -> SegformerCLI | None
     arguments = sys.argv[1:] if args is None else args
     command, options = (arguments[0], arguments[1:]) if run and arguments else ("", [])
     with exits():
-        if command in COMMANDS:
-            COMMANDS[command](options)
-        elif command == "doctor":
+        if run and command in ("", "-h", "--help"):
+            _explain_commands(is_asked_for=bool(command))
+        if command == "doctor":
+            from segformer_pl.cli.doctor import doctor
+
             doctor(options)
-        elif command == "recipe":
-            recipe(options, resolve)
-        elif command in STUDY_COMMANDS:
-            _find_study_command(command)(options)
-        else:
+        elif command in COMMANDS and command not in TRAINING_COMMANDS:
+            _run_own_command(command, options)
+        elif not run or command in TRAINING_COMMANDS or command.startswith("-"):
+            from segformer_pl.cli.training import SegformerCLI
+
             return SegformerCLI(args, run)
+        else:
+            _refuse(f"there is no command {command!r}; give one of {', '.join(COMMANDS)}")
     return None
 
 
-def _find_study_command(name: str) -> Callable[[list[str]], None]:
-    """Return a command that runs a study, whose packages and locks the others do not need."""
+def _run_own_command(name: str, arguments: list[str]) -> None:
+    options = importlib.import_module(f"segformer_pl.commands.options.{name}").parse(arguments)
+    if name in STUDY_COMMANDS:
+        _study_command(name).run(options)
+    elif name == "recipe":
+        from segformer_pl.cli.training import resolve
+        from segformer_pl.commands import recipe
+
+        recipe.run(options, resolve)
+    else:
+        importlib.import_module(f"segformer_pl.commands.{name}").run(options)
+
+
+def _study_command(name: str) -> ModuleType:
+    """Import a command that runs a study, whose packages and locks the others do not need."""
     try:
-        return getattr(importlib.import_module(f"segformer_pl.cli.{name}"), name)
+        return importlib.import_module(f"segformer_pl.cli.{name}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("segformer_pl"):
             raise
@@ -62,3 +105,24 @@ def _find_study_command(name: str) -> Callable[[list[str]], None]:
             f"{name} needs the package {error.name}, which is not installed; install it with "
             "pip install 'segformer_pl[ablation]' (fcntl exists on Linux and macOS alone)"
         ) from error
+
+
+def _explain_commands(is_asked_for: bool) -> NoReturn:
+    if not is_asked_for:
+        _refuse(f"no command is given; give one of {', '.join(COMMANDS)}")
+    lines = [
+        f"usage: {PROG} COMMAND ...",
+        "",
+        "Train, evaluate and apply segmentation networks.",
+        "",
+        *(f"  {name:<12}{description}" for name, description in COMMANDS.items()),
+        "",
+        f"{PROG} COMMAND --help explains the options of a command.",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.exit(0)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    sys.stderr.write(f"error: {sentence} (what is accepted: {PROG} --help)\n")
+    sys.exit(2)

@@ -10,26 +10,21 @@ from segformer_pl.ablation.planning import costs_of_report, has_costs, study_cos
 from segformer_pl.ablation.study import Study
 from segformer_pl.analysis.report.study_page import COSTS_FILE, write_study_report
 from segformer_pl.atomic import atomic_write_text
-from segformer_pl.cli.study_command import StudyCommand, run_study_command
+from segformer_pl.cli.study_command import run_study_command
 from segformer_pl.errors import UserError
 
 
-def ablate(arguments: list[str]) -> None:
+def run(options: Namespace) -> None:
     """Run ``ablate STUDY``: train all variants with all seeds, evaluate them, write the report.
 
     Args:
-        arguments: Command-line arguments after ``ablate``.
+        options: Options as ``commands/options/ablate.py`` parses them.
 
     Raises:
         UserError: The study or an option is wrong.
         Interrupted: SIGTERM or Ctrl-C has ended the study.
     """
-    description = (
-        "Run an ablation study: train every variant with every seed, each as an ordinary `fit` "
-        "with a run folder of its own, evaluate them, and write a report that says which "
-        "differences are resolved."
-    )
-    run_study_command(StudyCommand("ablate", description, _report), arguments)
+    run_study_command("ablate", _report, options)
 
 
 def _report(study: Study, options: Namespace) -> bool:

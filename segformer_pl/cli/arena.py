@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
 
 from segformer_pl import __version__
 from segformer_pl.ablation.costs import variant_costs
@@ -36,14 +35,13 @@ from segformer_pl.analysis.study_results import StudyResults
 from segformer_pl.atomic import atomic_write_text, make_writable_folder
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
-from segformer_pl.cli.study_command import StudyCommand, run_study_command
-from segformer_pl.commands.parser import SegformerArgumentParser
-from segformer_pl.commands.robustness import robustness
+from segformer_pl.cli.study_command import run_study_command
+from segformer_pl.commands import robustness
+from segformer_pl.commands.options.robustness import parse as parse_robustness
 from segformer_pl.commands.validation_split import ValidationSplit
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
 
-NUM_IMAGES = 20
 # Sides of the images that receptive fields are measured on are cropped to multiples of this stride,
 # the coarsest of the usual encoders, so that all systems take them as they are.
 STRIDE = 32
@@ -51,33 +49,17 @@ STRIDE = 32
 Result = TypeVar("Result")
 
 
-def arena(arguments: list[str]) -> None:
+def run(options: Namespace) -> None:
     """Run ``arena STUDY``: train all systems with all seeds, evaluate, measure and compare them.
 
     Args:
-        arguments: Command-line arguments after ``arena``.
+        options: Options as ``commands/options/arena.py`` parses them.
 
     Raises:
         UserError: The study or an option is wrong.
         Interrupted: SIGTERM or Ctrl-C has ended the study.
     """
-    description = (
-        "Compare systems, which are the variants of a study: train each with every seed on the "
-        "same data, budget and protocol as `ablate` does, measure robustness and receptive fields "
-        "of every finished run, and write two reports: the study's into report_BUDGET, and one "
-        "with costs, accuracy, robustness and receptive fields side by side into arena_BUDGET."
-    )
-    run_study_command(StudyCommand("arena", description, _report, _add_options), arguments)
-
-
-def _add_options(parser: SegformerArgumentParser) -> None:
-    parser.add_argument(
-        "--num_images",
-        type=PositiveInt,
-        default=NUM_IMAGES,
-        help="number of validation images, evenly spaced over the split, on which robustness and "
-        "receptive fields are measured",
-    )
+    run_study_command("arena", _report, options)
 
 
 def _report(study: Study, options: Namespace) -> bool:
@@ -213,7 +195,8 @@ def _robustness(
         arguments["device"] = device
         if options.data.path is not None:
             arguments["data.path"] = options.data.path
-        robustness([f"--{key}={value}" for key, value in arguments.items()])
+        given = [f"--{key}={value}" for key, value in arguments.items()]
+        robustness.run(parse_robustness(given))
         stored = read_robustness(folder)
     if stored is None:
         raise UserError(f"'{folder}' holds no results of `robustness`; remove it")

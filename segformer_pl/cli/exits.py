@@ -7,14 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from segformer_pl.atomic import WriteError
-from segformer_pl.callbacks import Interrupted, LostRank
-from segformer_pl.callbacks.signals import requeue
-from segformer_pl.callbacks.watchdog import record_for_torchrun
-from segformer_pl.errors import INTERRUPTED, find_user_error
-from segformer_pl.lightning_workarounds import came_from_restoring
+from segformer_pl.errors import INTERRUPTED, Interrupted, LostRank, find_user_error
 from segformer_pl.worker_errors import explain_worker_failure
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -41,6 +35,8 @@ def exits() -> Iterator[None]:
     except Interrupted as interrupted:
         sys.stderr.write(f"{interrupted.message}\n" if interrupted.message else "")
         if interrupted.job is not None:
+            from segformer_pl.callbacks.signals import requeue
+
             sys.stderr.write(f"requeuing Slurm's job {interrupted.job}\n")
             sys.stderr.flush()  # Slurm ends this process
             if (reason := requeue(interrupted.job)) is not None:
@@ -56,9 +52,11 @@ def exits() -> Iterator[None]:
     except Exception as error:
         sentence = explain(error)
         lost = find_user_error(error)
-        if not isinstance(lost, LostRank):
-            record_for_torchrun(error)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            if not isinstance(lost, LostRank):
+                from segformer_pl.callbacks.watchdog import record_for_torchrun
+
+                record_for_torchrun(error)
             # Its closing table shows the rank that failed first, by whole seconds. So a rank that
             # ends because of another one must not end in the same second.
             time.sleep(1)
@@ -73,12 +71,21 @@ def explain(error: Exception) -> str | None:
     """Return the message for an error of the user; None for a bug of the program."""
     if (user_error := find_user_error(error)) is not None:
         return str(user_error)
-    if isinstance(error, MisconfigurationException):  # Lightning's class of user errors
-        return str(error)
     if isinstance(error, OSError) and (sentence := _explain_file(error)) is not None:
         return sentence
     if (sentence := explain_worker_failure(error)) is not None:
         return sentence
+    # An error of Lightning's comes from a command that has imported it.
+    return _explain_lightning(error) if "lightning" in sys.modules else None
+
+
+def _explain_lightning(error: Exception) -> str | None:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from segformer_pl.lightning_workarounds import came_from_restoring
+
+    if isinstance(error, MisconfigurationException):  # Lightning's class of user errors
+        return str(error)
     if came_from_restoring(error):
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -6,11 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
 
 from segformer_pl.ablation.costs import costs_table
 from segformer_pl.ablation.folder import (
@@ -34,45 +32,28 @@ from segformer_pl.ablation.runner import StudyRunner, signal_name
 from segformer_pl.ablation.study import Study, read_study
 from segformer_pl.ablation.sweep import write_wandb_sweep
 from segformer_pl.atomic import make_writable_folder
-from segformer_pl.callbacks.signals import Interrupted
 from segformer_pl.cli.building import resolve_and_build
 from segformer_pl.cli.study_data import check_data_is_there, check_same_data
 from segformer_pl.cli.training import resolve
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
-from segformer_pl.errors import UserError
+from segformer_pl.commands.options.parser import PROG
+from segformer_pl.errors import Interrupted, UserError
 
-OUTPUT = Path("runs/ablations")
-
-
-class StudyCommand(NamedTuple):
-    """A command that runs a study and writes a report.
-
-    Attributes:
-        name: Name of the command.
-        description: What it does, for its help.
-        report: Function (study, options) that writes the report of the finished runs, prints where
-            it is, or why there is none, and returns whether there is one.
-        add_options: Function that adds the options that only this command has; None without any.
-    """
-
-    name: str
-    description: str
-    report: Callable[[Study, Namespace], bool]
-    add_options: Callable[[SegformerArgumentParser], None] | None = None
+Report = Callable[[Study, Namespace], bool]
 
 
-def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
+def run_study_command(name: str, report: Report, options: Namespace) -> None:
     """Train all variants of a study with all seeds, evaluate them, and write the report.
 
     Args:
-        command: The command.
-        arguments: Command-line arguments after its name.
+        name: Name of the command.
+        report: Function (study, options) that writes the report of the finished runs, prints where
+            it is, or why there is none, and returns whether there is one.
+        options: Options as ``commands/options/study.py`` parses them.
 
     Raises:
         UserError: The study or an option is wrong.
         Interrupted: SIGTERM or Ctrl-C has ended the study.
     """
-    options = _parse(command, arguments)
     settings = {} if options.data.path is None else {"data.path": options.data.path}
     # Settings that would fail in every run are refused before any training; a report needs none.
     is_checked = not options.report
@@ -112,86 +93,11 @@ def run_study_command(command: StudyCommand, arguments: list[str]) -> None:
             run.look()
     sys.stdout.write("\n".join(_summary(runs)) + "\n")
     if signum:
-        again = shlex.join([*PROG.split(), command.name, *arguments])
+        again = shlex.join([*PROG.split(), name, *options.arguments])
         raise Interrupted(128 + signum, f"{signal_name(signum)}: stopped; go on with\n{again}")
-    is_written = command.report(study, options)
+    is_written = report(study, options)
     if not is_written or any(run.state == State.FAILED for run in runs):
         sys.exit(1)
-
-
-def _parse(command: StudyCommand, arguments: list[str]) -> Namespace:
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} {command.name}",
-        description=f"{command.description} The state of a study is in its run folders alone. The "
-        "same command continues an interrupted study: finished runs are skipped and interrupted "
-        "ones resume from their last checkpoint. Several invocations can work on one study.",
-    )
-    parser.add_argument(
-        "study", help="study file, such as experiments/ablations/reduction_ratio.yaml"
-    )
-    parser.add_argument("--budget", default="small", help="name of a budget of the study")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="train nothing; print what the variants cost, what is left to do, and the smallest "
-        "difference that the planned seeds and images can resolve",
-    )
-    parser.add_argument(
-        "--launcher",
-        type=Literal["local", "slurm"],
-        default="local",
-        help="run on this machine, or as an array of Slurm jobs",
-    )
-    parser.add_argument(
-        "--max_parallel",
-        type=PositiveInt | None,
-        default=None,
-        help="runs at a time; default: one per GPU, or one on a machine without; on Slurm, as many "
-        "as it allows. Local runs divide the cores among them",
-    )
-    parser.add_argument(
-        "--slurm",
-        type=dict[str, Any],
-        default={},
-        help="options of the Slurm jobs, such as '{partition: gpu, timeout_min: 240, "
-        "gpus_per_node: 1, cpus_per_task: 8}': those of submitit, and those of sbatch with "
-        "underscores; nodes and tasks follow from trainer.num_nodes and trainer.devices. Ctrl-C "
-        "cancels the jobs; a closed connection does not",
-    )
-    parser.add_argument(
-        "--retry_failed",
-        action="store_true",
-        help="start runs again that have failed; otherwise they are only listed",
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="train nothing; write the report of finished runs"
-    )
-    parser.add_argument(
-        "--block_size",
-        type=PositiveInt,
-        default=1,
-        help="number of consecutive images that resemble each other, as in a video; see `compare`",
-    )
-    parser.add_argument(
-        "--wandb_sweep",
-        type=str | None,
-        default=None,
-        metavar="FILE",
-        help="train nothing; write the study as a W&B sweep into a new file",
-    )
-    parser.add_argument("--output", default=str(OUTPUT), help="folder of all studies")
-    parser.add_argument(
-        "--data.path", type=str | None, default=None, help="data.path of all variants"
-    )
-    if command.add_options is not None:
-        command.add_options(parser)
-    options = parser.parse_args(arguments)
-    chosen = [name for name in ("dry_run", "report", "wandb_sweep") if options[name]]
-    if len(chosen) > 1:
-        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one of them")
-    if options.slurm and options.launcher != "slurm":
-        raise UserError("slurm: these are options for --launcher slurm, which is not given")
-    return options
 
 
 def _execute(study: Study, runs: list[RunProgress], options: Namespace) -> int:

@@ -44,14 +44,12 @@ from segformer_pl.cli.run_folder import (
     place_below_root,
     refuse_used_folder,
 )
-from segformer_pl.commands import COMMANDS
-from segformer_pl.commands.parser import (
-    PROG,
+from segformer_pl.cli.run_parser import (
     RunArgumentParser,
     leave_elements_unchecked,
     try_int_before_float,
-    with_underscores,
 )
+from segformer_pl.commands.options.parser import PROG, with_underscores
 from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine_settings
@@ -102,8 +100,8 @@ class SegformerCLI(SettingsWinCLI):
             parser_class=RunArgumentParser,
             parser_kwargs={
                 "prog": PROG,
-                "description": "Train, evaluate and apply segmentation networks. Other commands, "
-                f"each with its own --help: {', '.join(COMMANDS)}, ablate, arena, doctor, recipe.",
+                "description": f"Train and evaluate segmentation networks. {PROG} --help lists all "
+                "commands.",
                 "exit_on_error": exit_on_error,
                 **{name: {"exit_on_error": exit_on_error} for name in self.subcommands()},
             },

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse import Namespace
 
 from segformer_pl.analysis.comparison import (
     ClassDifference,
@@ -25,7 +25,6 @@ from segformer_pl.analysis.configuration import (
 from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.analysis.run import Run
 from segformer_pl.analysis.run_groups import ComparedRun, Group, group_runs
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
 
 FEW_BLOCKS = 20
@@ -45,48 +44,15 @@ ONE_RUN_EACH = (
 )
 
 
-def compare(arguments: list[str]) -> None:
+def run(options: Namespace) -> None:
     """Run ``compare RUN RUN [RUN ...]`` and print the comparison.
 
     Args:
-        arguments: Command-line arguments after ``compare``.
+        options: Options as ``options/compare.py`` parses them.
 
     Raises:
         UserError: There are fewer than two runs, or the runs cannot be compared.
     """
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} compare",
-        description="Compare the mIoU of trained networks. Two runs: test whether the networks "
-        "differ by more than the choice of images explains, in mIoU and in the IoU of each class "
-        "(95 % confidence intervals by a paired bootstrap, p by a paired permutation test). More "
-        "runs: list the mIoU of each, grouped by configuration, with mean and standard deviation "
-        "over training seeds. The input is the counts per image that every validation writes to "
-        "its run folder, so all runs must have been validated on the same images. One run of each "
-        "configuration gives no estimate of the spread between training seeds.",
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="run",
-        help="two or more runs, each a run folder (its last evaluation is compared) or one .npz "
-        "file of its evaluation folder; runs whose config.yaml differs only in seed, paths, "
-        "loggers, checkpoints or the number of workers count as one configuration",
-    )
-    parser.add_argument(
-        "--block_size",
-        type=PositiveInt,
-        default=1,
-        help="number of consecutive images, in stored order, that are resampled together. "
-        "Neighbouring images of a video resemble each other; treating them as independent makes "
-        "intervals too narrow and p too small. For a video, give the number of images over which "
-        "they resemble each other",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print JSON, with values as fractions, instead of a table in percent",
-    )
-    options = parser.parse_args(arguments)
     runs = [Path(run) for run in options.runs]
     if len(runs) < 2:
         raise UserError(f"run: '{runs[0]}' is the only run; give two or more runs to compare")

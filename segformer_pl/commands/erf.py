@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jsonargparse import Namespace
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,12 +34,8 @@ from segformer_pl.checkpoints import load_network, read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
-from segformer_pl.commands.parser import (
-    PROG,
-    SegformerArgumentParser,
-    find_segmenter,
-    segmenter_names,
-)
+from segformer_pl.commands.networks import find_segmenter
+from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
@@ -70,104 +67,19 @@ class Subject(NamedTuple):
     normalization: Normalization = Normalization()
 
 
-def erf(arguments: list[str]) -> None:
+def run(options: Namespace) -> None:
     """Run ``erf``: write figures, numbers and maps of effective receptive fields.
 
     Args:
-        arguments: Command-line arguments after ``erf``.
+        options: Options as ``options/erf.py`` parses them.
 
     Raises:
         UserError: An argument, a file or the data cannot be used.
     """
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} erf",
-        description="Measure the effective receptive field (ERF) of the central unit of every "
-        "layer (stages 1 to 4 and the head; Figure 3 of the paper), averaged over validation "
-        "images. The network is given by exactly one of --ckpt, --weights and --model. Writes the "
-        "figures erf, erf_profile and erf_area as .png and .pdf, the maps as erf.npz and the "
-        "numbers as erf.json; with --against also the figure erf_difference, and against.npz and "
-        "against.json of the second network.",
-    )
-    parser.add_argument(
-        "--ckpt", help="checkpoint of a run, which also determines the data set and its path"
-    )
-    parser.add_argument(
-        "--weights",
-        help="weights in any layout that `convert` reads: a file, a folder, or a hub name "
-        "owner/name@commit",
-    )
-    parser.add_argument(
-        "--model",
-        help=f"network with random weights: {', '.join(segmenter_names())}, or an import path "
-        "such as package.module.Class",
-    )
-    parser.add_argument(
-        "--against",
-        help="second network, for comparison: a checkpoint of a run; a name that --model lists "
-        "(random weights); or a network of timm, given as timm:NAME (random weights), "
-        "timm:NAME:pretrained or timm:NAME:FILE",
-    )
-    parser.add_argument(
-        "--data.dataset",
-        help="data set of the catalogue, or a YAML file that describes one; required without "
-        "--ckpt. Default: the data set of the checkpoint",
-    )
-    parser.add_argument(
-        "--data.path",
-        help="folder, hub name or URL pattern of the data set. Default: the path of the "
-        "checkpoint's data set, or that of the catalogue",
-    )
-    parser.add_argument(
-        "--num_images",
-        type=int,
-        default=100,
-        help="number of validation images to average over, evenly spaced over the split (the "
-        "paper: 100)",
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("H", "W"),
-        help="height and width in pixels that images are resized to, bicubically and without "
-        "keeping the aspect ratio (RepLKNet: 1024 1024). Default: the images' own size",
-    )
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        help="layers to measure: names of feature maps or of modules. Default: all feature maps",
-    )
-    parser.add_argument(
-        "--reduction",
-        default="relu",
-        help="reduction of the unit's channels to the scalar that is differentiated: relu, l1, "
-        "sum, random, or the number of one channel",
-    )
-    parser.add_argument(
-        "--gradient",
-        default="abs",
-        choices=["abs", "relu"],
-        help="part of the gradient of the image that is averaged: its absolute value or its "
-        "positive part",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        help="number of images in one forward and backward pass, which bounds the memory. "
-        "Default: as many as have 512x512 pixels together on the CPU, eight times as many on a GPU",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the network",
-    )
-    parser.add_argument("--output", default="erf", help="folder that the files are written to")
-    options = parser.parse_args(arguments)
     given = [key for key in ("ckpt", "weights", "model") if options[key] is not None]
     if len(given) != 1:
         raise UserError("give one of --ckpt, --weights and --model: the network to measure")
-    resolve_device(options.device)
+    options.device = resolve_device(options.device)
     if options.size is not None and min(options.size) < 1:
         raise UserError("--size: give height and width of at least 1 pixel")
     checkpoint = None if options.ckpt is None else RunCheckpoint.read(options.ckpt)
@@ -190,7 +102,7 @@ def erf(arguments: list[str]) -> None:
     _write(folder, subjects, results)
 
 
-def _data(options: Any, checkpoint: RunCheckpoint | None) -> StreamingSegmentationData:
+def _data(options: Namespace, checkpoint: RunCheckpoint | None) -> StreamingSegmentationData:
     changes = {"dataset": options.data.dataset, "path": options.data.path, "num_workers": 0}
     if checkpoint is not None:
         if options.data.dataset is not None and options.data.path is None:
@@ -243,7 +155,7 @@ def _random(name: str, data: StreamingSegmentationData) -> Subject:
 
 
 def against(source: str, data: StreamingSegmentationData) -> Subject:
-    if source in segmenter_names():
+    if source in SEGMENTERS:
         return _random(source, data)
     if not source.startswith(TIMM):
         return _trained(RunCheckpoint.read(source, "--against"), source)
@@ -292,7 +204,7 @@ def image_batches(
         yield {"image": torch.cat(images), "id": ids}
 
 
-def _try(subject: Subject, data: StreamingSegmentationData, options: Any) -> None:
+def _try(subject: Subject, data: StreamingSegmentationData, options: Namespace) -> None:
     """Measure one image, so that wrong arguments are refused before any long measurement."""
     try:
         with suppress(NoFieldError):  # other images may have a receptive field
@@ -309,7 +221,7 @@ def _try(subject: Subject, data: StreamingSegmentationData, options: Any) -> Non
 
 
 def _measure(
-    subject: Subject, data: StreamingSegmentationData, options: Any, num_images: int
+    subject: Subject, data: StreamingSegmentationData, options: Namespace, num_images: int
 ) -> ERF:
     network = subject.network.to(options.device)
     batches = image_batches(data, num_images, options.size)

@@ -7,106 +7,45 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse import Namespace
 from PIL import Image
 from torch import Tensor
 
 from segformer_pl.checkpoints import read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.options.export import SPLIT
 from segformer_pl.commands.predict import changed_protocol, find_images
 from segformer_pl.commands.validation_split import ValidationSplit
 from segformer_pl.data import shapes
 from segformer_pl.data.decoding import EncodedImage
-from segformer_pl.inference import Inference, Predictor
+from segformer_pl.inference import Predictor
 from segformer_pl.inference.exporting import Pixels, check_target, export_graph
 from segformer_pl.inference.graph import Size
 from segformer_pl.inference.targets import TARGETS
 
 Item = TypeVar("Item")
 
-SPLIT = "validation"
 # Sides of generated images, at least; odd ones and both orientations
 GENERATED_SIZES = ((128, 128), (97, 161), (192, 96), (131, 65))
 
 
-def export(arguments: list[str]) -> None:
+def run(options: Namespace) -> None:
     """Run ``export CKPT --to TARGET`` and print how far the file agrees with the checkpoint.
 
     Args:
-        arguments: Command-line arguments after ``export``.
+        options: Options as ``options/export.py`` parses them.
 
     Raises:
         UserError: The checkpoint or an image cannot be read, the network cannot be exported, or
             the file predicts other classes.
     """
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} export",
-        description="Write a checkpoint as one graph for other runtimes: preprocessing, network, "
-        "upsampling and argmax, from 8-bit RGB images (batch, height, width, 3) of any size to "
-        "class indices (batch, height, width). Then run the file, and keep it only if at least "
-        "99.9 %% of the pixels of every image get the class that the checkpoint predicts. The "
-        "file states normalisation, class names and palette; see docs/export.md. The network is "
-        "the checkpoint's own, folded for inference.",
-    )
-    parser.add_argument(
-        "ckpt",
-        metavar="CKPT",
-        help="checkpoint of a run, or other weights that `convert` reads",
-    )
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=list(TARGETS),
-        help="torch-export (.pt2, for Python), onnx (.onnx), openvino (.xml and .bin), or aoti "
-        "(.pt2, compiled by AOTInductor for this machine's CPU)",
-    )
-    parser.add_argument(
-        "--output",
-        type=str,
-        help="file to write; must not exist. Default: beside CKPT, under its name with another "
-        "suffix",
-    )
-    parser.add_argument(
-        "--verify",
-        nargs="?",
-        const=None,
-        type=str,
-        metavar="IMAGES",
-        help="images to compare predictions on: a file, a folder, a quoted pattern, or "
-        f"`{SPLIT}` for that split of the run's data. Without it, four generated images of "
-        "different sizes are used, which cannot replace images of your own",
-    )
-    parser.add_argument(
-        "--num_images",
-        type=PositiveInt,
-        default=20,
-        help="number of images to compare, evenly spaced over those of --verify",
-    )
-    parser.add_argument(
-        "--network_only",
-        action="store_true",
-        help="leave preprocessing, upsampling and argmax out: from normalised float images (batch, "
-        "3, height, width) to class maps (batch, classes, h, w)",
-    )
-    parser.add_argument(
-        "--size",
-        type=PositiveInt,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="fixed size of the images in pixels, for networks and runtimes that need one. Images "
-        "of --verify are resized to it. Default: any size",
-    )
-    parser.add_class_arguments(Inference, "inference")
-    options = parser.parse_args(arguments)
-    changes = parser.parse_args(arguments, defaults=False).get("inference")
     suffix = TARGETS[options.to].suffixes[0]
     file = Path(options.output or Path(options.ckpt).with_suffix(suffix)).expanduser()
     check_target(file, options.to, "--to")
     weights = read_weights(options.ckpt)
     predictor = Predictor.from_weights(weights)
-    predictor.protocol = changed_protocol(predictor.protocol, changes.as_dict() if changes else {})
+    predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     size = None if options.size is None else (options.size[0], options.size[1])
     min_size = predictor.network.min_size
     images = _images(options.verify, options.num_images, options.ckpt, min_size)

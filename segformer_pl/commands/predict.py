@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from jsonargparse import Namespace
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,10 +21,10 @@ from segformer_pl.analysis.overlays import Palette, Pixels, write_overlay
 from segformer_pl.atomic import WriteError, atomic_write, make_writable_folder
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.commands.device import resolve_device
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.options.predict import predict_parser
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.data.files import check_readable
-from segformer_pl.data.image_folder import IMAGE_SUFFIXES
+from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.errors import INTERRUPTED, UserError
 from segformer_pl.inference import Inference, Predictor
 from segformer_pl.inference.predictor import check_takes_rgb
@@ -35,56 +36,17 @@ MMAP_THRESHOLD = 4 << 20  # bytes
 TrainIds = npt.NDArray[np.uint8 | np.uint16]
 
 
-def predict(arguments: list[str]) -> None:
+def run(options: Namespace) -> None:
     """Run ``predict --ckpt FILE --input IMAGES --output FOLDER`` and write the predictions.
 
     The exit status is 1 if an image was skipped and 2 if an argument is wrong.
 
     Args:
-        arguments: Command-line arguments after ``predict``.
+        options: Options as ``options/predict.py`` parses them.
 
     Raises:
         WriteError: The output folder cannot be written to.
     """
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} predict",
-        description="Segment images with the network of a run. For every image, two files are "
-        "written: masks/NAME.png holds the train id of every pixel at the image's own size, with "
-        "the palette of the data set (with more than 256 classes: 16-bit grey, no palette); "
-        "overlays/NAME.png shows the prediction over the image, small images enlarged. NAME is "
-        "the image's path relative to the input folder, or to the part of the pattern before its "
-        "first wildcard, without suffix; images that differ only in the suffix keep it "
-        "(a.jpg.png). Images are rotated as their EXIF orientation says, transparency is ignored, "
-        "16-bit images are reduced to their upper 8 bits, and of several frames the first is "
-        "used. Images that cannot be read or written are reported and skipped, and the exit "
-        "status is 1. Existing files are overwritten. The evaluation protocol is that of the "
-        "run's validation, except for the --inference options that are given; the defaults listed "
-        "for these options do not apply.",
-    )
-    parser.add_argument("--ckpt", required=True, help="checkpoint of a run of `fit`")
-    parser.add_argument(
-        "--input",
-        required=True,
-        help="images to segment: one file; a folder, searched recursively for images "
-        f"({', '.join(IMAGE_SUFFIXES)}); or a quoted pattern, such as 'photos/**/*.jpg'",
-    )
-    parser.add_argument("--output", required=True, help="folder that the files are written to")
-    parser.add_argument(
-        "--probabilities",
-        action="store_true",
-        help="also write probabilities/NAME.npz with the arrays `probabilities`, float16 of shape "
-        "(classes, height, width), and `class_names`; memory grows with classes times pixels",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="device of the network; auto is cuda if available, else cpu",
-    )
-    # The checkpoint, which is read later, provides the defaults of these options.
-    parser.add_class_arguments(Inference, "inference")
-    options = parser.parse_args(arguments)
-    changes = parser.parse_args(arguments, defaults=False).get("inference")
     try:
         output = Path(options.output)
         images = find_images(options.input, output)
@@ -92,11 +54,9 @@ def predict(arguments: list[str]) -> None:
         _return_large_blocks()
         predictor = Predictor.from_weights(RunCheckpoint.read(options.ckpt).weights()).to(device)
         check_takes_rgb(predictor.network, "--ckpt")
-        predictor.protocol = changed_protocol(
-            predictor.protocol, changes.as_dict() if changes else {}
-        )
+        predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     except ValueError as error:
-        parser.error(str(error))
+        predict_parser().error(str(error))
     kinds = (MASKS, OVERLAYS, *([PROBABILITIES] if options.probabilities else []))
     for folder in (output, *(output / kind for kind in kinds)):
         make_writable_folder(folder, "--output")

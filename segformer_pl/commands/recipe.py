@@ -5,38 +5,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from segformer_pl.analysis.recipe import departures, remarks, scope
 from segformer_pl.analysis.run import Run
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
 from segformer_pl.errors import UserError
 from segformer_pl.yaml_file import read_mapping
 
 Resolve = Callable[[list[str]], dict[str, Any]]
 
 
-def recipe(arguments: list[str], resolve: Resolve) -> None:
+def run(options: Namespace, resolve: Resolve) -> None:
     """Run ``recipe diff RUN_OR_YAML [YAML ...]`` and print the departures from the paper's recipe.
 
     Args:
-        arguments: Command-line arguments after ``recipe``.
+        options: Options as ``options/recipe.py`` parses them.
         resolve: Function that maps YAML files to the complete settings of a ``fit`` with them.
 
     Raises:
         UserError: A folder contains no configuration, or a configuration cannot be read.
     """
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} recipe",
-        description="List every setting of a run that differs from the paper's training recipe for "
-        "the same network and data set, with the section or file that states the paper's value.",
-    )
-    parser.add_argument("what", choices=["diff"], help="list the departures from the recipe")
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        help="run to compare with the recipe: a run folder, or a checkpoint in one; or YAML files "
-        "of settings, merged in this order as `fit --config` merges them",
-    )
-    sources = [Path(source) for source in parser.parse_args(arguments).sources]
+    sources = [Path(source) for source in options.sources]
     runs = [_run_of(source) for source in sources]
     if len(runs) == 1 and runs[0] is not None:
         # The file of a run is complete. Parsing it again would add today's defaults of settings

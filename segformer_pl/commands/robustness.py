@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 
 from segformer_pl.analysis.comparison import without_nan
 from segformer_pl.analysis.robustness import (
@@ -25,10 +26,9 @@ from segformer_pl.batch import Batch
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.options.robustness import FIGURE_FILE, JSON_FILE, SCORES_FILE, TABLE_FILE
 from segformer_pl.commands.validation_split import (
     ValidationSplit,
-    add_evaluation_options,
     check_origin,
 )
 from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedImages
@@ -53,31 +53,18 @@ SETTINGS: list[Setting] = [
         for severity in PAPER_SEVERITIES[name]
     ),
 ]
-SCORES_FILE, TABLE_FILE, JSON_FILE, FIGURE_FILE = (
-    f"robustness.{kind}" for kind in ("csv", "md", "json", "png")
-)
 
 
-def robustness(arguments: list[str]) -> None:
+def run(options: Namespace) -> None:
     """Run ``robustness --ckpt FILE --output FOLDER`` and write table, numbers and figure.
 
     Args:
-        arguments: Command-line arguments after ``robustness``.
+        options: Options as ``options/robustness.py`` parses them.
 
     Raises:
         UserError: An argument, the checkpoint or the data cannot be used, or the output folder
             contains results of another checkpoint or other data.
     """
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} robustness",
-        description="Measure the mIoU of a network on the validation images, clean and under 16 "
-        "corruptions at the severities of the paper (Table 5, after ImageNet-C): "
-        f"{len(SETTINGS)} evaluations of the split in all. Writes {SCORES_FILE} (mIoU of each "
-        f"evaluation), {TABLE_FILE} (the paper's table), {JSON_FILE} and {FIGURE_FILE}. Every "
-        "finished evaluation is stored, so the same command continues after an interruption.",
-    )
-    add_evaluation_options(parser)
-    options = parser.parse_args(arguments)
     device, output = resolve_device(options.device), Path(options.output)
     checkpoint = RunCheckpoint.read(options.ckpt)
     predictor = Predictor.from_weights(checkpoint.weights()).to(device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jsonargparse import Namespace
 
 from segformer_pl.ablation.test_time import (
     Setting,
@@ -35,10 +36,15 @@ from segformer_pl.batch import Batch
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.device import resolve_device
-from segformer_pl.commands.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.options.test_time import (
+    COUNTS_FOLDER,
+    FIGURE_FILE,
+    JSON_FILE,
+    RESULTS_FILE,
+    TABLE_FILE,
+)
 from segformer_pl.commands.validation_split import (
     ValidationSplit,
-    add_evaluation_options,
     check_origin,
 )
 from segformer_pl.data.transforms import to_tensors
@@ -46,41 +52,19 @@ from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
 from segformer_pl.metrics import SegmentationMetrics
 
-RESULTS_FILE, TABLE_FILE, JSON_FILE, FIGURE_FILE = (
-    f"test_time.{kind}" for kind in ("csv", "md", "json", "png")
-)
-COUNTS_FOLDER = "counts"  # per image, of each setting
 SECONDS = 20.0  # of timing
 
 
-def evaluate_at_test_time(arguments: list[str]) -> None:
+def run(options: Namespace) -> None:
     """Run ``test_time`` and write evaluations, table, numbers and figure.
 
     Args:
-        arguments: Command-line arguments after ``test_time``.
+        options: Options as ``options/test_time.py`` parses them.
 
     Raises:
         UserError: An argument, a setting, the checkpoint or the data cannot be used, or the output
             folder contains results of another checkpoint or other data.
     """
-    parser = SegformerArgumentParser(
-        prog=f"{PROG} test_time",
-        description="Evaluate a trained network under settings that need no training, such as "
-        "larger reduction ratios of its attention, other image sizes or sliding windows: mIoU on "
-        "the validation images with paired differences to the network as it was trained, "
-        "multiply-adds, and latency measured in turn in one process. Impossible settings are "
-        f"refused before anything runs. Writes {RESULTS_FILE}, {TABLE_FILE}, {JSON_FILE}, "
-        f"{FIGURE_FILE}, and the counts per image in {COUNTS_FOLDER}/SETTING.npz, which "
-        "`compare` reads. Every finished evaluation is stored, so the same command continues "
-        "after an interruption.",
-    )
-    parser.add_argument(
-        "--settings",
-        required=True,
-        help="YAML file of named settings, such as experiments/ablations/test_time.yaml",
-    )
-    add_evaluation_options(parser)
-    options = parser.parse_args(arguments)
     device, output = resolve_device(options.device), Path(options.output)
     settings = read_settings(Path(options.settings))
     checkpoint = RunCheckpoint.read(options.ckpt)

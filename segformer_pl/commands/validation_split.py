@@ -11,46 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from segformer_pl.batch import Batch
-from segformer_pl.commands.parser import SegformerArgumentParser
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Sample, Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.errors import INTERRUPTED, UserError
-
-
-def add_evaluation_options(parser: SegformerArgumentParser) -> None:
-    """Add the options of a command that evaluates a checkpoint on its validation split."""
-    parser.add_argument("--ckpt", required=True, help="checkpoint of a run of `fit`")
-    parser.add_argument("--output", required=True, help="folder that the files are written to")
-    parser.add_argument(
-        "--data.path",
-        type=str,
-        help="folder, hub name or URL pattern of the data set. Default: the path of the run",
-    )
-    parser.add_argument(
-        "--num_images",
-        type=PositiveInt,
-        help="number of validation images, evenly spaced over the split. Default: all",
-    )
-    parser.add_argument(
-        "--data.num_workers",
-        type=NonNegativeInt,
-        help="number of data-loader processes. Default: that of the run",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the network",
-    )
 
 
 class ValidationSplit:

@@ -9,15 +9,9 @@ from typing import Any
 
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.files import file_size, listed, read_file
+from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.data.index import fingerprint
 from segformer_pl.errors import UserError
-
-# Suffixes of the image formats that Pillow reads (checked by a test).
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
-    *(".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
-    *(".tga", ".avif"),
-)
 
 
 class ImageFolder:
@@ -25,8 +19,8 @@ class ImageFolder:
 
     The pairs are ``images/<split>/NAME.jpg`` and ``labels/<split>/NAME.png``, each a row group of
     one row. A name may include sub-folders, and an image may have any suffix of
-    :data:`IMAGE_SUFFIXES`. A name ends at its last dot: ``clip.001.jpg`` belongs to
-    ``clip.001.png``.
+    :data:`~segformer_pl.data.image_suffixes.IMAGE_SUFFIXES`. A name ends at its last dot:
+    ``clip.001.jpg`` belongs to ``clip.001.png``.
 
     Args:
         folder: Folder that holds ``images`` and ``labels``.

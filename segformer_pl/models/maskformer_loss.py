@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -227,6 +226,8 @@ class MaskClassificationLoss:
             ``(queries, indices)`` of min(N, Q) pairs: query i has to predict class
             ``target.classes[indices[i]]``.
         """
+        from scipy.optimize import linear_sum_assignment  # slow to import
+
         cost = self.cost(_precise(class_logits), _precise(mask_logits), target)
         # Predictions that are not finite are assigned only where no others are left. scipy would
         # stop the training in the assignment; the loss, which is not finite then, names the reason.

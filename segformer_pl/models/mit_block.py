@@ -6,11 +6,11 @@ Symbols and the layout of tokens, (B, H, W, C), are those of :mod:`~segformer_pl
 from typing import NamedTuple, cast
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
+from segformer_pl.models.drop_path import DropPath
 from segformer_pl.models.folding import fold_layer_norm
 from segformer_pl.models.mit_arguments import KvBorder
 from segformer_pl.models.tokens import to_channels_first, to_tokens

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import Criterion, Segmenter
-from segformer_pl.models.swin import SwinEncoder, Window, pad_to_windows
+from segformer_pl.models.swin import SwinEncoder, pad_to_windows
 from segformer_pl.models.tokens import to_channels_first
+from segformer_pl.models.windows import Window, window_partition, window_reverse
 
 NUM_STAGES = 4
 

@@ -25,20 +25,16 @@ tokens. Tokens have the shape (B, H_i, W_i, C_i).
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import timm
 import torch
-from timm.models import is_model_in_modules
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
 from segformer_pl.models.mit_arguments import check_drop_path_rate
 from segformer_pl.models.segmenter import AdaptedWeights, Encoder
-from segformer_pl.models.timm_models import create_timm_model
+from segformer_pl.models.timm_models import create_timm_model, load_timm
 from segformer_pl.models.tokens import layer_ids_of_stages, norms_and, to_channels_first
-
-Window = tuple[int, int]  # height and width in tokens
+from segformer_pl.models.windows import Window, window_partition, window_reverse
 
 
 def pad_to_windows(tokens: Tensor, window: Window) -> Tensor:
@@ -228,7 +224,8 @@ class SwinEncoder(Encoder):
             **changes,
         }
         given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
-        if timm.is_model(name) and not is_model_in_modules(name, ["swin_transformer"]):
+        timm = load_timm()
+        if timm.is_model(name) and not timm.models.is_model_in_modules(name, ["swin_transformer"]):
             raise UserError(
                 f"{name} is no Swin Transformer, whose stages this network needs; choose one of "
                 "timm's swin_* models, such as swin_tiny_patch4_window7_224"

@@ -7,14 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from segformer_pl.errors import UserError
 from segformer_pl.models.paper_macs import counted_macs
 from segformer_pl.models.segmenter import Encoder
-from segformer_pl.models.timm_models import create_timm_model, on_meta
+from segformer_pl.models.timm_models import create_timm_model, load_timm, on_meta
 
 # Strides of MiT's maps, which the MLP head expects. Convolutional networks also have finer ones.
 STRIDES = (4, 8, 16, 32)
@@ -233,7 +232,7 @@ def _pyramid(
         arguments["drop_path_rate"] = drop_path_rate
     with on_meta():
         model = create_timm_model(name, False, arguments, features_only=True)
-        if is_model_in_modules(name, ["swin_transformer"]):
+        if load_timm().models.is_model_in_modules(name, ["swin_transformer"]):
             raise UserError(
                 f"timm's {name} computes other windows than the segmentation networks with Swin "
                 "where the window does not divide a map; choose another, or a network on a "

@@ -5,12 +5,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from segformer_pl.errors import UserError
+
+
+def load_timm() -> Any:
+    """Import timm. That takes longer than the import of torch, and SegFormer does without it."""
+    with torch.device("cpu"):  # on the meta device, constants of its modules would have no values
+        import timm
+        import timm.models
+    return timm
 
 
 @contextmanager
@@ -67,6 +74,7 @@ def create_timm_model(
         UserError: There is no such model, it does not take these arguments, or its weights cannot
             be loaded.
     """
+    timm = load_timm()
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(family), 3, 0.6)
         advice = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"

@@ -16,13 +16,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
 from segformer_pl.models.segmenter import AdaptedWeights, Encoder
-from segformer_pl.models.timm_models import create_timm_model, on_meta
+from segformer_pl.models.timm_models import create_timm_model, load_timm, on_meta
 from segformer_pl.models.tokens import to_channels_first
 
 # Parameters of timm's model that become tokens in front of the image's, in timm's order.
@@ -329,7 +328,8 @@ def vit_shape(name: str) -> ViTShape:
     """
     with on_meta():
         model = create_timm_model(name, False, {}, FAMILY, num_classes=0)
-    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
+    is_plain = isinstance(model, load_timm().models.VisionTransformer)
+    if not is_plain or model.pos_embed is None:
         raise UserError(
             f"{name} is no plain vision transformer but a {type(model).__name__}; choose a model "
             "of timm such as vit_base_patch16_384 or deit_base_distilled_patch16_384"

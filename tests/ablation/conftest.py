@@ -45,6 +45,6 @@ def write_study(tmp_path):
 def read(write_study):
     """Function (settings of the base, entries of the study) -> Study."""
     from segformer_pl.ablation.study import read_study
-    from segformer_pl.cli import resolve
+    from segformer_pl.cli.training import resolve
 
     return lambda base=None, **entries: read_study(write_study(base, **entries), "small", resolve)

@@ -5,8 +5,8 @@ import torch
 
 from segformer_pl.ablation.run_settings import check_evaluations
 from segformer_pl.ablation.study import read_study
-from segformer_pl.cli import resolve
 from segformer_pl.cli.building import resolve_and_build
+from segformer_pl.cli.training import resolve
 from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.slow

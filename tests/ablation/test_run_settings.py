@@ -7,7 +7,7 @@ import yaml
 from segformer_pl.ablation.run_settings import make_job, run_settings
 from segformer_pl.analysis.configuration import settings_digest, training_configuration
 from segformer_pl.checkpoints import load_weights
-from segformer_pl.cli import resolve
+from segformer_pl.cli.training import resolve
 from segformer_pl.models import segformer_b0
 
 LOGGERS = [

@@ -9,7 +9,7 @@ import yaml
 
 from segformer_pl.ablation.study import nested, read_study
 from segformer_pl.analysis.configuration import settings_digest, training_configuration
-from segformer_pl.cli import resolve
+from segformer_pl.cli.training import resolve
 from segformer_pl.errors import UserError
 
 STUDIES = Path(__file__).parents[2] / "experiments" / "ablations"

@@ -7,7 +7,7 @@ import yaml
 
 from segformer_pl.ablation.sweep import write_wandb_sweep
 from segformer_pl.analysis.configuration import settings_digest, training_configuration
-from segformer_pl.cli import resolve
+from segformer_pl.cli.training import resolve
 
 
 @pytest.mark.slow

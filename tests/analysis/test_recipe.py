@@ -12,7 +12,7 @@ from segformer_pl.analysis.recipe import DEFAULTS, departures, remarks, scope
 from segformer_pl.analysis.recipes import RECIPES as PUBLISHED
 from segformer_pl.analysis.recipes.segformer import ADE20K, CITYSCAPES, COCO_STUFF, DECODER_DIM
 from segformer_pl.analysis.recipes.settings import NOT_STATED, PROTOCOL
-from segformer_pl.cli import resolve
+from segformer_pl.cli.training import resolve
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.inference import Inference
 from segformer_pl.losses import CrossEntropy

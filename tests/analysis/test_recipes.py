@@ -12,7 +12,7 @@ from segformer_pl import models
 from segformer_pl.analysis.recipe import departures, remarks, scope
 from segformer_pl.analysis.recipes import RECIPES
 from segformer_pl.analysis.recipes.settings import NETWORK, NOT_STATED, PROTOCOL
-from segformer_pl.cli import resolve
+from segformer_pl.cli.training import resolve
 
 ROOT = Path(__file__).parents[2]
 

@@ -220,7 +220,8 @@ def test_number_of_steps_may_be_the_axis(study, write_run):
 @pytest.mark.slow
 def test_digest_of_a_run_equals_that_of_its_planned_settings(tmp_path, monkeypatch):
     """Lightning writes config.yaml, and the study computes its digests before any run."""
-    from segformer_pl.cli import main, resolve
+    from segformer_pl.cli import main
+    from segformer_pl.cli.training import resolve
 
     monkeypatch.chdir(tmp_path)
     demo = Path(__file__).parents[2] / "experiments" / "demo.yaml"

@@ -13,7 +13,8 @@ import yaml
 from segformer_pl.ablation.folder import State, find_state
 from segformer_pl.ablation.study import read_study
 from segformer_pl.analysis.run import Run
-from segformer_pl.cli import main, resolve
+from segformer_pl.cli import main
+from segformer_pl.cli.training import resolve
 from tests.tiny_network import TINY_SEGFORMER
 
 pytestmark = pytest.mark.slow

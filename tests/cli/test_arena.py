@@ -11,8 +11,9 @@ import yaml
 
 from segformer_pl.ablation.study import read_study
 from segformer_pl.analysis.run import Run
-from segformer_pl.cli import main, resolve
+from segformer_pl.cli import main
 from segformer_pl.cli.arena import _images
+from segformer_pl.cli.training import resolve
 
 pytestmark = pytest.mark.slow
 

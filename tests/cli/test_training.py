@@ -11,8 +11,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl.analysis.run import Run
-from segformer_pl.cli import main, resolve, training
-from segformer_pl.commands import COMMANDS
+from segformer_pl.cli import COMMANDS, main, training
+from segformer_pl.cli.training import resolve
 from segformer_pl.data import shapes
 from segformer_pl.models import segformer_b0
 from segformer_pl.task import SegmentationTask
@@ -325,8 +325,17 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     assert exit_.value.code == 0
-    words = " ".join(capsys.readouterr().out.split())
-    assert [name for name in COMMANDS if f" {name}," not in words] == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+
+
+def test_help_of_fit_lists_options_and_not_every_module(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert {"--model.network", "--data.path", "--trainer.max_steps"} <= set(text.split())
+    assert "torch.nn" not in text
+    assert len(text.splitlines()) < 800
 
 
 @pytest.mark.slow

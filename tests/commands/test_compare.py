@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from segformer_pl.analysis.evaluation import Evaluation
-from segformer_pl.commands.compare import compare
+from segformer_pl.commands import compare as command
+from segformer_pl.commands.options.compare import parse
 
 NAMES = ["road", "traffic light", "wall"]
 
@@ -75,6 +76,10 @@ def runs(tmp_path):
     a = plant(tmp_path / "base" / "version_0", [0.8, 0.4, 0.5])
     b = plant(tmp_path / "wide" / "version_0", [0.8, 0.6, 0.5], step=800)
     return a, b
+
+
+def compare(arguments):
+    command.run(parse(arguments))
 
 
 @pytest.fixture
@@ -461,7 +466,7 @@ def test_one_run_is_nothing_to_compare(runs):
 @pytest.mark.slow
 def test_configurations_as_the_command_line_writes_them(run, runs, tmp_path):
     """In complete files, seed, logger, folder and loader do not distinguish configurations."""
-    from segformer_pl.cli import resolve
+    from segformer_pl.cli.training import resolve
 
     file = tmp_path / "run.yaml"
     for seed, folder in enumerate(runs):

@@ -1,8 +1,8 @@
 """The command ``erf``: files, table, refusals."""
 
+import importlib
 import json
 import shutil
-import sys
 from functools import partial
 
 import numpy as np
@@ -41,7 +41,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def run(images, tmp_path, capsys, monkeypatch):
     """Function that runs the command on these images; returns its output and its folder."""
-    monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "DPI", 40)
+    monkeypatch.setattr(importlib.import_module("segformer_pl.commands.erf"), "DPI", 40)
 
     def call(*arguments):
         data = ["--data.dataset", "shapes", "--data.path", str(images)]
@@ -133,7 +133,7 @@ def test_images_are_evenly_spaced_over_the_split(run, monkeypatch):
             ids.extend(batch["id"])
         raise NoFieldError("enough")
 
-    module = sys.modules["segformer_pl.commands.erf"]
+    module = importlib.import_module("segformer_pl.commands.erf")
     monkeypatch.setattr(module, "effective_receptive_field", measure)
     with pytest.raises(SystemExit, match="enough"):
         run("--model", "segformer_b0", "--num_images", "3")
@@ -171,7 +171,7 @@ def test_refusals_are_one_sentence(run, arguments, message):
 
 def refusal_before_measuring(run, monkeypatch, *arguments):
     """The error message of the command, which measures at most one image of each network."""
-    module = sys.modules["segformer_pl.commands.erf"]
+    module = importlib.import_module("segformer_pl.commands.erf")
     measure = module._measure
 
     def measure_one(subject, data, options, num_images):
@@ -207,7 +207,7 @@ def test_a_file_in_place_of_the_output_folder_is_refused_before_measuring(
 ):
     (tmp_path / "file").write_text("x")
     output = str(tmp_path / "file" / inside)
-    module = sys.modules["segformer_pl.commands.erf"]
+    module = importlib.import_module("segformer_pl.commands.erf")
     monkeypatch.setattr(module, "_measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as exit_:
         run("--model", "segformer_b0", "--output", output)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from segformer_pl.ablation.study import read_study
-from segformer_pl.cli import resolve
-from segformer_pl.commands.parser import RunArgumentParser
+from segformer_pl.cli.run_parser import RunArgumentParser
+from segformer_pl.cli.training import resolve
 from segformer_pl.errors import UserError
 
 BASE = Path(__file__).parents[2] / "experiments" / "camvid_b0.yaml"

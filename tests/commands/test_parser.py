@@ -1,12 +1,19 @@
 """Names of the commands' options, old and new."""
 
+import inspect
 import re
 
 import pytest
 
-from segformer_pl.cli import main
-from segformer_pl.commands import COMMANDS
-from segformer_pl.commands.parser import OLD_NAMES, current_names, with_underscores
+from segformer_pl import models
+from segformer_pl.checkpoints import conversion
+from segformer_pl.cli import COMMANDS, TRAINING_COMMANDS, main
+from segformer_pl.commands.options import convert, export
+from segformer_pl.commands.options.networks import SEGMENTERS
+from segformer_pl.commands.options.parser import OLD_NAMES, current_names, with_underscores
+from segformer_pl.commands.options.robustness import NUM_EVALUATIONS
+from segformer_pl.commands.robustness import SETTINGS
+from segformer_pl.inference import targets
 
 
 def test_old_option_names_are_replaced_with_one_notice_each(capsys):
@@ -77,10 +84,24 @@ def test_commands_accept_old_option_names_and_print_the_new(
     assert sentence in " ".join([*lines[len(old) :], str(exit_.value.code)])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in TRAINING_COMMANDS])
 def test_help_shows_only_new_option_names(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     options = re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)
     assert "--help" in options
     assert not [option for option in options if option in OLD_NAMES or "-" in option[2:]]
+
+
+def test_the_lists_in_the_help_are_those_of_the_package():
+    """The options repeat names of modules that need torch."""
+    functions = [
+        name
+        for name in models.__all__
+        if inspect.isfunction(build := getattr(models, name))
+        and "num_classes" in inspect.signature(build).parameters
+    ]
+    assert list(SEGMENTERS) == functions
+    assert list(convert.LAYOUTS) == list(conversion.LAYOUTS)
+    assert list(export.TARGETS) == list(targets.TARGETS)
+    assert len(SETTINGS) == NUM_EVALUATIONS

@@ -12,7 +12,9 @@ from PIL import Image
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.cli import main
-from segformer_pl.commands.predict import changed_protocol, find_images, predict
+from segformer_pl.commands import predict
+from segformer_pl.commands.options.predict import parse
+from segformer_pl.commands.predict import changed_protocol, find_images
 from segformer_pl.data import shapes
 from segformer_pl.inference import Inference, Predictor, predictor
 from tests.tiny_network import TINY_OPTION
@@ -53,7 +55,7 @@ def run(checkpoint, tmp_path, capsys):
         arguments = [f"--ckpt={checkpoint}", f"--input={images}", f"--output={tmp_path / 'out'}"]
         capsys.readouterr()
         try:
-            predict([*arguments, "--device=cpu", *options])
+            predict.run(parse([*arguments, "--device=cpu", *options]))
             code = 0
         except SystemExit as exit_:
             code = exit_.code

@@ -8,7 +8,8 @@ import yaml
 
 from segformer_pl.analysis.run import resumed_config_name
 from segformer_pl.cli import main
-from segformer_pl.commands.recipe import recipe
+from segformer_pl.commands import recipe
+from segformer_pl.commands.options.recipe import parse
 
 RECIPES = Path(__file__).parents[2] / "experiments" / "recipes"
 BASE, DELTA = RECIPES / "ade20k.yaml", RECIPES / "segformer_b0_ade20k_512_160k.yaml"
@@ -56,7 +57,7 @@ def test_the_file_of_a_run_folder_is_not_completed_with_todays_defaults(tmp_path
     run.mkdir()
     network = {"class_path": "segformer_pl.models.segformer_b0"}
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"network": network, "lr": 1e-3}}))
-    recipe(["diff", str(run)], resolve)
+    recipe.run(parse(["diff", str(run)]), resolve)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["model.lr", "6e-05", "0.001"] in [line[:3] for line in lines]
     # The version that trained this run did not have the setting, and may have behaved differently.
@@ -65,7 +66,7 @@ def test_the_file_of_a_run_folder_is_not_completed_with_todays_defaults(tmp_path
     # With another file the settings are those of a new run, completed by the command line.
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: {lr: 1.0}\n")
-    recipe(["diff", str(run), str(mine)], resolve)
+    recipe.run(parse(["diff", str(run), str(mine)]), resolve)
     assert resolved == [[str(run / "config.yaml"), str(mine)]]
 
 

@@ -1,7 +1,6 @@
 """The command ``robustness``: agreement with validate, interruption, refusals."""
 
 import csv
-import importlib
 import json
 import re
 
@@ -14,7 +13,9 @@ from matplotlib.figure import Figure
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.cli import main
-from segformer_pl.commands.robustness import SETTINGS, robustness
+from segformer_pl.commands import robustness as command
+from segformer_pl.commands.options.robustness import parse
+from segformer_pl.commands.robustness import SETTINGS
 from segformer_pl.commands.validation_split import TransformedSamples, ValidationSplit
 from segformer_pl.data import shapes
 from segformer_pl.data.streaming import Samples
@@ -24,8 +25,6 @@ from tests.tiny_network import TINY_OPTION
 
 pytestmark = pytest.mark.slow
 
-# As an attribute of the package it is the function of the same name.
-command = importlib.import_module("segformer_pl.commands.robustness")
 
 FEW = [
     ("clean", "clean", 0),
@@ -70,7 +69,8 @@ def few(monkeypatch):
 
 
 def run(checkpoint, output, *options):
-    robustness([f"--ckpt={checkpoint}", f"--output={output}", "--device=cpu", *options])
+    arguments = [f"--ckpt={checkpoint}", f"--output={output}", "--device=cpu", *options]
+    command.run(parse(arguments))
 
 
 def rows(output):

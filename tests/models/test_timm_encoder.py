@@ -1,6 +1,6 @@
 """timm's backbones under the contract of an encoder."""
 
-import sys
+import importlib
 
 import pytest
 import timm
@@ -323,7 +323,7 @@ def test_fit_and_every_command_on_its_checkpoint(run, tmp_path, monkeypatch):
     assert (folder / "report.html").is_file()
     cli = main(["validate", "--config", str(run / "timm.yaml"), "--ckpt_path", str(checkpoint)])
     assert cli.trainer.callback_metrics["val/loss"] > 0
-    monkeypatch.setattr(sys.modules["segformer_pl.commands.erf"], "DPI", 30)
+    monkeypatch.setattr(importlib.import_module("segformer_pl.commands.erf"), "DPI", 30)
     arguments = ["--num_images", "2", "--device", "cpu", "--output", str(tmp_path / "erf")]
     main(["erf", "--ckpt", str(checkpoint), *arguments])
     assert (tmp_path / "erf" / "erf.json").is_file()

@@ -1,21 +1,14 @@
-"""The argument parsers of all commands, and the networks that can be named on the command line."""
+"""The argument parser of the commands."""
 
-import inspect
-import operator
-import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import reduce
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
-from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from segformer_pl import models
-from segformer_pl.errors import UserError, brief, find_user_error
-from segformer_pl.models.segmenter import Segmenter, check_segmenter
+from segformer_pl.errors import UserError, find_user_error
 from segformer_pl.yaml_file import check_sections, read_mapping, read_yaml
 
 PROG = "python -m segformer_pl"
@@ -58,88 +51,6 @@ def current_names(arguments: list[str]) -> list[str]:
     return current
 
 
-def segmenter_names() -> list[str]:
-    """Return the names in :mod:`segformer_pl.models` of functions that take ``num_classes``."""
-    return [
-        name
-        for name in models.__all__
-        if inspect.isfunction(build := getattr(models, name))
-        and "num_classes" in inspect.signature(build).parameters
-    ]
-
-
-def find_segmenter(name: str) -> Callable[..., Segmenter]:
-    """Return the class or function that builds a network.
-
-    Args:
-        name: One of :func:`segmenter_names`, or an import path such as ``package.module.Class``.
-
-    Raises:
-        UserError: The name does not exist, or its function or class has no argument
-            ``num_classes``.
-    """
-    if name in segmenter_names():
-        return getattr(models, name)
-    try:
-        build = pkgutil.resolve_name(name)
-        parameters = inspect.signature(build).parameters
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"there is no network {name!r} ({error}); give an import path such as "
-            f"package.module.Class, or one of {', '.join(segmenter_names())}"
-        ) from error
-    if "num_classes" not in parameters:
-        raise UserError(
-            f"{name!r} has no argument num_classes, so it is not a segmentation network of this "
-            "package; see segformer_pl.models.segmenter"
-        )
-    return build
-
-
-def add_network_options(
-    parser: LightningArgumentParser, arguments: Sequence[str]
-) -> Callable[..., Segmenter] | None:
-    """Add the arguments of the network that a command names first, without ``num_classes``.
-
-    Args:
-        parser: Parser of the command.
-        arguments: Command-line arguments, ``MODEL`` first.
-
-    Returns:
-        The class or function that builds the network; None if no network is named.
-
-    Raises:
-        UserError: There is no such network.
-    """
-    if not arguments or arguments[0].startswith("-"):
-        return None
-    build = find_segmenter(arguments[0])
-    if inspect.isclass(build):
-        parser.add_class_arguments(build, skip={"num_classes"}, instantiate=False)
-    else:
-        parser.add_function_arguments(build, skip={"num_classes"})
-    return build
-
-
-def build_network(name: str, build: Callable[..., Segmenter], **arguments: Any) -> Segmenter:
-    """Build the network that a command names, and check that it is a segmenter.
-
-    Args:
-        name: Name of the network, for messages.
-        build: Its class or function.
-        arguments: Arguments of ``build``.
-
-    Raises:
-        UserError: The arguments do not fit, or the result is no segmenter.
-    """
-    try:
-        network = build(**arguments)
-    except Exception as error:  # any type: the constructor may be the user's
-        raise UserError(f"{name} cannot be built with these arguments: {brief(error)}") from error
-    check_segmenter(network)
-    return network
-
-
 def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Yield the options whose value is a file, ``--option FILE`` or ``--option=FILE``."""
     option = ""
@@ -152,11 +63,11 @@ def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
                 yield option, Path(value)
 
 
-class RunArgumentParser(LightningArgumentParser):
-    """The parser of ``fit``, ``validate``, ``test`` and ``doctor``.
+class OneSentenceParser(ArgumentParser):
+    """A parser whose errors are one sentence, also those about the files of settings.
 
-    Errors are one sentence, option names may have hyphens in place of underscores, and links can
-    set arguments of a function as well as of a class.
+    Option names may have hyphens in place of underscores, and links can set arguments of a function
+    as well as of a class.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -217,39 +128,8 @@ class RunArgumentParser(LightningArgumentParser):
         return super().add_function_arguments(*args, **kwargs)
 
 
-def try_int_before_float(parser: LightningArgumentParser) -> None:
-    """Let the arguments that take a number or a share, such as limit_val_batches, take 2 as 2.
-
-    jsonargparse tries the types of a union in their order. ``typing`` considers Union[int, float]
-    and Union[float, int] equal and returns the one that any module made first, which depends on the
-    order of imports. With float first 2 is read as 2.0, which the trainer refuses, and 1 as 1.0,
-    which is all batches.
-    """
-    for action in parser._actions:
-        types = get_args(getattr(action, "_typehint", None))
-        if int in types and float in types:
-            ordered = sorted(types, key=lambda kind: kind is not int)
-            # Such unions are not cached.
-            action._typehint = reduce(operator.or_, ordered)  # type: ignore[attr-defined]
-
-
-def leave_elements_unchecked(parser: LightningArgumentParser, *names: str) -> None:
-    """Check of computed lists only that they are lists.
-
-    jsonargparse 4.53 copies a whole list for each of its elements, at each of a dozen checks, which
-    took most of the start of a training with the 150 classes of ADE20K.
-
-    Args:
-        parser: The parser, before the arguments are linked.
-        names: Arguments that the command line cannot set.
-    """
-    for action in parser._actions:
-        if action.dest in names:
-            action._typehint = list  # type: ignore[attr-defined]
-
-
-class SegformerArgumentParser(RunArgumentParser):
-    """The parser of the other commands, which also accepts old option names."""
+class SegformerArgumentParser(OneSentenceParser):
+    """The parser of the project's own commands, which also accepts old option names."""
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
