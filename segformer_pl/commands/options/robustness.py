@@ -5,7 +5,7 @@ from jsonargparse import Namespace
 from segformer_pl.commands.options.evaluation import add_evaluation_options
 from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
 
-NUM_EVALUATIONS = 49  # of all corruptions and severities (checked by a test)
+NUM_EVALUATIONS = 73  # of all corruptions and severities (checked by a test)
 SCORES_FILE, TABLE_FILE, JSON_FILE, FIGURE_FILE = (
     f"robustness.{kind}" for kind in ("csv", "md", "json", "png")
 )
