@@ -12,7 +12,7 @@ from segformer_pl.metrics import SegmentationMetrics
 
 # How values are logged that all ranks know alike. Without sync_dist, Lightning advises to average
 # them, although it exchanges nothing for rank_zero_only.
-OF_RANK_ZERO = {"rank_zero_only": True, "sync_dist": True}
+OF_RANK_ZERO: dict[str, Any] = {"rank_zero_only": True, "sync_dist": True}
 
 
 def log_metrics(
