@@ -126,12 +126,13 @@ class Predictor:
         :meth:`~segformer_pl.models.segmenter.Network.for_inference`.
 
         Args:
-            compile: Whether ``torch.compile`` compiles the network, for images of any size, when it
-                predicts its first image.
+            compile: Whether ``torch.compile`` compiles the network, once for each of the first
+                sizes of images; it serves few sizes.
         """
         network = self.network.for_inference()
         if compile:
-            network.compile(dynamic=True)
+            # With symbolic sizes, Inductor of torch 2.15 fails on SegFormer ("Invalid ranges").
+            network.compile(dynamic=False)
         arguments = self.class_names, self.palette, self.normalization, self.protocol
         return type(self)(network, *arguments)
 
