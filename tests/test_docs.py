@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "CONTRIBUTING.md", "docs/clusters.md", "experiments/README.md"]
+    "file",
+    ["README.md", "CONTRIBUTING.md", "docs/clusters.md", "docs/export.md", "experiments/README.md"],
 )
 def test_links_and_named_files_exist(file):
     text = (ROOT / file).read_text()

@@ -162,7 +162,7 @@ def test_a_planted_violation_is_detected(path, source):
     [
         ("models/segformer.py", "from segformer_pl.models.mit import MixTransformer"),
         ("models/segformer.py", "from .mit import MixTransformer\nfrom . import decode_head"),
-        ("checkpoints/export.py", "from segformer_pl.checkpoints import layouts"),
+        ("checkpoints/conversion.py", "from segformer_pl.checkpoints import layouts"),
         ("analysis/erf.py", "from segformer_pl.models import SegFormer"),
         ("checkpoints/run_data.py", "from segformer_pl.data import StreamingSegmentationData"),
         ("inference/engine.py", "from segformer_pl.models.segmenter import Output"),

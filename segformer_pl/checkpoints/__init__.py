@@ -9,12 +9,12 @@
 - ``loading.py`` copies tensors into a network; ``report.py`` describes the result;
 - ``transplant.py`` loads weights into another variant, whose kernels have other sizes;
 - ``networks.py`` builds the network that weights belong to;
-- ``export.py`` writes a network in the layout of another code base;
+- ``conversion.py`` writes a network in the layout of another code base;
 - ``run_checkpoint.py`` reads the checkpoint of a run; ``run_data.py`` opens its data;
 - ``training_state.py`` checks the state that a training resumes from.
 """
 
-from segformer_pl.checkpoints.export import ExportLayout, export_weights
+from segformer_pl.checkpoints.conversion import ExportLayout, export_weights
 from segformer_pl.checkpoints.facts import MatchClasses
 from segformer_pl.checkpoints.files import describe_non_finite, load_file, non_finite
 from segformer_pl.checkpoints.loading import load_weights

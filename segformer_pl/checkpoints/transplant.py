@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segformer_pl.checkpoints.classifier import classifier_keys
-from segformer_pl.checkpoints.export import export_weights
+from segformer_pl.checkpoints.conversion import export_weights
 from segformer_pl.checkpoints.loading import encoder_arguments, load_matched
 from segformer_pl.checkpoints.matching import Matched, match
 from segformer_pl.checkpoints.networks import function_arguments, network_spec

@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 
 from segformer_pl.atomic import make_writable_folder
 from segformer_pl.checkpoints import export_weights, load_network, read_weights
-from segformer_pl.checkpoints.export import check_destination
+from segformer_pl.checkpoints.conversion import check_destination
 
 
 def run(options: Namespace) -> None:

@@ -95,7 +95,7 @@ def run(options: Namespace) -> None:
         sys.exit(1)
 
 
-def find_images(pattern: str, output: Path) -> dict[Path, Path]:
+def find_images(pattern: str, output: Path, option: str = "--input") -> dict[Path, Path]:
     """Return the image files of a path or a pattern, sorted, with the names of their outputs.
 
     Hidden files, and files that an earlier call wrote to ``output``, are left out::
@@ -106,6 +106,7 @@ def find_images(pattern: str, output: Path) -> dict[Path, Path]:
     Args:
         pattern: A file, a folder that is searched recursively, or a glob pattern.
         output: Folder of the outputs.
+        option: Command-line option that gave the pattern, for messages.
 
     Returns:
         Input file -> relative path of its outputs, without the suffix that each of them gets. No
@@ -115,11 +116,11 @@ def find_images(pattern: str, output: Path) -> dict[Path, Path]:
         UserError: There is no such file or folder, or nothing matches the pattern.
     """
     if not pattern:
-        raise UserError("--input is empty; give an image, a folder or a pattern")
+        raise UserError(f"{option} is empty; give an image, a folder or a pattern")
     path = Path(pattern).expanduser()
     remedy = "give an image, a folder of images, or a quoted pattern like 'photos/**/*.jpg'"
     if path.is_file():
-        return _with_output_names([path], path.parent)
+        return _with_output_names([path], path.parent, option)
     if path.is_dir():
         check_readable(path, "--input")
         base, matches = path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
@@ -130,7 +131,7 @@ def find_images(pattern: str, output: Path) -> dict[Path, Path]:
         base, matches = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)
         missing = f"no file matches {pattern!r}"
     else:
-        raise UserError(f"--input: there is no file or folder {pattern!r}; {remedy}")
+        raise UserError(f"{option}: there is no file or folder {pattern!r}; {remedy}")
     own_folders = [(output / folder).resolve() for folder in (MASKS, OVERLAYS, PROBABILITIES)]
     files = [
         file
@@ -140,17 +141,17 @@ def find_images(pattern: str, output: Path) -> dict[Path, Path]:
         and not any(file.resolve().is_relative_to(folder) for folder in own_folders)
     ]
     if not files:
-        raise UserError(f"--input: {missing}; {remedy}")
-    return _with_output_names(files, Path(os.path.normpath(base)))
+        raise UserError(f"{option}: {missing}; {remedy}")
+    return _with_output_names(files, Path(os.path.normpath(base)), option)
 
 
-def _with_output_names(files: list[Path], base: Path) -> dict[Path, Path]:
+def _with_output_names(files: list[Path], base: Path, option: str) -> dict[Path, Path]:
     """Map files to their paths below ``base``, without suffix where that is unambiguous."""
     relative = {file: Path(os.path.relpath(file, base)) for file in files}
     outside = next((file for file, name in relative.items() if ".." in name.parts), None)
     if outside is not None:
         raise UserError(
-            f"--input: '{outside}' is not below '{base}', where the pattern starts; use '..' "
+            f"{option}: '{outside}' is not below '{base}', where the pattern starts; use '..' "
             "only before the first wildcard"
         )
     full_names = set(relative.values())

@@ -2,6 +2,8 @@
 
 ``protocol.py`` holds the settings of the test-time protocol, ``engine.py`` computes it, and
 ``predictor.py`` joins a network with its classes, normalisation and protocol in one object.
+``graph.py`` turns a predictor into one graph, ``targets.py`` writes it for other runtimes, and
+``exporting.py`` keeps a written file only if it predicts like the predictor.
 """
 
 import importlib

@@ -1,7 +1,10 @@
 """The All-MLP decode head of SegFormer (Xie et al. 2021, Sec. 3.2), computed in folded form."""
 
+import copy
 import math
+import operator
 from collections.abc import Sequence
+from functools import reduce
 from typing import cast
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
+from segformer_pl.models.folding import batch_norm_affine, folded_linear
 from segformer_pl.models.paper_macs import convolution_macs
 from segformer_pl.models.tokens import to_channels_first, to_tokens
 
@@ -140,3 +144,53 @@ class AllMLPHead(nn.Module):
         weights = [block @ projection.weight for block, projection in pairs]
         bias = torch.stack([block @ projection.bias for block, projection in pairs]).sum(0)
         return weights, bias
+
+    def folded(self) -> "FoldedAllMLPHead":
+        """Return the same head for inference, with its matrices multiplied once."""
+        return FoldedAllMLPHead(self)
+
+
+class FoldedAllMLPHead(nn.Module):
+    """An :class:`AllMLPHead` in evaluation mode, whose matrices are multiplied beforehand.
+
+    With the BatchNorm's scale s and shift t, each stage has one matrix, ``diag(s) F_i W_i``. All
+    biases, ``diag(s) sum_i F_i b_i + t``, are added to the finest stage alone, because every row of
+    a bilinear upsampling sums to 1.
+
+    Shapes are those of :class:`AllMLPHead`.
+
+    Args:
+        head: The head to fold. It stays as it is, and the classifier is shared.
+    """
+
+    def __init__(self, head: AllMLPHead) -> None:
+        super().__init__()
+        self.in_indices = head.in_indices
+        scale, shift = batch_norm_affine(head.bn)
+        weights, bias = copy.deepcopy(head).double().folded_projections()
+        biases = [scale * bias + shift, *[None] * (len(weights) - 1)]
+        self.projections = nn.ModuleList(
+            folded_linear(scale[:, None] * weight, bias, like=head.bn.weight)
+            for weight, bias in zip(weights, biases)
+        )
+        self.classifier = head.classifier
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Return logits (B, num_classes, H_1, W_1) of a feature pyramid of (B, C_i, H_i, W_i)."""
+        return self.classifier(self.fuse_features(features))
+
+    def fuse_features(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the fused map (B, C, H_1, W_1) of a feature pyramid, after BatchNorm and ReLU."""
+        projected = (
+            to_channels_first(projection(to_tokens(features[index])))
+            for index, projection in zip(self.in_indices, self.projections)
+        )
+        size = features[0].shape[2:]
+        upsampled = (
+            F.interpolate(p, size=size, mode="bilinear", align_corners=False) for p in projected
+        )
+        return F.relu(reduce(operator.add, upsampled))
+
+    def folded(self) -> "FoldedAllMLPHead":
+        """Return this head, which is folded already."""
+        return self

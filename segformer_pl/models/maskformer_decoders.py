@@ -140,7 +140,7 @@ class TransformerDecoder(nn.Module):
         _, dim, height, width = projected.shape
         keys = values + sine_positions(height, width, dim, like=values)
         query_pos = self.query_pos.weight
-        x = query_pos.new_zeros(len(feature), *query_pos.shape)
+        x = query_pos.new_zeros(feature.shape[0], *query_pos.shape)
         after_layers = []
         for layer in self.layers:
             x = layer(x, query_pos, keys, values)

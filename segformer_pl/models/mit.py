@@ -280,6 +280,16 @@ class MixTransformer(Encoder):
             features.append(feature_map)
         return features
 
+    def fold(self) -> None:
+        """Fold the LayerNorms of the blocks into the layers that read them.
+
+        Those of patch embeddings and stages stay: their maps are also added to, or padded.
+        """
+        super().fold()
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.fold()
+
     def init_args(self) -> dict[str, Any]:
         return self._arguments | self.weight_constants()
 

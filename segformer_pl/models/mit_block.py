@@ -5,11 +5,13 @@ Symbols and the layout of tokens, (B, H, W, C), are those of :mod:`~segformer_pl
 
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segformer_pl.errors import UserError
 from segformer_pl.models.drop_path import DropPath
+from segformer_pl.models.folding import fold_layer_norm
 from segformer_pl.models.mit_arguments import KvBorder
 from segformer_pl.models.tokens import to_channels_first, to_tokens
 
@@ -96,7 +98,9 @@ class EfficientSelfAttention(nn.Module):
             return tokens
         height, width = tokens.shape[1:3]
         missing = (-height % self.sr_ratio, -width % self.sr_ratio)
-        if self.kv_border == "keep" and any(missing):
+        # An exported graph serves all sizes, so it must not depend on whether tokens are missing.
+        # Without missing tokens, both ways have the same result.
+        if self.kv_border == "keep" and (torch.compiler.is_exporting() or any(missing)):
             return self.norm(to_tokens(self._reduce_to_the_border(tokens, *missing)))
         if min(height, width) < self.sr_ratio:
             raise UserError(
@@ -172,3 +176,15 @@ class Block(nn.Module):
         """Transform tokens (B, H, W, C); the result has the same shape."""
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+    def fold(self) -> None:
+        """Fold weights and biases of the LayerNorms into the layers that read them, in place."""
+        attn = self.attn
+        if attn.sr_ratio == 1:
+            fold_layer_norm(self.norm1, attn.q, attn.kv)
+        else:
+            fold_layer_norm(attn.norm, attn.kv)
+            # With "keep", sums over incomplete squares are scaled up, which a folded bias is not.
+            if attn.kv_border == "drop":
+                fold_layer_norm(self.norm1, attn.q, attn.sr)
+        fold_layer_norm(self.norm2, self.mlp.fc1)

@@ -1,7 +1,7 @@
 """SegFormer = a hierarchical encoder and the All-MLP decode head (Xie et al. 2021, Fig. 2)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -59,6 +59,11 @@ class SegFormer(Segmenter):
         features = self.encoder(images)
         named = {f"stage{i}": feature for i, feature in enumerate(features, start=1)}
         return named | {"head": self.head.fuse_features(features)}
+
+    def fold(self) -> None:
+        """Fold the encoder, and multiply the matrices of the head once and for all."""
+        super().fold()
+        self.head = cast(AllMLPHead, self.head.folded())  # it has all that inference uses
 
     def init_args(self) -> dict[str, Any]:
         return {

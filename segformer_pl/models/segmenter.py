@@ -37,15 +37,17 @@ protocol's methods, and ``nn.Module.__call__`` has none. A network that satisfie
 not be given on the command line.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
 
 from segformer_pl.errors import UserError
+from segformer_pl.models.folding import fold_batch_norms
 
 Output = Literal["logits", "scores"]
 
@@ -62,10 +64,13 @@ class Network(nn.Module, ABC):
         training_arguments: Names of the constructor arguments that matter only in training, such as
             rates of dropout: whatever their values, equal weights compute the same. A comparison
             of networks ignores them.
+        traces_any_size: Whether ``torch.export`` traces one graph for images of all sizes. If not,
+            an exported graph has a fixed size.
     """
 
     in_channels: int
     min_size: int = 1
+    traces_any_size: bool = True
     training_arguments: tuple[str, ...] = ()
 
     @abstractmethod
@@ -125,6 +130,24 @@ class Network(nn.Module, ABC):
                 f"the weights state {', '.join(constants)}, which {type(self).__name__} does not "
                 "have; give them to the network that they were trained in"
             )
+
+    def for_inference(self) -> Self:
+        """Return a copy in evaluation mode that computes the same with fewer operations.
+
+        Its outputs differ by rounding. It has other parameters, which need no gradients: use it for
+        ``forward`` and ``feature_maps``, and this network for training, storing and counting.
+        """
+        network = copy.deepcopy(self).eval().requires_grad_(False)
+        network.fold()
+        return network
+
+    def fold(self) -> None:
+        """Fold what is constant at inference, in place; :meth:`for_inference` calls it on a copy.
+
+        By default every BatchNorm that follows a convolution in an ``nn.Sequential`` is folded into
+        it. A network with more to fold extends this method. Folding twice changes nothing more.
+        """
+        fold_batch_norms(self)
 
     def paper_macs(self, height: int, width: int) -> int | None:
         """Return the multiply-adds of one image as the paper counts them, None if unknown.
@@ -306,6 +329,12 @@ class Segmenter(Network):
         return {
             path + name for path, encoder in self._encoders() for name in encoder.no_weight_decay()
         }
+
+    def fold(self) -> None:
+        """Fold this network and its encoders, in place; see :meth:`Network.fold`."""
+        super().fold()
+        for _, encoder in self._encoders():
+            encoder.fold()
 
     def weight_constants(self) -> dict[str, float]:
         return {

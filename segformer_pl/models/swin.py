@@ -193,6 +193,8 @@ class SwinEncoder(Encoder):
     """
 
     training_arguments = ("pretrained", "drop_path_rate")
+    # The shapes of padded and shifted windows are too much for the symbolic sizes of torch 2.15.
+    traces_any_size = False
 
     def __init__(
         self,

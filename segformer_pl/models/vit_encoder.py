@@ -248,7 +248,9 @@ class VisionTransformerBlocks(nn.Module):
 
     def position_table(self, grid: tuple[int, int]) -> Tensor:
         """Return the position table (1, prefix rows + h * w, C) for a grid of h x w patches."""
-        if grid == self.grid:
+        # An exported graph serves all sizes, so it must not depend on this comparison. Resampling
+        # to the same grid is the identity.
+        if not torch.compiler.is_exporting() and grid == self.grid:
             return self.pos_embed
         prefix, patches = self.pos_embed.tensor_split([self.num_prefix_rows], dim=1)
         return torch.cat([prefix, resample_table(patches, self.grid, grid)], dim=1)

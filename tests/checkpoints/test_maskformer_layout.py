@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from segformer_pl.checkpoints import load_network, load_weights
-from segformer_pl.checkpoints.export import export_weights
+from segformer_pl.checkpoints.conversion import export_weights
 from segformer_pl.cli import main
 from segformer_pl.errors import UserError
 from segformer_pl.models import SegFormer, TimmEncoder

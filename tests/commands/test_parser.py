@@ -6,13 +6,14 @@ import re
 import pytest
 
 from segformer_pl import models
-from segformer_pl.checkpoints import export
+from segformer_pl.checkpoints import conversion
 from segformer_pl.cli import COMMANDS, TRAINING_COMMANDS, main
-from segformer_pl.commands.options import convert
+from segformer_pl.commands.options import convert, export
 from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.commands.options.parser import OLD_NAMES, current_names, with_underscores
 from segformer_pl.commands.options.robustness import NUM_EVALUATIONS
 from segformer_pl.commands.robustness import SETTINGS
+from segformer_pl.inference import targets
 
 
 def test_old_option_names_are_replaced_with_one_notice_each(capsys):
@@ -101,5 +102,6 @@ def test_the_lists_in_the_help_are_those_of_the_package():
         and "num_classes" in inspect.signature(build).parameters
     ]
     assert list(SEGMENTERS) == functions
-    assert list(convert.LAYOUTS) == list(export.LAYOUTS)
+    assert list(convert.LAYOUTS) == list(conversion.LAYOUTS)
+    assert list(export.TARGETS) == list(targets.TARGETS)
     assert len(SETTINGS) == NUM_EVALUATIONS

@@ -96,6 +96,33 @@ def test_the_protocol_is_applied(network, pixels):
     assert set(sizes) == {(32, 32)}
 
 
+def test_an_optimized_predictor_predicts_the_same(network, pixels):
+    predictor = Predictor(network, NAMES, PALETTE, Normalization((0.4,) * 3), Inference(pad_to=32))
+    fast = predictor.optimize()
+    assert fast.network is not network
+    assert predictor.network is network
+    assert sum(1 for _ in fast.network.parameters()) < sum(1 for _ in network.parameters())
+    for fact in ("class_names", "palette", "normalization", "protocol"):
+        assert getattr(fast, fact) == getattr(predictor, fact)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = network(images)
+        assert (fast.network(images) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (fast(pixels) == predictor(pixels)).mean() > 0.999
+
+
+@pytest.mark.slow
+def test_a_compiled_predictor_predicts_the_same_and_can_be_folded_again(network, pixels):
+    predictor = Predictor(network, NAMES)
+    fast = predictor.optimize(compile=True)
+    for image in (pixels, pixels[:37, :53]):
+        assert (fast(image) == predictor(image)).mean() > 0.999
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        again = fast.optimize().network(images)
+        assert (again - network(images)).abs().max() < 1e-5 * again.abs().max()
+
+
 def test_non_finite_outputs_are_refused(network, pixels):
     network.head.classifier.weight.data.fill_(torch.inf)
     predictor = Predictor(network, NAMES)

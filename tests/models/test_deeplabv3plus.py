@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from segformer_pl.checkpoints import load_network
-from segformer_pl.checkpoints.export import export_weights
+from segformer_pl.checkpoints.conversion import export_weights
 from segformer_pl.checkpoints.networks import build
 from segformer_pl.cli import main
 from segformer_pl.data import shapes

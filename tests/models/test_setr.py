@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from segformer_pl.analysis.complexity import complexity
 from segformer_pl.checkpoints import load_network, load_weights
-from segformer_pl.checkpoints.export import export_weights
+from segformer_pl.checkpoints.conversion import export_weights
 from segformer_pl.cli import main
 from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, predict_classes

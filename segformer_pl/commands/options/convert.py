@@ -4,7 +4,7 @@ from jsonargparse import Namespace
 
 from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
 
-# Those of segformer_pl.checkpoints.export, which needs torch (checked by a test).
+# Those of segformer_pl.checkpoints.conversion, which needs torch (checked by a test).
 LAYOUTS = ("huggingface", "nvlabs", "smp", "native")
 
 
