@@ -11,7 +11,7 @@ class DropPath(nn.Module):
     import takes longer than that of torch.
 
     Args:
-        drop_prob: Probability, at least 0 and below 1.
+        drop_prob: Probability in 0 to 1.
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -23,8 +23,10 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0:
             return branch
         keep_prob = 1 - self.drop_prob
-        is_kept = branch.new_empty(len(branch), *(1,) * (branch.dim() - 1)).bernoulli_(keep_prob)
-        return branch * is_kept.div_(keep_prob)
+        factor = branch.new_empty(len(branch), *(1,) * (branch.dim() - 1)).bernoulli_(keep_prob)
+        if keep_prob > 0:
+            factor /= keep_prob
+        return branch * factor
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"

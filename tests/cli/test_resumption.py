@@ -40,4 +40,4 @@ def test_checkpoints_that_are_missing_truncated_or_of_another_network(
     assert f"'{broken}' is no file of tensors, or is cut short" in error
     b1 = ["--model.network=segformer_pl.models.segformer_b1", f"--ckpt_path={checkpoint}"]
     error = fail(capsys, [*validate, *b1])
-    assert "contains a segformer_pl.models.segformer_b0, but model.network is a " in error
+    assert "contains a segformer_pl.models.SegFormer, but model.network is a " in error

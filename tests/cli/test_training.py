@@ -169,7 +169,8 @@ def test_a_moving_average_of_the_weights_is_evaluated_and_saved(folder, tmp_path
 def test_weights_to_start_from(capsys, folder, tmp_path, options, fail):
     state = segformer_b0(2).state_dict()
     torch.save(state, tmp_path / "w.pth")
-    runs = options(folder, tmp_path / "runs", trainer__max_steps=1, model__lr=0.0)
+    runs = options(folder, tmp_path / "runs", trainer__max_steps=1, model__lr=0.0)[2:]
+    runs.append("--model.network=segformer_pl.models.segformer_b0")
     cli = main(["fit", *runs, f"--model.weights={tmp_path / 'w.pth'}"])
     ours = cli.model.network.state_dict()
     assert torch.equal(ours["head.fuse.weight"], state["head.fuse.weight"])
@@ -247,7 +248,7 @@ def test_a_misspelt_key_of_the_network(capsys, folder, tmp_path, options, fail):
 
 
 def test_an_impossible_network(capsys, folder, tmp_path, options, fail):
-    arguments = ["--model.network.patch_sizes=[3,3,3,3]"]
+    arguments = ["--model.network.encoder.patch_sizes=[3,3,3,3]"]
     error = fail(capsys, ["fit", *options(folder, tmp_path), *arguments])
     assert "stage 1: patch_size 3 is smaller than stride 4" in error
     assert "use a patch_size of at least 4" in error

@@ -25,3 +25,7 @@ def test_nothing_is_dropped_in_evaluation_or_at_rate_zero():
     branch = torch.randn(8, 2)
     assert DropPath(0.5).eval()(branch) is branch
     assert DropPath(0.0)(branch) is branch
+
+
+def test_everything_is_dropped_at_rate_one():
+    assert not DropPath(1.0)(torch.randn(8, 2)).any()
