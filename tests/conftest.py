@@ -196,9 +196,10 @@ def start_command(request, fork_server, tmp_path_factory):
         log = logs / f"log{len(started)}"
         imports = str(imports or request.path.parent)
         job = {"command": [str(part) for part in (program, *arguments)], "folder": str(folder)}
-        job |= {"log": str(log), "largest_file": largest_file, "imports": imports}
+        job |= {"log": str(log), "largest_file": largest_file}
         job |= {"forks": forks, "figures": figures}
-        job["environment"] = {"PYTHONPATH": imports} | environment
+        paths = os.pathsep.join([imports, str(Path(__file__).parents[1])])  # the root has `tests`
+        job["environment"] = {"PYTHONPATH": paths} | environment
         started.append(fork_server(job))
         return Command(started[-1], log, lambda pid: fork_server({"wait": pid}))
 

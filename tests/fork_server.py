@@ -155,7 +155,7 @@ def serve():
         os.setsid()
         os.chdir(job["folder"])
         os.environ.update(job["environment"])
-        sys.path.append(job["imports"])
+        sys.path += job["environment"]["PYTHONPATH"].split(os.pathsep)
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
             os.dup2(target, stream)

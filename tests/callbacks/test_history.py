@@ -302,7 +302,7 @@ def test_a_named_run_is_resumed_by_a_strategy_that_restores_late(tmp_path, strat
             accelerator="cpu",
             strategy=strategy("cpu"),
             logger=RunLogger(tmp_path, name="demo", version="first"),
-            callbacks=[history, LastCheckpoint(last.parent)],
+            callbacks=[history, LastCheckpoint(dirpath=last.parent)],
             limit_val_batches=0,
             enable_progress_bar=False,
             enable_model_summary=False,
