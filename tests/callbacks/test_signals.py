@@ -105,7 +105,7 @@ def test_fit_ends_after_the_step_and_prints_how_to_resume(run, has_event, tmp_pa
     message, how = command.output.splitlines()[-2:]
     name = "Ctrl-C" if signum == signal.SIGINT else signum.name
     assert message == f"{name}: stopped after step {step}, saved in {file}; resume with"
-    assert how.startswith("python -m segformer_pl fit --model.network=")
+    assert how.startswith("python -m segformer_pl fit '--model.network={")
     if signum == signal.SIGTERM:
         again = run("fit", *shlex.split(how)[4:], f"--trainer.max_steps={step + 1}")
         assert again.wait() == 0, again.output
