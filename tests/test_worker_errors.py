@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from segformer_pl.data import shapes
 from segformer_pl.worker_errors import explain_worker_failure
@@ -27,6 +28,12 @@ class Failing(Dataset):
         if index == 2:
             self.fail()
         return torch.zeros(2)
+
+
+@pytest.fixture(autouse=True)
+def _handler_of_torch(monkeypatch):
+    """Let torch install its handler of SIGCHLD again, which earlier tests may have replaced."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
 
 
 def sentence(fail):
