@@ -73,6 +73,7 @@ def test_a_worker_that_is_killed_while_it_sends(monkeypatch):
     with pytest.raises(ConnectionResetError) as error:
         next(loader)
     monkeypatch.undo()
+    loader._shutdown_workers()
     assert explain_worker_failure(error.value).startswith("a data-loader worker ended unexpectedly")
     assert explain_worker_failure(ConnectionResetError(104, "of another connection")) is None
 
