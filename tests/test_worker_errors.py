@@ -32,7 +32,7 @@ class Failing(Dataset):
 
 @pytest.fixture(autouse=True)
 def _handler_of_torch(monkeypatch):
-    """Let torch install its handler of SIGCHLD again, which earlier tests may have replaced."""
+    """Let torch install its handler of SIGCHLD, which Lightning removes after a training."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
 
 

@@ -29,6 +29,9 @@ held at full size::
     out           0 1 2 3 4 5
     windows a     =======          computed for out 0, freed after out 3
     windows b         =======      computed for out 2, freed after out 5
+
+The usual protocol, the whole image in one window of its own size, needs less on the CPU: see
+``upsampled_argmax.py``.
 """
 
 import math
@@ -102,7 +105,7 @@ def predict_classes(
     Returns:
         Class indices, (B, height, width).
     """
-    if images.is_cpu and _is_one_window(protocol, images, size):
+    if images.is_cpu and tuple(images.shape[2:]) == size and protocol.is_one_window(size):
         window = _Windows(network, preprocess, protocol.pad_to)
         height, width = (
             side + more for side, more in zip(images.shape[2:], window.missing(images))
@@ -258,7 +261,7 @@ def _scaled(
 ) -> tuple[Tensor, "_Windows"]:
     """Return the images at the size of a view, and the network to apply to windows of them."""
     original: Any = tuple(images.shape[2:])
-    sizes = [view_size(original, scale, protocol.base_size)]
+    sizes = [protocol.view_size(original, scale)]
     if protocol.resize_to is not None:
         height, width = (_multiple(side, protocol.resize_to) for side in sizes[0])
         sizes.append((height, width))
@@ -269,32 +272,6 @@ def _scaled(
     for size in sizes:
         images = _resize(images, size)
     return images, _Windows(network, process, protocol.pad_to)
-
-
-def view_size(size: Size, scale: float, base_size: Size | None) -> Size:
-    """Return the size of a view: ``size`` scaled, or fitted into the base size, rounded as in mmcv.
-
-    Args:
-        size: Height and width of the image in pixels.
-        scale: Scale factor of the view.
-        base_size: Long and short side of the box at scale 1. None: the image's own size.
-    """
-    if base_size is not None:
-        long, short = (int(side * scale) for side in base_size)
-        scale = min(long / max(size), short / min(size))
-    height, width = (max(int(side * scale + 0.5), 1) for side in size)
-    return height, width
-
-
-def _is_one_window(protocol: Inference, images: Tensor, size: Size) -> bool:
-    """Return whether the output is the class map of the images, upsampled once."""
-    original: Any = tuple(images.shape[2:])
-    if original != size or len(protocol.scales) > 1 or protocol.flip:
-        return False
-    if any(side > limit for side, limit in zip(size, protocol.window or size)):
-        return False
-    view = view_size(original, protocol.scales[0], protocol.base_size)
-    return view == size and all(side % (protocol.resize_to or 1) == 0 for side in size)
 
 
 class _Axis(NamedTuple):

@@ -9,6 +9,8 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from segformer_pl.errors import UserError
 
+Size = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Inference:
@@ -75,6 +77,28 @@ class Inference:
                 f"inference: a stride of {list(self.stride)} leaves gaps between windows of "
                 f"{list(self.window)}; give at most the window's size"
             )
+
+    def view_size(self, size: Size, scale: float) -> Size:
+        """Return the size of an image's view: scaled, or fitted into the base size.
+
+        Sides are rounded as in mmcv. ``resize_to`` and ``pad_to`` come afterwards.
+
+        Args:
+            size: Height and width of the image in pixels.
+            scale: Scale factor of the view.
+        """
+        if self.base_size is not None:
+            long, short = (int(side * scale) for side in self.base_size)
+            scale = min(long / max(size), short / min(size))
+        height, width = (max(int(side * scale + 0.5), 1) for side in size)
+        return height, width
+
+    def is_one_window(self, size: Size) -> bool:
+        """Return whether an image of this size is one view, one window, and not resized."""
+        if len(self.scales) > 1 or self.flip or self.view_size(size, self.scales[0]) != size:
+            return False
+        is_within = all(side <= limit for side, limit in zip(size, self.window or size))
+        return is_within and all(side % (self.resize_to or 1) == 0 for side in size)
 
 
 # By default jsonargparse accepts the fields of a dataclass, but no `class_path`. Experiment files

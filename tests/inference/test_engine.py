@@ -133,7 +133,36 @@ def test_images_are_fitted_into_the_base_size_and_resized_to_multiples(network):
 )
 def test_view_sizes_are_rounded_as_in_mmcv(size, scale, expected):
     base = (2048, 1024) if size == (1024, 2048) else (2048, 512)
-    assert engine.view_size(size, scale, base) == expected
+    assert Inference(base_size=base).view_size(size, scale) == expected
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        (Inference(), True),
+        (Inference(pad_to=32), True),
+        (Inference(resize_to=8), True),
+        (Inference(resize_to=32), False),
+        (Inference(base_size=(56, 40)), True),
+        (Inference(base_size=(112, 80)), False),
+        (Inference(window=(40, 64)), True),
+        (Inference(window=(40, 40)), False),
+        (Inference(scales=(0.5,)), False),
+        (Inference(scales=(1.0, 0.5)), False),
+        (Inference(flip=True), False),
+    ],
+)
+def test_one_window_needs_few_upsampled_pixels(protocol, expected, network, monkeypatch):
+    """Only then ``predict_classes`` leaves out the bands, with the same result."""
+    images, upsampled = random_images(40, 56), []
+    original = engine.upsampled_argmax
+    monkeypatch.setattr(
+        engine, "upsampled_argmax", lambda *given: upsampled.append(1) or original(*given)
+    )
+    labels = predict_classes(network, images, (40, 56), protocol)
+    assert bool(upsampled) == expected == protocol.is_one_window((40, 56))
+    probabilities = predict_probabilities(network, images, (40, 56), protocol)
+    assert torch.equal(labels, probabilities.argmax(1))
 
 
 @pytest.mark.usefixtures("_band")
