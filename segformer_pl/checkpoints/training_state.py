@@ -137,6 +137,21 @@ def _some(keys: list[str]) -> str:
     return f"{keys[0]}{rest}"
 
 
+def check_resumable(checkpoint: Mapping[str, Any], name: str) -> None:
+    """Check that a checkpoint holds more than weights.
+
+    Args:
+        checkpoint: Content of the checkpoint, after :func:`check_content`.
+        name: Name of the checkpoint, for messages.
+
+    Raises:
+        UserError: The state of the optimiser, the schedule or the trainer's counters are missing.
+    """
+    for key in ("optimizer_states", "lr_schedulers", "loops"):
+        if key not in checkpoint:
+            raise UserError(f"{name} has no {key!r}, so training cannot resume from it; {REMEDY}")
+
+
 def check_training_state(
     checkpoint: Mapping[str, Any],
     optimizer: str,
@@ -154,9 +169,7 @@ def check_training_state(
     Raises:
         UserError: An entry is missing, does not fit, or counts another number of steps.
     """
-    for key in ("optimizer_states", "lr_schedulers", "loops"):
-        if key not in checkpoint:
-            raise UserError(f"{name} has no {key!r}, so training cannot resume from it; {REMEDY}")
+    check_resumable(checkpoint, name)
     step = _check_counters(checkpoint, name)
     try:
         (stored,) = checkpoint["optimizer_states"]

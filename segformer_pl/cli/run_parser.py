@@ -3,7 +3,7 @@
 import operator
 from argparse import Action
 from functools import reduce
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
@@ -27,6 +27,8 @@ class RunHelpFormatter(DefaultHelpFormatter):
 
 class RunArgumentParser(OneSentenceParser, LightningArgumentParser):
     """Lightning's parser with errors of one sentence and a help of readable length."""
+
+    examples: ClassVar = {"model.network": "--model.network=segformer_pl.models.segformer_b0"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": RunHelpFormatter} | kwargs)
