@@ -63,6 +63,11 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``"1 error"``, ``"2 errors"``, ``"1,600 steps"``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def brief(error: Exception) -> str:
     """Return the first line of an exception's text, after its type unless it is a ValueError."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -55,7 +55,7 @@ from segformer_pl.cli.run_parser import (
     try_int_before_float,
 )
 from segformer_pl.cli.trainer_settings import check_accelerator, check_trainer
-from segformer_pl.commands.options.parser import PROG, with_underscores
+from segformer_pl.commands.options.parser import PROG, one_sentence, with_underscores
 from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine_settings
@@ -418,7 +418,7 @@ def parse_files(files: list[str], command: str) -> Namespace:
     try:
         return parser(command).parse_args([command, *(f"--config={file}" for file in files)])
     except ArgumentError as error:
-        raise UserError(parser(command).sentence(str(error), error)) from error
+        raise UserError(one_sentence(parser(command), str(error), error)) from error
 
 
 def plain_settings(config: Namespace, command: str) -> dict[str, Any]:

@@ -74,6 +74,13 @@ def _types(parser: ArgumentParser) -> Iterator[tuple[str, Any]]:
             yield action.dest, action._typehint
 
 
+def one_sentence(parser: ArgumentParser, message: str, error: BaseException | None) -> str:
+    """Return a message of a parser, or the text of the user's error that caused it, as one line."""
+    if (user_error := find_user_error(error)) is not None:
+        return " ".join(str(user_error).split())
+    return readable(message, dict(_types(parser)), getattr(parser, "examples", {}))
+
+
 class OneSentenceParser(ArgumentParser):
     """A parser whose errors are one sentence, also those about the files of settings.
 
@@ -93,16 +100,10 @@ class OneSentenceParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        sentence = self.sentence(message, ex)
+        text = one_sentence(self, message, ex)
         program = self.prog.replace(" [options]", "")  # of a subcommand
-        sys.stderr.write(f"error: {sentence} (what is accepted: {program} --help)\n")
+        sys.stderr.write(f"error: {text} (what is accepted: {program} --help)\n")
         self.exit(2)
-
-    def sentence(self, message: str, error: BaseException | None) -> str:
-        """Return a message of this parser, or the text of the error that caused it, as one line."""
-        if (user_error := find_user_error(error)) is not None:
-            return " ".join(str(user_error).split())
-        return readable(message, dict(_types(self)), self.examples)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
