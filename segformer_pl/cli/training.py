@@ -69,6 +69,9 @@ from segformer_pl.task import SegmentationTask
 from segformer_pl.yaml_file import Loader
 
 
+NUM_CHANNELS = 3  # of the images that StreamingSegmentationData yields
+
+
 def _labels(dataset: str) -> LabelSpec:
     return find_dataset(dataset).labels
 
@@ -392,6 +395,12 @@ class SegformerCLI(SettingsWinCLI):
             sys.stdout.writelines(f"{name:<{width}}  {value:.6g}\n" for name, value in rows)
 
     def after_instantiate_classes(self) -> None:
+        channels = self.model.network.in_channels
+        if channels != NUM_CHANNELS:
+            raise UserError(
+                f"model.network takes images of {channels} channels, but those of a data set are "
+                f"read as RGB, {NUM_CHANNELS}; leave in_channels out"
+            )
         # Storing how network, loss and inference are built lets a checkpoint be loaded without the
         # command line.
         settings = self.model_settings()

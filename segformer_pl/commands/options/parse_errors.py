@@ -120,6 +120,7 @@ def _reasons(message: str) -> list[str]:
     """Return the reason of each type of a union, or the message itself."""
     found = re.search(r"^Errors:\n(.*?)\nGiven value type:", message, re.DOTALL | re.MULTILINE)
     if found is None:
+        message = message.partition("Subclass types expect one of:")[0]
         return [part for part in re.split(r"(?:^|\n)\s*- ", message) if part.strip()]
     indent = re.match(r" *", found[1])
     assert indent is not None
