@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 
 _ZIP = b"PK\x03\x04"
 
@@ -187,6 +187,5 @@ def _is_finite(tensor: Tensor) -> Tensor:
 def describe_non_finite(counts: Mapping[str, int]) -> str:
     """Describe the counts of :func:`non_finite`, as part of a sentence."""
     key, num_bad = next(iter(counts.items()))
-    values = "value" if num_bad == 1 else "values"
-    others = f", and in {len(counts) - 1} other tensors" if len(counts) > 1 else ""
-    return f"nan or infinity in {num_bad:,} {values} of {key}{others}"
+    others = f", and in {counted(len(counts) - 1, 'other tensor')}" if len(counts) > 1 else ""
+    return f"nan or infinity in {counted(num_bad, 'value')} of {key}{others}"

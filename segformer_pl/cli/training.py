@@ -68,7 +68,6 @@ from segformer_pl.lightning_workarounds import (
 from segformer_pl.task import SegmentationTask
 from segformer_pl.yaml_file import Loader
 
-
 NUM_CHANNELS = 3  # of the images that StreamingSegmentationData yields
 
 

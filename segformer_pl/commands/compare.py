@@ -25,7 +25,7 @@ from segformer_pl.analysis.configuration import (
 from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.analysis.run import Run
 from segformer_pl.analysis.run_groups import ComparedRun, Group, group_runs
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 
 FEW_BLOCKS = 20
 # In simulations with 100 images, the nominal 95 % interval of a class's IoU covers the true value
@@ -161,7 +161,11 @@ def _grouped(groups: Sequence[Group], caveat: str, num_images: int, block_size: 
     num_runs = sum(len(group.runs) for group in groups)
     blocks = "" if block_size == 1 else f" in blocks of {block_size}"
     num_groups = f"{len(groups)} configurations" if len(groups) > 1 else "one configuration"
-    lines = [f"{num_runs} runs of {num_groups}, evaluated on {num_images:,} images{blocks}", ""]
+    lines = [
+        f"{counted(num_runs, 'run')} of {num_groups}, evaluated on "
+        f"{counted(num_images, 'image')}{blocks}",
+        "",
+    ]
     lines += [fill(caveat, 100), ""]
     for group in groups:
         stated = _few([f"{key} {_short(value)}" for key, value in group.settings.items()])
@@ -231,7 +235,7 @@ def _miou_table(comparison: Comparison) -> Iterator[str]:
     blocks = ""
     if comparison.block_size > 1:
         blocks = f" in {comparison.num_blocks} blocks of {comparison.block_size}"
-    yield f"{'':<4}{'mIoU':>8}   95 % CI, {comparison.num_images:,} images{blocks}"
+    yield f"{'':<4}{'mIoU':>8}   95 % CI, {counted(comparison.num_images, 'image')}{blocks}"
     for letter, miou in (("A", comparison.miou_a), ("B", comparison.miou_b)):
         yield (
             f"{letter:<4}{100 * miou.value:>6.2f} %   {100 * miou.low:.2f} to "

@@ -117,12 +117,16 @@ def test_run_name_starts_a_run_and_then_continues_it(capsys, arguments, tmp_path
 def test_run_names_that_cannot_be_used_are_refused(capsys, arguments, earlier_runs, tmp_path):
     fit = ["fit", *arguments, "--trainer.max_steps=2"]
     error = refused(capsys, *fit, "--run_name=version_0", "--model.lr=0.5")
-    assert error.startswith("error: run_name: the run of this name, 'runs/shapes_SegFormer/version_0', is ")
+    assert error.startswith(
+        "error: run_name: the run of this name, 'runs/shapes_SegFormer/version_0', is "
+    )
     assert "another experiment: model.lr is 0.5 here and 6e-05 there; give another" in error
     assert "ckpt_path" not in error
     (tmp_path / "runs/shapes_SegFormer/version_0/checkpoints/last.ckpt").write_text("damaged")
     error = refused(capsys, *fit, "--run_name=version_0")
-    assert error.startswith("error: run_name: 'runs/shapes_SegFormer/version_0/checkpoints/last.ckpt' is no")
+    assert error.startswith(
+        "error: run_name: 'runs/shapes_SegFormer/version_0/checkpoints/last.ckpt' is no"
+    )
     error = refused(capsys, *fit, "--run_name=x", "--ckpt_path=last")
     assert "'x' continues from its own checkpoint, but ckpt_path is 'last'" in error
     error = refused(capsys, *fit, "--run_name=x", "--trainer.logger.version=y")
@@ -167,8 +171,10 @@ def test_another_experiment_of_the_same_name_is_not_resumed(
     loss = "--model.loss=segformer_pl.losses.Dice"
     assert "model.loss is segformer_pl.losses.Dice" in refused(capsys, "fit", *arguments, loss)
     assert refused(capsys, "validate", *arguments, "--model.lr=0.5") == f"is {last}"
-    b1 = "--model.network=segformer_pl.models.segformer_b1"
-    assert "segformer_b1 here" in refused(capsys, "validate", *arguments, b1)
+    b1 = ["--model.network=segformer_pl.models.segformer_b1"]
+    assert "there is no 'runs/shapes_segformer_b1/*" in refused(capsys, "fit", *arguments, *b1)
+    b1.append("--trainer.logger.name=shapes_SegFormer")
+    assert "segformer_b1 here" in refused(capsys, "validate", *arguments, *b1)
 
 
 def test_names_are_looked_up_below_the_root(capsys, arguments, earlier_runs, tmp_path, monkeypatch):

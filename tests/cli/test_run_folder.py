@@ -10,7 +10,10 @@ from segformer_pl.cli.run_folder import DEFAULT_LOGGER, find_continuation
 @pytest.mark.parametrize("is_elsewhere", [True, False])
 def test_a_checkpoint_that_is_not_the_newest_starts_a_folder_of_its_own(tmp_path, is_elsewhere):
     """Also where the newest one is in another folder or unreadable; later rows would be deleted."""
-    run_dir, elsewhere = tmp_path / "runs" / "shapes_SegFormer" / "version_0", tmp_path / "elsewhere"
+    run_dir, elsewhere = (
+        tmp_path / "runs" / "shapes_SegFormer" / "version_0",
+        tmp_path / "elsewhere",
+    )
     for folder in (run_dir / "checkpoints", elsewhere):
         folder.mkdir(parents=True)
     dirpath = str(elsewhere) if is_elsewhere else None

@@ -83,7 +83,9 @@ def test_run_folders_are_below_the_root_folder(capsys, folder, tmp_path, options
     rooted = [f"--trainer.default_root_dir={tmp_path / 'root'}"]
     default = [o for o in options(folder, tmp_path) if "save_dir" not in o]
     cli = main([*default, *rooted], run=False)
-    assert cli.trainer.loggers[0].log_dir == str(tmp_path / "root" / "shapes_SegFormer" / "version_0")
+    assert cli.trainer.loggers[0].log_dir == str(
+        tmp_path / "root" / "shapes_SegFormer" / "version_0"
+    )
     error = fail(capsys, ["fit", *options(folder, tmp_path / "other"), *rooted])
     assert f"save_dir is '{tmp_path / 'other'}', which is outside of it" in error
 

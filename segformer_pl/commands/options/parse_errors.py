@@ -118,7 +118,7 @@ def construction_reason(message: str) -> tuple[str | None, str]:
 
 def _reasons(message: str) -> list[str]:
     """Return the reason of each type of a union, or the message itself."""
-    found = re.search(r"^Errors:\n(.*?)\nGiven value type:", message, re.DOTALL | re.MULTILINE)
+    found = re.search(r"^ *Errors:\n(.*?)\n *Given value type:", message, re.DOTALL | re.MULTILINE)
     if found is None:
         message = message.partition("Subclass types expect one of:")[0]
         return [part for part in re.split(r"(?:^|\n)\s*- ", message) if part.strip()]
