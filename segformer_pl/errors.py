@@ -64,8 +64,8 @@ def find_user_error(error: BaseException | None) -> UserError | None:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: ``"1 error"``, ``"2 errors"``, ``"1,600 steps"``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    """Return a number with its noun: ``"1 error"``, ``"2 errors"``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def brief(error: Exception) -> str:

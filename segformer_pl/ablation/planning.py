@@ -93,7 +93,7 @@ def find_spread(study: Study, folder: Path) -> tuple[Spread, str] | None:
             seeds = max(one.num_seeds for one in summary.differences)
             origin = (
                 f"{counted(seeds, 'seed')} of finished runs, budget {budget}, "
-                f"{counted(summary.num_images, 'image')}"
+                f"{summary.num_images:,} images"
             )
             return Spread(math.sqrt(of_seeds), math.sqrt(of_images)), origin
     return None if study.spread is None else (study.spread, "stated in the study")

@@ -187,5 +187,6 @@ def _is_finite(tensor: Tensor) -> Tensor:
 def describe_non_finite(counts: Mapping[str, int]) -> str:
     """Describe the counts of :func:`non_finite`, as part of a sentence."""
     key, num_bad = next(iter(counts.items()))
+    values = "value" if num_bad == 1 else "values"
     others = f", and in {counted(len(counts) - 1, 'other tensor')}" if len(counts) > 1 else ""
-    return f"nan or infinity in {counted(num_bad, 'value')} of {key}{others}"
+    return f"nan or infinity in {num_bad:,} {values} of {key}{others}"

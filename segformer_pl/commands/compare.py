@@ -162,8 +162,7 @@ def _grouped(groups: Sequence[Group], caveat: str, num_images: int, block_size: 
     blocks = "" if block_size == 1 else f" in blocks of {block_size}"
     num_groups = f"{len(groups)} configurations" if len(groups) > 1 else "one configuration"
     lines = [
-        f"{counted(num_runs, 'run')} of {num_groups}, evaluated on "
-        f"{counted(num_images, 'image')}{blocks}",
+        f"{counted(num_runs, 'run')} of {num_groups}, evaluated on {num_images:,} images{blocks}",
         "",
     ]
     lines += [fill(caveat, 100), ""]
@@ -235,7 +234,7 @@ def _miou_table(comparison: Comparison) -> Iterator[str]:
     blocks = ""
     if comparison.block_size > 1:
         blocks = f" in {comparison.num_blocks} blocks of {comparison.block_size}"
-    yield f"{'':<4}{'mIoU':>8}   95 % CI, {counted(comparison.num_images, 'image')}{blocks}"
+    yield f"{'':<4}{'mIoU':>8}   95 % CI, {comparison.num_images:,} images{blocks}"
     for letter, miou in (("A", comparison.miou_a), ("B", comparison.miou_b)):
         yield (
             f"{letter:<4}{100 * miou.value:>6.2f} %   {100 * miou.low:.2f} to "

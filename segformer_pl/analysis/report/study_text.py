@@ -7,7 +7,6 @@ import numpy as np
 
 from segformer_pl.analysis.ablation import MEASURES, StudySummary, VariantDifference
 from segformer_pl.analysis.report.study_style import p_text, signed
-from segformer_pl.errors import counted
 
 MAX_NAMED = 4  # variants that a sentence lists by name
 
@@ -137,7 +136,7 @@ def _seeds(tested: Sequence[VariantDifference]) -> str:
     if all((one.seeds_for_one_point or math.inf) <= one.num_seeds for one in rest):
         return "These seeds suffice for most true differences of one point (power 80 %)."
     low, high = min(known), max(known)
-    seeds = counted(low, "seed") if low == high else f"{low:,} to {high:,} seeds"
+    seeds = f"{low:,} seeds" if low == high else f"{low:,} to {high:,} seeds"
     sentence = f"A difference of one point takes {seeds} to be resolved (power 80 %)"
     if len(known) < len(rest):
         sentence += "; for some variants no number of seeds would do"
