@@ -1,4 +1,4 @@
-"""Extension of Griffe: the docstrings' few constructs of reStructuredText become Markdown."""
+"""Extension of Griffe: what the docstrings have of reStructuredText becomes Markdown."""
 
 import re
 from textwrap import dedent
@@ -7,18 +7,20 @@ from typing import Any
 from griffe import Extension, Object
 
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`(~?)([\w.]+)`")
-BLOCK = re.compile(r"^(.*)::\n\n((?: {4,}.*\n|\n)+)", re.MULTILINE)
+SESSION = re.compile(r"^Example:\n(?= +>>>)", re.MULTILINE)
+# Indented lines after `::`, and the table of shapes after `Shapes:`
+BLOCK = re.compile(r"^(.*:):\n\n((?: {4,}.*\n|\n)+)|^(Shapes\b.*:)\n((?: {4,}.*\n)+)", re.MULTILINE)
 
 
 class DocstringRoles(Extension):
-    """Turn roles such as ``:class:`~a.b.C``` and blocks after ``::`` into Markdown."""
+    """Rewrite roles such as ``:class:`~a.b.C```, and keep the line breaks of indented blocks."""
 
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
         """Rewrite the docstring of an object that was just read."""
         if obj.docstring is not None:
             text = ROLE.sub(lambda role: f"`{_shown(*role.groups())}`", obj.docstring.value)
-            text = BLOCK.sub(_fenced, text + "\n")
-            obj.docstring.value = text.rstrip()
+            text = SESSION.sub("Examples:\n", text)
+            obj.docstring.value = BLOCK.sub(_fenced, text + "\n").rstrip()
 
 
 def _shown(tilde: str, name: str) -> str:
@@ -26,6 +28,6 @@ def _shown(tilde: str, name: str) -> str:
 
 
 def _fenced(match: re.Match[str]) -> str:
-    lead, block = match.groups()
-    language = "python" if lead.strip() == "Example" else "text"
-    return f"{lead}:\n\n```{language}\n{dedent(block).strip()}\n```\n\n"
+    lead, block = match[1] or match[3], match[2] or match[4]
+    language = "python" if lead == "Example:" else "text"
+    return f"{lead}\n\n```{language}\n{dedent(block).strip()}\n```\n\n"
