@@ -149,7 +149,7 @@ def test_readme_fine_tunes_on_a_folder(tmp_path, monkeypatch, start_command):
     assert training.wait() == 0, training.output
     report = tmp_path / re.search(r"report: (\S+\.html)", training.output)[1]
     assert "cat" in report.read_text()
-    predict[predict.index("CHECKPOINT")] = report.parent / "checkpoints" / "last.ckpt"
+    predict[predict.index("runs/.../last.ckpt")] = report.parent / "checkpoints" / "last.ckpt"
     predict[predict.index("photos/*.jpg")] = "data/images/validation"
     assert start_command(predict, folder=tmp_path).wait() == 0
     assert len(list(tmp_path.glob("masks/masks/*.png"))) == 2
