@@ -59,7 +59,7 @@ def test_a_resumed_run_with_another_global_batch(fit, tmp_path, caplog, recwarn)
     assert lowest_and_base_rates(cli) == pytest.approx((0.001, 0.01, 0.1))
     said = [str(one.message) for one in recwarn if "samples per step" in str(one.message)]
     assert len(said) == 1
-    assert said[0].startswith("the interrupted run trained on 1 samples per step, this one trains")
+    assert said[0].startswith("the interrupted run trained on 1 sample per step, this one trains")
     assert " trains on 6 (devices x data.batch_size x accumulate_grad_batches)" in said[0]
     assert said[0].endswith("model.lr stays as it is, unless model.reference_batch_size is given")
 
