@@ -23,7 +23,7 @@ from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.sources import Source, Split, open_split
 from segformer_pl.data.streaming import OnBadSample, RankSampler, Sample, Samples, collate
 from segformer_pl.data.transforms import TrainTransforms, to_tensors
-from segformer_pl.errors import UserError, counted
+from segformer_pl.errors import UserError
 from segformer_pl.lightning_workarounds import replaces_samplers, set_batches_that_stepped
 
 # Samples per device after which training stops if no pixel had a label, or warns if all labelled
@@ -55,7 +55,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
             Parquet shards ``train-00000-of-00002.parquet`` and so on; a folder with images
             ``images/<split>/*`` and labels ``labels/<split>/*.png``; a hub name ``owner/name`` or
             ``owner/name@revision``; a pattern of Parquet files with ``{split}``, also ``hf://`` or
-            ``https://``; or a list of Parquet files for each split. The data set ``shapes`` is
+            ``https://``; or a list of Parquet files for each split. In a folder, ``val`` and other
+            usual names of a split are read if there is one of them. The data set ``shapes`` is
             generated in the user's cache folder.
         batch_size: Training images per device and batch.
         eval_batch_size: Images per device and batch in validation, test and prediction; must be 1
@@ -353,8 +354,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
             if getattr(module, "reference_batch_size", None) is not None:
                 rate = "the learning rate is scaled in proportion (model.reference_batch_size)"
             rank_zero_warn(
-                f"the interrupted run trained on {counted(int(size or 0), 'sample')} per step, this "
-                f"one trains on {current['samples_per_step']} (devices x data.batch_size x "
+                f"the interrupted run trained on {size} samples per step, this one trains on "
+                f"{current['samples_per_step']} (devices x data.batch_size x "
                 f"accumulate_grad_batches); it resumes at sample {consumed}, but its steps are no "
                 f"longer those of the interrupted run, and {rate}"
             )

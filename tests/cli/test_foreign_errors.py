@@ -27,8 +27,7 @@ PARSED = {
     "--model.lrr=1": "there is no option --model.lrr=1; did you mean --model.lr?",
     "--model.lr=abc": "model.lr is abc, which is not accepted; give a number (",
     "--model.optimizer=adam": "model.optimizer is adam, which is not accepted; give adamw or sgd (",
-    "--data.batch_size=two": "data.batch_size is two, which is not accepted; give a whole number "
-    "ab",
+    "--data.batch_size=two": "data.batch_size is two, which is not accepted; give a whole ",
     "--last_checkpoint.keep=0": "last_checkpoint.keep is 0, which is not accepted; give a whole nu",
     "--data.crop_size=512": (
         "data.crop_size is 512, which is not accepted; give [a whole number above 0, a whole number"
@@ -40,8 +39,7 @@ PARSED = {
         "trainer.logger is NeptuneLogger, which is not accepted; give the import path of a Logger, "
     ),
     "--trainer.logger=[{class_path: x.y}]": "trainer.logger: x.y: No module named 'x' (",
-    "--trainer.callbacks=Nope": "trainer.callbacks is Nope, which is not accepted; give a list, "
-    "the",
+    "--trainer.callbacks=Nope": "trainer.callbacks is Nope, which is not accepted; give a list, ",
     f"--trainer.callbacks={LIGHTNING}.callbacks.EarlyStopping": (
         f"trainer.callbacks: {LIGHTNING}.callbacks.EarlyStopping: the following arguments are requ"
     ),
@@ -51,6 +49,9 @@ PARSED = {
     ),
     "--model.network=torch.nn.Linear": (
         "model.network: Import path torch.nn.Linear does not correspond to a subclass of Segmenter"
+    ),
+    "--model.network.encoder=torch.nn.Identity": (
+        "model.network.encoder: Import path torch.nn.Identity does not correspond to a subclass of "
     ),
     "--model.network.sr_ratio=[1]": (
         "model.network.sr_ratio: segformer_pl.models.SegFormer has no such argument ("

@@ -52,14 +52,14 @@ def test_a_resumed_run_with_another_global_batch(fit, tmp_path, caplog, recwarn)
     with caplog.at_level("INFO"):
         assert lowest_and_base_rates(fit()) == pytest.approx((0.001, 0.01, 0.1))
     assert "learning rate" not in caplog.text
-    folder = tmp_path / "runs" / "shapes_SegFormer" / "version_0"
+    folder = tmp_path / "runs" / "shapes_ToySegmenter" / "version_0"
     last = folder / "checkpoints" / "last.ckpt"
     changes = {"ckpt_path": last, "data__batch_size": 2, "trainer__accumulate_grad_batches": 3}
     cli = fit(**changes, trainer__max_steps=4)
     assert lowest_and_base_rates(cli) == pytest.approx((0.001, 0.01, 0.1))
     said = [str(one.message) for one in recwarn if "samples per step" in str(one.message)]
     assert len(said) == 1
-    assert said[0].startswith("the interrupted run trained on 1 sample per step, this one trains")
+    assert said[0].startswith("the interrupted run trained on 1 samples per step, this one trains")
     assert " trains on 6 (devices x data.batch_size x accumulate_grad_batches)" in said[0]
     assert said[0].endswith("model.lr stays as it is, unless model.reference_batch_size is given")
 

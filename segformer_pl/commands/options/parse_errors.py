@@ -120,8 +120,13 @@ def _reasons(message: str) -> list[str]:
     """Return the reason of each type of a union, or the message itself."""
     found = re.search(r"^ *Errors:\n(.*?)\n *Given value type:", message, re.DOTALL | re.MULTILINE)
     if found is None:
-        message = message.partition("Subclass types expect one of:")[0]
-        return [part for part in re.split(r"(?:^|\n)\s*- ", message) if part.strip()]
+        message = message.partition("Subclass types expect one of:")[0].strip()
+        if not message.startswith("- "):
+            return [message]
+        # The first line has lost its indentation; deeper lines belong to the reason above them.
+        indents = re.findall(r"\n( *)- ", message)
+        parts = re.split(rf"\n{min(indents, key=len, default='')}- ", message.removeprefix("- "))
+        return [part.strip() for part in parts if part.strip()]
     indent = re.match(r" *", found[1])
     assert indent is not None
     parts = re.split(rf"(?:^|\n){indent[0]}- ", found[1])
