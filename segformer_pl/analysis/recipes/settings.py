@@ -201,6 +201,7 @@ class DatasetRecipe:
         yield Setting("data.base_size", [*self.base], self.source, same=own)
         test_base = [*self.base] if self.resizes_test_images else None
         yield Setting(PROTOCOL + "base_size", test_base, self.source, same=own)
+        yield Setting(PROTOCOL + "image_size", None, self.source)
         yield Setting(PROTOCOL + "resize_to", self.resize_to, self.source)
         for key, side in {"window": self.window, "stride": self.stride}.items():
             yield Setting(PROTOCOL + key, side and [side] * 2, self.source)
