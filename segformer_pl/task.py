@@ -72,7 +72,8 @@ class SegmentationTask(pl.LightningModule):
     network again: ``load_from_checkpoint(file, network=...)``.
 
     Args:
-        network: Segmenter to train, see :mod:`segformer_pl.models.segmenter`.
+        network: Segmenter to train, see :mod:`segformer_pl.models.segmenter`. The command line also
+            takes short names such as ``segformer_b0``.
         class_names: Class names in the order of the train ids. The command line takes them from
             the data set.
         palette: Colour of each class, RGB 0 to 255, in the order of the train ids. The command
