@@ -374,7 +374,7 @@ def _write_nvlabs(
         _save(file, tensors)
         return []
     # init_segmentor of mmsegmentation 0.x reads both entries; without a palette, it draws colours.
-    names = task.get("class_names") or [f"class {n}" for n in range(model.num_classes)]
+    names = task.get("class_names") or [f"LABEL_{n}" for n in range(model.num_classes)]
     like = next(iter(tensors.values()))
     unused = {
         "decode_head.conv_seg.weight": like.new_zeros(model.num_classes, CONV_SEG_CHANNELS, 1, 1),

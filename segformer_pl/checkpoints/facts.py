@@ -143,7 +143,12 @@ def names_from_id2label(id2label: Any, name: str) -> list[str] | None:
             f"{len(id2label) - 1}; correct config.json"
         )
     names = [by_id[index] for index in ids]
-    return None if all(map(_PLACEHOLDER.fullmatch, names)) else names
+    return None if are_placeholders(names) else names
+
+
+def are_placeholders(names: Sequence[str]) -> bool:
+    """Return whether class names are those that are written for unnamed classes (LABEL_0, ...)."""
+    return all(map(_PLACEHOLDER.fullmatch, names))
 
 
 def _numbers_in_short(numbers: list[int]) -> str:

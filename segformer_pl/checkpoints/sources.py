@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from segformer_pl.checkpoints.facts import (
+    are_placeholders,
     checked_constants,
     checked_facts,
     names_from_id2label,
@@ -197,7 +198,10 @@ def _facts_of_mmcv(content: Mapping[str, Any], name: str) -> dict[str, Any]:
         names, palette = meta.get("CLASSES"), meta.get("PALETTE")
     facts = {"class_names": names, "palette": palette}
     facts = {key: list(v) if isinstance(v, tuple) else v for key, v in facts.items() if v}
-    return checked_facts(name, facts)
+    facts = checked_facts(name, facts)
+    if are_placeholders(facts.get("class_names", [""])):
+        del facts["class_names"]
+    return facts
 
 
 def _read_folder(

@@ -131,6 +131,7 @@ def training(
     unclipped = (0,) if gradient_clip is None else ()
     return (
         Setting("model.schedule", "paper", schedule_source),
+        Setting("model.freeze", None, schedule_source),
         Setting("model.image_mean", list(IMAGENET_MEAN), data_source),
         Setting("model.image_std", list(IMAGENET_STD), data_source),
         Setting("data.scale_range", list(scale_range), data_source),
