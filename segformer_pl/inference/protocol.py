@@ -28,8 +28,8 @@ class Inference:
         base_size: Long and short side in pixels of the box that an image is fitted into at scale
             1, keeping its aspect ratio. Default: the image's own size.
         image_size: Height and width in pixels that an image is resized to at scale 1, whatever its
-            aspect ratio, as transformers' image processors do. Excludes ``base_size``. Default:
-            the image's own size.
+            aspect ratio, with antialiasing, as transformers' image processors do. Excludes
+            ``base_size``. Default: the image's own size.
         resize_to: Divisor of both sides. A second bilinear resize enlarges each side to the next
             multiple (AlignedResize of the reference, with 32), so that the sequence reduction of
             attention drops no tokens at the border.
