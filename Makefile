@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-references lint install clean
+.PHONY: demo test test-fast test-references lint docs install clean
 
 demo: install
 	@echo "==> training SegFormer-B0 on the built-in data set 'shapes' (about 4 minutes on two cores)"
@@ -27,6 +27,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs
+	@echo "==> building the site; a dead link or a missing reference is an error"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
@@ -41,5 +46,9 @@ $(VENV)/references: $(VENV)/installed requirements-references.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-references.txt
 	@touch $@
 
+$(VENV)/docs: $(VENV)/installed requirements-docs.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

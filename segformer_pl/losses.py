@@ -23,8 +23,9 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segformer_pl.bands import bands
 from segformer_pl.errors import UserError
-from segformer_pl.upsampling import SeparableMap, bands, bilinear_matrix
+from segformer_pl.upsampling import SeparableMap, bilinear_matrix
 
 Average = Literal["all", "valid"]
 

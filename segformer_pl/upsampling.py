@@ -19,15 +19,10 @@ the last dimension, so that softmax runs along contiguous memory.
 Shapes: a map is (B, h, w, C), the output (B, H, W, C).
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements of a band: large enough that the overhead of calls is negligible, and on a CPU small
-# enough for the cache.
-BAND_ELEMENTS = {"cpu": 1_300_000, "cuda": 1 << 25}
 COLUMN_BLOCK = 64  # output columns that are computed in one matrix product
 
 
@@ -73,34 +68,6 @@ def bilinear_matrix(
         out = ((column >= begin) & (column < end)).nonzero().ravel()
         matrix[out, column[out] - begin] += weight[out]
     return matrix
-
-
-def bands(
-    batch: int, height: int, width: int, channels: int, device: str
-) -> Iterator[tuple[slice, slice]]:
-    """Split an output (batch, height, width, channels) into bands of rows.
-
-    A band holds some rows of one image, or several whole images where these are small.
-
-    Args:
-        batch: Number of images.
-        height: Height of the output.
-        width: Width of the output.
-        channels: Number of channels.
-        device: Device type, ``"cpu"`` or ``"cuda"``, which determines the size of a band.
-
-    Yields:
-        ``(images, rows)``, two slices.
-    """
-    budget = BAND_ELEMENTS.get(device, BAND_ELEMENTS["cuda"])
-    num_rows = min(max(budget // (width * channels), 1), height)
-    num_images = max(budget // (height * width * channels), 1)
-    for first in range(0, batch, num_images):
-        for top in range(0, height, num_rows):
-            yield (
-                slice(first, min(first + num_images, batch)),
-                slice(top, min(top + num_rows, height)),
-            )
 
 
 class SeparableMap:

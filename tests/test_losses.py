@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from segformer_pl import upsampling
+from segformer_pl import bands
 from segformer_pl.losses import (
     CrossEntropy,
     Dice,
@@ -64,7 +64,7 @@ def test_value_by_hand_after_upsampling():
 def test_equals_interpolate_and_cross_entropy(
     monkeypatch, average, label_smoothing, class_weights, small, band
 ):
-    monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", band)
+    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", band)
     logits, target = example(small=small)
     weights = None if class_weights is None else torch.tensor(class_weights).double()
     settings = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from segformer_pl.upsampling import SeparableMap, bands, bilinear_matrix
+from segformer_pl.upsampling import SeparableMap, bilinear_matrix
 
 
 @pytest.mark.parametrize("size", [(76, 108), (65, 97), (19, 27), (10, 13), (33, 200), (1, 1)])
@@ -24,16 +24,3 @@ def test_bands_and_their_transpose_equal_interpolate_and_its_gradient(size):
         upsampling.add_transposed(grad_output[:, rows], rows, total)
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(total, gradient, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("shape", [(4, 512, 512, 150), (24, 64, 64, 6), (1, 10, 4096, 1000)])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_bands_cover_every_row_once(shape, device):
-    covered = torch.zeros(shape[:2], dtype=torch.int64)
-    for images, rows in bands(*shape, device):
-        covered[images, rows] += 1
-    assert (covered == 1).all()
-
-
-def test_small_images_share_a_band():
-    assert len(list(bands(24, 64, 64, 6, "cpu"))) == 1

@@ -36,6 +36,7 @@ process that has imported everything, since the imports take longer than the tra
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -176,7 +177,7 @@ class Attempt:
                 elastic |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 elastic |= {"TORCHELASTIC_RUN_ID": "kill_chains"}
                 os.environ |= {key: str(value) for key, value in elastic.items()}
-            torch.set_num_threads(1)
+            faulthandler.dump_traceback_later(TIMEOUT - 5, file=log)  # where a rank hangs
             main(arguments)
             status = 0
         except SystemExit as error:
@@ -239,7 +240,8 @@ class Attempt:
     def end(self, signum: int, rng: random.Random) -> float:
         """Send a signal and wait until all processes have ended.
 
-        Ranks that wait for a killed one are killed after a moment, as a scheduler does.
+        Ranks that wait for a killed one are killed after a moment, as a scheduler does. Any signal
+        kills a rank that has only just started and does not handle signals yet.
 
         Args:
             signum: Number of the signal.
@@ -257,10 +259,10 @@ class Attempt:
         for process in receivers:
             if process not in self.status:
                 _send(send, process, signum)
-        if signum not in GRACEFUL:
-            time.sleep(0.2 if len(receivers) < self.ranks else 0)
-            self._kill()
         while not self._has_ended():
+            if any(os.WIFSIGNALED(status) for status in self.status.values()):
+                time.sleep(0.2)
+                self._kill()
             if time.monotonic() > begin + TIMEOUT:
                 self._fail()
             time.sleep(0.002)
@@ -287,7 +289,8 @@ class Attempt:
     def _fail(self) -> None:
         self._kill()
         logs = [Path(f"{self.trace}.log{rank}").read_text() for rank in range(self.ranks)]
-        raise SystemExit(f"{self.trace} failed or hung:\n" + "\n".join(logs))
+        status = [self.status.get(process) for process in self.processes]
+        raise SystemExit(f"{self.trace} failed or hung, status {status}:\n" + "\n".join(logs))
 
 
 def _send(send: Any, process: int, signum: int) -> None:
@@ -443,6 +446,8 @@ if __name__ == "__main__":
         help="run folder, on another file system than the temporary folder",
     )
     options = parser.parse_args()
+    torch.set_num_threads(1)  # before any fork, which must not happen beside threads of OpenMP
+    options.folder.mkdir(parents=True, exist_ok=True)
     if options.folder.stat().st_dev == os.stat(tempfile.gettempdir()).st_dev:
         raise SystemExit(f"{options.folder} and the temporary folder are on one file system")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="kill_chains") as temporary:

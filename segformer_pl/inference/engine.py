@@ -43,10 +43,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from segformer_pl.bands import bands
 from segformer_pl.inference.protocol import Inference
 from segformer_pl.inference.upsampled_argmax import most_likely, upsampled_argmax
 from segformer_pl.models.segmenter import Output
-from segformer_pl.upsampling import SeparableMap, bands, bilinear_matrix, bilinear_taps
+from segformer_pl.upsampling import SeparableMap, bilinear_matrix, bilinear_taps
 
 Preprocess = Callable[[Tensor], Tensor]
 Size = tuple[int, int]

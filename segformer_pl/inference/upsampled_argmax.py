@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segformer_pl.upsampling import BAND_ELEMENTS
+from segformer_pl.bands import BAND_ELEMENTS
 
 Size = tuple[int, int]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segformer_pl.bands import map_bands
 from segformer_pl.errors import UserError
 from segformer_pl.models.drop_path import DropPath
 from segformer_pl.models.folding import fold_layer_norm
@@ -175,6 +176,12 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform tokens (B, H, W, C); the result has the same shape."""
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        if self.training:
+            return self._feed_forward(tokens)
+        hidden_dim = self.mlp.fc1.out_features
+        return map_bands(self._feed_forward, tokens, widest=hidden_dim, halo=1)
+
+    def _feed_forward(self, tokens: Tensor) -> Tensor:
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
     def fold(self) -> None:

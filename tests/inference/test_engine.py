@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from segformer_pl import upsampling
+from segformer_pl import bands, upsampling
 from segformer_pl.inference import (
     Inference,
     engine,
@@ -40,7 +40,7 @@ def network():
 
 @pytest.fixture(params=[200, 1_300_000], ids=["narrow bands", "one band"])
 def _band(request, monkeypatch):
-    monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", request.param)
 
 
 def random_images(height=40, width=56, batch=2):
@@ -228,7 +228,7 @@ def test_padding_is_cut_off(network):
 
 def test_few_windows_are_held_at_a_time(network, monkeypatch):
     """Memory does not grow with the height of the image."""
-    monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", 8 * 32 * 3)
+    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", 8 * 32 * 3)
     held = []
     class_maps = engine.View.class_maps
 
@@ -277,7 +277,7 @@ def test_bands_hold_no_full_size_map_of_all_classes(network, monkeypatch):
         return band
 
     monkeypatch.setattr(upsampling.SeparableMap, "band", recorded)
-    monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", 5000)
+    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", 5000)
     predict_classes(network, random_images(128, 128, 1), (128, 128), Inference(scales=(1.0, 0.5)))
     assert max(elements) <= 5000 < 128 * 128 * 3
 

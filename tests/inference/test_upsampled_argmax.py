@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from segformer_pl import upsampling
+from segformer_pl import bands
 from segformer_pl.inference import upsampled_argmax as module
 from segformer_pl.inference.upsampled_argmax import upsampled_argmax
 
@@ -37,7 +37,7 @@ def smooth_maps(height, width, num_classes, batch=2):
 @pytest.mark.parametrize("elements", [1, 200, 1_300_000])
 @pytest.mark.parametrize("case", SIZES)
 def test_classes_equal_those_of_upsampled_maps(case, elements, monkeypatch):
-    monkeypatch.setitem(upsampling.BAND_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", elements)
     cells, full_size, size = SIZES[case]
     for maps in (smooth_maps(*cells, 5), torch.randn(2, *cells, 5, dtype=torch.float64)):
         result = upsampled_argmax(maps, full_size, size, torch.uint8)
