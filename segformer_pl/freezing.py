@@ -1,8 +1,10 @@
 """Freeze a part of a network, so that a fine-tuning trains the rest."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from segformer_pl.errors import UserError
@@ -27,6 +29,21 @@ def check_complete(source: str, missing: Sequence[str]) -> None:
         raise UserError(
             f"model.freeze encoder: {source} lacks {len(missing)} tensors of the encoder, such as "
             f"{missing[0]}, which would keep their initial values; leave model.freeze out"
+        )
+
+
+def start_frozen(has_weights: bool) -> None:
+    """Warn of an encoder that is frozen as it was built, and of nothing that is meant to be.
+
+    Args:
+        has_weights: Whether the network has weights of a file or of earlier steps.
+    """
+    # Lightning's warning of modules that are in evaluation mode when a training starts
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+    if not has_weights:
+        rank_zero_warn(
+            "model.freeze encoder without model.weights or model.encoder_weights: the encoder "
+            "keeps the weights that it was built with, which are random unless it is pretrained"
         )
 
 

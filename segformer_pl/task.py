@@ -36,6 +36,7 @@ from segformer_pl.freezing import (
     check_complete,
     check_freeze,
     freeze_encoder,
+    start_frozen,
     trained_groups,
 )
 from segformer_pl.inference import Inference, predict_classes, predict_pixels
@@ -406,12 +407,9 @@ class SegmentationTask(pl.LightningModule):
         # Not in setup: Lightning has not resolved there whether a checkpoint will be loaded.
         self._start_from_weights(is_training=True)
         self._last_step = self.trainer.global_step
-        is_built = self.weights is None and self.encoder_weights is None and not self._last_step
-        if self._frozen and is_built:
-            rank_zero_warn(
-                "model.freeze encoder without model.weights or model.encoder_weights: the encoder "
-                "keeps the weights that it was built with, which are random unless it is pretrained"
-            )
+        if self._frozen:
+            has_weights = self.weights is not None or self.encoder_weights is not None
+            start_frozen(has_weights or self._last_step > 0)
         if self.reference_batch_size is not None:
             factor = self._lr_factor()
             rank_zero_info(

@@ -28,8 +28,8 @@ DOWNLOADS = (
     ("model.safetensors.index.json", "model-*.safetensors"),
     ("pytorch_model.bin",),
     ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
-    ("model.safetensors.index.*.json", "model.*.safetensors"),
-    ("pytorch_model.bin.index.*.json", "pytorch_model.*.bin"),
+    ("model.safetensors.index.*.json", "model*.safetensors"),
+    ("pytorch_model.bin.index.*.json", "pytorch_model*.bin"),
 )
 
 _VARIANT = r"\.(?P<variant>[\w-]+)\."
@@ -53,7 +53,7 @@ def tensor_files(folder: Path, name: str) -> list[Path]:
         name: Its name, for messages.
 
     Raises:
-        UserError: Several variants are there and nothing else, or a shard is missing.
+        UserError: Several variants are there and nothing else, or an index of shards is damaged.
     """
     for file, index in _FORMS:
         if (folder / file).is_file():
@@ -70,6 +70,15 @@ def tensor_files(folder: Path, name: str) -> list[Path]:
         for found in variants.values():
             return _shards(found) if found.suffix == ".json" else [found]
     return []
+
+
+def check_shards(files: list[Path]) -> None:
+    """Raise a UserError if one of the files that :func:`tensor_files` returned is missing."""
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(
+            f"'{missing[0].parent}' lacks {missing[0].name}, which its index names as one of "
+            f"{len(files)} shards; copy or fetch all of them"
+        )
 
 
 def _variants(folder: Path, file: str) -> dict[str, Path]:
@@ -91,9 +100,4 @@ def _shards(index: Path) -> list[Path]:
         ) from error
     if not names or not is_valid:
         raise UserError(f"'{index}' names no files beside it; fetch it again")
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(
-            f"'{index.parent}' lacks {missing[0]}, which its index names as one of {len(names)} "
-            "shards; copy or fetch all of them"
-        )
     return [index.parent / name for name in names]

@@ -34,6 +34,7 @@ from segformer_pl.checkpoints.files import (
 from segformer_pl.checkpoints.pretrained_folder import (
     DOWNLOADS,
     TENSOR_FILES,
+    check_shards,
     is_tensor_file,
     tensor_files,
 )
@@ -214,6 +215,7 @@ def _read_folder(
             f"folder {name!r} holds neither {' nor '.join(TENSOR_FILES)}; give the folder that "
             "save_pretrained wrote, or a file"
         )
+    check_shards(files)
     config = _read_json(folder / "config.json")
     preprocessor = _read_json(folder / "preprocessor_config.json")
     task = normalization_from_preprocessor(preprocessor, f"{name!r}, preprocessor_config.json")
@@ -229,7 +231,8 @@ def _read_folder(
     tensors = dict(first.tensors)
     for shard in shards:
         tensors |= shard.tensors
-    facts: dict[str, Any] = {"config": config, "preprocessor": preprocessor, "task": task}
+    # A native file states more than the folder does.
+    facts = {"config": config, "preprocessor": preprocessor, "task": {**task, **first.task}}
     return replace(first, name=repr(name), tensors=tensors, **facts)
 
 
@@ -303,6 +306,7 @@ def _fetch(repo: str, revision: str | None, local_files_only: bool = False) -> P
             if local_files_only:
                 return None
             raise
-        if any(file for pattern in patterns for file in folder.glob(pattern)):
+        files = tensor_files(folder, repo)
+        if files and all(file.is_file() for file in files):
             return folder
     return None
