@@ -55,7 +55,8 @@ class StreamingSegmentationData(pl.LightningDataModule):
             Parquet shards ``train-00000-of-00002.parquet`` and so on; a folder with images
             ``images/<split>/*`` and labels ``labels/<split>/*.png``; a hub name ``owner/name`` or
             ``owner/name@revision``; a pattern of Parquet files with ``{split}``, also ``hf://`` or
-            ``https://``; or a list of Parquet files for each split. The data set ``shapes`` is
+            ``https://``; or a list of Parquet files for each split. In a folder, ``val`` and other
+            usual names of a split are read if there is one of them. The data set ``shapes`` is
             generated in the user's cache folder.
         batch_size: Training images per device and batch.
         eval_batch_size: Images per device and batch in validation, test and prediction; must be 1
