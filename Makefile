@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-references lint docs install clean
+.PHONY: demo test test-fast test-references bench lint docs install clean
 
 demo: install
 	@echo "==> training SegFormer-B0 on the built-in data set 'shapes' (about 4 minutes on two cores)"
@@ -20,6 +20,14 @@ test-fast: install
 test-references: $(VENV)/references
 	@echo "==> comparing with the reference implementations"
 	$(BIN)/python -m pytest -m references tests/references
+
+# On an otherwise idle machine; see experiments/benchmarks for what is compared.
+bench: $(VENV)/references
+	@echo "==> timing SegFormer beside transformers and segmentation_models_pytorch (20 minutes)"
+	$(BIN)/python experiments/benchmarks/speed.py --rounds 5
+	$(BIN)/python experiments/benchmarks/speed.py --rounds 3 --variants b0 --tasks inference \
+		--size 1024 2048 --num_classes 19 --without_smp
+	$(BIN)/python experiments/benchmarks/runtimes.py
 
 lint: install
 	@echo "==> checking style and types"

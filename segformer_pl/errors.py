@@ -1,5 +1,8 @@
 """Errors that the user can correct: their exception, texts of others in them, an exit status."""
 
+import difflib
+from collections.abc import Iterable
+
 INTERRUPTED = 130  # as in shells: 128 and the number of SIGINT
 
 
@@ -66,6 +69,12 @@ def find_user_error(error: BaseException | None) -> UserError | None:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: ``"1 error"``, ``"2 errors"``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the question whether the most similar known name was meant; empty if none is."""
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f" (did you mean {similar[0]}?)" if similar else ""
 
 
 def brief(error: Exception) -> str:

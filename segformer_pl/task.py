@@ -1,7 +1,7 @@
 """Semantic segmentation as a LightningModule: steps, loss, metrics and optimiser."""
 
 import math
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import lightning.pytorch as pl
 import torch
@@ -31,6 +31,14 @@ from segformer_pl.checkpoints.training_state import (
 )
 from segformer_pl.divergence import DivergenceWatch, divergence_error
 from segformer_pl.errors import UserError
+from segformer_pl.freezing import (
+    Freeze,
+    check_complete,
+    check_freeze,
+    freeze_encoder,
+    start_frozen,
+    trained_groups,
+)
 from segformer_pl.inference import Inference, predict_classes, predict_pixels
 from segformer_pl.losses import CrossEntropy, check_loss
 from segformer_pl.metrics import SegmentationMetrics, StepOutput
@@ -72,7 +80,8 @@ class SegmentationTask(pl.LightningModule):
     network again: ``load_from_checkpoint(file, network=...)``.
 
     Args:
-        network: Segmenter to train, see :mod:`segformer_pl.models.segmenter`.
+        network: Segmenter to train, see :mod:`segformer_pl.models.segmenter`. The command line also
+            takes short names such as ``segformer_b0``.
         class_names: Class names in the order of the train ids. The command line takes them from
             the data set.
         palette: Colour of each class, RGB 0 to 255, in the order of the train ids. The command
@@ -92,6 +101,9 @@ class SegmentationTask(pl.LightningModule):
             that ``weights`` lack are re-initialised. ``"by_index"``: class i keeps its weights,
             whatever its name. A network with re-initialised classes can be trained but not
             evaluated.
+        freeze: Part of the network that keeps its weights: ``"encoder"``, for a fine-tuning of the
+            head alone. The encoder is then in evaluation mode also in training. Default: everything
+            is trained.
         loss: Training loss, a module of :mod:`segformer_pl.losses` or your own, called as
             ``loss(logits, target, ignore_index)`` with logits at the network's stride. Default:
             ``CrossEntropy()``, the paper's loss. Must be left out for networks that define their
@@ -137,6 +149,7 @@ class SegmentationTask(pl.LightningModule):
         weights: str | None = None,
         encoder_weights: str | None = None,
         match_classes: MatchClasses = "exact",
+        freeze: Freeze | None = None,
         loss: nn.Module | None = None,
         inference: Inference | None = None,
         lr: float = 6e-5,
@@ -201,6 +214,7 @@ class SegmentationTask(pl.LightningModule):
                     f"model.loss is given, but {type(network).__name__} trains with a loss of its "
                     "own; leave model.loss out"
                 )
+        check_freeze(freeze, layer_decay)
         # Modules are left out because they would be pickled into checkpoints and written to
         # hparams.yaml. The command line adds their configuration as plain data (cli/training.py).
         self.save_hyperparameters(ignore=["network", "loss", "inference"])
@@ -213,6 +227,8 @@ class SegmentationTask(pl.LightningModule):
         self.weights = weights
         self.encoder_weights = encoder_weights
         self.match_classes = match_classes
+        # LightningModule has a method `freeze`. These modules stay in evaluation mode.
+        self._frozen = [] if freeze is None else freeze_encoder(network)
         self._weights_are_set = weights is None and encoder_weights is None
         # Constants read from weights are in no constructor argument, so checkpoints store them.
         self._constants_are_from_weights = False
@@ -240,6 +256,12 @@ class SegmentationTask(pl.LightningModule):
         self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1), False)
         self.val_metrics = SegmentationMetrics(len(class_names), ignore_index)
         self.test_metrics = SegmentationMetrics(len(class_names), ignore_index)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the network's logits.
@@ -368,6 +390,8 @@ class SegmentationTask(pl.LightningModule):
         self._check_labels(report)
         if not is_training:
             report.check_trained("model.weights")
+        if self._frozen:
+            check_complete(report.source, list(report.initialized))
         for difference in report.changed:
             rank_zero_warn(f"{report.source}: {difference}; using the arguments of this run")
         # Each rank initialised these parameters independently; broadcast rank 0's values.
@@ -383,6 +407,9 @@ class SegmentationTask(pl.LightningModule):
         # Not in setup: Lightning has not resolved there whether a checkpoint will be loaded.
         self._start_from_weights(is_training=True)
         self._last_step = self.trainer.global_step
+        if self._frozen:
+            has_weights = self.weights is not None or self.encoder_weights is not None
+            start_frozen(has_weights or self._last_step > 0)
         if self.reference_batch_size is not None:
             factor = self._lr_factor()
             rank_zero_info(
@@ -474,13 +501,14 @@ class SegmentationTask(pl.LightningModule):
         return lr_factor(self.reference_batch_size, getattr(self.trainer, "datamodule", None))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        return parameter_groups(
+        groups = parameter_groups(
             self.network,
             self.lr * self._lr_factor(),
             self.weight_decay,
             self.head_lr_mult,
             self.layer_decay,
         )
+        return trained_groups(groups) if self._frozen else groups
 
     def configure_optimizers(self) -> Any:
         max_steps = self.trainer.max_steps

@@ -22,6 +22,7 @@ EVERYTHING = LEAVES | {
     "commands",
     "divergence",
     "doctor",
+    "freezing",
     "metrics_log",
     "task",
 }
@@ -44,6 +45,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
     "analysis": {"models", "metrics"},
     "ablation": {"analysis", "checkpoints", "inference", "models"},
     "divergence": {"checkpoints"},
+    "freezing": {"models"},  # the contract, models.segmenter
     "metrics_log": {"metrics"},
     "task": {
         "models",
@@ -54,6 +56,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
         "optim",
         "inference",
         "divergence",
+        "freezing",
     },
     "callbacks": {"analysis", "metrics"},
     "cli": EVERYTHING,

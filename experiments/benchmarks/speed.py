@@ -40,6 +40,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -314,10 +316,17 @@ def write_image(file: Path, height: int, width: int) -> None:
     Image.fromarray(pixels.astype(np.uint8)).save(file, quality=90)
 
 
-def peak_memory(call: Call, device: str) -> float | None:
-    """Return the peak of CUDA's allocator during a call, in MB; None on a CPU."""
+def peak_memory(call: Call, device: str) -> float:
+    """Return the peak of torch's allocations during a call, in MB.
+
+    On a CPU, what libraries such as oneDNN allocate for themselves is not included.
+    """
     if device == "cpu":
-        return None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            call()
+        results = recorded.profiler.kineto_results
+        sizes = (event.nbytes() for event in results.events() if event.name() == "[memory]")
+        return max(accumulate(sizes), default=0) / 1e6
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -402,11 +411,11 @@ def stored_groups(file: Path) -> set[tuple[str, ...]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    memory = "" if row["peak_mb"] is None else f", peak {row['peak_mb']:,.0f} MB"
     return (
         f"{row['variant']} {row['task']:9s} {row['dtype']:8s} {row['mode']:7s} "
         f"{row['library']:12s} {row['ms']:9.2f} ms ({row['ms_min']:.2f} to {row['ms_max']:.2f}), "
-        f"{row['times_as_fast']:5.2f} x transformers{memory}\n"
+        f"{row['times_as_fast']:5.2f} x transformers, "
+        f"peak {row['peak_mb']:,.0f} MB\n"
     )
 
 

@@ -63,7 +63,7 @@ DEFAULTS = {
     "inference": {
         "class_path": "segformer_pl.inference.Inference",
         "init_args": {
-            **dict.fromkeys(("base_size", "resize_to", "pad_to", "window", "stride")),
+            **dict.fromkeys(("base_size", "image_size", "resize_to", "pad_to", "window", "stride")),
             "window_weights": "uniform",
             "scales": [1.0],
             "flip": False,

@@ -1,7 +1,10 @@
 """Read, load, translate and export weights.
 
-- ``files.py`` reads a file of tensors and checks that it is intact;
-- ``sources.py`` reads tensors and their metadata from files, folders and the hub;
+- ``files.py`` reads a file of tensors and checks that it is intact; ``inert.py`` stands for the
+  classes of NumPy and mmengine in it;
+- ``state_dicts.py`` finds the state dict in a file, and the averaged copy beside it;
+- ``sources.py`` reads tensors and their metadata from files, folders (``pretrained_folder.py``) and
+  the hub;
 - ``facts.py`` compares what a source states about classes and images with the run;
 - ``layouts.py`` holds the key names of the published code bases;
 - ``matching.py`` brings a source and a network to common keys;

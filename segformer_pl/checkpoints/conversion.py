@@ -42,6 +42,7 @@ SERVES = {
     "nvlabs": "SegFormer on MiT and MiT alone",
     "smp": "SegFormer on MiT",
 }
+CONV_SEG_CHANNELS = 128  # `channels` of the decode head in the reference's configurations
 FILE_SUFFIX = {"nvlabs": ".pth", "native": ".safetensors"}  # the other layouts are folders
 
 # Arguments of MixTransformer that are fixed in the other code bases. Some layouts can express other
@@ -294,6 +295,13 @@ def _write_huggingface(
             "preprocessor_config.json normalises and does not resize, while transformers' own "
             f"default resizes {default}"
         )
+    if model.in_channels == 3:
+        # Without it, transformers fails on grey images and on palettes.
+        preprocessor = {"do_convert_rgb": True, **preprocessor}
+        remarks.append(
+            "transformers converts every Pillow image to RGB (do_convert_rgb), which drops alpha "
+            "and keeps the colour below it, as `predict` does; blend transparent images yourself"
+        )
     folder.mkdir()
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", preprocessor)
@@ -365,11 +373,17 @@ def _write_nvlabs(
     if not isinstance(model, Segmenter):
         _save(file, tensors)
         return []
-    names = {"CLASSES": "class_names", "PALETTE": "palette"}
-    meta = {theirs: task[ours] for theirs, ours in names.items() if task.get(ours)}
-    _save(file, {"state_dict": tensors, "meta": meta})
+    # init_segmentor of mmsegmentation 0.x reads both entries; without a palette, it draws colours.
+    names = task.get("class_names") or [f"LABEL_{n}" for n in range(model.num_classes)]
+    like = next(iter(tensors.values()))
+    unused = {
+        "decode_head.conv_seg.weight": like.new_zeros(model.num_classes, CONV_SEG_CHANNELS, 1, 1),
+        "decode_head.conv_seg.bias": like.new_zeros(model.num_classes),
+    }
+    meta = {"CLASSES": names, "PALETTE": task.get("palette")}
+    _save(file, {"state_dict": tensors | unused, "meta": meta})
     return [
-        "decode_head.conv_seg, which the reference code builds and never uses, is not in the file"
+        "decode_head.conv_seg, which the reference code builds and never uses, is zero in the file"
     ]
 
 

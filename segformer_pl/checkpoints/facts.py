@@ -18,6 +18,8 @@ MatchClasses = Literal["exact", "by_name", "by_index"]
 SHOWN_CLASSES = 12  # most classes that a message lists
 NORMALIZATION_TOLERANCE = 1e-4  # 58.395 / 255 in some code bases is 0.229 in others
 
+INFERENCE = "segformer_pl.inference.Inference"  # class path of a test-time protocol
+
 _PLACEHOLDER = re.compile(r"LABEL_\d+")  # names that transformers gives to unnamed classes
 
 
@@ -141,7 +143,12 @@ def names_from_id2label(id2label: Any, name: str) -> list[str] | None:
             f"{len(id2label) - 1}; correct config.json"
         )
     names = [by_id[index] for index in ids]
-    return None if all(map(_PLACEHOLDER.fullmatch, names)) else names
+    return None if are_placeholders(names) else names
+
+
+def are_placeholders(names: Sequence[str]) -> bool:
+    """Return whether class names are those that are written for unnamed classes (LABEL_0, ...)."""
+    return all(map(_PLACEHOLDER.fullmatch, names))
 
 
 def _numbers_in_short(numbers: list[int]) -> str:
@@ -180,6 +187,31 @@ def normalization_from_preprocessor(preprocessor: Mapping[str, Any], name: str) 
         "image_mean": [value / scale for value in mean],
         "image_std": [value / scale for value in std],
     }
+
+
+def protocol_from_preprocessor(preprocessor: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the test-time protocol that transformers' settings state: the size of the images.
+
+    Returns:
+        Class path and arguments, as a run's checkpoint states them; None if images keep their
+        size, or if the settings state it in a form that is not known.
+    """
+    size = preprocessor.get("size")
+    if not preprocessor.get("do_resize", True) or size is None:
+        return None
+    if _is_integer(size):  # of transformers before 4.26: a square
+        size = {"height": size, "width": size}
+    if not isinstance(size, Mapping) or not all(map(_is_integer, size.values())):
+        return None
+    forms = {
+        ("height", "width"): "image_size",
+        ("longest_edge", "shortest_edge"): "base_size",
+    }
+    for keys, argument in forms.items():
+        if size.keys() == set(keys):
+            sides = [size[key] for key in keys]
+            return {"class_path": INFERENCE, "init_args": {argument: sides}}
+    return None
 
 
 def match_names(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:

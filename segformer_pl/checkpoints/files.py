@@ -11,7 +11,7 @@ format:
   account for every byte.
 
 Values are checked where they are used: :func:`non_finite` counts nan and infinity. A pickle that
-would run code is refused.
+would run code is refused; ``inert.py`` says what is read beside tensors.
 """
 
 import os
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segformer_pl.checkpoints.inert import plain_data
 from segformer_pl.errors import UserError, counted
 
 _ZIP = b"PK\x03\x04"
@@ -73,7 +74,8 @@ def load_stream(stream: BufferedReader, path: Path) -> Any:
                 "that was written with it; copy the file again or give another"
             )
         stream.seek(0)
-        return torch.load(stream, weights_only=True, map_location="cpu")
+        with plain_data():
+            return torch.load(stream, weights_only=True, map_location="cpu")
     except UserError:
         raise
     except pickle.UnpicklingError as error:

@@ -115,6 +115,7 @@ NVLABS = Layout(
         r"head\.(weight|bias)": "the classification head of the ImageNet training",
         r"decode_head\.conv_seg\.(weight|bias)": "built by the reference code and never used",
     },
+    other_head=r"decode_head\..*",  # DAFormer's, for one
 )
 
 TRANSFORMERS_DISK = Layout(
@@ -208,6 +209,7 @@ MMSEG = Layout(
     },
     head={},
     constants=MMSEG_EPS,
+    # BatchNorm and ReLU on every projection, and the stages in the other order
     other_head=r"decode_head\..*",
 )
 

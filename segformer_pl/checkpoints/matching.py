@@ -25,7 +25,13 @@ from typing import Any
 from torch import Tensor
 
 from segformer_pl.checkpoints.classifier import classifier_keys
-from segformer_pl.checkpoints.layouts import NATIVE, Layout, detect, from_canonical, to_canonical
+from segformer_pl.checkpoints.layouts import (
+    NATIVE,
+    Layout,
+    detect,
+    from_canonical,
+    to_canonical,
+)
 from segformer_pl.checkpoints.maskformer_layout import (
     check_heads,
     is_transformers_maskformer,
@@ -37,6 +43,8 @@ from segformer_pl.errors import UserError, counted
 from segformer_pl.models.segmenter import Encoder
 
 OWN_KEYS = "keys of the model"
+
+_LOSS = re.compile(r"(.+\.)?(criterion|loss|loss_fn)\..+")  # what code bases name a training loss
 
 
 @dataclass
@@ -82,12 +90,24 @@ def match(weights: Weights, model: Any, parts: Parts) -> Matched:
     """
     prefix = native_prefix(model)
     if prefix is None:
-        return _match_own_keys(weights, model, parts)
-    layout, kind, source_tensors, dropped, unknown = split(weights, parts)
-    model_tensors = canonical_tensors(model)
-    if parts == "encoder":
-        model_tensors = {k: v for k, v in model_tensors.items() if k.startswith("encoder.")}
-    return Matched(layout, kind, source_tensors, model_tensors, dropped, unknown, prefix)
+        matched = _match_own_keys(weights, model, parts)
+    else:
+        layout, kind, source_tensors, dropped, unknown = split(weights, parts)
+        model_tensors = canonical_tensors(model)
+        if parts == "encoder":
+            model_tensors = {k: v for k, v in model_tensors.items() if k.startswith("encoder.")}
+        matched = Matched(layout, kind, source_tensors, model_tensors, dropped, unknown, prefix)
+    _leave_out_loss(matched)
+    return matched
+
+
+def _leave_out_loss(matched: Matched) -> None:
+    """Drop what a registered training loss stores, such as its class weights."""
+    surplus = [key for key in matched.source_tensors if key not in matched.model_tensors]
+    for key in filter(_LOSS.fullmatch, [*matched.unknown, *surplus]):
+        matched.dropped[key] = "part of the training loss"
+        matched.source_tensors.pop(key, None)
+    matched.unknown = [key for key in matched.unknown if key not in matched.dropped]
 
 
 def native_prefix(model: Any) -> str | None:
@@ -134,9 +154,9 @@ def split(
     other_head = [key for key in unknown if pattern and re.fullmatch(pattern, key)]
     if other_head and parts == "all":
         raise UserError(
-            f"{weights.name} has {layout.name}'s own head ({listed(other_head)}), a different "
-            "network from SegFormer's (BatchNorm and ReLU on every projection, stages in the other "
-            "order), so it cannot be loaded; its backbone can: parts='encoder'"
+            f"{weights.name} has its own head ({listed(other_head)}), a different network from "
+            "SegFormer's, so it cannot be loaded; its backbone can: parts='encoder' "
+            "(model.encoder_weights on the command line)"
         )
     if parts == "encoder":
         head = [key for key in tensors if not key.startswith("encoder.")]

@@ -2,7 +2,7 @@
 
 A source is a file (``.pth``, ``.bin``, ``.safetensors``, a Lightning ``.ckpt``), a folder written
 by ``save_pretrained`` of transformers or segmentation_models_pytorch, a name on the Hugging Face
-hub, or a state dict in memory. This module does not depend on the keys of the tensors.
+hub, or a state dict in memory. This module does not depend on what the tensors are.
 """
 
 import json
@@ -17,10 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from segformer_pl.checkpoints.facts import (
+    are_placeholders,
     checked_constants,
     checked_facts,
     names_from_id2label,
     normalization_from_preprocessor,
+    protocol_from_preprocessor,
 )
 from segformer_pl.checkpoints.files import (
     check_regular,
@@ -29,11 +31,18 @@ from segformer_pl.checkpoints.files import (
     load_file,
     open_file,
 )
+from segformer_pl.checkpoints.pretrained_folder import (
+    DOWNLOADS,
+    TENSOR_FILES,
+    check_shards,
+    is_tensor_file,
+    tensor_files,
+)
+from segformer_pl.checkpoints.state_dicts import find_state_dict
 from segformer_pl.errors import UserError
 
 WeightsSource = str | os.PathLike[str] | Mapping[str, Tensor]
 
-TENSOR_FILES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
@@ -68,17 +77,20 @@ class Weights:
     constants: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_weights(source: WeightsSource) -> Weights:
+def read_weights(source: WeightsSource, state: str | None = None) -> Weights:
     """Read weights from a file, a folder, the hub or a state dict.
 
     Args:
         source: Path of a file or folder, hub name ``owner/name@commit``, or a state dict.
+        state: Name of the copy to read from a file that holds several, such as an average (EMA)
+            beside the weights; see :mod:`~segformer_pl.checkpoints.state_dicts`. A file that holds
+            several is refused without it, with their names.
 
     Raises:
-        UserError: The source does not exist, is cut short, holds code, holds no tensors, or holds
-            tensors that cannot be weights.
+        UserError: The source does not exist, is cut short, holds code, holds no tensors or several
+            copies of them, or holds tensors that cannot be weights.
     """
-    weights = _read(source)
+    weights = _read(source, state)
     tensors = weights.tensors
     # A state dict on the meta device has shapes and no values. It fits a network on that device.
     if isinstance(source, Mapping):
@@ -87,9 +99,9 @@ def read_weights(source: WeightsSource) -> Weights:
     return weights
 
 
-def _read(source: WeightsSource) -> Weights:
+def _read(source: WeightsSource, state: str | None) -> Weights:
     if isinstance(source, Mapping):
-        return weights_from_content("the state dict", source)
+        return weights_from_content("the state dict", source, state)
     if not isinstance(source, str | os.PathLike):
         raise UserError(
             f"weights cannot come from a {type(source).__name__}; give a file, a folder, a hub "
@@ -103,11 +115,15 @@ def _read(source: WeightsSource) -> Weights:
     except (OSError, ValueError):
         check_regular(path)  # raises a UserError with the reason
     else:
-        return _read_folder(path, str(source)) if is_folder else _read_file(path)
+        if is_folder:
+            return _read_folder(path, str(source), state)
+        if is_tensor_file(path):
+            return _read_folder(path.parent, str(source), state, [path])
+        return _read_file(path, state)
     if isinstance(source, str) and path.suffix not in SUFFIXES:
         hub_name = _HUB_NAME.fullmatch(source)
         if hub_name is not None:
-            return _read_hub(hub_name["repo"], hub_name["revision"])
+            return _read_hub(hub_name["repo"], hub_name["revision"], state)
     raise UserError(
         f"there is no file or folder {str(source)!r}; give weights as a file "
         f"({', '.join(SUFFIXES)}), a folder written by save_pretrained, or a hub name "
@@ -115,58 +131,50 @@ def _read(source: WeightsSource) -> Weights:
     )
 
 
-def _read_file(path: Path) -> Weights:
+def _read_file(path: Path, state: str | None) -> Weights:
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return weights_from_content(f"'{path}'", load_file(path))
+        return _read_safetensors(path, state)
+    return weights_from_content(f"'{path}'", load_file(path), state)
 
 
-def _read_safetensors(path: Path) -> Weights:
+def _read_safetensors(path: Path, state: str | None) -> Weights:
     from safetensors import SafetensorError, safe_open
 
     with open_file(path) as stream:  # whose errors safe_open's do not tell from damage
         size = os.fstat(stream.fileno()).st_size
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise damaged(path, size, error) from error
+    name = f"'{path}'"
+    tensors = find_state_dict(name, content, state)
     if "segformer_pl" not in metadata:
-        return Weights(f"'{path}'", tensors)
+        return Weights(name, tensors)
     try:
         known = json.loads(metadata["segformer_pl"])
         task = known["task"]
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, size, error) from error
-    name = f"'{path}'"
     facts, constants = checked_facts(name, task), checked_constants(name, known)
     return Weights(name, tensors, task=facts, constants=constants)
 
 
-def weights_from_content(name: str, content: Any) -> Weights:
+def weights_from_content(name: str, content: Any, state: str | None = None) -> Weights:
     """Extract the state dict, and the facts beside it, from the content of a file.
 
     Args:
         name: Name of the file, for messages.
         content: Return value of ``torch.load``.
+        state: See :func:`read_weights`.
 
     Raises:
-        UserError: The content holds no state dict, or a fact in the wrong form.
+        UserError: The content holds no state dict or several, or a fact in the wrong form.
     """
-    tensors: Any = content
-    beside: Mapping[str, Any] = {}
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            tensors, beside = content[key], content
-            break
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-    ):
-        raise UserError(
-            f"{name} holds a {type(content).__name__} with no state dict in it; give one that "
-            "holds named tensors, alone or as its 'state_dict'"
-        )
+    tensors = find_state_dict(name, content, state)
+    is_alone = all(isinstance(value, Tensor) for value in content.values())
+    beside: Mapping[str, Any] = {} if is_alone else content
     stated = beside.get("hyper_parameters")
     task = {} if stated is None else checked_facts(name, stated)
     task |= _facts_of_mmcv(beside, name)
@@ -191,28 +199,41 @@ def _facts_of_mmcv(content: Mapping[str, Any], name: str) -> dict[str, Any]:
         names, palette = meta.get("CLASSES"), meta.get("PALETTE")
     facts = {"class_names": names, "palette": palette}
     facts = {key: list(v) if isinstance(v, tuple) else v for key, v in facts.items() if v}
-    return checked_facts(name, facts)
+    facts = checked_facts(name, facts)
+    if are_placeholders(facts.get("class_names", [""])):
+        del facts["class_names"]
+    return facts
 
 
-def _read_folder(folder: Path, name: str) -> Weights:
-    file = next((folder / f for f in TENSOR_FILES if (folder / f).is_file()), None)
-    if file is None:
+def _read_folder(
+    folder: Path, name: str, state: str | None, files: list[Path] | None = None
+) -> Weights:
+    """Read a folder: its own files of tensors or the given ones, and the facts beside them."""
+    files = tensor_files(folder, name) if files is None else files
+    if not files:
         raise UserError(
             f"folder {name!r} holds neither {' nor '.join(TENSOR_FILES)}; give the folder that "
             "save_pretrained wrote, or a file"
         )
+    check_shards(files)
     config = _read_json(folder / "config.json")
     preprocessor = _read_json(folder / "preprocessor_config.json")
     task = normalization_from_preprocessor(preprocessor, f"{name!r}, preprocessor_config.json")
+    if protocol := protocol_from_preprocessor(preprocessor):
+        task["inference"] = protocol
     names = config.get("id2label") and names_from_id2label(config["id2label"], repr(name))
     if names:
         task["class_names"] = names
     extra = {"palette": "palette", "ignore_index": "semantic_loss_ignore_index"}
     task |= {ours: config[theirs] for ours, theirs in extra.items() if theirs in config}
     task = checked_facts(repr(name), task)
-    return replace(
-        _read_file(file), name=repr(name), config=config, preprocessor=preprocessor, task=task
-    )
+    first, *shards = (_read_file(file, state) for file in files)
+    tensors = dict(first.tensors)
+    for shard in shards:
+        tensors |= shard.tensors
+    # A native file states more than the folder does.
+    facts = {"config": config, "preprocessor": preprocessor, "task": {**task, **first.task}}
+    return replace(first, name=repr(name), tensors=tensors, **facts)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -229,14 +250,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_hub(repo: str, revision: str | None) -> Weights:
+def _read_hub(repo: str, revision: str | None, state: str | None) -> Weights:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     name = f"{repo}@{revision}" if revision else repo
     is_pinned = revision is not None and _COMMIT.fullmatch(revision)
     if is_pinned and (folder := _fetch(repo, revision, local_files_only=True)):
-        return _read_folder(folder, name)
+        return _read_folder(folder, name, state)
     try:
         # This request fails within 10 s without network; a download would retry for 30 s.
         commit = hub.HfApi().model_info(repo, revision=revision, timeout=10).sha
@@ -264,20 +285,20 @@ def _read_hub(repo: str, revision: str | None) -> Weights:
             f"hub repository {name!r} holds neither {' nor '.join(TENSOR_FILES)}; give one that "
             "save_pretrained wrote"
         )
-    return _read_folder(folder, name)
+    return _read_folder(folder, name, state)
 
 
 def _fetch(repo: str, revision: str | None, local_files_only: bool = False) -> Path | None:
     """Download a repository; return its folder in the cache, None if it has no file of tensors."""
     from huggingface_hub import errors, snapshot_download
 
-    for file in TENSOR_FILES:
+    for patterns in DOWNLOADS:
         try:
             folder = Path(
                 snapshot_download(
                     repo,
                     revision=revision,
-                    allow_patterns=["*config.json", file],
+                    allow_patterns=["*config.json", *patterns],
                     local_files_only=local_files_only,
                 )
             )
@@ -285,6 +306,7 @@ def _fetch(repo: str, revision: str | None, local_files_only: bool = False) -> P
             if local_files_only:
                 return None
             raise
-        if (folder / file).is_file():
+        files = tensor_files(folder, repo)
+        if files and all(file.is_file() for file in files):
             return folder
     return None

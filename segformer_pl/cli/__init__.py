@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from segformer_pl.cli.exits import exits
 from segformer_pl.commands.options.parser import PROG
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from segformer_pl.cli.training import SegformerCLI
@@ -77,7 +77,10 @@ def main(args: list[str] | None = None, run: bool = True) -> "SegformerCLI | Non
 
             return SegformerCLI(args, run)
         else:
-            _refuse(f"there is no command {command!r}; give one of {', '.join(COMMANDS)}")
+            _refuse(
+                f"there is no command {command!r}{did_you_mean(command, COMMANDS)}; give one of "
+                f"{', '.join(COMMANDS)}"
+            )
     return None
 
 

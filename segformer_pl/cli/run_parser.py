@@ -4,15 +4,18 @@ import operator
 import re
 from argparse import SUPPRESS, Action
 from collections.abc import Iterable, Mapping
-from functools import reduce
+from functools import reduce, wraps
 from typing import Any, ClassVar, get_args
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 from jsonargparse._actions import _ActionConfigLoad, _ActionHelpClassPath
 from jsonargparse._link_arguments import ActionLink
+from jsonargparse._typehints import NestedArg
 from lightning.pytorch.cli import LightningArgumentParser
 
+from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.commands.options.parser import OneSentenceParser
+from segformer_pl.errors import UserError, did_you_mean
 
 # Order of the groups of options in the help; those without a section come third.
 SECTIONS = ("data", "model", "", "last_checkpoint", "trainer")
@@ -76,7 +79,7 @@ def _plain(text: str) -> str:
 class RunArgumentParser(OneSentenceParser, LightningArgumentParser):
     """Lightning's parser with errors of one sentence and a help of readable length."""
 
-    examples: ClassVar = {"model.network": "--model.network=segformer_pl.models.segformer_b0"}
+    examples: ClassVar = {"model.network": "--model.network=segformer_b0"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": RunHelpFormatter} | kwargs)
@@ -106,6 +109,57 @@ def try_int_before_float(parser: LightningArgumentParser) -> None:
             ordered = sorted(types, key=lambda kind: kind is not int)
             # Such unions are not cached.
             action._typehint = reduce(operator.or_, ordered)  # type: ignore[attr-defined]
+
+
+def accept_short_names(parser: LightningArgumentParser, argument: str) -> None:
+    """Let an argument that takes a network also take the names that other commands take.
+
+    ``segformer_b0`` stands for ``segformer_pl.models.segformer_b0``. jsonargparse finds classes by
+    their names, and these are functions.
+
+    Args:
+        parser: The parser.
+        argument: Name of the argument.
+    """
+    action: Any = next(action for action in parser._actions if action.dest == argument)
+    check = action._check_type
+
+    @wraps(check)  # jsonargparse passes what is in the signature
+    def check_named(value: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return check(_with_class_path(value), *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            name = _class_path(value)
+            is_unknown = isinstance(name, str) and "." not in name and name not in SEGMENTERS
+            suggestion = did_you_mean(name, SEGMENTERS) if is_unknown else ""
+            if not suggestion:
+                raise
+            raise UserError(
+                f"{argument}: there is no network {name!r}{suggestion}; give an import path such "
+                f"as package.module.Class, or one of {', '.join(SEGMENTERS)}"
+            ) from error
+
+    action._check_type = check_named
+
+
+def _class_path(value: Any) -> Any:
+    """Return the class path in a value of the command line or of a file."""
+    if isinstance(value, NestedArg):
+        return value.val if value.key == "class_path" else None
+    return value.get("class_path") if isinstance(value, dict | Namespace) else value
+
+
+def _with_class_path(value: Any) -> Any:
+    """Return the value with the whole class path in place of a short name."""
+    name = _class_path(value)
+    if not isinstance(name, str) or name not in SEGMENTERS:
+        return value
+    class_path = f"segformer_pl.models.{name}"
+    if isinstance(value, NestedArg):
+        return value._replace(val=class_path)
+    if isinstance(value, Namespace):
+        return Namespace({**vars(value), "class_path": class_path})
+    return {**value, "class_path": class_path} if isinstance(value, dict) else class_path
 
 
 def leave_elements_unchecked(parser: LightningArgumentParser, *names: str) -> None:

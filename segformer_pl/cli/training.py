@@ -51,6 +51,7 @@ from segformer_pl.cli.run_folder import (
 )
 from segformer_pl.cli.run_parser import (
     RunArgumentParser,
+    accept_short_names,
     leave_elements_unchecked,
     try_int_before_float,
 )
@@ -153,6 +154,7 @@ class SegformerCLI(SettingsWinCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         try_int_before_float(parser)
+        accept_short_names(parser, "model.network")
         links = {
             "model.class_names": lambda name: list(_labels(name).names),
             "model.palette": lambda name: [list(color) for color in _labels(name).colors],

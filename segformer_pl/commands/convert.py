@@ -22,7 +22,7 @@ def run(options: Namespace) -> None:
     """
     check_destination(options.destination, options.to)
     make_writable_folder(Path(options.destination).expanduser().parent, "destination")
-    weights = read_weights(options.source)
+    weights = read_weights(options.source, options.state)
     network, report = load_network(weights)
     remarks = export_weights(
         network, options.destination, options.to, weights.task, weights.preprocessor

@@ -7,7 +7,7 @@ from typing import Any
 
 from segformer_pl import models
 from segformer_pl.commands.options.networks import SEGMENTERS
-from segformer_pl.errors import UserError, brief
+from segformer_pl.errors import UserError, brief, did_you_mean
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 
 
@@ -28,8 +28,8 @@ def find_segmenter(name: str) -> Callable[..., Segmenter]:
         parameters = inspect.signature(build).parameters
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"there is no network {name!r} ({error}); give an import path such as "
-            f"package.module.Class, or one of {', '.join(SEGMENTERS)}"
+            f"there is no network {name!r} ({error}){did_you_mean(name, SEGMENTERS)}; give an "
+            f"import path such as package.module.Class, or one of {', '.join(SEGMENTERS)}"
         ) from error
     if "num_classes" not in parameters:
         raise UserError(

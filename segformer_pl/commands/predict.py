@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from segformer_pl.analysis.overlays import Palette, Pixels, write_overlay
 from segformer_pl.atomic import WriteError, atomic_write, make_writable_folder
+from segformer_pl.checkpoints import Weights, read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.options.predict import predict_parser
+from segformer_pl.data.class_colors import distinct_colors
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.data.files import check_readable
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
@@ -37,7 +39,7 @@ TrainIds = npt.NDArray[np.uint8 | np.uint16]
 
 
 def run(options: Namespace) -> None:
-    """Run ``predict --ckpt FILE --input IMAGES --output FOLDER`` and write the predictions.
+    """Run ``predict --weights SOURCE --input IMAGES --output FOLDER`` and write the predictions.
 
     The exit status is 1 if an image was skipped and 2 if an argument is wrong.
 
@@ -48,19 +50,22 @@ def run(options: Namespace) -> None:
         WriteError: The output folder cannot be written to.
     """
     try:
+        if (options.ckpt is None) == (options.weights is None):
+            raise UserError("give one of --ckpt and --weights: the network that predicts")
         output = Path(options.output)
         images = find_images(options.input, output)
         device = resolve_device(options.device)
         _return_large_blocks()
-        predictor = Predictor.from_weights(RunCheckpoint.read(options.ckpt).weights()).to(device)
-        check_takes_rgb(predictor.network, "--ckpt")
+        predictor = Predictor.from_weights(_weights(options)).to(device)
+        check_takes_rgb(predictor.network, "--weights" if options.ckpt is None else "--ckpt")
         predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     except ValueError as error:
         predict_parser().error(str(error))
     kinds = (MASKS, OVERLAYS, *([PROBABILITIES] if options.probabilities else []))
     for folder in (output, *(output / kind for kind in kinds)):
         make_writable_folder(folder, "--output")
-    writer = PredictionFiles(output, predictor.class_names, predictor.palette or [])
+    palette = predictor.palette or distinct_colors(len(predictor.class_names))
+    writer = PredictionFiles(output, predictor.class_names, palette)
     num_written = num_skipped = 0
     progress = tqdm(images.items(), "predicting", unit="image")
     try:
@@ -95,6 +100,14 @@ def run(options: Namespace) -> None:
     )
     if num_skipped:
         sys.exit(1)
+
+
+def _weights(options: Namespace) -> Weights:
+    if options.ckpt is None:
+        return read_weights(options.weights, options.state)
+    if options.state is not None:
+        raise UserError("--state is for --weights, as a run's checkpoint holds one network")
+    return RunCheckpoint.read(options.ckpt).weights()
 
 
 def find_images(pattern: str, output: Path, option: str = "--input") -> dict[Path, Path]:
@@ -169,9 +182,13 @@ def _with_output_names(files: list[Path], base: Path, option: str) -> dict[Path,
 def changed_protocol(protocol: Inference, changes: dict[str, Any]) -> Inference:
     """Return an evaluation protocol with some arguments changed.
 
-    If the window changes, stride and window weights return to their defaults unless given.
+    If the window changes, stride and window weights return to their defaults unless given. Of the
+    two sizes that exclude each other, the one given replaces the other.
     """
     arguments = {field.name: getattr(protocol, field.name) for field in fields(protocol)}
+    for given, other in (("base_size", "image_size"), ("image_size", "base_size")):
+        if given in changes:
+            del arguments[other]
     if "window" in changes:
         del arguments["stride"], arguments["window_weights"]
     return Inference(**arguments | changes)

@@ -146,6 +146,7 @@ def _open_source(entry: DatasetEntry, path: Any, split: Split) -> Source:
         folder = Path(path)
         for part in (folder, folder / "data", folder / "images", folder / "labels"):
             check_readable(part, "data.path")
+        stored = _name_in_folder(folder, split, stored)
         shards, in_data = _shards(folder, stored), _shards(folder / "data", stored)
         if shards and in_data:
             raise _stored_twice(shards[0], in_data[0], stored)
@@ -171,6 +172,22 @@ def _open_source(entry: DatasetEntry, path: Any, split: Split) -> Source:
                 f"images in images/{stored} and labels in labels/{stored}"
             )
     return _from_library(entry, path, split, stored)
+
+
+def _name_in_folder(folder: Path, split: Split, stored: str) -> str:
+    """Return the name of a split in a folder: as stored, or its only other usual name there."""
+    if _is_in_folder(folder, stored):
+        return stored
+    # "eval" may be either of the two splits.
+    others = [name for name in SPLIT_NAMES.get(split, []) if not name.startswith("eval")]
+    found = [name for name in others if _is_in_folder(folder, name)]
+    return found[0] if len(found) == 1 else stored
+
+
+def _is_in_folder(folder: Path, name: str) -> bool:
+    if (folder / "images" / name).is_dir():
+        return True
+    return bool(_shards(folder, name) or _shards(folder / "data", name))
 
 
 def _shards(folder: Path, stored: str) -> list[str]:

@@ -270,8 +270,9 @@ def _scaled(
         process = preprocess
     else:  # preprocess first, because resizing 8-bit images would round
         images, process = preprocess(images), None
+    is_antialiased = protocol.image_size is not None
     for size in sizes:
-        images = _resize(images, size)
+        images = _resize(images, size, is_antialiased)
     return images, _Windows(network, process, protocol.pad_to)
 
 
@@ -421,10 +422,12 @@ class View:
         self.opened[index] = opened
 
 
-def _resize(images: Tensor, size: Size) -> Tensor:
+def _resize(images: Tensor, size: Size, antialias: bool) -> Tensor:
     if tuple(images.shape[2:]) == size:
         return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(
+        images, size=size, mode="bilinear", align_corners=False, antialias=antialias
+    )
 
 
 def _multiple(side: int, divisor: int) -> int:

@@ -79,14 +79,14 @@ def check_protocol(protocol: Inference) -> None:
     """Refuse a test-time protocol that a graph cannot hold: it takes one view of the whole image.
 
     Raises:
-        UserError: The protocol has windows, several views, or a base size.
+        UserError: The protocol has windows, several views, or a size of its own.
     """
     kept = Inference(resize_to=protocol.resize_to, pad_to=protocol.pad_to)
-    names = ("base_size", "window", "scales", "flip")
+    names = ("base_size", "image_size", "window", "scales", "flip")
     others = [n for n in names if _plain(getattr(protocol, n)) != _plain(getattr(kept, n))]
     if others:
-        defaults = {"base_size": "null", "window": "null", "scales": "[1]", "flip": "false"}
-        remedy = " ".join(f"--inference.{name} {defaults[name]}" for name in others)
+        defaults = {"scales": "[1]", "flip": "false"}
+        remedy = " ".join(f"--inference.{name} {defaults.get(name, 'null')}" for name in others)
         raise UserError(
             f"the test-time protocol sets {', '.join(others)}, and a graph predicts whole images "
             f"in one pass; give {remedy}, or --network_only and compute the protocol around it"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from segformer_pl.checkpoints.facts import INFERENCE
 from segformer_pl.checkpoints.networks import load_network
 from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
 from segformer_pl.data.decoding import EncodedImage
@@ -27,10 +28,8 @@ from segformer_pl.models.forward_check import class_maps_of
 from segformer_pl.models.segmenter import Network, Output, Segmenter
 from segformer_pl.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
-ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor
 Mask = npt.NDArray[np.uint8 | np.uint16]
-
-INFERENCE = f"{__package__}.{Inference.__name__}"
 
 
 class Predictor:
@@ -83,27 +82,32 @@ class Predictor:
             )
 
     @classmethod
-    def load(cls, source: WeightsSource) -> Self:
+    def load(cls, source: WeightsSource, state: str | None = None) -> Self:
         """Load a network with the facts that its source states about it, on the CPU.
 
         Defaults replace facts that the source does not state: ImageNet's normalisation, the names
-        ``"class 0"``, ``"class 1"``, ..., and the whole image in one pass.
+        ``"class 0"``, ``"class 1"``, ..., and the whole image in one pass. Weights of 16 bits
+        become float32.
 
         Args:
             source: A run's checkpoint, a native file (``.safetensors``), a folder written by
                 transformers, a hub name ``owner/name@commit``, or any other weights that
                 :func:`~segformer_pl.checkpoints.load_network` builds a network for.
+            state: Name of the copy to read from a file that holds several, such as an average
+                (EMA) beside the weights.
 
         Raises:
             UserError: The source cannot be read, does not state enough to build its network,
                 contradicts itself, or holds no segmenter.
         """
-        return cls.from_weights(read_weights(source))
+        return cls.from_weights(read_weights(source, state))
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:
         """Build a predictor like :meth:`load` from weights that were read already."""
         network, _ = load_network(weights)
+        if next(network.parameters()).dtype in (torch.float16, torch.bfloat16):
+            network.float()  # images are float32, and a CPU computes fast with nothing shorter
         if not isinstance(network, Segmenter):
             raise UserError(
                 f"{weights.name} holds an encoder and no decode head, so it cannot predict; give a "
@@ -150,7 +154,8 @@ class Predictor:
         """Predict the class of every pixel.
 
         Args:
-            image: Path of a file, a Pillow image, or an RGB array (H, W, 3) of uint8. Files are
+            image: Path of a file, a Pillow image, an RGB array (H, W, 3) of uint8, or an RGB
+                tensor (3, H, W), uint8 or floating-point in 0 to 1. Files and Pillow images are
                 decoded like those of data sets: rotated by their EXIF data, to 8-bit RGB.
 
         Returns:
@@ -246,12 +251,15 @@ class Predictor:
                 f"the network takes {self.network.in_channels} channels, and images have 3 (RGB); "
                 "give it tensors with predict_batch"
             )
-        pixels = torch.from_numpy(_pixels(image)).to(self.device)
+        if isinstance(image, Tensor):
+            pixels = _checked(image)
+        else:
+            pixels = torch.from_numpy(_pixels(image)).permute(2, 0, 1)
         # Images stay in 8 bits. _normalize_bytes converts one window after the other.
-        return _FiniteCheck(self.network), pixels.permute(2, 0, 1)[None]
+        return _FiniteCheck(self.network), pixels[None].to(self.device)
 
     def _normalize_bytes(self, part: Tensor) -> Tensor:
-        return self.normalization(part / 255)
+        return self.normalization(part if part.is_floating_point() else part / 255)
 
 
 def check_takes_rgb(network: Network, name: str) -> None:
@@ -307,7 +315,27 @@ class _FiniteCheck:
             )
 
 
-def _pixels(image: ImageSource) -> npt.NDArray[np.uint8]:
+def _checked(image: Tensor) -> Tensor:
+    """Return an image (3, H, W) after a check of its form, uint8 or float32 in 0 to 1."""
+    is_image = image.ndim == 3 and len(image) == 3
+    if not is_image or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        dtype = str(image.dtype).removeprefix("torch.")
+        raise UserError(
+            f"an image cannot be a {dtype} tensor of shape {tuple(image.shape)}; give one (3, H, "
+            "W), uint8 or floating-point in 0 to 1 (predict_batch takes a batch)"
+        )
+    if image.dtype == torch.uint8:
+        return image
+    low, high = (value.item() for value in image.aminmax())
+    if not (low >= 0 and high <= 1):  # nan compares as false
+        raise UserError(
+            f"the image holds values from {low:.4g} to {high:.4g}; give a tensor in 0 to 1, before "
+            "normalisation, or one of uint8"
+        )
+    return image.float()
+
+
+def _pixels(image: str | os.PathLike[str] | Image.Image | Any) -> npt.NDArray[np.uint8]:
     """Return the pixels of an image, (H, W, 3) RGB."""
     if isinstance(image, str | os.PathLike):
         return EncodedImage.read(Path(image)).decode()
@@ -324,7 +352,8 @@ def _pixels(image: ImageSource) -> npt.NDArray[np.uint8]:
     if isinstance(image, np.ndarray):
         kind = f"{image.dtype} array of shape {image.shape}"
     raise UserError(
-        f"an image cannot be a {kind}; give a file, a Pillow image, or an array (H, W, 3) of uint8"
+        f"an image cannot be a {kind}; give a file, a Pillow image, an array (H, W, 3) of "
+        "uint8, or a tensor (3, H, W)"
     )
 
 

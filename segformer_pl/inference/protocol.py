@@ -27,6 +27,9 @@ class Inference:
     Args:
         base_size: Long and short side in pixels of the box that an image is fitted into at scale
             1, keeping its aspect ratio. Default: the image's own size.
+        image_size: Height and width in pixels that an image is resized to at scale 1, whatever its
+            aspect ratio, with antialiasing, as transformers' image processors do. Excludes
+            ``base_size``. Default: the image's own size.
         resize_to: Divisor of both sides. A second bilinear resize enlarges each side to the next
             multiple (AlignedResize of the reference, with 32), so that the sequence reduction of
             attention drops no tokens at the border.
@@ -46,6 +49,7 @@ class Inference:
     """
 
     base_size: tuple[PositiveInt, PositiveInt] | None = None
+    image_size: tuple[PositiveInt, PositiveInt] | None = None
     resize_to: PositiveInt | None = None
     pad_to: PositiveInt | None = None
     window: tuple[PositiveInt, PositiveInt] | None = None
@@ -55,6 +59,12 @@ class Inference:
     flip: bool = False
 
     def __post_init__(self) -> None:
+        if self.base_size is not None and self.image_size is not None:
+            raise UserError(
+                f"inference: base_size {list(self.base_size)} and image_size "
+                f"{list(self.image_size)} are both set, and they exclude each other; give one of "
+                "them"
+            )
         if self.resize_to is not None and self.pad_to is not None:
             raise UserError(
                 f"inference: resize_to {self.resize_to} and pad_to {self.pad_to} are both set, and "
@@ -79,7 +89,7 @@ class Inference:
             )
 
     def view_size(self, size: Size, scale: float) -> Size:
-        """Return the size of an image's view: scaled, or fitted into the base size.
+        """Return the size of an image's view: scaled, fitted into the base size, or resized.
 
         Sides are rounded as in mmcv. ``resize_to`` and ``pad_to`` come afterwards.
 
@@ -90,7 +100,7 @@ class Inference:
         if self.base_size is not None:
             long, short = (int(side * scale) for side in self.base_size)
             scale = min(long / max(size), short / min(size))
-        height, width = (max(int(side * scale + 0.5), 1) for side in size)
+        height, width = (max(int(side * scale + 0.5), 1) for side in self.image_size or size)
         return height, width
 
     def is_one_window(self, size: Size) -> bool:

@@ -138,8 +138,9 @@ class AllMLPHead(nn.Module):
         blocks = reversed(self.fuse.weight.flatten(1).chunk(len(projections), dim=1))
         pairs = list(zip(blocks, projections))
         weights = [block @ projection.weight for block, projection in pairs]
-        bias = torch.stack([block @ projection.bias for block, projection in pairs]).sum(0)
-        return weights, bias
+        # Columns: fvcore, which counts FLOPs, fails on the product of a matrix and a vector.
+        biases = [block @ projection.bias[:, None] for block, projection in pairs]
+        return weights, torch.stack(biases).sum(0)[:, 0]
 
     def folded(self) -> "FoldedAllMLPHead":
         """Return the same head for inference, with its matrices multiplied once."""

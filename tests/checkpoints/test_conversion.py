@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from segformer_pl.checkpoints import export_weights, load_network, read_weights
@@ -56,7 +57,12 @@ def test_transformers_opens_the_folder_with_our_logits(network, tmp_path):
     pixels = processor(image, return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 40, 50)
     torch.testing.assert_close(pixels[0, 0, 0, 0].item(), (1 - 0.1) / 0.229, atol=1e-5, rtol=0)
-    assert len(remarks) == 1
+    assert len(remarks) == 2
+    # Grey images, palettes and alpha are converted; the colour below alpha is kept.
+    rgba = Image.new("RGBA", (50, 40), (255, 255, 255, 0))
+    for image in (rgba, rgba.convert("L"), rgba.convert("RGB").quantize(2)):
+        assert torch.equal(processor(image, return_tensors="pt").pixel_values, pixels)
+    assert "drops alpha and keeps the colour below it" in remarks[1]
 
 
 @pytest.mark.slow
@@ -114,7 +120,10 @@ def test_round_trip_from_transformers(tmp_path, randomize):
     changed = {key for key in old if old[key] != new.get(key)}
     assert changed <= {"transformers_version", "layer_norm_eps"}
     assert new["layer_norm_eps"] == 1e-5
-    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == preprocessor
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {
+        "do_convert_rgb": True,
+        **preprocessor,
+    }
     again = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
     batch = images().float()
     assert torch.equal(again(batch).logits, theirs(batch).logits)
@@ -144,6 +153,25 @@ def test_an_nvlabs_file_states_the_class_names(network, tmp_path):
     assert content["meta"] == {"CLASSES": task["class_names"], "PALETTE": task["palette"]}
     assert "decode_head.linear_pred.weight" in content["state_dict"]
     assert read_weights(tmp_path / "w.pth").task == task
+
+
+def test_an_nvlabs_file_has_everything_that_init_segmentor_reads(network, tmp_path):
+    """mmsegmentation 0.x takes both entries of ``meta`` without a default."""
+    remarks = export_weights(network, tmp_path / "w.pth", "nvlabs")
+    content = torch.load(tmp_path / "w.pth", weights_only=True)
+    assert content["meta"] == {"CLASSES": ["LABEL_0", "LABEL_1", "LABEL_2"], "PALETTE": None}
+    unused = {
+        key: tuple(tensor.shape)
+        for key, tensor in content["state_dict"].items()
+        if "conv_seg" in key and not tensor.any()
+    }
+    # The reference's configurations give the head 128 channels, whatever the variant.
+    assert unused == {
+        "decode_head.conv_seg.weight": (3, 128, 1, 1),
+        "decode_head.conv_seg.bias": (3,),
+    }
+    assert "is zero in the file" in remarks[0]
+    assert read_weights(tmp_path / "w.pth").task == {}  # placeholders are no names
 
 
 @pytest.mark.slow

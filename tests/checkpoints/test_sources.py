@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from segformer_pl.checkpoints import load_weights, read_weights
 from segformer_pl.errors import UserError
@@ -81,12 +81,30 @@ def load_from_hub(tmp_path, endpoint, *names):
     return done.stdout.splitlines()
 
 
+def whole(tensors):
+    return {"model.safetensors": save(tensors)}
+
+
+def shards(tensors):
+    names = [f"model-{n:05d}-of-00002.safetensors" for n in (1, 2)]
+    place = {key: names[n % 2] for n, key in enumerate(tensors)}
+    files = {
+        name: save({key: tensor for key, tensor in tensors.items() if place[key] == name})
+        for name in names
+    }
+    index = json.dumps({"weight_map": place}).encode()
+    return files | {"model.safetensors.index.json": index}
+
+
+def variant(tensors):
+    return {"model.fp16.safetensors": save({key: t.half() for key, t in tensors.items()})}
+
+
 @pytest.fixture
-def hub(tmp_path):
+def hub(request):
     """URL of a hub with one repository at one commit."""
     state = {name: tensor.contiguous() for name, tensor in mit_b0().state_dict().items()}
-    save_file(state, tmp_path / "weights")
-    files = {"config.json": b"{}", "model.safetensors": (tmp_path / "weights").read_bytes()}
+    files = {"config.json": b"{}"} | getattr(request, "param", whole)(state)
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):  # http.server calls methods by these names
@@ -146,6 +164,15 @@ def test_hub_names_are_pinned(hub, tmp_path):
     assert f"set from '{pinned}'" in lines[0]
     assert f"refused: the hub cannot be reached for '{missing}'" in lines[1]
     assert "give a local file or folder" in lines[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hub", [shards, variant], indirect=True)
+def test_hub_repositories_of_shards_and_variants(hub, tmp_path):
+    pinned = f"owner/mit@{COMMIT}"
+    for endpoint in (hub, "http://127.0.0.1:9"):  # then from the cache
+        (line,) = load_from_hub(tmp_path, endpoint, pinned)
+        assert f"set from '{pinned}': segformer_pl encoder" in line
 
 
 def test_a_state_dict_in_memory_is_a_source():

@@ -24,7 +24,7 @@ LIGHTNING = "lightning.pytorch"
 
 # Option -> message, of values that the parser refuses
 PARSED = {
-    "--model.lrr=1": "there is no option --model.lrr=1; did you mean --model.lr?",
+    "--model.lrr=1": "there is no option --model.lrr=1 (did you mean --model.lr?)",
     "--model.lr=abc": "model.lr is abc, which is not accepted; give a number (",
     "--model.optimizer=adam": "model.optimizer is adam, which is not accepted; give adamw or sgd (",
     "--data.batch_size=two": "data.batch_size is two, which is not accepted; give a whole ",
@@ -43,7 +43,7 @@ PARSED = {
     f"--trainer.callbacks={LIGHTNING}.callbacks.EarlyStopping": (
         f"trainer.callbacks: {LIGHTNING}.callbacks.EarlyStopping: the following arguments are requ"
     ),
-    "--model.network=SegFormerB9": "model.network is SegFormerB9, which is not accepted; give the ",
+    "--model.network=NotThere": "model.network is NotThere, which is not accepted; give the ",
     "--model.network=segformer_pl.models.segformer_b9": (
         "model.network: segformer_pl.models.segformer_b9: module 'segformer_pl.models' has no attri"
     ),
@@ -137,7 +137,7 @@ def test_a_command_without_a_network(capsys, command, fail):
     error = fail(capsys, [command, "--data.dataset", "camvid"])
     assert error.startswith(
         "error: model.network is not given; give the import path of a Segmenter, such as "
-        "--model.network=segformer_pl.models.segformer_b0 ("
+        "--model.network=segformer_b0 ("
     )
 
 

@@ -16,6 +16,7 @@ from segformer_pl.commands import predict
 from segformer_pl.commands.options.predict import parse
 from segformer_pl.commands.predict import changed_protocol, find_images
 from segformer_pl.data import shapes
+from segformer_pl.data.class_colors import distinct_colors
 from segformer_pl.inference import Inference, Predictor, predictor
 from tests.tiny_network import TINY_OPTION
 
@@ -51,8 +52,9 @@ def checkpoint(tmp_path_factory):
 def run(checkpoint, tmp_path, capsys):
     """Function (input, options) -> exit status, stdout, stderr of the command."""
 
-    def call(images, *options):
-        arguments = [f"--ckpt={checkpoint}", f"--input={images}", f"--output={tmp_path / 'out'}"]
+    def call(images, *options, ckpt=True):
+        arguments = [f"--input={images}", f"--output={tmp_path / 'out'}"]
+        arguments += [f"--ckpt={checkpoint}"] if ckpt else []
         capsys.readouterr()
         try:
             predict.run(parse([*arguments, "--device=cpu", *options]))
@@ -217,6 +219,46 @@ def test_the_protocol_is_that_of_the_run_unless_changed(run, images, tmp_path, m
     assert [list(plan.scales) for plan in used] == [[1.0], [0.75, 1.0]]
 
 
+def test_weights_of_any_source_predict(run, checkpoint, images, tmp_path):
+    """A folder states names, size and normalisation, and colours are made up for it."""
+    from segformer_pl.checkpoints import export_weights, read_weights
+
+    Image.fromarray(make_image()).save(images / "a.png")
+    assert run(images)[0] == 0
+    expected = mask(tmp_path / "out", "a")
+    network = Predictor.load(checkpoint).network
+    task = {"class_names": ["sky", "road", "car", "tree", "lake", "sea"]}
+    own_size = {"do_resize": True, "size": {"height": 48, "width": 64}}
+    export_weights(network, tmp_path / "w", "huggingface", task, own_size)
+    facts = read_weights(checkpoint).task
+    content = {"state_dict": network.state_dict(), "hyper_parameters": facts}
+    content["ema_state_dict"] = network.state_dict()
+    torch.save(content, tmp_path / "w.pth")
+    for given in ([tmp_path / "w"], [tmp_path / "w.pth", "--state=ema_state_dict"], [checkpoint]):
+        source, *options = given
+        code, _, reported = run(images, f"--weights={source}", *options, ckpt=False)
+        assert code == 0, reported
+        assert np.array_equal(mask(tmp_path / "out", "a"), expected)
+    run(images, f"--weights={tmp_path / 'w'}", ckpt=False)
+    palette = Image.open(tmp_path / "out" / "masks" / "a.png").getpalette()
+    assert tuple(palette[:18]) == sum(distinct_colors(6), ())
+
+
+def test_weights_that_cannot_be_read_are_one_sentence(run, images, tmp_path):
+    Image.fromarray(make_image()).save(images / "a.png")
+    state = {"a.weight": torch.ones(1)}
+    torch.save({"model": state, "model_ema": state}, tmp_path / "w.pth")
+    code, _, reported = run(images, f"--weights={tmp_path / 'w.pth'}", ckpt=False)
+    assert code == 2
+    assert "holds the state dicts model, model_ema; choose one" in reported
+    code, _, reported = run(images, f"--weights={tmp_path / 'none.pth'}", ckpt=False)
+    assert code == 2
+    assert f"there is no file or folder '{tmp_path / 'none.pth'}'; give weights" in reported
+    code, _, reported = run(images, ckpt=False)
+    assert code == 2
+    assert "give one of --ckpt and --weights: the network that predicts" in reported
+
+
 def test_the_checkpoint_is_read_once(run, checkpoint, images, reads_of):
     Image.fromarray(make_image()).save(images / "a.png")
     with reads_of(checkpoint) as reads:
@@ -228,6 +270,9 @@ def test_changes_keep_the_rest_of_the_protocol():
     protocol = Inference(window=(64, 64), stride=(48, 48), window_weights="hann", scales=(0.5, 1))
     changed = changed_protocol(protocol, {"flip": True})
     assert vars(changed) == vars(protocol) | {"flip": True}
+    # Of two sizes that exclude each other, the given one replaces the other.
+    sized = changed_protocol(Inference(image_size=(8, 9)), {"base_size": (64, 32)})
+    assert sized == Inference(base_size=(64, 32))
     # Stride and weights of the old window do not apply to another window.
     assert vars(changed_protocol(protocol, {"window": None})) == vars(Inference(scales=(0.5, 1)))
 
@@ -253,6 +298,8 @@ def test_a_second_call_overwrites_its_files_and_does_not_read_them(run, images, 
         (["--inference.stride=[8,8]"], "stride"),
         (["--inference.scales=[-1]"], "inference.scales"),
         (["--device=tpu"], "device"),
+        (["--weights=w.pth"], "give one of --ckpt and --weights: the network that predicts"),
+        (["--state=ema"], "--state is for --weights, as a run's checkpoint holds one network"),
         (["--tta=true"], "tta"),
     ],
 )

@@ -158,22 +158,33 @@ def test_shards_next_to_image_files_are_an_error_unless_they_name_them(
 
 
 @pytest.mark.parametrize("name", ["val-00000-of-00001.parquet", "data/val.parquet"])
-def test_a_split_under_another_usual_name_is_suggested(tmp_path, name, ids_of, write_named_shards):
+def test_a_split_under_another_usual_name_is_read(tmp_path, name, ids_of, write_named_shards):
     folder = write_named_shards(tmp_path / "set", "train-00000-of-00001.parquet", name)
+    assert ids_of(folder, "validation") == [name]
+
+
+@pytest.mark.parametrize("others", [["val", "dev"], ["eval"]])
+def test_a_split_whose_name_is_ambiguous_is_suggested(tmp_path, others, ids_of, write_named_shards):
+    folder = write_named_shards(tmp_path / "set", *(f"{name}.parquet" for name in others))
+    split = "test" if others == ["eval"] else "validation"
     message = (
-        f"no split 'validation' in '.*', but there is '{name.rpartition('/')[2]}'; if that is the "
-        "validation split, write `splits: {validation: val}` in"
+        rf"no split '{split}' in '.*', but there is '\w+.parquet'; if that is the {split} split, "
+        rf"write `splits: {{{split}: \w+}}` in"
     )
     with pytest.raises(UserError, match=message):
-        ids_of(folder, "validation")
+        ids_of(folder, split)
 
 
-def test_an_image_folder_with_another_usual_split_name_is_suggested(make_image_folder, ids_of):
+def test_an_image_folder_with_another_usual_split_name_is_read(make_image_folder, ids_of):
     folder = make_image_folder({"a.png": 1})
     for kind in ("images", "labels"):
         (folder / kind / "train").rename(folder / kind / "training")
-    with pytest.raises(UserError, match=r"there is 'images/training'; .*{train: training}"):
-        ids_of(folder)
+    assert ids_of(folder) == ["a"]
+    # The exact name comes first.
+    for kind in ("images", "labels"):
+        (folder / kind / "train").mkdir()
+        (folder / kind / "training" / "a.png").rename(folder / kind / "train" / "b.png")
+    assert ids_of(folder) == ["b"]
 
 
 def test_splits_that_datasets_would_merge_are_an_error(tmp_path, row, ids_of):

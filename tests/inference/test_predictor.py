@@ -59,6 +59,9 @@ def test_every_type_of_image_gives_the_same_mask(network, pixels, tmp_path):
         tmp_path / "turned.png",
         Image.open(tmp_path / "turned.png"),
         pixels[:, ::-1][:, ::-1],  # not contiguous in memory
+        torch.from_numpy(pixels).permute(2, 0, 1),
+        torch.from_numpy(pixels).permute(2, 0, 1) / 255,
+        torch.from_numpy(pixels).permute(2, 0, 1).double() / 255,
     ):
         assert np.array_equal(predictor(same), mask)
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].repeat(2, 1, 1, 1) / 255
@@ -76,7 +79,12 @@ def test_every_type_of_image_gives_the_same_mask(network, pixels, tmp_path):
     [
         (np.zeros((4, 4, 3), np.float32), r"cannot be a float32 array of shape \(4, 4, 3\)"),
         (np.zeros((4, 4), np.uint8), r"cannot be a uint8 array of shape \(4, 4\)"),
-        (torch.zeros(1, 3, 4, 4), "cannot be a Tensor; give a file, a Pillow image, or an arr"),
+        (torch.zeros(1, 3, 4, 4), r"cannot be a float32 tensor of shape \(1, 3, 4, 4\); give one"),
+        (torch.zeros(4, 4, 4), r"cannot be a float32 tensor of shape \(4, 4, 4\)"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), r"cannot be a int64 tensor of shape"),
+        (torch.full((3, 4, 4), 255.0), "values from 255 to 255; give a tensor in 0 to 1"),
+        (torch.full((3, 4, 4), torch.nan), "values from nan to nan; give a tensor in 0 to 1"),
+        (["a.png"], "cannot be a list; give a file, a Pillow image, an array"),
         (Image.new("F", (4, 4)), "an image of mode F holds numbers without a known range"),
         ("nowhere.png", "nowhere.png: it cannot be read"),
     ],
@@ -85,6 +93,16 @@ def test_every_type_of_image_gives_the_same_mask(network, pixels, tmp_path):
 def test_other_objects_are_refused(network, image, sentence):
     with pytest.raises(UserError, match=sentence):
         Predictor(network, NAMES)(image)
+
+
+def test_an_image_size_ignores_the_aspect_ratio(network, pixels):
+    predictor = Predictor(network, NAMES, protocol=Inference(image_size=(64, 32), scales=(1.0, 2)))
+    sizes = []
+    network.register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape[2:]))
+    assert predictor(pixels).shape == pixels.shape[:2]
+    assert set(sizes) == {(64, 32), (128, 64)}
+    with pytest.raises(UserError, match=r"base_size .* and image_size .* exclude each other"):
+        Inference(base_size=(64, 32), image_size=(64, 32))
 
 
 def test_the_protocol_is_applied(network, pixels):
@@ -210,6 +228,47 @@ def test_a_source_that_contradicts_itself_is_refused(network, tmp_path, changes,
     with pytest.raises(UserError, match=sentence) as error:
         Predictor.load(tmp_path / "w.ckpt")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "protocol"),
+    [
+        ({"size": {"height": 64, "width": 32}}, Inference(image_size=[64, 32])),
+        ({"size": 64}, Inference(image_size=[64, 64])),
+        ({"size": {"shortest_edge": 64, "longest_edge": 99}}, Inference(base_size=[99, 64])),
+        ({"size": {"height": 64, "width": 32}, "do_resize": False}, Inference()),
+        ({"size": {"shortest_edge": 64}}, Inference()),
+        ({}, Inference()),
+    ],
+)
+def test_the_size_that_a_folder_states_is_used(network, tmp_path, stated, protocol):
+    export_weights(network, tmp_path / "w", "huggingface", FACTS, {"do_normalize": True} | stated)
+    assert Predictor.load(tmp_path / "w").protocol == protocol
+
+
+def test_weights_of_16_bits_predict(network, pixels, tmp_path):
+    torch.save(
+        {
+            "state_dict": network.half().state_dict(),
+            "hyper_parameters": FACTS | {"network": network.spec()},
+        },
+        tmp_path / "w.ckpt",
+    )
+    predictor = Predictor.load(tmp_path / "w.ckpt")
+    assert next(predictor.network.parameters()).dtype == torch.float32
+    assert predictor(pixels).shape == pixels.shape[:2]
+
+
+def test_a_copy_of_the_weights_is_chosen(network, pixels, tmp_path):
+    average = {
+        key: t * 2 if t.is_floating_point() else t for key, t in network.state_dict().items()
+    }
+    content = {"state_dict": network.state_dict(), "ema_state_dict": average}
+    content["hyper_parameters"] = FACTS | {"network": network.spec()}
+    torch.save(content, tmp_path / "w.ckpt")
+    predictor = Predictor.load(tmp_path / "w.ckpt", state="ema_state_dict")
+    own, expected = predictor.network.state_dict(), average
+    assert all(torch.equal(own[key], expected[key]) for key in own)
 
 
 def test_an_encoder_is_refused(tmp_path):

@@ -5,8 +5,11 @@ import re
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from segformer_pl.models import AllMLPHead, mit_b2
+from segformer_pl.models import AllMLPHead, SegFormer, mit_b2
+from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.segformer import segformer_b2
 
 CHANNELS = (3, 5, 7, 9)
@@ -169,3 +172,37 @@ def test_order_of_in_indices_does_not_matter(randomize):
 def test_impossible_in_indices_are_refused(in_indices, texts):
     with pytest.raises(ValueError, match=".*".join(map(re.escape, texts))):
         AllMLPHead(CHANNELS, 4, 6, in_indices)
+
+
+def small_segformer():
+    encoder = MixTransformer((4, 8, 8, 16), (1, 1, 1, 1), (1, 2, 2, 4))
+    return SegFormer(encoder, 3, decoder_dim=8).eval()
+
+
+def test_no_product_has_a_vector():
+    """Counters of FLOPs such as fvcore read the shapes of two matrices."""
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(str(op))
+            return op(*args, **kwargs or {})
+
+    with Record(), torch.no_grad():
+        small_segformer()(torch.zeros(1, 3, 64, 64))
+    assert "aten.mm.default" in called
+    assert not {"aten.mv.default", "aten.addmv.default", "aten.dot.default"} & set(called)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fvcore_counts_the_network():
+    analysis = pytest.importorskip("fvcore.nn", reason="not a dependency")
+    network, images = small_segformer(), torch.zeros(1, 3, 64, 64)
+    counted = analysis.FlopCountAnalysis(network, images).by_operator()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(images)
+    ours = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in ours.items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm"))
+    # fvcore counts a multiplication and an addition as one.
+    assert 2 * counted["conv"] == sum(n for op, n in ours.items() if "convolution" in str(op))
+    assert 2 * (counted["linear"] + counted["matmul"]) == products

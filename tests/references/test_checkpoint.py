@@ -1,10 +1,9 @@
-"""A checkpoint written by mmengine's Runner is refused; its state dict can be loaded."""
+"""A checkpoint written by mmengine's Runner is loaded, although it holds more than tensors."""
 
 import pytest
 import torch
 
-from segformer_pl.checkpoints import load_weights, read_weights
-from segformer_pl.errors import UserError
+from segformer_pl.checkpoints import load_weights
 from segformer_pl.models.mit import mit_b0
 
 
@@ -41,23 +40,13 @@ def runner_checkpoint(mmseg, tmp_path_factory):
     return runner.model.backbone, folder / "iter_2.pth"
 
 
-def test_a_runner_checkpoint_is_refused_in_one_sentence(runner_checkpoint):
-    _, file = runner_checkpoint
-    with pytest.raises(UserError, match=r"holds code \(mmengine\.\S+HistoryBuffer\)") as error:
-        read_weights(file)
-    assert "\n" not in str(error.value)
-    assert str(error.value).endswith("torch.save(model.state_dict(), FILE)")
-
-
 @torch.no_grad()
-def test_the_state_dict_of_a_runner_checkpoint_is_loaded(runner_checkpoint, tmp_path):
-    """Following the advice of the error message gives the trained network."""
+def test_a_runner_checkpoint_is_loaded(runner_checkpoint):
     backbone, file = runner_checkpoint
-    content = torch.load(file, weights_only=False)
-    assert {"meta", "state_dict", "message_hub", "optimizer"} <= content.keys()
-    torch.save(content["state_dict"], tmp_path / "tensors.pth")
+    with pytest.raises(Exception, match="HistoryBuffer"):  # which torch alone refuses
+        torch.load(file, weights_only=True)
     encoder = mit_b0().eval()
-    load_weights(encoder, tmp_path / "tensors.pth")
+    load_weights(encoder, file)
     images = torch.randn(1, 3, 65, 97)
     for ours, theirs in zip(encoder(images), backbone.eval()(images), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

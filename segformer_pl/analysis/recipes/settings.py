@@ -131,6 +131,7 @@ def training(
     unclipped = (0,) if gradient_clip is None else ()
     return (
         Setting("model.schedule", "paper", schedule_source),
+        Setting("model.freeze", None, schedule_source),
         Setting("model.image_mean", list(IMAGENET_MEAN), data_source),
         Setting("model.image_std", list(IMAGENET_STD), data_source),
         Setting("data.scale_range", list(scale_range), data_source),
@@ -201,6 +202,7 @@ class DatasetRecipe:
         yield Setting("data.base_size", [*self.base], self.source, same=own)
         test_base = [*self.base] if self.resizes_test_images else None
         yield Setting(PROTOCOL + "base_size", test_base, self.source, same=own)
+        yield Setting(PROTOCOL + "image_size", None, self.source)
         yield Setting(PROTOCOL + "resize_to", self.resize_to, self.source)
         for key, side in {"window": self.window, "stride": self.stride}.items():
             yield Setting(PROTOCOL + key, side and [side] * 2, self.source)

@@ -3,6 +3,7 @@
 from jsonargparse import Namespace
 
 from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.options.weights import add_state_option
 
 # Those of segformer_pl.checkpoints.conversion, which needs torch (checked by a test).
 LAYOUTS = ("huggingface", "nvlabs", "smp", "native")
@@ -35,4 +36,5 @@ def parse(arguments: list[str]) -> Namespace:
         "NVlabs/SegFormer (SegFormer, MiT), segmentation_models_pytorch (SegFormer), or this "
         "package (native, every network)",
     )
+    add_state_option(parser)
     return parser.parse_args(arguments)

@@ -13,9 +13,10 @@ lines and with Python's names of the types::
 
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from segformer_pl.errors import did_you_mean
 
 WORDS = {
     "bool": "true or false",
@@ -60,8 +61,7 @@ def readable(message: str, types: Mapping[str, Any], examples: Mapping[str, str]
     """
     unknown = re.fullmatch(r"unrecognized arguments: (--([\w.]+).*)", message, re.IGNORECASE)
     if unknown:
-        close = get_close_matches(unknown[2], types, n=1)
-        hint = f"; did you mean --{close[0]}?" if close else ""
+        hint = did_you_mean(f"--{unknown[2]}", [f"--{name}" for name in types])
         return f"there is no option {unknown[1]}{hint}"
     return _explain("", message, types, examples)
 

@@ -4,6 +4,7 @@ from jsonargparse import Namespace
 
 from segformer_pl.commands.options.device import add_device_option
 from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.options.weights import add_state_option
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.inference.protocol import Inference
 
@@ -12,9 +13,10 @@ def predict_parser() -> SegformerArgumentParser:
     """Return the parser of ``predict``."""
     parser = SegformerArgumentParser(
         prog=f"{PROG} predict",
-        description="Segment images with the network of a run. For every image, two files are "
-        "written: masks/NAME.png holds the train id of every pixel at the image's own size, with "
-        "the palette of the data set (with more than 256 classes: 16-bit grey, no palette); "
+        description="Segment images with the network of a run, or with other weights; give exactly "
+        "one of --ckpt and --weights. For every image, two files are written: masks/NAME.png holds "
+        "the train id of every pixel at the image's own size, with the palette of the data set "
+        "(with more than 256 classes: 16-bit grey, no palette); "
         "overlays/NAME.png shows the prediction over the image, small images enlarged. NAME is "
         "the image's path relative to the input folder, or to the part of the pattern before its "
         "first wildcard, without suffix; images that differ only in the suffix keep it "
@@ -22,10 +24,18 @@ def predict_parser() -> SegformerArgumentParser:
         "16-bit images are reduced to their upper 8 bits, and of several frames the first is "
         "used. Images that cannot be read or written are reported and skipped, and the exit "
         "status is 1. Existing files are overwritten. The evaluation protocol is that of the "
-        "run's validation, except for the --inference options that are given; the defaults listed "
-        "for these options do not apply.",
+        "run's validation, or the size that preprocessor_config.json states, except for the "
+        "--inference options that are given; the defaults listed for these options do not apply.",
     )
-    parser.add_argument("--ckpt", required=True, help="checkpoint of a run of `fit`")
+    parser.add_argument("--ckpt", help="checkpoint of a run of `fit`")
+    parser.add_argument(
+        "--weights",
+        help="weights of a whole network in any layout that `convert` reads: a file, a folder, or "
+        "a hub name owner/name@commit. Normalisation, class names, colours and size of the images "
+        "are those that it states; otherwise ImageNet's, `class 0` and so on, distinct colours, "
+        "and the image's own size",
+    )
+    add_state_option(parser)
     parser.add_argument(
         "--input",
         required=True,
