@@ -93,7 +93,7 @@ def test_refusals(measured, tmp_path):
 
 
 PIXELS = """(() => {
-  const canvas = document.querySelectorAll('.panel canvas')[INDEX];
+  const canvas = document.querySelectorAll('.panel canvas:not(.inset)')[INDEX];
   const drawn = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
   return Array.from(drawn.data);
 })()"""
@@ -112,6 +112,11 @@ class Page:
     @property
     def radii(self):
         script = "Array.from(document.querySelectorAll('.panel .radius'), p => p.textContent)"
+        return self.browser.run(script)
+
+    @property
+    def insets(self):
+        script = "Array.from(document.querySelectorAll('.panel .inset'), c => c.offsetWidth > 0)"
         return self.browser.run(script)
 
     def pixels(self, index):
@@ -149,6 +154,9 @@ def test_another_unit_has_another_field_and_other_numbers(browser, page, shown):
         pixel = f"row {data['rows'][index // 4]}, column {data['columns'][index % 4]} "
         assert pixel in shown.place
         assert shown.radii == radius_texts(data, index)
+        # Narrow fields are enlarged.
+        radii = [layer["radius"][index] for net in data["networks"] for layer in net["layers"]]
+        assert shown.insets == [radius < 66 / 24 for radius in radii]
         head = data["networks"][1]["layers"][4]
         values = np.frombuffer(zlib.decompress(base64.b64decode(head["values"])), np.uint8)
         values = values.reshape(12, -1)[index]
