@@ -66,6 +66,11 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``"1 error"``, ``"2 errors"``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the question whether the most similar known name was meant; empty if none is."""
     similar = difflib.get_close_matches(name, known, n=1, cutoff=0.7)

@@ -5,9 +5,11 @@ Other modules use private names of Lightning only in subclasses of its classes: 
 first.
 """
 
+import logging
 import signal
 import subprocess
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,24 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+# Beginnings of messages of Lightning that tell a user of this package nothing: an advertisement, a
+# device that was not asked for, the reason of every regular end.
+NOISE = ("💡 Tip:", "TPU available: False", "`Trainer.fit` stopped: `max_steps=")
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NOISE)
+
+
+def silence_noise() -> None:
+    """Leave out messages and warnings of Lightning that a user can do nothing about."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_noise)
+    # Lightning 2.6 uses names that torch 2.15 has deprecated.
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", module="lightning")
+    # That of a resumed run is never empty, and that of an evaluation is another one.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
 
 
 class SettingsWinCLI(LightningCLI):

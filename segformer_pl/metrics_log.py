@@ -57,11 +57,8 @@ def log_metrics(
             )
         # A training goes on: DivergenceWatch stops it once its weights are not finite.
         rank_zero_warn(message)
-    task.log_dict(
-        {f"{split}/{key}": value.float() for key, value in values.items()},
-        prog_bar=True,
-        sync_dist=True,
-    )
+    for key, value in values.items():
+        task.log(f"{split}/{key}", value.float(), prog_bar=key == "miou", sync_dist=True)
     task.log_dict(
         {f"{split}/iou/{name}": value.float() for name, value in zip(class_names, iou)},
         sync_dist=True,

@@ -182,7 +182,7 @@ class SegmentationTask(pl.LightningModule):
             raise UserError(
                 f"the network takes {network.in_channels} channels, but model.image_mean has "
                 f"{len(image_mean)} values and model.image_std {len(image_std)}; give one of each "
-                "for every channel"
+                "for every channel, or for RGB images leave the network's in_channels out"
             )
         if match_classes != "exact" and weights is None:
             raise UserError(

@@ -16,11 +16,16 @@ import pytest
 import torch
 
 
+def pytest_configure():
+    # On tensors this small, threads cost more time than they save. Fixtures of modules compute
+    # before those of tests, and results depend on the number of threads.
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
-    # On tensors this small, threads cost more time than they save.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # an earlier test may have changed it
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,7 @@ import pickle
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from segformer_pl.errors import UserError, find_user_error
+from segformer_pl.errors import UserError, counted, find_user_error
 
 MESSAGE = "sample 'x: y': the label is 8x8 but the image is 8x12; store them at one size"
 
@@ -48,3 +48,8 @@ def test_find_user_error_follows_explicit_causes_only():
     bug = KeyError("while a user error was handled")
     bug.__context__ = error
     assert find_user_error(bug) is find_user_error(None) is None
+
+
+def test_a_number_agrees_with_its_noun():
+    numbers = (0, 1, 1600)
+    assert [counted(number, "step") for number in numbers] == ["0 steps", "1 step", "1600 steps"]

@@ -69,7 +69,7 @@ def test_a_run_and_its_evaluation_by_other_commands(data, tmp_path, capsys):
     figures = ["PredictionPanel", "EffectiveReceptiveField"]
     added = [f"--trainer.callbacks+=segformer_pl.callbacks.{name}" for name in figures]
     main(["fit", *arguments, *added])
-    run_dir = tmp_path / "unnamed" / "version_0"
+    run_dir = next(tmp_path.glob("*/version_0"))
     for name in ("predictions", "worst", "erf"):
         assert (run_dir / name / "step_0000002.png").is_file(), name
     assert Run(run_dir).last_evaluation().ids == IDS

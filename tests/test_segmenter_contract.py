@@ -62,7 +62,7 @@ def run(data, tmp_path_factory):
     torch.manual_seed(0)
     runs = tmp_path_factory.mktemp("runs")
     main(["fit", *options(data, runs, model__network__width=6)])
-    return runs / "unnamed" / "version_0"
+    return next(runs.glob("*/version_0"))
 
 
 @pytest.fixture(scope="module")

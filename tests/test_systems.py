@@ -84,7 +84,7 @@ def run(request, data, tmp_path_factory):
     torch.set_num_threads(1)
     runs = tmp_path_factory.mktemp(request.param)
     main(["fit", *options(request.param, data, runs)])
-    return request.param, runs / "unnamed" / "version_0"
+    return request.param, next(runs.glob("*/version_0"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from segformer_pl.analysis.study_power import (
     minimum_detectable_difference,
     seeds_for_difference,
 )
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 
 
 def study_costs(study: Study) -> list[VariantCost] | None:
@@ -92,7 +92,8 @@ def find_spread(study: Study, folder: Path) -> tuple[Spread, str] | None:
             of_seeds, of_images = (sum(column) / len(pairs) for column in zip(*pairs))
             seeds = max(one.num_seeds for one in summary.differences)
             origin = (
-                f"{seeds} seeds of finished runs, budget {budget}, {summary.num_images:,} images"
+                f"{counted(seeds, 'seed')} of finished runs, budget {budget}, "
+                f"{summary.num_images:,} images"
             )
             return Spread(math.sqrt(of_seeds), math.sqrt(of_images)), origin
     return None if study.spread is None else (study.spread, "stated in the study")
@@ -131,7 +132,7 @@ def resolution(study: Study, found: tuple[Spread, str] | None) -> list[str]:
     advice = (
         "no number of seeds would, because the images alone leave more than that"
         if needed is None
-        else f"{needed} seeds would"
+        else f"{counted(needed, 'seed')} would"
     )
     return [*lines, f"this study CANNOT resolve a difference of 1 point; {advice}"]
 

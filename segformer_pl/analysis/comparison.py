@@ -23,7 +23,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from segformer_pl.analysis.evaluation import Evaluation
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.metrics import INTERSECTION, TARGET, class_union, mean_present, ratio
 
 NUM_RESAMPLES = 10_000
@@ -265,7 +265,7 @@ def matched(a: Evaluation, b: Evaluation, names: tuple[str, str] = ("A", "B")) -
             if images
         ]
         raise UserError(
-            f"{names[0]} and {names[1]} hold {common} images in common, but "
+            f"{names[0]} and {names[1]} hold {counted(common, 'image')} in common, but "
             f"{', and '.join(absent)}; validate both on the same images"
         )
     rows = [row_of[image] for image in a.ids]

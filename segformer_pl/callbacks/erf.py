@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from segformer_pl.analysis.erf import ERF, NoFieldError, effective_receptive_field, merge
 from segformer_pl.analysis.erf.plots import plot_erf
 from segformer_pl.callbacks.figures import publish
+from segformer_pl.errors import counted
 
 
 class EffectiveReceptiveField(pl.Callback):
@@ -96,7 +97,7 @@ class EffectiveReceptiveField(pl.Callback):
             )
         if trainer.is_global_zero:
             height, width = erf.settings["image_size"]
-            images = f"{erf.num_images} validation images of {height}x{width} pixels"
+            images = f"{counted(erf.num_images, 'validation image')} of {height}x{width} pixels"
             title = f"mean over {images}, step {step}"
             publish(trainer, lambda: plot_erf(erf, title), "erf", step)
 

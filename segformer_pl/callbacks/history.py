@@ -346,20 +346,6 @@ def _in_folder(state: dict[str, Any], folder: str) -> dict[str, Any]:
     }
 
 
-def continue_wandb(loggers: Any, run: Run) -> None:
-    """Give a WandbLogger without an id that of a run's, in settings of ``trainer.logger``.
-
-    Args:
-        loggers: Settings of a logger or of several, changed in place.
-        run: The run that is continued.
-    """
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        if hasattr(logger, "get") and logger.get("class_path", "").endswith(".WandbLogger"):
-            arguments = logger["init_args"]
-            if not arguments.get("id") and not arguments.get("version"):
-                arguments["id"] = run.wandb_id
-
-
 def keep_history(loggers: Any, run_dir: Path | None) -> Any:
     """Replace the CSVLogger in a value of ``trainer.logger`` by a :class:`RunLogger`.
 

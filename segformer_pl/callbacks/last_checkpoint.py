@@ -16,6 +16,17 @@ from segformer_pl.errors import UserError
 from segformer_pl.lightning_workarounds import is_accumulating, run_missed_validation
 
 
+def best_checkpoint(folder: Path | None) -> ModelCheckpoint:
+    """Return a callback that keeps the checkpoint with the best mIoU of a validation.
+
+    Args:
+        folder: Folder of ``best.ckpt``. Default: ``checkpoints`` in the run folder.
+    """
+    return ModelCheckpoint(
+        folder, filename="best", monitor="val/miou", mode="max", enable_version_counter=False
+    )
+
+
 class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` every few steps and at the end of the training.
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from segformer_pl.checkpoints.inert import plain_data
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 
 _ZIP = b"PK\x03\x04"
 
@@ -190,5 +190,5 @@ def describe_non_finite(counts: Mapping[str, int]) -> str:
     """Describe the counts of :func:`non_finite`, as part of a sentence."""
     key, num_bad = next(iter(counts.items()))
     values = "value" if num_bad == 1 else "values"
-    others = f", and in {len(counts) - 1} other tensors" if len(counts) > 1 else ""
+    others = f", and in {counted(len(counts) - 1, 'other tensor')}" if len(counts) > 1 else ""
     return f"nan or infinity in {num_bad:,} {values} of {key}{others}"

@@ -21,7 +21,7 @@ from segformer_pl.checkpoints.layouts import NATIVE, REFERENCE_EPS, TRANSFORMERS
 from segformer_pl.checkpoints.matching import Matched, match
 from segformer_pl.checkpoints.report import LoadReport, Parts, listed
 from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.models import mit
 from segformer_pl.models.mit import MixTransformer
 from segformer_pl.models.mit_arguments import default_paddings
@@ -412,10 +412,10 @@ def _check_complete(
         )
     problems = []
     if missing:
-        problems.append(f"lacks {len(missing)} tensors of the model ({listed(missing)})")
+        problems.append(f"lacks {counted(len(missing), 'tensor')} of the model ({listed(missing)})")
     if unexpected:
         problems.append(
-            f"holds {len(unexpected)} tensors that the model has no place for "
+            f"holds {counted(len(unexpected), 'tensor')} that the model has no place for "
             f"({listed(unexpected)})"
         )
     if problems:

@@ -39,7 +39,7 @@ from segformer_pl.checkpoints.maskformer_layout import (
 )
 from segformer_pl.checkpoints.report import Parts, listed
 from segformer_pl.checkpoints.sources import Weights
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.models.segmenter import Encoder
 
 OWN_KEYS = "keys of the model"
@@ -286,7 +286,8 @@ def _renamed(tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
 def _no_tensor(weights: Weights, model: Any, own: Mapping[str, Tensor]) -> UserError:
     return UserError(
         f"{weights.name} holds no tensor of a {type(model).__name__} ({listed(list(own))}): it "
-        f"holds {len(weights.tensors)} tensors, such as {listed(list(weights.tensors))}; give "
+        f"holds {counted(len(weights.tensors), 'tensor')}, such as "
+        f"{listed(list(weights.tensors))}; give "
         "weights that were trained in this network"
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 
 Parts = Literal["all", "encoder"]
 
@@ -77,7 +77,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         what = "the encoder" if self.parts == "encoder" else "the model"
-        lines = [f"{self.num_tensors} tensors of {what} set from {self.source}: {self.layout}"]
+        lines = [
+            f"{counted(self.num_tensors, 'tensor')} of {what} set from {self.source}: {self.layout}"
+        ]
         if self.constants:
             values = ", ".join(f"{name} {value:g}" for name, value in self.constants.items())
             lines.append(f"{values}: {self.constants_reason}")

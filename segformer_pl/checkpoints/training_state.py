@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from segformer_pl.checkpoints.files import check_usable, describe_non_finite, non_finite, wrong_kind
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 
 # Lightning's weight averaging stores the average as "state_dict" and the trained weights beside it.
 STATE_DICTS = ("state_dict", "current_model_state")
@@ -133,8 +133,23 @@ def check_tensors(
 
 def _some(keys: list[str]) -> str:
     """Name the first key and count the others."""
-    rest = f" and {len(keys) - 1} other tensors" if len(keys) > 1 else ""
+    rest = f" and {counted(len(keys) - 1, 'other tensor')}" if len(keys) > 1 else ""
     return f"{keys[0]}{rest}"
+
+
+def check_resumable(checkpoint: Mapping[str, Any], name: str) -> None:
+    """Check that a checkpoint holds more than weights.
+
+    Args:
+        checkpoint: Content of the checkpoint, after :func:`check_content`.
+        name: Name of the checkpoint, for messages.
+
+    Raises:
+        UserError: The state of the optimiser, the schedule or the trainer's counters are missing.
+    """
+    for key in ("optimizer_states", "lr_schedulers", "loops"):
+        if key not in checkpoint:
+            raise UserError(f"{name} has no {key!r}, so training cannot resume from it; {REMEDY}")
 
 
 def check_training_state(
@@ -154,9 +169,7 @@ def check_training_state(
     Raises:
         UserError: An entry is missing, does not fit, or counts another number of steps.
     """
-    for key in ("optimizer_states", "lr_schedulers", "loops"):
-        if key not in checkpoint:
-            raise UserError(f"{name} has no {key!r}, so training cannot resume from it; {REMEDY}")
+    check_resumable(checkpoint, name)
     step = _check_counters(checkpoint, name)
     try:
         (stored,) = checkpoint["optimizer_states"]
@@ -187,7 +200,8 @@ def check_training_state(
         )
     if last_epoch != step:
         raise UserError(
-            f"{name} was written after {step} steps, but its schedule is at step {last_epoch}; "
+            f"{name} was written after {counted(step, 'step')}, but its schedule is at step "
+            f"{last_epoch}; "
             f"{REMEDY}"
         )
     for path, value in _leaves(rates, "the schedule's _last_lr"):
@@ -277,7 +291,8 @@ def _check_moments(
             # some, and a second fit starts from 0.
             if not (step.item() <= num_steps and float(step).is_integer()):
                 raise UserError(
-                    f"{name} was written after {num_steps} steps, but its optimiser counted "
+                    f"{name} was written after {counted(num_steps, 'step')}, but its optimiser "
+                    "counted "
                     f"{step.item():.12g} for parameter {key}; {REMEDY}"
                 )
     if counts := non_finite(flat):

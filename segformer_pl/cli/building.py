@@ -12,7 +12,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Trainer
 
 from segformer_pl.cli.exits import explain
-from segformer_pl.cli.training import check_trainer, parse_files, parser, plain_settings
+from segformer_pl.cli.trainer_settings import check_trainer
+from segformer_pl.cli.training import parse_files, parser, plain_settings
 from segformer_pl.errors import UserError
 from segformer_pl.models.forward_check import class_maps_of
 

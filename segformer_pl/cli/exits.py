@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from segformer_pl.atomic import WriteError
+from segformer_pl.cli.foreign_errors import explain_foreign
 from segformer_pl.errors import INTERRUPTED, Interrupted, LostRank, find_user_error
 from segformer_pl.worker_errors import explain_worker_failure
 
@@ -75,25 +76,7 @@ def explain(error: Exception) -> str | None:
         return sentence
     if (sentence := explain_worker_failure(error)) is not None:
         return sentence
-    # An error of Lightning's comes from a command that has imported it.
-    return _explain_lightning(error) if "lightning" in sys.modules else None
-
-
-def _explain_lightning(error: Exception) -> str | None:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from segformer_pl.lightning_workarounds import came_from_restoring
-
-    if isinstance(error, MisconfigurationException):  # Lightning's class of user errors
-        return str(error)
-    if came_from_restoring(error):
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        return (
-            f"the checkpoint cannot be restored ({reason[:200]}); give another, or "
-            "start a new run from its weights with --model.weights"
-        )
-    return None
+    return explain_foreign(error)
 
 
 def _explain_file(error: OSError) -> str | None:

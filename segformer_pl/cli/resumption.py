@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from segformer_pl.checkpoints.facts import check_facts
 from segformer_pl.checkpoints.networks import function_arguments
+from segformer_pl.checkpoints.training_state import check_resumable
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.label_mapping import check_labels
@@ -33,8 +34,10 @@ def check_settings(
 
     Raises:
         UserError: Network, labels, normalisation or parameter groups of the optimiser differ from
-            those of the checkpoint.
+            those of the checkpoint, or it holds weights alone and training is to be resumed.
     """
+    if is_fit:
+        check_resumable(checkpoint, f"{option}: {ckpt_path!r}")
     current = dict(_leaves(model))
     stored = dict(_leaves(checkpoint.get("hyper_parameters", {})))
     network = "network.class_path"

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jsonargparse import Namespace
 
 from segformer_pl.analysis.run import LAST_CHECKPOINT, Run
 from segformer_pl.errors import UserError
 
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
-DEFAULT_LOGGER = {"class_path": CSV_LOGGER, "init_args": {"save_dir": "runs", "name": "unnamed"}}
+# Without a name, runs are named after their data set and network, see place_run.
+DEFAULT_LOGGER = {"class_path": CSV_LOGGER, "init_args": {"save_dir": "runs", "name": None}}
 
 
 class Continuation(NamedTuple):
@@ -24,7 +26,45 @@ class Continuation(NamedTuple):
     sentence: str
 
 
-def place_below_root(trainer: Any) -> None:
+def place_run(trainer: Any, default_name: str) -> bool:
+    """Make the first logger a CSVLogger, whose folder is the run folder, and give it a name.
+
+    Configuration, checkpoints, evaluations and report are in the run folder, whatever other loggers
+    there are. ``trainer.logger=false`` is left as it is.
+
+    Args:
+        trainer: Settings of the trainer, changed in place.
+        default_name: Name of a run whose logger has none.
+
+    Returns:
+        Whether the settings do not say where the run is, so that it has the default folder.
+
+    Raises:
+        UserError: The logger's ``save_dir`` lies outside of ``trainer.default_root_dir``.
+    """
+    logger = trainer["logger"]
+    if logger is False:
+        return False
+    loggers = logger if isinstance(logger, list) else [logger]
+    loggers = [logger for logger in loggers if not isinstance(logger, bool | None)]
+    first = [logger for logger in loggers if logger.get("class_path") == CSV_LOGGER][:1]
+    if not first:
+        save_dir = loggers[0].get("init_args", {}).get("save_dir") if loggers else None
+        first = [Namespace(class_path=CSV_LOGGER, init_args=Namespace(DEFAULT_LOGGER["init_args"]))]
+        if save_dir not in (None, "."):
+            first[0]["init_args"]["save_dir"] = str(save_dir)
+    others = [logger for logger in loggers if logger is not first[0]]
+    trainer["logger"] = [*first, *others] if others else first[0]
+    arguments = first[0]["init_args"]
+    default = {**DEFAULT_LOGGER["init_args"], "version": None}  # type: ignore[dict-item]
+    is_default = all(arguments.get(key) == value for key, value in default.items())
+    if not arguments.get("name"):
+        arguments["name"] = default_name
+    _place_below_root(trainer)
+    return is_default and trainer["default_root_dir"] is None
+
+
+def _place_below_root(trainer: Any) -> None:
     """Set the logger's ``save_dir`` to ``trainer.default_root_dir``, if that is given.
 
     A ``save_dir`` that equals the default counts as not given.
@@ -37,7 +77,7 @@ def place_below_root(trainer: Any) -> None:
     """
     root, logger = trainer["default_root_dir"], trainer["logger"]
     first = logger[0] if isinstance(logger, list) and logger else logger
-    if root is None or isinstance(first, bool | list | None):
+    if root is None:
         return
     save_dir = first.get("init_args", {}).get("save_dir")
     if save_dir == DEFAULT_LOGGER["init_args"]["save_dir"]:  # type: ignore[index]
@@ -76,7 +116,11 @@ def named_folder(name: str, logger: Any) -> Path:
 
 
 def find_continuation(
-    ckpt_path: str, step: int, logger: Any, damaged: Path | None = None
+    ckpt_path: str,
+    step: int,
+    logger: Any,
+    damaged: Path | None = None,
+    is_default: bool = False,
 ) -> Continuation:
     """Decide whether ``fit --ckpt_path`` continues the run folder of the checkpoint.
 
@@ -89,6 +133,7 @@ def find_continuation(
         step: Number of training steps in the checkpoint.
         logger: Value of ``trainer.logger`` as plain data.
         damaged: Damaged file that ``ckpt_path`` replaces.
+        is_default: Whether ``logger`` has been given no folder, see :func:`place_run`.
     """
     run = Run.of(ckpt_path)
     new = "this run gets a folder and a history of its own"
@@ -101,7 +146,7 @@ def find_continuation(
     before = (config.get("trainer") or {}).get("logger")
     first = logger[0] if isinstance(logger, list) and logger else logger
     is_csv = isinstance(first, dict) and first.get("class_path") == CSV_LOGGER
-    if not is_csv or not (logger == before or _is_default(logger) or _folder(first) == run.folder):
+    if not is_csv or not (logger == before or is_default or _folder(first) == run.folder):
         return Continuation(None, f"trainer.logger names another folder than {run.folder}: {new}")
     elsewhere = (config.get("last_checkpoint") or {}).get("dirpath")
     last = Path(elsewhere or run.checkpoint_folder).absolute() / LAST_CHECKPOINT
@@ -125,14 +170,6 @@ def refuse_used_folder(logger: Any) -> None:
             f"trainer.logger.init_args.version: {folder} already holds the history of a run; leave "
             "the version out, or resume that run with --ckpt_path"
         )
-
-
-def _is_default(logger: Any) -> bool:
-    if not isinstance(logger, dict) or logger.get("class_path") != CSV_LOGGER:
-        return False
-    arguments = logger.get("init_args") or {}
-    default: Any = DEFAULT_LOGGER["init_args"]
-    return arguments.get("version") is None and default.items() <= arguments.items()
 
 
 def _folder(logger: dict[str, Any]) -> Path | None:

@@ -1,11 +1,15 @@
 """The parser of ``fit``, ``validate``, ``test`` and ``doctor``."""
 
 import operator
-from argparse import Action
+import re
+from argparse import SUPPRESS, Action
+from collections.abc import Iterable, Mapping
 from functools import reduce, wraps
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from jsonargparse import DefaultHelpFormatter, Namespace
+from jsonargparse._actions import _ActionConfigLoad, _ActionHelpClassPath
+from jsonargparse._link_arguments import ActionLink
 from jsonargparse._typehints import NestedArg
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -13,26 +17,82 @@ from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.commands.options.parser import OneSentenceParser
 from segformer_pl.errors import UserError, did_you_mean
 
-SHOWN_SUBCLASSES = 1000  # characters of their import paths
+# Order of the groups of options in the help; those without a section come third.
+SECTIONS = ("data", "model", "", "last_checkpoint", "trainer")
+# Options of the trainer that mean nothing for a stream, or that `fit` and its like do not have.
+USELESS = (
+    "max_epochs",
+    "min_epochs",
+    "check_val_every_n_epoch",
+    "reload_dataloaders_every_n_epochs",
+    "overfit_batches",
+    "limit_predict_batches",
+    "use_distributed_sampler",
+    "barebones",
+    "model_registry",
+)
+FOOT = """
+An option that takes a class takes its import path, and --OPTION.help CLASS lists its arguments:
+  --model.network.help segformer_pl.models.segformer_b0
+The documentation of SegmentationTask, StreamingSegmentationData and Lightning's Trainer says more.
+"""
 
 
 class RunHelpFormatter(DefaultHelpFormatter):
-    """Lists the known subclasses of a type where they are few.
+    """Shows the first sentence on every option that a user can set, and its default.
 
-    A network can be any ``nn.Module``, of which torch and its libraries define thousands.
+    In full the help has 500 lines, most of them on the trainer.
     """
 
+    def add_usage(
+        self, usage: Any, actions: Iterable[Action], groups: Any, prefix: str | None = None
+    ) -> None:
+        program = self._prog.replace(" [options]", "")
+        # With an empty prefix, the text becomes the name of the program in a subcommand.
+        options = "" if prefix == "" else " [--config FILE] [--SECTION.OPTION VALUE ...]"
+        super().add_usage(program + options, actions, groups, prefix)
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section(_plain(heading or ""))
+
+    def add_argument(self, action: Action) -> None:
+        section, _, name = action.dest.partition(".")
+        hidden = isinstance(action, ActionLink | _ActionConfigLoad | _ActionHelpClassPath)
+        if not hidden and not (section == "trainer" and name in USELESS):
+            super().add_argument(action)
+
     def _get_help_string(self, action: Action) -> str:
-        text = super()._get_help_string(action)
-        before, _, names = text.partition(", known subclasses: ")
-        return text if len(names) < SHOWN_SUBCLASSES else f"{before})"
+        # Lightning repeats the default in the text.
+        sentence = re.split(r"\.\s|[.;]$|\s+Default: ", _plain(action.help or ""), maxsplit=1)[0]
+        sentence, default = sentence.replace("%", "%%"), action.default
+        if default is None or isinstance(default, Mapping | Namespace) or default == SUPPRESS:
+            return sentence
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        return f"{sentence} (default: {shown})"
+
+
+def _plain(text: str) -> str:
+    """Return a text without the markup of docstrings."""
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
 
 
 class RunArgumentParser(OneSentenceParser, LightningArgumentParser):
     """Lightning's parser with errors of one sentence and a help of readable length."""
 
+    examples: ClassVar = {"model.network": "--model.network=segformer_b0"}
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": RunHelpFormatter} | kwargs)
+
+    def format_help(self, *args: Any) -> str:
+        self._action_groups.sort(key=_position)  # type: ignore[attr-defined]
+        return super().format_help(*args) + FOOT
+
+
+def _position(group: Any) -> int:
+    sections = {a.dest.partition(".")[0] for a in group._group_actions if "." in a.dest}
+    section = min(sections, default="")
+    return SECTIONS.index(section) if section in SECTIONS else len(SECTIONS)
 
 
 def try_int_before_float(parser: LightningArgumentParser) -> None:

@@ -36,7 +36,7 @@ from segformer_pl.cli.building import resolve_and_build
 from segformer_pl.cli.study_data import check_data_is_there, check_same_data
 from segformer_pl.cli.training import resolve
 from segformer_pl.commands.options.parser import PROG
-from segformer_pl.errors import Interrupted, UserError
+from segformer_pl.errors import Interrupted, UserError, counted
 
 Report = Callable[[Study, Namespace], bool]
 
@@ -66,7 +66,8 @@ def run_study_command(name: str, report: Report, options: Namespace) -> None:
     if options.wandb_sweep is not None:
         file, *configs = write_wandb_sweep(study, Path(options.wandb_sweep), output)
         sys.stdout.write(
-            f"wrote {file} and the settings of {len(configs)} variants in {configs[0].parent}\n"
+            f"wrote {file} and the settings of {counted(len(configs), 'variant')} in "
+            f"{configs[0].parent}\n"
             f"start it with\nwandb sweep {shlex.quote(str(file))}\n"
         )
         return
@@ -146,7 +147,9 @@ def _plan(study: Study, runs: list[RunProgress], output: Path) -> list[str]:
         else costs_table(costs)
     )
     lines = [
-        f"{len(study.variants)} variants x {len(study.seeds)} seeds ({seeds}) = {len(runs)} runs "
+        f"{counted(len(study.variants), 'variant')} x {counted(len(study.seeds), 'seed')} "
+        f"({seeds}) = "
+        f"{counted(len(runs), 'run')} "
         f"with budget {study.budget}: {num[State.DONE]} done, {num[State.FAILED]} failed, "
         f"{len(left)} left ({steps:,} steps)",
         *_failures(runs),

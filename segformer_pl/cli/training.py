@@ -4,6 +4,7 @@ The number of classes, their names, the palette and the ignored label are linked
 entry of the data set, so an experiment file gives only ``data.dataset``.
 """
 
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, capture_parser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -31,9 +33,12 @@ from segformer_pl.callbacks import (
     StopOnSignal,
 )
 from segformer_pl.callbacks.distributed import attach_to_ranks, use_possible_batch_norm
-from segformer_pl.callbacks.history import RunConfig, continue_wandb, keep_history
+from segformer_pl.callbacks.history import RunConfig, keep_history
+from segformer_pl.callbacks.last_checkpoint import best_checkpoint
 from segformer_pl.callbacks.progress import StepProgressBar
+from segformer_pl.callbacks.wandb_run import continue_wandb, log_in_to_wandb
 from segformer_pl.checkpoints.run_checkpoint import read_checkpoint, read_previous
+from segformer_pl.cli.foreign_errors import one_line
 from segformer_pl.cli.launching import launch_arguments
 from segformer_pl.cli.named_checkpoint import NAMED, named_checkpoint, own_checkpoint
 from segformer_pl.cli.resumption import check_settings
@@ -41,7 +46,7 @@ from segformer_pl.cli.run_folder import (
     DEFAULT_LOGGER,
     find_continuation,
     named_folder,
-    place_below_root,
+    place_run,
     refuse_used_folder,
 )
 from segformer_pl.cli.run_parser import (
@@ -50,14 +55,21 @@ from segformer_pl.cli.run_parser import (
     leave_elements_unchecked,
     try_int_before_float,
 )
-from segformer_pl.commands.options.parser import PROG, with_underscores
+from segformer_pl.cli.trainer_settings import check_accelerator, check_trainer
+from segformer_pl.commands.options.parser import PROG, one_sentence, with_underscores
 from segformer_pl.data import LabelSpec, StreamingSegmentationData
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.doctor import examine_settings
-from segformer_pl.errors import UserError, find_user_error
-from segformer_pl.lightning_workarounds import SettingsWinCLI, ignore_checkpoints_of_other_jobs
+from segformer_pl.errors import UserError
+from segformer_pl.lightning_workarounds import (
+    SettingsWinCLI,
+    ignore_checkpoints_of_other_jobs,
+    silence_noise,
+)
 from segformer_pl.task import SegmentationTask
 from segformer_pl.yaml_file import Loader
+
+NUM_CHANNELS = 3  # of the images that StreamingSegmentationData yields
 
 
 def _labels(dataset: str) -> LabelSpec:
@@ -76,6 +88,12 @@ def _num_classes(dataset: str, network: Any) -> int:
     return num_classes
 
 
+def default_name(config: Namespace) -> str:
+    """Return the name of a run that was given none: that of its data set and of its network."""
+    network = config.model.network.class_path.rpartition(".")[2]
+    return re.sub(r"[^\w.-]+", "_", f"{find_dataset(config.data.dataset).name}_{network}")
+
+
 class SegformerCLI(SettingsWinCLI):
     """LightningCLI with links from the data set to the task, and with the standard callbacks.
 
@@ -89,9 +107,11 @@ class SegformerCLI(SettingsWinCLI):
     def __init__(
         self, args: list[str] | None = None, run: bool = True, exit_on_error: bool = True
     ) -> None:
+        silence_noise()
         self.arguments = with_underscores(sys.argv[1:] if args is None else args)
         self.history = RunHistory()
         self.run_dir: Path | None = None  # that of a resumed run, or the one that --run_name names
+        self.is_default_folder = False
         self.is_named = False  # by --run_name, so that the same command line resumes
         self.damaged_checkpoint: Path | None = None
         self.checkpoint_step = 0
@@ -171,6 +191,8 @@ class SegformerCLI(SettingsWinCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config.get(self.subcommand, self.config)
+        check_trainer(config["trainer"])
+        self.is_default_folder = place_run(config["trainer"], default_name(config))
         if self.subcommand is not None:
             self._read_checkpoint(config)
         if config["trainer"]["use_distributed_sampler"]:
@@ -180,8 +202,7 @@ class SegformerCLI(SettingsWinCLI):
                 "trainer.use_distributed_sampler: true is replaced by false, since the data module "
                 "gives each rank its own samples"
             )
-        check_trainer(config["trainer"])
-        place_below_root(config["trainer"])
+        check_accelerator(config["trainer"])
         self._find_run_folder(config)
         # Not in config.yaml, which is also given to `validate` and to further trainings.
         config["run_name"] = None
@@ -205,7 +226,6 @@ class SegformerCLI(SettingsWinCLI):
             raise UserError("ckpt_path is empty; give a checkpoint file, or last")
         if ckpt_path in NAMED:
             # The trainer would search this run's own, empty folder, and train without a checkpoint.
-            place_below_root(config["trainer"])
             ckpt_path = str(
                 named_checkpoint(ckpt_path, config, self._stored_settings(), command == "fit")
             )
@@ -242,7 +262,6 @@ class SegformerCLI(SettingsWinCLI):
                 f"run_name: {config['run_name']!r} continues from its own checkpoint, but "
                 f"ckpt_path is {config.ckpt_path!r}; give one of them"
             )
-        place_below_root(config["trainer"])
         settings = self._stored_settings()
         self.is_named = self.history.is_locked = True
         self.run_dir = named_folder(config["run_name"], settings["trainer"]["logger"])
@@ -261,7 +280,11 @@ class SegformerCLI(SettingsWinCLI):
             rank_zero_info(f"the run in {self.run_dir} {begins}")
         elif command == "fit" and ckpt_path and Path(ckpt_path).is_file():
             self.run_dir, sentence = find_continuation(
-                ckpt_path, self.checkpoint_step, logger, self.damaged_checkpoint
+                ckpt_path,
+                self.checkpoint_step,
+                logger,
+                self.damaged_checkpoint,
+                self.is_default_folder,
             )
             rank_zero_info(sentence)
         if command is not None and self.run_dir is None:
@@ -280,12 +303,25 @@ class SegformerCLI(SettingsWinCLI):
         if given["enable_progress_bar"] is not False and not has_bar:
             callbacks = [*callbacks, StepProgressBar()]
         if given["enable_checkpointing"] is not False:
-            callbacks = [*callbacks, built["last_checkpoint"]]
+            has_best = any(
+                isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+                for callback in callbacks
+            )
+            best = [] if has_best else [best_checkpoint(built["last_checkpoint"].dirpath)]
+            callbacks = [*callbacks, *best, built["last_checkpoint"]]
         logger = keep_history(given["logger"], self.run_dir)
         launch = launch_arguments(given)
-        trainer = super().instantiate_trainer(
-            logger=logger, callbacks=callbacks, **launch, **kwargs
-        )
+        if given["enable_model_summary"] is None:  # before_fit says how large the network is
+            kwargs["enable_model_summary"] = False
+        if self.subcommand is not None:
+            log_in_to_wandb(logger)
+        try:
+            trainer = super().instantiate_trainer(
+                logger=logger, callbacks=callbacks, **launch, **kwargs
+            )
+        except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
+            # Its classes are built already, so this is Lightning's check of its own arguments.
+            raise UserError(f"trainer: {one_line(error)}") from error
         ignore_checkpoints_of_other_jobs(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user gave none
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -297,6 +333,13 @@ class SegformerCLI(SettingsWinCLI):
         return trainer
 
     def before_fit(self) -> None:
+        parameters = list(self.model.network.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters) - trained
+        rank_zero_info(
+            f"{type(self.model.network).__name__}: {trained:,} parameters are trained"
+            + (f", {frozen:,} are frozen" if frozen else "")
+        )
         # Without max_steps the task refuses to train, and fast_dev_run is only a smoke test.
         if self.trainer.max_steps < 1 or self.config["fit"]["trainer"]["fast_dev_run"]:
             return
@@ -353,44 +396,18 @@ class SegformerCLI(SettingsWinCLI):
             sys.stdout.writelines(f"{name:<{width}}  {value:.6g}\n" for name, value in rows)
 
     def after_instantiate_classes(self) -> None:
+        channels = self.model.network.in_channels
+        if channels != NUM_CHANNELS:
+            raise UserError(
+                f"model.network takes images of {channels} channels, but those of a data set are "
+                f"read as RGB, {NUM_CHANNELS}; leave in_channels out"
+            )
         # Storing how network, loss and inference are built lets a checkpoint be loaded without the
         # command line.
         settings = self.model_settings()
         self.model.save_hyperparameters(
             {part: settings[part] for part in ("network", "loss", "inference") if part in settings}
         )
-
-
-def check_trainer(trainer: Any) -> None:
-    """Refuse numbers of devices that there cannot be, and epochs and fixed batches of a stream.
-
-    Raises:
-        UserError: There is such a setting.
-    """
-    for name, allowed in (("devices", (-1,)), ("num_nodes", ())):
-        number = trainer[name]
-        if isinstance(number, int) and number < 1 and number not in allowed:
-            raise UserError(f"trainer.{name} is {number}; give a number of at least 1")
-    if trainer["overfit_batches"]:
-        raise UserError(
-            f"trainer.overfit_batches is {trainer['overfit_batches']}, but training reads a "
-            "stream, from which no fixed batches can be taken; leave it out, and give a data set "
-            "with few images by --data.path"
-        )
-    if isinstance(trainer["limit_train_batches"], int):  # defines an epoch as that many batches
-        return
-    unset = {
-        "max_epochs": (None, -1),
-        "min_epochs": (None,),
-        "check_val_every_n_epoch": (None,),
-        "reload_dataloaders_every_n_epochs": (0,),
-    }
-    for name, values in unset.items():
-        if trainer[name] not in values:
-            raise UserError(
-                f"trainer.{name} is {trainer[name]}, but training reads a stream, which has no "
-                "epochs; give --trainer.max_steps, and --trainer.val_check_interval in batches"
-            )
 
 
 def resolve(files: list[str], command: str = "fit") -> dict[str, Any]:
@@ -411,7 +428,7 @@ def parse_files(files: list[str], command: str) -> Namespace:
     try:
         return parser(command).parse_args([command, *(f"--config={file}" for file in files)])
     except ArgumentError as error:
-        raise UserError(" ".join(str(find_user_error(error) or error).split())) from error
+        raise UserError(one_sentence(parser(command), str(error), error)) from error
 
 
 def plain_settings(config: Namespace, command: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from segformer_pl.analysis.configuration import (
 from segformer_pl.analysis.evaluation import load_evaluation
 from segformer_pl.analysis.run import Run
 from segformer_pl.analysis.run_groups import ComparedRun, Group, group_runs
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 
 FEW_BLOCKS = 20
 # In simulations with 100 images, the nominal 95 % interval of a class's IoU covers the true value
@@ -161,7 +161,10 @@ def _grouped(groups: Sequence[Group], caveat: str, num_images: int, block_size: 
     num_runs = sum(len(group.runs) for group in groups)
     blocks = "" if block_size == 1 else f" in blocks of {block_size}"
     num_groups = f"{len(groups)} configurations" if len(groups) > 1 else "one configuration"
-    lines = [f"{num_runs} runs of {num_groups}, evaluated on {num_images:,} images{blocks}", ""]
+    lines = [
+        f"{counted(num_runs, 'run')} of {num_groups}, evaluated on {num_images:,} images{blocks}",
+        "",
+    ]
     lines += [fill(caveat, 100), ""]
     for group in groups:
         stated = _few([f"{key} {_short(value)}" for key, value in group.settings.items()])

@@ -39,7 +39,7 @@ from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.networks import find_segmenter
 from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.data import StreamingSegmentationData
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.inference import Predictor
 from segformer_pl.inference.predictor import check_takes_rgb, normalization_of
 from segformer_pl.models.forward_check import class_maps_of, feature_maps_of
@@ -279,7 +279,7 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
             "left out, no such unit": result.without_units,
         }.items():
             if ids:
-                sys.stdout.write(f"{reason}: {len(ids)} images: {', '.join(ids)}\n")
+                sys.stdout.write(f"{reason}: {counted(len(ids), 'image')}: {', '.join(ids)}\n")
     sys.stdout.write("written: " + ", ".join(str(file) for file in files) + "\n")
 
 

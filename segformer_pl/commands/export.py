@@ -19,6 +19,7 @@ from segformer_pl.commands.predict import changed_protocol, find_images
 from segformer_pl.commands.validation_split import ValidationSplit
 from segformer_pl.data import shapes
 from segformer_pl.data.decoding import EncodedImage
+from segformer_pl.errors import counted
 from segformer_pl.inference import Predictor
 from segformer_pl.inference.exporting import Pixels, check_target, export_graph
 from segformer_pl.inference.graph import Size
@@ -59,7 +60,8 @@ def run(options: Namespace) -> None:
         weights.task.get("ignore_index"),
     )
     sys.stdout.write(
-        f"written to '{file}': {found.share:.3%} of the pixels of {found.num_images} images get "
+        f"written to '{file}': {found.share:.3%} of the pixels of "
+        f"{counted(found.num_images, 'image')} get "
         f"the checkpoint's class (worst image: {found.worst_share:.3%}, {found.worst}); "
         f"{len(found.classes)} of {len(predictor.class_names)} classes occur in them\n"
     )

@@ -27,7 +27,7 @@ from segformer_pl.data.class_colors import distinct_colors
 from segformer_pl.data.decoding import EncodedImage
 from segformer_pl.data.files import check_readable
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
-from segformer_pl.errors import INTERRUPTED, UserError
+from segformer_pl.errors import INTERRUPTED, UserError, counted
 from segformer_pl.inference import Inference, Predictor
 from segformer_pl.inference.predictor import check_takes_rgb
 
@@ -90,7 +90,9 @@ def run(options: Namespace) -> None:
             num_written += 1
     except KeyboardInterrupt:
         progress.close()
-        sys.stderr.write(f"interrupted after {num_written} images; their files are complete\n")
+        sys.stderr.write(
+            f"interrupted after {counted(num_written, 'image')}; their files are complete\n"
+        )
         sys.exit(INTERRUPTED)
     sys.stdout.write(
         f"{num_written} masks in {output / MASKS}, overlays in {output / OVERLAYS}; "

@@ -20,7 +20,7 @@ from segformer_pl.data.index import same_data
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.streaming import Sample, Samples, Transforms, collate
 from segformer_pl.data.transforms import to_tensors
-from segformer_pl.errors import INTERRUPTED, UserError
+from segformer_pl.errors import INTERRUPTED, UserError, counted
 
 
 class ValidationSplit:
@@ -41,7 +41,8 @@ class ValidationSplit:
         num_rows = order.num_rows
         if num_images is not None and num_images > num_rows:
             raise UserError(
-                f"--num_images {num_images}: the validation split has {num_rows} images; give at "
+                f"--num_images {num_images}: the validation split has "
+                f"{counted(num_rows, 'image')}; give at "
                 f"most {num_rows}, or leave the option out"
             )
         num_images = num_images or num_rows

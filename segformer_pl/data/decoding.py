@@ -37,9 +37,7 @@ DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, s
 cv2.setNumThreads(0)  # samples are decoded in parallel by data-loader workers instead
 
 
-def cell_bytes(
-    cell: dict[str, Any] | bytes | None, where: str, read_file: Callable[[str], bytes]
-) -> bytes:
+def cell_bytes(cell: Any, where: str, read_file: Callable[[str], bytes]) -> bytes:
     """Return the encoded image of a cell.
 
     Args:
@@ -49,9 +47,15 @@ def cell_bytes(
             bytes. Raises :class:`UserError` if the file cannot be read.
 
     Raises:
-        UserError: The cell is empty, or its file cannot be read.
+        UserError: The cell is empty or holds another type, or its file cannot be read.
     """
     encoded = cell.get("bytes") if isinstance(cell, dict) else cell
+    if encoded is not None and not isinstance(encoded, bytes):
+        raise UserError(
+            f"{where}: the row holds {str(encoded)[:40]!r}, of type {type(encoded).__name__}, and "
+            "no encoded image; store the bytes of the image file, or give the folder of the files "
+            "as images/ and labels/ to data.path"
+        )
     if not encoded and isinstance(cell, dict) and cell.get("path"):
         try:
             encoded = read_file(cell["path"])

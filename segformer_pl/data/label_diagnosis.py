@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segformer_pl.data.class_colors import pack_color, unpack_color
+from segformer_pl.errors import counted
 
 Coding: TypeAlias = Literal["values", "colors"]
 
@@ -95,7 +96,8 @@ def describe_unknown_values(
     else:
         cause = _cause_of_value(value, codes, train_ids, names)
     return (
-        f"label {kind} {unpack_color(value) if is_color else value} in {count} pixels{others} is "
+        f"label {kind} {unpack_color(value) if is_color else value} in "
+        f"{counted(count, 'pixel')}{others} is "
         f"not in the label spec ({known}); {cause}"
     )
 

@@ -47,7 +47,8 @@ class StreamedSource:
         entry: DatasetEntry,
         files: Sequence[str],
     ) -> None:
-        self.stream = stream.decode(False)
+        # Formats such as CSV have no schema in advance, and then there is nothing to decode.
+        self.stream = stream.decode(False) if stream.features else stream
         self.entry = entry
         self.remarks: list[tuple[str, str]] = []
         self.columns: list[str] | None = list(stream.features) if stream.features else None

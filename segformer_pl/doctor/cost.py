@@ -18,7 +18,7 @@ from segformer_pl.data.order import EpochShuffle
 from segformer_pl.data.streaming import collate
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.doctor.splits import SplitSummary, samples_of
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.lightning_workarounds import synchronizes_batch_norm
 from segformer_pl.task import SegmentationTask
 
@@ -63,7 +63,8 @@ def examine_plan(
     if order.num_rows < global_batch:
         examination.warning(
             "plan",
-            f"the global batch has {global_batch} samples, but there are only {order.num_rows} "
+            f"the global batch has {counted(global_batch, 'sample')}, but there are only "
+            f"{order.num_rows} "
             "training images; lower --data.batch_size",
         )
 

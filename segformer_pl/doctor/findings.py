@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from segformer_pl.errors import counted
+
 Level = Literal["error", "warning"]
 
 
@@ -55,10 +57,22 @@ class Examination:
         lines = []
         for section, figures in self.facts.items():
             lines.append(section)
-            lines += [f"  {name}: {value}" for name, value in figures.items()]
+            lines += [
+                f"  {name}: {_text(value)}" for name, value in figures.items() if value is not None
+            ]
         lines += [f"{f.level}: [{f.check}] {f.message}" for f in self.findings]
         lines.append(
-            f"{sum(f.level == 'error' for f in self.findings)} errors, "
-            f"{sum(f.level == 'warning' for f in self.findings)} warnings"
+            f"{counted(sum(f.level == 'error' for f in self.findings), 'error')}, "
+            f"{counted(sum(f.level == 'warning' for f in self.findings), 'warning')}"
         )
         return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    """Return a fact as text: a list by commas, a dict as names with values, a size as 512x512."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        is_size = len(value) == 2 and all(isinstance(side, int) for side in value)
+        return ("x" if is_size else ", ").join(map(_text, value))
+    return str(value)

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.doctor.findings import Examination
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.lightning_workarounds import synchronizes_batch_norm
 from segformer_pl.task import SegmentationTask
 
@@ -76,7 +76,8 @@ def examine_recipe(
     elif task.warmup_steps >= max_steps:
         examination.error(
             "recipe",
-            f"the learning rate warms up for {task.warmup_steps} steps, but training ends after "
+            f"the learning rate warms up for {counted(task.warmup_steps, 'step')}, but training "
+            "ends after "
             f"{max_steps}, before the warm-up is over; lower --model.warmup_steps",
         )
     batches = max_steps * trainer.accumulate_grad_batches

@@ -15,7 +15,7 @@ from segformer_pl.data.sources import Source, Split
 from segformer_pl.data.streaming import Sample, Samples, Transforms
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.doctor.findings import Examination
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.models.segmenter import Segmenter
 
 NUM_SAMPLES = 200  # samples examined per split
@@ -173,7 +173,8 @@ def examine_split(
     if repeated:
         examination.warning(
             "ids",
-            f"{len(repeated)} ids are shared by several {split} samples, such as {repeated[0]!r}; "
+            f"{counted(len(repeated), 'id')} shared by several {split} samples, such as "
+            f"{repeated[0]!r}; "
             "give every row a unique id, or none (id_column: null)",
         )
     _examine_labels(examination, data, split, summary)

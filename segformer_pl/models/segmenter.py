@@ -46,7 +46,7 @@ from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
 
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.models.folding import fold_batch_norms
 
 Output = Literal["logits", "scores"]
@@ -407,7 +407,8 @@ def _check_complete(owner: Network, layers: Mapping[str, int], names: Iterable[s
     """
     if missing := sorted(set(names) - layers.keys()):
         raise UserError(
-            f"{type(owner).__name__}.layer_ids() leaves out {len(missing)} parameters, such as "
+            f"{type(owner).__name__}.layer_ids() leaves out {counted(len(missing), 'parameter')}, "
+            "such as "
             f"{missing[0]}, which would train at the head's learning rate; give every parameter of "
             "an encoder a layer"
         )

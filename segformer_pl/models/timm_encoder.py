@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 from segformer_pl.models.paper_macs import counted_macs
 from segformer_pl.models.segmenter import Encoder
 from segformer_pl.models.timm_models import create_timm_model, load_timm, on_meta
@@ -337,7 +337,8 @@ def _check_gradients(
     unused = [key for key, parameter in model.named_parameters() if parameter.grad is None]
     if unused:
         raise UserError(
-            f"{name} with out_indices={indices} leaves {len(unused)} parameters unused, such as "
+            f"{name} with out_indices={indices} leaves {counted(len(unused), 'parameter')} "
+            "unused, such as "
             f"{unused[0]}; add the index of its coarsest map"
         )
 

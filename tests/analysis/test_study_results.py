@@ -197,7 +197,7 @@ def test_unknown_training_data(study):
     ("changes", "part"),
     [
         ({"class_names": ["class 1", "class 0"]}, "2 classes and"),
-        ({"ids": ["image 0", "image 7"]}, "hold 1 images in common"),
+        ({"ids": ["image 0", "image 7"]}, "hold 1 image in common"),
         ({"counts": COUNTS + np.array([0, 1, 0])}, "the labels of 2 of 2 images"),
     ],
 )

@@ -75,7 +75,7 @@ def killed_run(start_command):
         callback = f"--trainer.callbacks+={json.dumps(kill)}"
         process = start_command(["fit", *options(data, runs), callback])
         assert process.wait() == -signal.SIGKILL, process.output
-        return runs / "unnamed" / "version_0"
+        return next(runs.glob("*/version_0"))
 
     return call
 
@@ -99,7 +99,7 @@ def test_a_killed_and_resumed_run_leaves_what_an_uninterrupted_one_leaves(
     data, killed_run, tmp_path, caplog
 ):
     main(["fit", *options(data, tmp_path / "whole")])
-    whole = tmp_path / "whole" / "unnamed" / "version_0"
+    whole = next((tmp_path / "whole").glob("*/version_0"))
     run_dir = killed_run(data, tmp_path / "killed", step=5)
     last = run_dir / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
@@ -147,7 +147,7 @@ def test_another_folder_or_an_earlier_checkpoint_starts_a_new_run_folder(data, t
     every = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}
     keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every}
     main(["fit", *arguments, f"--trainer.callbacks+={json.dumps(keep)}"])
-    run_dir = tmp_path / "unnamed" / "version_0"
+    run_dir = next(tmp_path.glob("*/version_0"))
     before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
     last = run_dir / "checkpoints" / "last.ckpt"
     moved = tmp_path / "moved.ckpt"
@@ -172,7 +172,7 @@ def test_another_folder_or_an_earlier_checkpoint_starts_a_new_run_folder(data, t
 
 @pytest.mark.slow
 def test_a_folder_with_a_history_is_refused_to_another_run(data, tmp_path):
-    run_dir = tmp_path / "unnamed" / "version_0"
+    run_dir = tmp_path / "shapes_SegFormer" / "version_0"
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
     for command in ("fit", "validate"):
@@ -345,7 +345,7 @@ def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, mo
     if moved:
         runs = Path("elsewhere")
         Path("runs").rename(runs)
-    run_dir = runs / "unnamed" / "version_0"
+    run_dir = next(runs.glob("*/version_0"))
     kept = (run_dir / "checkpoints" / "best.ckpt").read_bytes()
     again = options(data, runs, trainer__max_steps=6)[:-2]
     if moved:

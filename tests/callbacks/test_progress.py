@@ -40,6 +40,7 @@ def test_a_resumed_run_shows_its_step_out_of_max_steps(tmp_path, capsys):
     assert "3/5" in printed
     assert "5/5" in printed
     assert "6/" not in printed  # batches
+    assert "Epoch" not in printed
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")

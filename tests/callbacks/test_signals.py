@@ -272,7 +272,7 @@ def test_slurm_requeues_after_a_complete_step(run, has_event, tmp_path):
     os.killpg(command.pid, signal.SIGUSR1)
     assert command.wait() == 138
     file, step, consumed = last(tmp_path)
-    assert file == tmp_path / "runs" / "unnamed" / "first" / "checkpoints" / "last.ckpt"
+    assert file == tmp_path / "runs" / "shapes_SegFormer" / "first" / "checkpoints" / "last.ckpt"
     assert step >= 2
     assert consumed == step * 6
     assert command.output.endswith(

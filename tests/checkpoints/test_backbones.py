@@ -131,7 +131,7 @@ def test_norms_of_the_maps_are_not_left_out_where_some_are_there():
     network = SeMaskFPN(SwinEncoder(SWIN, **SMALL), 3, decoder_dim=8)
     state = network.state_dict()
     del state["encoder.layers.1.norm.weight"]
-    with pytest.raises(UserError, match=r"lacks 1 tensors of the model .*layers.1.norm.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 tensor of the model .*layers.1.norm.weight"):
         load_weights(network, state, parts="encoder")
 
 
@@ -171,7 +171,7 @@ def test_a_file_that_lacks_tensors_of_such_a_backbone_is_refused():
     del source["stages.2.blocks.0.conv_dw.weight"]
     network = SegFormer(TimmEncoder("test_convnext"), 3, 8)
     with pytest.raises(
-        UserError, match=r"lacks 1 tensors of .*stages_2\.blocks\.0\.conv_dw\.weight"
+        UserError, match=r"lacks 1 tensor of .*stages_2\.blocks\.0\.conv_dw\.weight"
     ):
         load_weights(network, source, parts="encoder")
 

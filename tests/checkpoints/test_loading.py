@@ -181,10 +181,10 @@ def test_missing_and_unexpected_keys_are_listed(source):
     state = foreign(source)
     gap = {k: v for k, v in state.items() if k != "backbone.block2.1.attn.q.bias"}
     message = refuse(small(), gap)
-    assert "lacks 1 tensors of the model (encoder.stages.1.blocks.1.attn.q.bias)" in message
+    assert "lacks 1 tensor of the model (encoder.stages.1.blocks.1.attn.q.bias)" in message
     extra = state | {"backbone.block2.1.attn.gate": torch.zeros(1)}
     message = refuse(small(), extra)
-    assert "1 tensors that the model has no place for (backbone.block2.1.attn.gate)" in message
+    assert "1 tensor that the model has no place for (backbone.block2.1.attn.gate)" in message
 
     del extra["backbone.norm3.bias"]
     network = small()

@@ -87,13 +87,13 @@ def test_its_own_state_dict_is_loaded_after_any_prefix(source, wrapper):
     assert report.layout == "keys of the model"
     assert "slope 0.1: the model's own, the source does not state any" in str(report)
     stray = state | {"step": torch.zeros(())}
-    assert "holds 1 tensors that the model has no place for (step)" in refuse(Tiny(3), stray)
+    assert "holds 1 tensor that the model has no place for (step)" in refuse(Tiny(3), stray)
 
 
 def test_weights_that_do_not_fit_are_refused(source):
     state = source.state_dict()
     gap = {name: tensor for name, tensor in state.items() if name != "stem.1.running_var"}
-    assert "lacks 1 tensors of the model (stem.1.running_var)" in refuse(Tiny(3), gap)
+    assert "lacks 1 tensor of the model (stem.1.running_var)" in refuse(Tiny(3), gap)
     assert "has stem.0.weight as 4x3x3x3, the model as 5x3x3x3, and" in refuse(Tiny(3, 5), state)
     state["stem.0.bias"][0] = torch.nan
     assert "nan or infinity in 1 value of stem.0.bias" in refuse(Tiny(3), state)
@@ -200,7 +200,7 @@ def test_the_encoder_of_another_segmenter_is_loaded(randomize):
         Wrapping(5), deeper, parts="encoder"
     )
     gap = {key: tensor for key, tensor in other.items() if "norm.bias" not in key}
-    assert "lacks 1 tensors of the model" in refuse(Wrapping(5), gap, parts="encoder")
+    assert "lacks 1 tensor of the model" in refuse(Wrapping(5), gap, parts="encoder")
     # Names that are equal by chance make no backbone.
     stranger = {"conv.weight": torch.zeros(4, 3, 3, 3)}
     stranger |= {f"blocks.{number}.weight": torch.zeros(2) for number in range(3)}

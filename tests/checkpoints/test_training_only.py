@@ -48,7 +48,7 @@ def test_auxiliary_heads_are_left_out_where_the_network_has_none(system, randomi
     state = {k: v for k, v in trained.state_dict().items() if k not in auxiliary}
     with pytest.raises(UserError, match=rf"lacks {len(auxiliary)} tensors of the model \({path}"):
         load_weights(trained, state)
-    with pytest.raises(UserError, match=r"1 tensors that the model has no place for \(aux\.bias\)"):
+    with pytest.raises(UserError, match=r"1 tensor that the model has no place for \(aux\.bias\)"):
         load_weights(plain, {**plain.state_dict(), "aux.bias": torch.zeros(2)})
 
 

@@ -52,7 +52,7 @@ def test_a_resumed_run_with_another_global_batch(fit, tmp_path, caplog, recwarn)
     with caplog.at_level("INFO"):
         assert lowest_and_base_rates(fit()) == pytest.approx((0.001, 0.01, 0.1))
     assert "learning rate" not in caplog.text
-    folder = tmp_path / "runs" / "unnamed" / "version_0"
+    folder = tmp_path / "runs" / "shapes_ToySegmenter" / "version_0"
     last = folder / "checkpoints" / "last.ckpt"
     changes = {"ckpt_path": last, "data__batch_size": 2, "trainer__accumulate_grad_batches": 3}
     cli = fit(**changes, trainer__max_steps=4)

@@ -45,7 +45,7 @@ def test_a_name_without_a_file_is_refused(capsys, arguments, tmp_path, command, 
     """A regression: ``last`` started from step 0 without an error."""
     error = refused(capsys, command, *arguments, "--trainer.max_steps=2", f"--ckpt_path={name}")
     assert error.startswith("error: ckpt_path: ")
-    assert "runs/unnamed/*/checkpoints/last.ckpt" in error
+    assert "runs/shapes_SegFormer/*/checkpoints/last.ckpt" in error
     assert not list(tmp_path.rglob("version_*"))
 
 
@@ -70,34 +70,34 @@ def test_names_stand_for_the_newest_run_of_the_configuration(capsys, arguments, 
     main([*fit, "--trainer.max_steps=4", "--trainer.logger.name=other"])
     caplog.set_level("INFO")
     assert main([*fit, "--trainer.max_steps=3", "--ckpt_path=last"]).trainer.global_step == 3
-    assert "last is runs/unnamed/version_0/checkpoints/last.ckpt" in caplog.text
+    assert "last is runs/shapes_SegFormer/version_0/checkpoints/last.ckpt" in caplog.text
     # In a moved folder, the paths inside the checkpoints are outdated.
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "runs", tmp_path / "elsewhere" / "runs")
     moved = f"--trainer.logger.save_dir={tmp_path / 'elsewhere' / 'runs'}"
     caplog.clear()
-    os.utime(tmp_path / "elsewhere/runs/unnamed/version_0/checkpoints/last.ckpt")
+    os.utime(tmp_path / "elsewhere/runs/shapes_SegFormer/version_0/checkpoints/last.ckpt")
     cli = main(["validate", *arguments, moved, "--ckpt_path=best"])
-    assert "unnamed/version_0/checkpoints/best.ckpt" in caplog.text
+    assert "shapes_SegFormer/version_0/checkpoints/best.ckpt" in caplog.text
     assert cli.model.trained_steps == 2
 
 
 def test_run_name_starts_a_run_and_then_continues_it(capsys, arguments, tmp_path, caplog):
     caplog.set_level("INFO")
-    run_dir = tmp_path / "runs" / "unnamed" / "007"  # a name, and no number
+    run_dir = tmp_path / "runs" / "shapes_SegFormer" / "007"  # a name, and no number
     fit = ["fit", *arguments, "--run_name=007", "--trainer.log_every_n_steps=1"]
     # A start that was killed before its first checkpoint has left logged values.
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.csv").write_text("epoch,step,train/loss\n0,0,99.0\n")
     assert main([*fit, "--trainer.max_steps=2"]).trainer.global_step == 2
-    assert "the run in runs/unnamed/007 begins" in caplog.text
+    assert "the run in runs/shapes_SegFormer/007 begins" in caplog.text
     assert "99.0" not in (run_dir / "metrics.csv").read_text()
     assert "99.0" in (run_dir / "superseded_after_step_0000000" / "metrics.csv").read_text()
     # The same global batch, divided as for two devices
     divided = ["--data.batch_size=1", "--trainer.accumulate_grad_batches=2"]
     cli = main([*fit, "--trainer.max_steps=3", *divided])
     assert cli.trainer.global_step == 3
-    assert "the run in runs/unnamed/007 continues from step 2" in caplog.text
+    assert "the run in runs/shapes_SegFormer/007 continues from step 2" in caplog.text
     assert [path.name for path in run_dir.parent.iterdir()] == ["007"]
     assert Run(run_dir).resumptions[0].step == 2
     assert list(Run(run_dir).metrics["train/loss"].step) == [1, 2, 3]
@@ -117,12 +117,16 @@ def test_run_name_starts_a_run_and_then_continues_it(capsys, arguments, tmp_path
 def test_run_names_that_cannot_be_used_are_refused(capsys, arguments, earlier_runs, tmp_path):
     fit = ["fit", *arguments, "--trainer.max_steps=2"]
     error = refused(capsys, *fit, "--run_name=version_0", "--model.lr=0.5")
-    assert error.startswith("error: run_name: the run of this name, 'runs/unnamed/version_0', is ")
+    assert error.startswith(
+        "error: run_name: the run of this name, 'runs/shapes_SegFormer/version_0', is "
+    )
     assert "another experiment: model.lr is 0.5 here and 6e-05 there; give another" in error
     assert "ckpt_path" not in error
-    (tmp_path / "runs/unnamed/version_0/checkpoints/last.ckpt").write_text("damaged")
+    (tmp_path / "runs/shapes_SegFormer/version_0/checkpoints/last.ckpt").write_text("damaged")
     error = refused(capsys, *fit, "--run_name=version_0")
-    assert error.startswith("error: run_name: 'runs/unnamed/version_0/checkpoints/last.ckpt' is no")
+    assert error.startswith(
+        "error: run_name: 'runs/shapes_SegFormer/version_0/checkpoints/last.ckpt' is no"
+    )
     error = refused(capsys, *fit, "--run_name=x", "--ckpt_path=last")
     assert "'x' continues from its own checkpoint, but ckpt_path is 'last'" in error
     error = refused(capsys, *fit, "--run_name=x", "--trainer.logger.version=y")
@@ -140,7 +144,7 @@ def earlier_runs(arguments, tmp_path):
     cli = main([*arguments, "--trainer.max_steps=2"], run=False)
     text = cli.parser.dump(cli.config, skip_none=False)
     for number, folder in enumerate(("root", "runs")):  # the newer one in the default folder
-        run_dir = tmp_path / folder / "unnamed" / "version_0"
+        run_dir = tmp_path / folder / "shapes_SegFormer" / "version_0"
         last = run_dir / "checkpoints" / "last.ckpt"
         last.parent.mkdir(parents=True)
         (run_dir / "config.yaml").write_text(text)
@@ -157,7 +161,7 @@ def test_another_experiment_of_the_same_name_is_not_resumed(
     )
     here = ["--trainer.max_steps=9", "--data.num_workers=1", "--trainer.log_every_n_steps=1"]
     arguments = [*arguments, "--ckpt_path=last"]
-    last = "runs/unnamed/version_0/checkpoints/last.ckpt"
+    last = "runs/shapes_SegFormer/version_0/checkpoints/last.ckpt"
     assert refused(capsys, "fit", *arguments, *here) == f"is {last}"
     error = refused(capsys, "fit", *arguments, *here, "--data.crop_size=[32,64]", "--model.lr=0.5")
     assert "data.crop_size is [32, 64] here and" in error
@@ -167,8 +171,10 @@ def test_another_experiment_of_the_same_name_is_not_resumed(
     loss = "--model.loss=segformer_pl.losses.Dice"
     assert "model.loss is segformer_pl.losses.Dice" in refused(capsys, "fit", *arguments, loss)
     assert refused(capsys, "validate", *arguments, "--model.lr=0.5") == f"is {last}"
-    b1 = "--model.network=segformer_pl.models.segformer_b1"
-    assert "segformer_b1 here" in refused(capsys, "validate", *arguments, b1)
+    b1 = ["--model.network=segformer_pl.models.segformer_b1"]
+    assert "there is no 'runs/shapes_segformer_b1/*" in refused(capsys, "fit", *arguments, *b1)
+    b1.append("--trainer.logger.name=shapes_SegFormer")
+    assert "segformer_b1 here" in refused(capsys, "validate", *arguments, *b1)
 
 
 def test_names_are_looked_up_below_the_root(capsys, arguments, earlier_runs, tmp_path, monkeypatch):
@@ -180,4 +186,4 @@ def test_names_are_looked_up_below_the_root(capsys, arguments, earlier_runs, tmp
     for command in ("fit", "validate"):
         given = [f"--trainer.default_root_dir={root}", "--ckpt_path=last"]
         error = refused(capsys, command, *arguments, *given)
-        assert error == f"is {root}/unnamed/version_0/checkpoints/last.ckpt"
+        assert error == f"is {root}/shapes_SegFormer/version_0/checkpoints/last.ckpt"

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_figures")]
 
 def test_on_resume_the_command_line_takes_precedence(folder, tmp_path, caplog, options):
     main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
-    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
+    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/last.ckpt")
     resumed = [*options(folder, tmp_path, trainer__max_steps=4), "--model.lr=0.002"]
     with caplog.at_level(logging.INFO):
         cli = main(["fit", *resumed, f"--ckpt_path={checkpoint}"])
@@ -30,7 +30,7 @@ def test_checkpoints_that_are_missing_truncated_or_of_another_network(
 ):
     main(["fit", *options(folder, tmp_path)])
     capsys.readouterr()
-    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
+    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/last.ckpt")
     validate = ["validate", *options(folder, tmp_path)]
     error = fail(capsys, [*validate, "--ckpt_path=nowhere.ckpt"])
     assert error == "error: ckpt_path: there is no file 'nowhere.ckpt'; give a run's checkpoint"

@@ -10,7 +10,10 @@ from segformer_pl.cli.run_folder import DEFAULT_LOGGER, find_continuation
 @pytest.mark.parametrize("is_elsewhere", [True, False])
 def test_a_checkpoint_that_is_not_the_newest_starts_a_folder_of_its_own(tmp_path, is_elsewhere):
     """Also where the newest one is in another folder or unreadable; later rows would be deleted."""
-    run_dir, elsewhere = tmp_path / "runs" / "unnamed" / "version_0", tmp_path / "elsewhere"
+    run_dir, elsewhere = (
+        tmp_path / "runs" / "shapes_SegFormer" / "version_0",
+        tmp_path / "elsewhere",
+    )
     for folder in (run_dir / "checkpoints", elsewhere):
         folder.mkdir(parents=True)
     dirpath = str(elsewhere) if is_elsewhere else None
@@ -32,7 +35,7 @@ def test_a_checkpoint_that_is_not_the_newest_starts_a_folder_of_its_own(tmp_path
 
 def test_a_run_with_an_unreadable_configuration_is_not_continued(tmp_path):
     """Its logger and the folder of its last checkpoint are unknown."""
-    last = tmp_path / "runs" / "unnamed" / "version_0" / "checkpoints" / "last.ckpt"
+    last = tmp_path / "runs" / "shapes_SegFormer" / "version_0" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     torch.save({"global_step": 2}, last)
     (last.parent.parent / "config.yaml").write_text("a: [")

@@ -35,7 +35,7 @@ def test_fit_writes_a_run_that_can_be_reloaded(folder, tmp_path, options):
     assert (run / "config.yaml").is_file()
     assert "locality_ceiling" in (run / "metrics.csv").read_text()
     assert "shapes" in (run / "report.html").read_text()
-    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    (checkpoint,) = run.glob("checkpoints/last.ckpt")
     task = SegmentationTask.load_from_checkpoint(checkpoint, weights_only=True)
     assert task.lr == 0.01
     assert task.network.head.classifier.out_channels == len(shapes.CLASS_NAMES)
@@ -51,7 +51,31 @@ def test_fit_and_its_report_warn_of_implausible_settings(folder, tmp_path, caplo
         main(["fit", *arguments])
     sentence = "the learning rate warms up for 1500 steps, but training ends after 2"
     assert f"warning: {sentence}" in caplog.text
-    assert sentence in (tmp_path / "unnamed" / "version_0" / "report.html").read_text()
+    assert sentence in (tmp_path / "shapes_SegFormer" / "version_0" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_what_a_run_without_options_leaves_and_prints(folder, tmp_path, start_command, options):
+    """A name and the best checkpoint; and nothing that tells the user nothing."""
+    left_out = ("save_dir", "enable_progress_bar", "num_sanity_val_steps")
+    arguments = [o for o in options(folder, "") if not any(name in o for name in left_out)]
+    command = start_command(["fit", *arguments], folder=tmp_path, figures=False)
+    assert command.wait() == 0, command.output
+    run = tmp_path / "runs" / "shapes_SegFormer" / "version_0"
+    best = run / "checkpoints" / "best.ckpt"
+    assert torch.load(best, weights_only=True)["global_step"] == 2
+    lines = command.output.splitlines()
+    noise = ("Tip", "deprecated", "Epoch", "FLOPs", "TPU", "-2", "`Trainer", "not empty")
+    assert not [line for line in lines for word in noise if word in line]
+    assert "SegFormer: 11,262 parameters are trained" in lines
+    (bar,) = {line.strip() for line in lines if line.lstrip().startswith("step: 100%")} & {
+        lines[-2].strip()
+    }
+    assert "2/2 [" in bar
+    assert "loss=" in bar
+    assert "mIoU=" in bar
+    assert lines[-1].startswith("mIoU ")
+    assert lines[-1].endswith("report: none")
 
 
 @pytest.mark.slow
@@ -59,7 +83,9 @@ def test_run_folders_are_below_the_root_folder(capsys, folder, tmp_path, options
     rooted = [f"--trainer.default_root_dir={tmp_path / 'root'}"]
     default = [o for o in options(folder, tmp_path) if "save_dir" not in o]
     cli = main([*default, *rooted], run=False)
-    assert cli.trainer.loggers[0].log_dir == str(tmp_path / "root" / "unnamed" / "version_0")
+    assert cli.trainer.loggers[0].log_dir == str(
+        tmp_path / "root" / "shapes_SegFormer" / "version_0"
+    )
     error = fail(capsys, ["fit", *options(folder, tmp_path / "other"), *rooted])
     assert f"save_dir is '{tmp_path / 'other'}', which is outside of it" in error
 
@@ -114,7 +140,7 @@ def test_loss_and_inference_are_stored_in_the_checkpoint(
         "--model.inference.flip=true",
     ]
     main(["fit", *options(folder, tmp_path), *parts])
-    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/*.ckpt")
+    (checkpoint,) = tmp_path.glob("*/version_0/checkpoints/last.ckpt")
     task = SegmentationTask.load_from_checkpoint(checkpoint, weights_only=True)
     assert (task.inference.pad_to, task.inference.flip) == (32, True)
     assert [type(loss).__name__ for loss in task.loss.losses] == ["CrossEntropy", "Dice"]
@@ -335,8 +361,13 @@ def test_help_of_fit_lists_options_and_not_every_module(capsys):
         main(["fit", "--help"])
     text = capsys.readouterr().out
     assert {"--model.network", "--data.path", "--trainer.max_steps"} <= set(text.split())
-    assert "torch.nn" not in text
-    assert len(text.splitlines()) < 800
+    assert text.startswith("usage: python -m segformer_pl fit [--config FILE] ")
+    assert not [word for word in ("torch.nn", "Namespace", ":mod:", "``") if word in text]
+    assert len(text.splitlines()) < 300
+    options = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert options[0] == "--data.dataset"
+    order = list(dict.fromkeys(option.partition(".")[0] for option in options if "." in option))
+    assert order[:4] == ["--data", "--model", "--last_checkpoint", "--trainer"]
 
 
 @pytest.mark.slow

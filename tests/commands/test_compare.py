@@ -189,7 +189,7 @@ def test_runs_that_cannot_be_compared(runs, tmp_path, changes, message):
     [
         ([], "runs"),
         (["--block_size", "0"], "block"),
-        (["--blocks", "2"], "unrecognized arguments: --blocks"),
+        (["--blocks", "2"], "there is no option --blocks"),
     ],
 )
 def test_wrong_arguments_in_one_sentence(capsys, runs, arguments, message):

@@ -359,7 +359,7 @@ def test_ctrl_c_leaves_complete_files(run, images, tmp_path, monkeypatch):
     code, printed, reported = run(images)
     assert code == 130
     assert printed == ""
-    assert "interrupted after 1 images; their files are complete" in reported
+    assert "interrupted after 1 image; their files are complete" in reported
     after = {file: (tmp_path / "out" / file).read_bytes() for file in written(tmp_path / "out")}
     assert after == before
 

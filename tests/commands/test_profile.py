@@ -54,7 +54,7 @@ def test_profile_of_an_ablation(run):
         ("segformer_b9", "there is no network 'segformer_b9'"),
         ("segformer_b0 --size 20 20", "sr_ratio 8 is larger than the 5x5 token grid"),
         ("segformer_b0 --size 0 64", "give integers of at least 1"),
-        ("segformer_b0 --sr_ratio [1,1,1,1]", "unrecognized arguments: --sr_ratio"),
+        ("segformer_b0 --sr_ratio [1,1,1,1]", "there is no option --sr_ratio"),
         ("segformer_b0 --sr_ratios [1,1]", "one integer of at least 1 for each"),
         ("--json segformer_b0", "give MODEL first"),
         ("", "model"),

@@ -90,7 +90,7 @@ def test_one_image_that_a_batchnorm_refuses_is_extrapolated(run):
         (f"{TOY} --global_batch 8 --node.network_gb_per_s nan", "node.network_gb_per_s"),
         (f"{TOY} --global_batch 8 --worker_images_per_s -1", "worker_images_per_s"),
         (f"{TOY} --global_batch 8 --gradient_bytes 3", "gradient_bytes"),
-        (f"{TOY} --global_batch 8 --widht 4", "unrecognized arguments: --widht"),
+        (f"{TOY} --global_batch 8 --widht 4", "there is no option --widht"),
         ("segformer_b0 --global_batch 8 --sr_ratios [1,1]", "cannot be built with these arguments"),
         ("segformer_b0 --global_batch 8 --size 20 20", "sr_ratio 8 is larger than the 5x5"),
         (

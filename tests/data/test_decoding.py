@@ -219,3 +219,11 @@ def test_cell_bytes_come_from_the_cell_or_its_file():
             cell_bytes(empty, "here", read_file)
     with pytest.raises(UserError, match=r"^here: the row names the file '/gone', which is else"):
         cell_bytes({"bytes": None, "path": "/gone"}, "here", read_file)
+
+
+@pytest.mark.parametrize("cell", [5, 1.5, True, [1, 2], "images/a.png", {"bytes": "text"}])
+def test_cells_without_an_encoded_image_are_refused(cell):
+    value = cell["bytes"] if isinstance(cell, dict) else cell
+    kind = type(value).__name__
+    with pytest.raises(UserError, match=rf"^here: the row holds .*, of type {kind}, and no encod"):
+        cell_bytes(cell, "here", None)

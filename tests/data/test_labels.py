@@ -27,7 +27,7 @@ def test_an_explicit_mapping_replaces_the_identity():
     labels = spec(2, raw_to_train={500: 0, 7: 1})
     raw = np.array([[500, 7]], np.uint16)
     np.testing.assert_array_equal(labels.to_train_ids(raw, "x"), [[0, 1]])
-    with pytest.raises(UserError, match="label value 0 in 1 pixels"):
+    with pytest.raises(UserError, match="label value 0 in 1 pixel"):
         labels.to_train_ids(np.zeros((1, 1), np.uint8), "x")
 
 
@@ -51,7 +51,7 @@ def test_16_bit_values_reach_to_65535():
 def test_a_negative_raw_value_is_not_confused_with_a_large_one():
     labels = spec(2, ignored=frozenset({-1}))
     np.testing.assert_array_equal(labels.to_train_ids(np.array([[-1, 0]]), "x"), [[255, 0]])
-    with pytest.raises(UserError, match="label value 65535 in 1 pixels"):
+    with pytest.raises(UserError, match="label value 65535 in 1 pixel"):
         labels.to_train_ids(np.array([[65535]], np.uint16), "x")
 
 
@@ -67,7 +67,7 @@ def test_many_classes(num_classes, ignore_index, dtype):
     assert train_ids.dtype == dtype
     eight_bits = np.array([[254 % num_classes]], np.uint8)
     np.testing.assert_array_equal(labels.to_train_ids(eight_bits, "x"), eight_bits)
-    with pytest.raises(UserError, match=f"label value {num_classes} in 1 pixels"):
+    with pytest.raises(UserError, match=f"label value {num_classes} in 1 pixel"):
         labels.to_train_ids(np.array([[num_classes]], np.uint16), "x")
 
 
@@ -82,7 +82,7 @@ def test_colors_map_to_train_ids_and_back():
 
 @pytest.mark.parametrize("value", [-1, 1 << 16, (1 << 16) + 1, (1 << 31) - 1])
 def test_values_beyond_16_bits_are_unknown_and_do_not_wrap_around(value):
-    with pytest.raises(UserError, match=f"label value {value} in 1 pixels"):
+    with pytest.raises(UserError, match=f"label value {value} in 1 pixel"):
         SPEC.to_train_ids(np.array([[value, 0]], np.int32), "x")
 
 

@@ -3,7 +3,11 @@
 import pytest
 
 from segformer_pl.data.catalog import find_dataset
+from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.sources import StreamedSource, open_split
+from segformer_pl.data.streaming import Samples
+from segformer_pl.data.transforms import to_tensors
+from segformer_pl.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -34,3 +38,13 @@ def test_a_format_without_row_counts_is_read_through_once_with_a_message(
     reopened = open_split(ENTRY, str(folder), "train")
     assert reopened.fingerprint == source.fingerprint
     assert [row["id"] for row in reopened.read(1)] == [row["id"] for row in source.read(1)]
+
+
+def test_a_table_of_file_names_is_refused_and_names_the_cell(tmp_path):
+    """CSV has no schema in advance, which `datasets` refuses to leave undecoded."""
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("image,label,id\na.png,a_mask.png,7\n")
+    source = open_split(ENTRY, str(tmp_path), "train")
+    samples = Samples(ENTRY, source, StoredOrder(source.group_rows), to_tensors)
+    with pytest.raises(UserError, match=r"sample '7', column 'image': the row holds 'a.png', of "):
+        samples[0]

@@ -216,7 +216,7 @@ FAULTS = {
         {"rows": leak},
         r"error splits \d+ of the examined images are in both train and validation",
     ),
-    "one id for all": ({"rows": same_ids}, "warning ids 1 ids are shared by several train samples"),
+    "one id for all": ({"rows": same_ids}, "warning ids 1 id shared by several train samples"),
     "images too small": (
         {"rows": small},
         "error sizes train images have sides of 20 pixels, but SegFormer needs 29",

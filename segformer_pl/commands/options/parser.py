@@ -1,13 +1,14 @@
 """The argument parser of the commands."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from segformer_pl.commands.options.parse_errors import readable
 from segformer_pl.errors import UserError, find_user_error
 from segformer_pl.yaml_file import check_sections, read_mapping, read_yaml
 
@@ -63,12 +64,34 @@ def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
                 yield option, Path(value)
 
 
+def _types(parser: ArgumentParser) -> Iterator[tuple[str, Any]]:
+    """Yield name and type of the options of a parser and of its subcommands."""
+    for action in parser._actions:
+        if isinstance(action.choices, Mapping):
+            for subparser in action.choices.values():
+                yield from _types(subparser)
+        elif hasattr(action, "_typehint"):
+            yield action.dest, action._typehint
+
+
+def one_sentence(parser: ArgumentParser, message: str, error: BaseException | None) -> str:
+    """Return a message of a parser, or the text of the user's error that caused it, as one line."""
+    if (user_error := find_user_error(error)) is not None:
+        return " ".join(str(user_error).split())
+    return readable(message, dict(_types(parser)), getattr(parser, "examples", {}))
+
+
 class OneSentenceParser(ArgumentParser):
     """A parser whose errors are one sentence, also those about the files of settings.
 
     Option names may have hyphens in place of underscores, and links can set arguments of a function
     as well as of a class.
+
+    Attributes:
+        examples: A value of some options, by name, which a message shows if none is given.
     """
+
+    examples: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Abbreviations would accept a misspelt --trainer.max_step as trainer.max_steps.
@@ -77,9 +100,9 @@ class OneSentenceParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        text = str(find_user_error(ex) or message)
-        sentence = " ".join(line.strip() for line in text.splitlines())
-        sys.stderr.write(f"error: {sentence} (what is accepted: {self.prog} --help)\n")
+        text = one_sentence(self, message, ex)
+        program = self.prog.replace(" [options]", "")  # of a subcommand
+        sys.stderr.write(f"error: {text} (what is accepted: {program} --help)\n")
         self.exit(2)
 
     def parse_args(  # type: ignore[override]
