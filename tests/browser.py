@@ -4,9 +4,9 @@ The protocol is JSON on two pipes (https://chromedevtools.github.io/devtools-pro
 package is needed, and no driver of the version of the browser.
 """
 
-import base64
 import json
 import os
+import select
 import subprocess
 import time
 
@@ -62,6 +62,7 @@ class Browser:
 
     def _receive(self):
         while b"\0" not in self.received:
+            assert select.select([self.from_browser], [], [], TIMEOUT)[0], "the browser hangs"
             part = os.read(self.from_browser, 1 << 16)
             assert part, f"the browser ended with status {self.process.wait()}"
             self.received += part
@@ -105,11 +106,6 @@ class Browser:
     def press(self, key):
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
-
-    def screenshot(self, file):
-        """Write the whole page as a PNG."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        file.write_bytes(base64.b64decode(shot["data"]))
 
     def requests(self):
         """Return the addresses that the page asked for."""

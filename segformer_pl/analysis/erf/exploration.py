@@ -194,7 +194,7 @@ def _layer_erf(
 
 
 class _Packing:
-    """Stores the maps of one layer with blocks of several sizes, until the smallest that fit.
+    """The maps of one layer, stored in blocks of several sizes until it is known which fit.
 
     Args:
         size: Height and width of the image.

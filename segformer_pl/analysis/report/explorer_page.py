@@ -59,6 +59,8 @@ def write_explorer(
             explorations=explorations,
             height=height,
             width=width,
+            num_rows=len(first.rows),
+            num_columns=len(first.columns),
             settings=describe_settings(settings),
             near=NEAR,
             decades=DECADES,

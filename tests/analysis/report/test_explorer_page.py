@@ -202,3 +202,11 @@ def test_keys_clicks_and_fingers(browser, page, shown):
 def test_the_page_fits_a_narrow_window(browser, shown):
     browser.resize(360, 800, mobile=True)
     assert browser.run("document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.slow
+def test_the_page_is_dark_where_the_reader_asks_for_it(browser, shown):
+    script = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+    assert min(browser.run(script)) > 200
+    browser.resize(1280, 1400, dark=True)
+    assert max(browser.run(script)) < 50
