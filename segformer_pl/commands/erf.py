@@ -19,6 +19,7 @@ from segformer_pl.analysis.erf import (
     ERF,
     NoFieldError,
     effective_receptive_field,
+    explore,
     weights_hash,
 )
 from segformer_pl.analysis.erf.backbones import TimmStages
@@ -29,6 +30,7 @@ from segformer_pl.analysis.erf.plots import (
     plot_erf,
     plot_radial_profiles,
 )
+from segformer_pl.analysis.report.explorer_page import write_explorer
 from segformer_pl.atomic import atomic_write, make_writable_folder
 from segformer_pl.checkpoints import load_network, read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
@@ -47,6 +49,7 @@ from segformer_pl.normalization import Normalization
 DPI = 300
 IMAGES_PER_READ = 8  # images read at a time; the measurement divides them by --batch_size
 TIMM = "timm:"
+EXPLORER_FILE = "erf_explorer.html"
 
 
 class Subject(NamedTuple):
@@ -100,6 +103,8 @@ def run(options: Namespace) -> None:
         _try(subject, data, options)
     results = [_measure(subject, data, options, options.num_images) for subject in subjects]
     _write(folder, subjects, results)
+    if options.explore:
+        _write_explorer(folder / EXPLORER_FILE, subjects, data, options)
 
 
 def _data(options: Namespace, checkpoint: RunCheckpoint | None) -> StreamingSegmentationData:
@@ -250,9 +255,7 @@ def _measure(
 
 
 def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
-    rows = {
-        f"{subject.label} ({subject.weights})": result for subject, result in zip(subjects, results)
-    }
+    rows = {_heading(subject): result for subject, result in zip(subjects, results)}
     first = results[0]
     height, width = first.settings["image_size"]
     title = (
@@ -278,6 +281,32 @@ def _write(folder: Path, subjects: list[Subject], results: list[ERF]) -> None:
             if ids:
                 sys.stdout.write(f"{reason}: {counted(len(ids), 'image')}: {', '.join(ids)}\n")
     sys.stdout.write("written: " + ", ".join(str(file) for file in files) + "\n")
+
+
+def _heading(subject: Subject) -> str:
+    return f"{subject.label} ({subject.weights})"
+
+
+def _write_explorer(
+    file: Path, subjects: list[Subject], data: StreamingSegmentationData, options: Namespace
+) -> None:
+    """Write the page of the first image that was measured."""
+    batch = next(image_batches(data, options.num_images, options.size))
+    image = batch["image"][0]
+    explorations = {
+        _heading(subject): explore(
+            subject.network,
+            image,
+            layers=options.layers,
+            reduction=options.reduction,
+            gradient=options.gradient,
+            preprocess=subject.normalization,
+            progress=f"{subject.label}, explorer",
+        )
+        for subject in subjects
+    }
+    write_explorer(file, image, batch["id"][0], explorations)
+    sys.stdout.write(f"written: {file}\n")
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:

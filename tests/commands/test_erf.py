@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from segformer_pl import __version__
-from segformer_pl.analysis.erf import NoFieldError, load_erf
+from segformer_pl.analysis.erf import NoFieldError, exploration, load_erf
 from segformer_pl.checkpoints import export_weights
 from segformer_pl.cli import main
 from segformer_pl.models import mit_b0, segformer_b0
@@ -122,6 +123,26 @@ def test_a_checkpoint_against_a_network_of_timm(run, tmp_path, images, reads_of)
     assert first.about["mean"] == list(IMAGENET_MEAN)
     assert second.about["weights"] == "random weights"
     assert "timm resnet18 (random weights)" in text
+
+
+@pytest.mark.slow
+def test_the_explorer_shows_both_networks(run, monkeypatch):
+    monkeypatch.setattr(exploration, "LONGER_SIDE", 2)
+    text, folder = run(
+        *("--model", "segformer_b0", "--against", "timm:resnet18", "--num_images", "2"),
+        *("--layers", "stage1", "stage2", "--explore"),
+    )
+    page = (folder / "erf_explorer.html").read_text()
+    assert text.splitlines()[-1] == f"written: {folder / 'erf_explorer.html'}"
+    (data,) = re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)
+    data = json.loads(data)
+    assert data["size"] == [64, 96]
+    assert (data["rows"], data["columns"]) == ([32], [24, 72])
+    assert [network["name"] for network in data["networks"]] == [
+        *("segformer_b0 (random weights)", "timm resnet18 (random weights)")
+    ]
+    for network in data["networks"]:
+        assert [layer["name"] for layer in network["layers"]] == ["stage1", "stage2"]
 
 
 def test_images_are_evenly_spaced_over_the_split(run, monkeypatch):

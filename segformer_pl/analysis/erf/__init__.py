@@ -9,6 +9,7 @@
       extent.py           radii, areas and shape of one map
       jackknife.py        bias-corrected estimates and confidence intervals
     full_image.py         image -> radius of every unit
+    exploration.py        image -> receptive fields of many units, for a page
     plots.py              figures
       panels.py           axes, colour bars and legends of a figure
       captions.py         text of a figure
@@ -20,6 +21,7 @@ was never published, and the paper states neither unit nor reduction. So every r
 its settings.
 """
 
+from segformer_pl.analysis.erf.exploration import Exploration, explore
 from segformer_pl.analysis.erf.full_image import RadiusMap, radius_map
 from segformer_pl.analysis.erf.jackknife import Interval
 from segformer_pl.analysis.erf.layer import LayerERF
@@ -30,12 +32,14 @@ from segformer_pl.analysis.erf.units import ClassUnits, Grid
 __all__ = [
     "ERF",
     "ClassUnits",
+    "Exploration",
     "Grid",
     "Interval",
     "LayerERF",
     "NoFieldError",
     "RadiusMap",
     "effective_receptive_field",
+    "explore",
     "load_erf",
     "merge",
     "radius_map",

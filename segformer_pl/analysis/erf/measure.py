@@ -221,7 +221,7 @@ class _Measurement:
         assert self.state is not None
         maps = {}
         for name, feature in self.extractor(inputs, self.state).items():
-            self._check(name, feature)
+            check_layer(name, feature, self.reduction)
             grid = self.grids[name] = (feature.shape[2], feature.shape[3])
             mask = class_mask(classes, self.units.train_id, grid)
             present &= mask.any(2).any(1)
@@ -240,7 +240,7 @@ class _Measurement:
         assert self.size is not None
         maps = {}
         for name, (vectors, grid) in self.extractor.units(inputs, self.state, pixels).items():
-            self._check(name, vectors)
+            check_layer(name, vectors, self.reduction)
             self.grids[name] = grid
             finite &= vectors.isfinite().flatten(1).all(1)
             values = self._reduce(vectors.transpose(1, 2), name)
@@ -260,26 +260,13 @@ class _Measurement:
         assert self.size is not None
         return unit_position(unit, self.size, grid, self.in_patches)
 
-    def _check(self, name: str, feature: Tensor) -> None:
-        if not feature.requires_grad:
-            raise UserError(
-                f"layer {name!r} does not depend on the image in a way that has a gradient "
-                "(detached, or computed without gradients); name another"
-            )
-        if self.reduction == "sum":
-            refuse_sum_after_norm(feature, name)
-
     def _reduce(self, vectors: Tensor, name: str) -> Tensor:
         return reduce_channels(vectors, self.reduction, name, self.seed)
 
     def _backward(self, value: Tensor, inputs: Tensor) -> Tensor:
         """Return the maps (B, H, W) of the gradient of a scalar, the sum over the images."""
         (slope,) = torch.autograd.grad(value, inputs, retain_graph=True)
-        if self.gradient == "abs":
-            slope = slope.abs()
-        elif self.gradient == "relu":
-            slope = slope.relu()
-        return slope.sum(1)
+        return map_of_gradient(slope, self.gradient)
 
     def _add_maps(
         self, ids: list[str], maps: dict[str, Tensor], present: Tensor, finite: Tensor
@@ -339,6 +326,30 @@ class _Measurement:
             about,
             self.image_ids,
         )
+
+
+def check_layer(name: str, feature: Tensor, reduction: Reduction) -> None:
+    """Check that a feature map, or units of it, has the gradient that is measured.
+
+    Raises:
+        UserError: It has none, or its channels cannot be reduced in this way.
+    """
+    if not feature.requires_grad:
+        raise UserError(
+            f"layer {name!r} does not depend on the image in a way that has a gradient "
+            "(detached, or computed without gradients); name another"
+        )
+    if reduction == "sum":
+        refuse_sum_after_norm(feature, name)
+
+
+def map_of_gradient(slope: Tensor, gradient: Gradient) -> Tensor:
+    """Gradients (B, C, H, W) of the images -> maps (B, H, W)."""
+    if gradient == "abs":
+        slope = slope.abs()
+    elif gradient == "relu":
+        slope = slope.relu()
+    return slope.sum(1)
 
 
 def units_setting(units: Literal["center"] | PixelList | Grid | ClassUnits) -> Any:

@@ -86,6 +86,13 @@ def parse(arguments: list[str]) -> Namespace:
         help="number of images in one forward and backward pass, which bounds the memory. "
         "Default: as many as have 512x512 pixels together on the CPU, eight times as many on a GPU",
     )
+    parser.add_argument(
+        "--explore",
+        action="store_true",
+        help="also write erf_explorer.html: a page on which one points at the first image and sees "
+        "the receptive field of the unit there in every layer. It measures up to 100 units of each "
+        "layer",
+    )
     add_device_option(parser, "device of the network")
     parser.add_argument("--output", default="erf", help="folder that the files are written to")
     return parser.parse_args(arguments)
