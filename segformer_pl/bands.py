@@ -12,6 +12,8 @@ from torch import Tensor
 # Elements of a band: large enough that the overhead of calls is negligible, and on a CPU small
 # enough for the cache.
 BAND_ELEMENTS = {"cpu": 1_300_000, "cuda": 1 << 25}
+# The same for layers, whose rows around a band are computed twice.
+LAYER_ELEMENTS = 2_600_000
 
 
 def bands(
@@ -28,12 +30,18 @@ def bands(
         channels: Number of channels.
         device: Device type, ``"cpu"`` or ``"cuda"``, which determines the size of a band.
 
-    Yields:
-        ``(images, rows)``, two slices.
+    Returns:
+        Iterator over ``(images, rows)``, two slices.
     """
-    budget = BAND_ELEMENTS.get(device, BAND_ELEMENTS["cuda"])
-    num_rows = min(max(budget // (width * channels), 1), height)
-    num_images = max(budget // (height * width * channels), 1)
+    elements = BAND_ELEMENTS.get(device, BAND_ELEMENTS["cuda"])
+    return _bands(batch, height, width, channels, elements)
+
+
+def _bands(
+    batch: int, height: int, width: int, channels: int, elements: int
+) -> Iterator[tuple[slice, slice]]:
+    num_rows = min(max(elements // (width * channels), 1), height)
+    num_images = max(elements // (height * width * channels), 1)
     for first in range(0, batch, num_images):
         for top in range(0, height, num_rows):
             yield (
@@ -67,11 +75,11 @@ def map_bands(layers: Callable[[Tensor], Tensor], tokens: Tensor, widest: int, h
         or (torch.is_grad_enabled() and tokens.requires_grad)
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or batch * height * width * widest <= BAND_ELEMENTS["cpu"]
+        or batch * height * width * widest <= LAYER_ELEMENTS
     ):
         return layers(tokens)
     results = []
-    for images, rows in bands(batch, height, width, widest, "cpu"):
+    for images, rows in _bands(batch, height, width, widest, LAYER_ELEMENTS):
         first = max(rows.start - halo, 0)
         band = layers(tokens[images, first : rows.stop + halo])
         results.append(band[:, rows.start - first :][:, : rows.stop - rows.start].flatten(0, 1))

@@ -56,7 +56,7 @@ def layers():
     ],
 )
 def test_a_map_is_computed_in_bands(monkeypatch, layers, elements, heights):
-    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(bands, "LAYER_ELEMENTS", elements)
     tokens = torch.randn(3, 8, 40, 5, dtype=torch.float64)
     with torch.no_grad():
         expected = layers(tokens)
@@ -79,14 +79,14 @@ class Banded(nn.Module):
 
 
 def test_maps_with_gradients_have_no_bands(monkeypatch, layers):
-    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(bands, "LAYER_ELEMENTS", 1)
     tokens = torch.randn(1, 8, 40, 5, dtype=torch.float64, requires_grad=True)
     map_bands(layers, tokens, 7, 2).sum().backward()
     assert layers.heights == [8]
 
 
 def test_graphs_have_no_bands(monkeypatch, layers):
-    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(bands, "LAYER_ELEMENTS", 1)
     network = Banded(layers).requires_grad_(False)
     tokens = torch.randn(1, 8, 40, 5, dtype=torch.float64)
     exported = torch.export.export(network, (tokens,)).graph_module.graph
@@ -111,7 +111,7 @@ def test_a_block_computes_its_mix_ffn_in_bands(monkeypatch, block):
     expected = block(tokens).detach()
     hidden = []
     block.mlp.fc1.register_forward_hook(lambda module, args, output: hidden.append(output.shape))
-    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", 4 * 12 * 32)
+    monkeypatch.setattr(bands, "LAYER_ELEMENTS", 4 * 12 * 32)
     with torch.inference_mode():
         result = block(tokens)
     assert [shape[1] for shape in hidden] == [5, 6, 3] * 2
@@ -120,7 +120,7 @@ def test_a_block_computes_its_mix_ffn_in_bands(monkeypatch, block):
 
 def test_drop_path_is_drawn_for_images_not_for_bands(monkeypatch, block):
     tokens = torch.randn(2, 10, 12, 8, dtype=torch.float64)
-    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", 4 * 12 * 32)
+    monkeypatch.setattr(bands, "LAYER_ELEMENTS", 4 * 12 * 32)
     block.train()
     torch.manual_seed(1)
     expected = block(tokens)
@@ -138,5 +138,5 @@ def test_derivatives_in_forward_mode_pass_through_bands(monkeypatch, block):
             return forward_ad.unpack_dual(block(forward_ad.make_dual(tokens, tangents))).tangent
 
     expected = slopes()
-    monkeypatch.setitem(bands.BAND_ELEMENTS, "cpu", 4 * 12 * 32)
+    monkeypatch.setattr(bands, "LAYER_ELEMENTS", 4 * 12 * 32)
     torch.testing.assert_close(slopes(), expected, rtol=0, atol=1e-13)

@@ -35,6 +35,8 @@ ADDED = {
     "model.momentum": 0.9,
     "model.min_lr": 0.0,
     "model.reference_batch_size": None,
+    "model.freeze": None,
+    "model.inference.image_size": None,
 }
 FOLDER = "dirpath"
 # All other callbacks of Lightning log, display or end a training, and change none of its steps.
