@@ -27,7 +27,7 @@ bench: $(VENV)/references
 	$(BIN)/python experiments/benchmarks/speed.py --rounds 5
 	$(BIN)/python experiments/benchmarks/speed.py --rounds 3 --variants b0 --tasks inference \
 		--size 1024 2048 --num_classes 19 --without_smp
-	$(BIN)/python experiments/benchmarks/runtimes.py
+	$(BIN)/python experiments/benchmarks/runtimes.py --runtimes eager folded onnxruntime openvino
 
 lint: install
 	@echo "==> checking style and types"

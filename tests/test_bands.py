@@ -39,6 +39,11 @@ class Recorded(nn.Module):
         return tokens + maps.permute(0, 2, 3, 1)
 
 
+@pytest.fixture(autouse=True)
+def _narrow_bands(monkeypatch):
+    monkeypatch.setattr(bands, "LEAST_ROWS", 1)
+
+
 @pytest.fixture
 def layers():
     torch.manual_seed(0)
@@ -78,6 +83,15 @@ class Banded(nn.Module):
         return map_bands(self.layers, tokens, 7, 2)
 
 
+def test_a_band_of_a_wide_map_has_some_rows(monkeypatch, layers):
+    monkeypatch.setattr(bands, "LAYER_ELEMENTS", 1)
+    monkeypatch.setattr(bands, "LEAST_ROWS", 4)
+    tokens = torch.randn(1, 8, 40, 5, dtype=torch.float64)
+    with torch.no_grad():
+        map_bands(layers, tokens, widest=7, halo=2)
+    assert layers.heights == [6, 6]
+
+
 def test_maps_with_gradients_have_no_bands(monkeypatch, layers):
     monkeypatch.setattr(bands, "LAYER_ELEMENTS", 1)
     tokens = torch.randn(1, 8, 40, 5, dtype=torch.float64, requires_grad=True)
@@ -89,10 +103,11 @@ def test_graphs_have_no_bands(monkeypatch, layers):
     monkeypatch.setattr(bands, "LAYER_ELEMENTS", 1)
     network = Banded(layers).requires_grad_(False)
     tokens = torch.randn(1, 8, 40, 5, dtype=torch.float64)
-    exported = torch.export.export(network, (tokens,)).graph_module.graph
-    assert sum("conv" in str(node.target) for node in exported.nodes) == 2
-    layers.heights.clear()
-    torch.jit.trace(network, tokens, check_trace=False)  # OpenVINO's way
+    with torch.no_grad():
+        exported = torch.export.export(network, (tokens,)).graph_module.graph
+        assert sum("conv" in str(node.target) for node in exported.nodes) == 2
+        layers.heights.clear()
+        torch.jit.trace(network, tokens, check_trace=False)  # OpenVINO's way
     assert layers.heights == [8]
 
 

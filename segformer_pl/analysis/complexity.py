@@ -149,7 +149,8 @@ def complexity(network: Segmenter, height: int, width: int) -> Complexity:
             lengths,
             flops,
         )
-        with ExitStack() as stack, torch.enable_grad():  # inference computes rows twice; map_bands
+        # Without gradients, layers that work in bands compute some rows twice.
+        with ExitStack() as stack, torch.enable_grad():
             for context in contexts:
                 stack.enter_context(context)
             logits = functional_call(network, state, (images,))
@@ -205,7 +206,7 @@ def executed_macs(network: Segmenter, height: int, width: int) -> int:
     with _on_fake_tensors(network, height, width) as state:
         images = _one_image(network, height, width)
         flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv_flops})
-        with _evaluating(network), flops, torch.enable_grad():  # as above
+        with _evaluating(network), flops, torch.enable_grad():  # as in complexity
             check_class_maps(network, functional_call(network, state, (images,)), images)
     return flops.get_total_flops() // 2
 

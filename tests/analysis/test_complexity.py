@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from segformer_pl import models
+from segformer_pl import bands, models
 from segformer_pl.analysis.complexity import (
     as_dict,
     complexity,
@@ -273,6 +273,16 @@ def test_table_and_dictionary_state_what_was_measured():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+def test_counts_do_not_depend_on_the_bands_of_inference(monkeypatch, frozen):
+    """Bands compute the rows around them twice, also in a network that needs no gradients."""
+    network = small().requires_grad_(not frozen)
+    expected = complexity(network, 64, 96).macs
+    monkeypatch.setattr(bands, "LAYER_ELEMENTS", 1)
+    monkeypatch.setattr(bands, "LEAST_ROWS", 2)
+    assert complexity(network, 64, 96).macs == executed_macs(network, 64, 96) == expected
+
+
 def test_executed_macs_are_those_of_the_whole_count():
     network = small(sr_ratios=(8, 8, 2, 1)).train()
     assert executed_macs(network, 64, 96) == complexity(network, 64, 96).macs

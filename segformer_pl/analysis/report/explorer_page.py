@@ -129,8 +129,8 @@ def _colors() -> npt.NDArray[np.uint8]:
 
 def _image_url(image: Tensor) -> Markup:
     array = (255 * image.permute(1, 2, 0).clamp(0, 1)).round().byte().cpu().numpy()
-    picture = Image.fromarray(array)
-    picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    resized = Image.fromarray(array)
+    resized.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     stream = io.BytesIO()
-    picture.save(stream, "jpeg", quality=90)
+    resized.save(stream, "jpeg", quality=90)
     return Markup(f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}")
