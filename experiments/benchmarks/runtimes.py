@@ -5,8 +5,8 @@
 
 Question: how many times as fast is the fastest way to run segformer_pl as the fastest way to run
 transformers, at equal weights, and how far is torch from the other runtimes? Hardware: CPU,
-otherwise idle; 1.5 minutes for B0 at 512x512, and several more with compile. Expectation: the lead is smaller than in torch
-alone, since a runtime fuses by itself what segformer_pl avoids.
+otherwise idle; 1.5 minutes for B0 at 512x512, and several more with compile. Expectation: the lead
+is smaller than in torch alone, since a runtime fuses by itself what segformer_pl avoids.
 
 Networks map normalised images to logits of stride 4. Runtimes:
 
