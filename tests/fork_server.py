@@ -6,6 +6,7 @@ study does for each run and Lightning for each further rank, forks too, see :cla
 """
 
 import atexit
+import gc
 import inspect
 import json
 import multiprocessing.util
@@ -15,6 +16,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import weakref
@@ -25,10 +27,12 @@ import scipy.optimize  # noqa: F401
 import timm  # noqa: F401
 import torch
 from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
+from tiny_network import TINY_OPTION
+from tqdm import tqdm
 
 from segformer_pl import callbacks
 from segformer_pl.ablation import costs
-from segformer_pl.cli import ablate, arena, doctor, training  # noqa: F401
+from segformer_pl.cli import ablate, arena, doctor, main, training  # noqa: F401
 from segformer_pl.commands import (  # noqa: F401
     compare,
     convert,
@@ -139,7 +143,37 @@ def answer(value):
     sys.stdout.flush()
 
 
+def warm_up():
+    """Train for a step, so that what happens once in a process happens before the forks."""
+    environment, streams = dict(os.environ), [os.dup(number) for number in (1, 2)]
+    tqdm.monitor_interval, interval = 0, tqdm.monitor_interval  # its thread would not be forked
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        for number in (1, 2):
+            os.dup2(nowhere.fileno(), number)
+        settings = {
+            "model.network": TINY_OPTION,
+            "data.dataset": "shapes",
+            "data.num_workers": 0,
+            "trainer.accelerator": "cpu",
+            "trainer.max_steps": 1,
+            "trainer.val_check_interval": 1,
+            "trainer.limit_val_batches": 1,
+            "trainer.enable_progress_bar": "false",
+            "trainer.logger.save_dir": folder,
+        }
+        main(["fit", *(f"--{key}={value}" for key, value in settings.items())])
+        for number, stream in zip((1, 2), streams):
+            os.dup2(stream, number)
+            os.close(stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    tqdm.monitor_interval = interval
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy the pages of all objects
+
+
 def serve():
+    warm_up()
     # A shell that runs the tests in the background lets them ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
@@ -155,7 +189,7 @@ def serve():
         os.setsid()
         os.chdir(job["folder"])
         os.environ.update(job["environment"])
-        sys.path += job["environment"]["PYTHONPATH"].split(os.pathsep)
+        sys.path[1:1] = job["environment"]["PYTHONPATH"].split(os.pathsep)
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
             os.dup2(target, stream)

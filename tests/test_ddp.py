@@ -21,7 +21,7 @@ ERF = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.generate(folder, {"train": 24, "validation": 7})  # 7 images on two ranks: 3 and 4
+    shapes.generate(folder, {"train": 24, "validation": 5})  # 5 images on two ranks: 2 and 3
     return folder
 
 

@@ -1,9 +1,7 @@
 """Weights are read from folders, a state dict, and a hub with and without network."""
 
 import json
-import os
-import subprocess
-import sys
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -45,7 +43,12 @@ def test_a_missing_source_is_refused():
 
 # Runs in its own process, because huggingface_hub reads its environment when it is imported.
 PROGRAM = """
+import os
 import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
+for key in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+    os.environ.pop(key, None)
 from segformer_pl.models import mit_b0
 from segformer_pl.checkpoints import load_weights
 from segformer_pl.errors import UserError
@@ -58,27 +61,24 @@ for name in sys.argv[1:]:
 """
 
 
-def load_from_hub(tmp_path, endpoint, *names):
-    """Load each name; return the first line of each report or refusal."""
+@pytest.fixture
+def load_from_hub(start_command, tmp_path):
+    """Function (URL, names) that loads each; returns the first line of each report or refusal."""
+    program = tmp_path / "load.py"
+    program.write_text(PROGRAM)
     environment = {
-        **os.environ,
-        "HF_ENDPOINT": endpoint,
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
         "no_proxy": "127.0.0.1",
     }
-    for key in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
-        environment.pop(key, None)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *names],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return done.stdout.splitlines()
+
+    def load(endpoint, *names):
+        process = start_command(names, program=program, HF_ENDPOINT=endpoint, **environment)
+        assert process.wait() == 0, process.output
+        return re.findall("^.*(?:set from|refused:).*$", process.output, re.MULTILINE)
+
+    return load
 
 
 def whole(tensors):
@@ -151,16 +151,16 @@ def hub(request):
 
 
 @pytest.mark.slow
-def test_hub_names_are_pinned(hub, tmp_path):
+def test_hub_names_are_pinned(hub, load_from_hub):
     pinned, missing = f"owner/mit@{COMMIT}", f"owner/other@{COMMIT}"
-    lines = load_from_hub(tmp_path, hub, pinned, "owner/mit", "owner/mit@main", missing)
+    lines = load_from_hub(hub, pinned, "owner/mit", "owner/mit@main", missing)
     assert f"set from '{pinned}': segformer_pl encoder" in lines[0]
     for name, line in zip(("owner/mit", "owner/mit@main"), lines[1:]):
         assert line.startswith(f"refused: hub name '{name}' pins no commit")
         assert f"write '{pinned}'" in line
     assert f"refused: the hub has no '{missing}'" in lines[3]
     # Without network, a pinned commit comes from the cache.
-    lines = load_from_hub(tmp_path, "http://127.0.0.1:9", pinned, missing)
+    lines = load_from_hub("http://127.0.0.1:9", pinned, missing)
     assert f"set from '{pinned}'" in lines[0]
     assert f"refused: the hub cannot be reached for '{missing}'" in lines[1]
     assert "give a local file or folder" in lines[1]
@@ -168,10 +168,10 @@ def test_hub_names_are_pinned(hub, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hub", [shards, variant], indirect=True)
-def test_hub_repositories_of_shards_and_variants(hub, tmp_path):
+def test_hub_repositories_of_shards_and_variants(hub, load_from_hub):
     pinned = f"owner/mit@{COMMIT}"
     for endpoint in (hub, "http://127.0.0.1:9"):  # then from the cache
-        (line,) = load_from_hub(tmp_path, endpoint, pinned)
+        (line,) = load_from_hub(endpoint, pinned)
         assert f"set from '{pinned}': segformer_pl encoder" in line
 
 
