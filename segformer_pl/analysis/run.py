@@ -11,7 +11,7 @@ After resumptions at steps 400 and 900 the folder of a training holds::
     wandb_run_id.txt                        id of its run at Weights & Biases
     ranks.json                              ranks and images per step of each part
     throughput.json                         throughput of the ranks in the last part
-    provenance.json                         command, code, versions, hardware and duration of each part
+    provenance.json                         command, code, hardware, duration of each part
     metrics.csv                             the rows of all parts, one after the other
     evaluation/ predictions/ worst/ erf/    the files of all parts, named by their steps
     checkpoints/                            last.ckpt, and the files of other callbacks
