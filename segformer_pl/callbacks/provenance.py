@@ -68,7 +68,7 @@ class RunProvenance(pl.Callback):
             return
         self._earlier = Run(run_folder(trainer)).parts
         device = trainer.strategy.root_device
-        versions = package_versions()
+        versions = package_versions() | {"torch": torch.__version__}  # with its build
         if device.type == "cuda" and torch.version.cuda:
             versions["CUDA"] = torch.version.cuda
         self._part = RunPart(

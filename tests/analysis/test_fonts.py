@@ -104,7 +104,8 @@ def overlay_and_panel():
 def test_overlays_and_panels_with_an_installed_font():
     overlay, panel = overlay_and_panel()
     size = round(overlay.shape[1] / 44)
-    dark = (overlay[540:, size:] < 100).all(axis=2)  # the legend without the border of its swatch
+    legend = overlay[420:, 2 * size :]  # below the enlarged image, without the swatch
+    dark = (legend < 100).all(axis=2)
     assert 2 * (size - 2) ** 2 < dark.sum() < 6 * size**2
     texts = [text.get_text() for text in panel.legends[0].get_texts()]
     assert texts == [ROAD, "unlabelled"]
@@ -118,5 +119,5 @@ def test_overlays_and_panels_without_a_font():
         overlay, panel = overlay_and_panel()
     assert fonts.split(f"a {ROAD} b") == [("a \\u9053\\u8def b", fonts.OWN)]
     assert panel.axes[0].get_title() == "\\u9053\\u8def"
-    dark = (overlay[540:] < 100).all(axis=2)
+    dark = (overlay[420:] < 100).all(axis=2)
     assert dark.any(axis=0).nonzero()[0].max() > 150  # the escapes are long
