@@ -59,7 +59,8 @@ def duration_text(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    left, parts = round(seconds), []
+    left = round(seconds)
+    parts: list[str] = []
     for unit, size in units:
         if left >= size or parts:
             parts.append(f"{left // size} {unit}")
