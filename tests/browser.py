@@ -12,6 +12,13 @@ import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")  # programs, by their name on Debian first
 TIMEOUT = 60  # seconds
+# What the default actions of keys need beside their names: buttons are pressed by the letter of
+# Enter, and Tab and Escape are told by their numbers.
+KEYS = {
+    "Enter": {"text": "\r", "windowsVirtualKeyCode": 13},
+    "Escape": {"windowsVirtualKeyCode": 27},
+    "Tab": {"windowsVirtualKeyCode": 9},
+}
 
 
 class Browser:
@@ -105,7 +112,13 @@ class Browser:
 
     def press(self, key):
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+            options = KEYS.get(key, {})
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **options)
+
+    def save_downloads(self, folder):
+        """Save what the page downloads in a folder, without asking."""
+        options = {"behavior": "allow", "downloadPath": str(folder)}
+        self.call("Browser.setDownloadBehavior", **options)
 
     def requests(self):
         """Return the addresses that the page asked for."""

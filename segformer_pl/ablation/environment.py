@@ -3,12 +3,11 @@
 import os
 import platform
 import subprocess
-from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from segformer_pl import __version__
+from segformer_pl.analysis.provenance import cpu_name
 
 
 def describe_environment(config: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def describe_environment(config: dict[str, Any], variables: dict[str, str]) -> d
         "torch": version("torch"),
         "lightning": version("lightning"),
         "segformer_pl": __version__,
-        "device": (None if is_cpu else _gpu(environment)) or _cpu(),
+        "device": (None if is_cpu else _gpu(environment)) or cpu_name(),
         "num_threads": int(num_threads) if num_threads else cores,
         "platform": platform.platform(),
     }
@@ -44,11 +43,3 @@ def _gpu(environment: dict[str, str]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return next(iter(done.stdout.splitlines()), None)
-
-
-def _cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -35,7 +35,7 @@ from segformer_pl.analysis.crossed_effects import (
     interval_over_seeds,
     mean_difference,
 )
-from segformer_pl.analysis.evaluation import Evaluation
+from segformer_pl.analysis.evaluation import Evaluation, ImageCount
 from segformer_pl.analysis.study_power import (
     ONE_POINT,
     minimum_detectable_difference,
@@ -177,6 +177,7 @@ class StudySummary:
         num_images: Number of images.
         method: How intervals and p-values were computed, one paragraph.
         omitted: One sentence for each variant without a difference.
+        split_size: Number of images of the whole split; None if it is not known.
     """
 
     measure: str
@@ -185,6 +186,12 @@ class StudySummary:
     num_images: int
     method: str
     omitted: tuple[str, ...]
+    split_size: int | None = None
+
+    @property
+    def images(self) -> ImageCount:
+        """How many images of the split were evaluated."""
+        return ImageCount(self.num_images, self.split_size)
 
 
 @dataclass(frozen=True)
@@ -326,6 +333,7 @@ def _summarize(
             block_size,
         ),
         omitted=tuple(_omitted(results, sets, pairs)),
+        split_size=first.split_size,
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
@@ -29,6 +29,29 @@ DAMAGES = (
 )
 
 
+class ImageCount(NamedTuple):
+    """How many images of a split were evaluated; prints as ``8 of 101 images``.
+
+    Attributes:
+        evaluated: Number of evaluated images.
+        total: Number of images of the split; None if it is not known.
+    """
+
+    evaluated: int
+    total: int | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no image is known to be missing."""
+        return self.total is None or self.evaluated >= self.total
+
+    def __str__(self) -> str:
+        if self.is_complete:
+            everything = "" if self.total is None or self.total == 1 else "all "
+            return f"{everything}{self.evaluated:,} image{'s' * (self.evaluated != 1)}"
+        return f"{self.evaluated:,} of {self.total:,} images"
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Pixel counts over N images and C classes, without the pixels of the ignored label.
@@ -46,6 +69,8 @@ class Evaluation:
             any.
         confusion: (C, C), pixels of the whole set; rows are targets, columns predictions.
         calibration: (bins, 3), by confidence: pixels, sum of confidences, correct pixels.
+        split_size: Number of images of the whole split, of which a limit or bad samples can have
+            left out some; None if it is not known.
 
     Raises:
         UserError: The shapes do not match.
@@ -59,6 +84,7 @@ class Evaluation:
     loss: npt.NDArray[np.float64]
     confusion: npt.NDArray[np.int64]
     calibration: npt.NDArray[np.float64]
+    split_size: int | None = None
 
     def __post_init__(self) -> None:
         num_images, num_classes = len(self.ids), len(self.class_names)
@@ -75,6 +101,11 @@ class Evaluation:
                     f"{name} has shape {given}, but {num_images} ids and {num_classes} class "
                     f"names ask for {shape}; give one row for each"
                 )
+
+    @property
+    def images(self) -> ImageCount:
+        """How many images of the split were evaluated."""
+        return ImageCount(len(self.ids), self.split_size)
 
     @property
     def iou(self) -> npt.NDArray[np.float64]:
@@ -136,7 +167,9 @@ class Evaluation:
             WriteError: The file cannot be written.
         """
         arrays: dict[str, Any] = {
-            field.name: np.asarray(getattr(self, field.name)) for field in fields(self)
+            field.name: np.asarray(value)
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
         }
         for name in ("class_names", "ids"):
             arrays[name] = arrays[name].astype(np.str_)  # numpy gives an empty list the type float
@@ -157,7 +190,10 @@ def load_evaluation(file: Path) -> Evaluation:
         )
     try:
         with np.load(file, allow_pickle=False) as archive:
-            arrays = {field.name: archive[field.name] for field in fields(Evaluation)}
+            names = [field.name for field in fields(Evaluation)]
+            if "split_size" not in archive:  # unknown, or stored by an earlier version
+                names.remove("split_size")
+            arrays = {name: archive[name] for name in names}
         return Evaluation(
             split=str(arrays["split"]),
             step=int(arrays["step"]),
@@ -167,6 +203,7 @@ def load_evaluation(file: Path) -> Evaluation:
             loss=arrays["loss"].astype(np.float64, casting="safe"),
             confusion=arrays["confusion"].astype(np.int64, casting="safe"),
             calibration=arrays["calibration"].astype(np.float64, casting="safe"),
+            split_size=int(arrays["split_size"]) if "split_size" in arrays else None,
         )
     except PermissionError as error:
         raise UserError(

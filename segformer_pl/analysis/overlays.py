@@ -4,11 +4,9 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import cv2
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
@@ -16,6 +14,7 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from segformer_pl.analysis.fonts import Piece, fit_text, split
 from segformer_pl.analysis.style import (
     INK,
     UNLABELLED_COLOR,
@@ -161,7 +160,7 @@ def write_png(stream: BinaryIO, bands: Iterable[Pixels], height: int, width: int
 
 
 class _Entry(NamedTuple):
-    text: str
+    pieces: list[Piece]
     color: tuple[int, ...]
 
 
@@ -181,7 +180,7 @@ def _legend_entries(
         percent = 100 * counts[train_id] / train_ids.size
         share = f"{percent:.1f} %" if percent >= 0.05 else "< 0.1 %"
         name = printable(class_names[train_id], MAX_NAME_LENGTH)
-        entries.append(_Entry(f"{name}  {share}", tuple(palette[train_id])))
+        entries.append(_Entry(split(f"{name}  {share}"), tuple(palette[train_id])))
     return entries
 
 
@@ -204,17 +203,20 @@ def _neighbourhood(width: int) -> int:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # The font comes with matplotlib and includes Greek and Cyrillic letters.
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)
+
+
+def _length(piece: Piece, text_size: int) -> float:
+    return _font(piece.file, text_size).getlength(piece.text)
 
 
 def _draw_legend(entries: Sequence[_Entry], width: int, text_size: int) -> Image.Image:
     """Draw a legend of as many columns as fit; wider than ``width`` if not even one fits."""
-    font = _font(text_size)
     swatch = text_size
     gap = round(0.6 * text_size)
-    column_width = swatch + gap + round(max(font.getlength(entry.text) for entry in entries))
+    lengths = [sum(_length(piece, text_size) for piece in entry.pieces) for entry in entries]
+    column_width = swatch + gap + round(max(lengths))
     num_columns = max(1, min(len(entries), (width - gap) // (column_width + 2 * gap)))
     num_rows = -(-len(entries) // num_columns)
     row_height = round(1.5 * text_size)
@@ -227,7 +229,11 @@ def _draw_legend(entries: Sequence[_Entry], width: int, text_size: int) -> Image
         middle = gap // 2 + row * row_height + row_height // 2
         box = (left, middle - swatch // 2, left + swatch, middle + swatch // 2)
         draw.rectangle(box, entry.color, INK, width=max(1, text_size // 14))
-        draw.text((left + swatch + gap, middle), entry.text, INK, font, anchor="lm")
+        x: float = left + swatch + gap
+        for piece in entry.pieces:
+            font = _font(piece.file, text_size)
+            draw.text((x, middle), piece.text, INK, font, anchor="lm")
+            x += _length(piece, text_size)
     return legend
 
 
@@ -285,7 +291,7 @@ def plot_predictions(
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return figure
+    return fit_text(figure)
 
 
 def _panel_legend(

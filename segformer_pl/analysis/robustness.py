@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from segformer_pl.analysis.fonts import fit_text
 from segformer_pl.analysis.results_file import markdown_table, read_rows, write_rows
 from segformer_pl.analysis.style import (
     BLUE,
@@ -249,7 +250,7 @@ def plot(robustness: Robustness) -> Figure:
     top = max(robustness.clean, *(v for by in _rows(robustness).values() for v in by.values()))
     if np.isfinite(top):
         panels[0].set_ylim(0, max(105 * top, 1))
-    return figure
+    return fit_text(figure)
 
 
 def _draw_bars(axes: Axes, robustness: Robustness) -> None:

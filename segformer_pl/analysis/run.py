@@ -11,6 +11,7 @@ After resumptions at steps 400 and 900 the folder of a training holds::
     wandb_run_id.txt                        id of its run at Weights & Biases
     ranks.json                              ranks and images per step of each part
     throughput.json                         throughput of the ranks in the last part
+    provenance.json                         command, code, hardware, duration of each part
     metrics.csv                             the rows of all parts, one after the other
     evaluation/ predictions/ worst/ erf/    the files of all parts, named by their steps
     checkpoints/                            last.ckpt, and the files of other callbacks
@@ -47,9 +48,11 @@ from segformer_pl.analysis.evaluation import (
     DAMAGES,
     EVALUATION_FOLDER,
     Evaluation,
+    ImageCount,
     load_evaluation,
 )
 from segformer_pl.analysis.metrics_table import Series, num_steps_trained, read_columns
+from segformer_pl.analysis.provenance import RunPart
 from segformer_pl.analysis.throughput import Throughput
 from segformer_pl.errors import UserError
 
@@ -60,6 +63,7 @@ FINDINGS_FILE = "findings.json"
 WANDB_FILE = "wandb_run_id.txt"
 RANKS_FILE = "ranks.json"
 THROUGHPUT_FILE = "throughput.json"
+PROVENANCE_FILE = "provenance.json"
 ABLATION_FILE = "ablation.json"
 FAILURE_FILE = "failure.txt"
 NAMED_EVALUATIONS = "evaluations"
@@ -108,6 +112,16 @@ class EvaluationFile(NamedTuple):
             UserError: The file is damaged.
         """
         return load_evaluation(self.file)
+
+    @property
+    def images(self) -> ImageCount | None:
+        """How many images of the split were evaluated; None if the file is damaged."""
+        try:
+            with np.load(self.file, allow_pickle=False) as archive:
+                total = int(archive["split_size"]) if "split_size" in archive else None
+                return ImageCount(len(archive["ids"]), total)
+        except DAMAGES:
+            return None
 
 
 class Run:
@@ -209,6 +223,11 @@ class Run:
     def throughput(self) -> Throughput | None:
         """Throughput of the ranks since the last resumption; None if it was not recorded."""
         return Throughput.of(_read_json(self.folder / THROUGHPUT_FILE))
+
+    @cached_property
+    def parts(self) -> list[RunPart]:
+        """Processes that trained or evaluated here, in order; empty if they were not recorded."""
+        return RunPart.list_of(_read_json(self.folder / PROVENANCE_FILE))
 
     @cached_property
     def hyperparameters(self) -> dict[str, Any]:

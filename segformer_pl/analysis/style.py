@@ -1,6 +1,9 @@
 """Style shared by all figures: colours, class palettes, axes, and display of foreign text."""
 
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from typing import Any
 
@@ -21,8 +24,29 @@ BLUE, SKY, ORANGE, GREEN, VERMILLION, PURPLE = (
     "#CC79A7",
 )
 INK, FAINT = "#333333", "#dddddd"
+# Text on the cells of a colour map, which are the same on light and dark pages.
+CELL_DARK, CELL_LIGHT = "#222222", "#fefefe"
+# What takes the place of a colour on a dark page: as far from its dark ground as the colour is from
+# white. A page defines a CSS variable for each; see inline_svg.
+DARK = {
+    "#0072b2": "#4ba3dc",  # blue
+    "#56b4e9": "#87c9ee",  # sky
+    "#e69f00": "#f0b73a",  # orange
+    "#009e73": "#35c09a",  # green
+    "#d55e00": "#f28a45",  # vermillion
+    "#cc79a7": "#dd9fc1",  # purple
+    "#000000": "#e6e9ec",
+    "#333333": "#e6e9ec",  # ink
+    "#666666": "#a3adb6",
+    "#767676": "#99a3ac",
+    "#999999": "#6d7882",  # spines of axes
+    "#dddddd": "#363d44",  # faint: grids
+    "#f4f6f8": "#232a31",  # every other row
+    "#ffffff": "#1b2026",  # the ground
+}
 CHART_SIZE = (5.6, 4.1)  # inches; 72 px per inch in SVG
 
+TAG, COLOR = re.compile("<[^>]+>"), re.compile(r"(?<=: )#[0-9a-f]{6}\b")
 Palette = Sequence[Sequence[int]]  # RGB 0-255 by train id
 UNLABELLED_COLOR = (255, 255, 255)
 
@@ -90,12 +114,37 @@ def legend_above(axes: Axes, num_columns: int = 3) -> None:
         text.set_parse_math(False)
 
 
+@contextmanager
+def _without_glyph_warnings() -> Iterator[None]:
+    """Ignore that matplotlib's font lacks letters: the browser has fonts of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
+def execute_layout(figure: Figure) -> None:
+    """Lay out a figure of a page now, which takes less time than to draw it."""
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        with _without_glyph_warnings():
+            layout.execute(figure)
+
+
 def inline_svg(figure: Figure) -> Markup:
-    """Return a figure as an SVG element of an HTML page, in the font of the page."""
+    """Return a figure as an SVG element of an HTML page, in the font of the page.
+
+    A colour of :data:`DARK` becomes a CSS variable with this colour as its default, so that a dark
+    page can replace it: ``fill: var(--333333, #333333)``.
+    """
     buffer = StringIO()
     # Keep text as text instead of outlines: smaller, searchable, in the font of the page.
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.fonttype": "none"}), _without_glyph_warnings():
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
+    # Not in the text between tags, which can be that of a user.
+    return Markup(TAG.sub(lambda tag: COLOR.sub(_variable, tag[0]), text[text.index("<svg") :]))
+
+
+def _variable(color: re.Match[str]) -> str:
+    return f"var(--{color[0][1:]}, {color[0]})" if color[0] in DARK else color[0]

@@ -18,6 +18,7 @@ from segformer_pl.analysis.comparison import (
     without_nan,
 )
 from segformer_pl.analysis.evaluation import Evaluation
+from segformer_pl.analysis.fonts import fit_text
 from segformer_pl.analysis.results_file import markdown_table
 from segformer_pl.analysis.style import (
     BLUE,
@@ -271,7 +272,7 @@ def plot(rows: Sequence[TestTimeRow]) -> Figure:
     )
     for text in (legend.get_title(), *legend.get_texts()):
         text.set_parse_math(False)
-    return figure
+    return fit_text(figure)
 
 
 def _less(value: float, reference: float) -> str:

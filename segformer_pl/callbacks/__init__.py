@@ -7,6 +7,7 @@ from segformer_pl.callbacks.evaluation import EvaluationRecord
 from segformer_pl.callbacks.history import RunHistory
 from segformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from segformer_pl.callbacks.predictions import PredictionPanel
+from segformer_pl.callbacks.provenance import RunProvenance
 from segformer_pl.callbacks.replicas import ReplicaCheck
 from segformer_pl.callbacks.report import RunReport
 from segformer_pl.callbacks.signals import StopOnSignal
@@ -23,6 +24,7 @@ __all__ = [
     "RankWatchdog",
     "ReplicaCheck",
     "RunHistory",
+    "RunProvenance",
     "RunReport",
     "StopOnSignal",
     "ThroughputRecord",

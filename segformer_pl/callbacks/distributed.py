@@ -1,4 +1,4 @@
-"""What the command line adds to a trainer of several ranks.
+"""What the command line adds to a trainer, above all to one of several ranks.
 
 :data:`ON_SEVERAL_RANKS` are attached by themselves, and here with other arguments; the compression
 of gradients and the options of DDP are for the user to choose::
@@ -34,14 +34,13 @@ ON_SEVERAL_RANKS = (RankWatchdog, ReplicaCheck, ThroughputRecord)
 
 
 def attach_to_ranks(trainer: pl.Trainer) -> None:
-    """Attach :data:`ON_SEVERAL_RANKS` to a trainer of several ranks.
+    """Attach :data:`ON_SEVERAL_RANKS` to a trainer of several ranks, and the throughput to any.
 
     A callback that the user has given, with other arguments, takes the place of the default.
     """
-    if trainer.world_size == 1:
-        return
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for kind in reversed(ON_SEVERAL_RANKS):
+    kinds = ON_SEVERAL_RANKS if trainer.world_size > 1 else (ThroughputRecord,)
+    for kind in reversed(kinds):
         given = [callback for callback in callbacks if isinstance(callback, kind)]
         for callback in given:
             callbacks.remove(callback)

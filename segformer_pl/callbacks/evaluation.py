@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
-from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, Evaluation
+from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, Evaluation, ImageCount
 from segformer_pl.analysis.overlays import plot_predictions
 from segformer_pl.analysis.style import printable
 from segformer_pl.atomic import WriteError
@@ -35,10 +35,14 @@ class EvaluationRecord(pl.Callback):
 
     Args:
         num_worst: Number of images in the figure of the worst images; 0 for no figure.
+
+    Attributes:
+        images: How many images of the split the last evaluation covered; on rank 0 only.
     """
 
     def __init__(self, num_worst: int = 6) -> None:
         self.num_worst = num_worst
+        self.images: ImageCount | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -104,7 +108,7 @@ class EvaluationRecord(pl.Callback):
         }
         self._reset()
         parts = [part for part in _gather(own) if part["ids"]]
-        if not trainer.is_global_zero or not parts or not leaves_files(trainer):
+        if not trainer.is_global_zero or not parts:
             return
         evaluation = Evaluation(
             split=split,
@@ -115,7 +119,11 @@ class EvaluationRecord(pl.Callback):
             loss=np.array([loss for part in parts for loss in part["losses"]], np.float64),
             confusion=np.sum([part["confusion"] for part in parts], axis=0),
             calibration=np.sum([part["calibration"] for part in parts], axis=0),
+            split_size=_split_size(trainer, split),
         )
+        self.images = evaluation.images
+        if not leaves_files(trainer):
+            return
         folder = run_folder(trainer) / EVALUATION_FOLDER
         try:
             evaluation.save(folder / f"{split}_step_{evaluation.step:07d}.npz")
@@ -135,6 +143,15 @@ class EvaluationRecord(pl.Callback):
                 "worst",
                 evaluation.step,
             )
+
+
+def _split_size(trainer: pl.Trainer, split: str) -> int | None:
+    """Return the number of images of a split; None if its data set does not tell."""
+    loader: Any = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):  # several loaders, or a stream
+        return None
 
 
 def _add(total: Tensor | None, value: Tensor) -> Tensor:

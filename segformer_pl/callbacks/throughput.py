@@ -35,7 +35,7 @@ class ThroughputRecord(pl.Callback):
     Rank 0 writes the totals of every rank to ``throughput.json``, for the report, which names
     stragglers (:meth:`~segformer_pl.analysis.throughput.Throughput.remarks`). Checkpoints count as
     training time, validations do not, nor do the first batch and each one after a validation. The
-    command line attaches this callback to every run of several ranks.
+    command line attaches this callback to every run.
 
     Lightning's ``ThroughputMonitor`` measures rank 0 alone, waits for the GPU in every batch, and
     does not tell data from computation; its ``DeviceStatsMonitor`` logs memory.

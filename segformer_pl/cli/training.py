@@ -29,6 +29,7 @@ from segformer_pl.callbacks import (
     EvaluationRecord,
     LastCheckpoint,
     RunHistory,
+    RunProvenance,
     RunReport,
     StopOnSignal,
 )
@@ -109,7 +110,9 @@ class SegformerCLI(SettingsWinCLI):
     ) -> None:
         silence_noise()
         self.arguments = with_underscores(sys.argv[1:] if args is None else args)
-        self.history = RunHistory()
+        self.history, self.record = RunHistory(), EvaluationRecord()
+        self.command = [*PROG.split(), *self.arguments]
+        self.provenance = RunProvenance(self.command)
         self.run_dir: Path | None = None  # that of a resumed run, or the one that --run_name names
         self.is_default_folder = False
         self.is_named = False  # by --run_name, so that the same command line resumes
@@ -136,8 +139,8 @@ class SegformerCLI(SettingsWinCLI):
                 "check_val_every_n_epoch": None,
                 "logger": DEFAULT_LOGGER,
                 "use_distributed_sampler": False,  # the data module shards by rank
-                # The report reads the files of the other two, so it comes last.
-                "callbacks": [self.history, EvaluationRecord(), RunReport()],
+                # The report reads the files of the others, so it comes last.
+                "callbacks": [self.history, self.record, self.provenance, RunReport()],
             },
             args=args,
             run=run,
@@ -325,7 +328,7 @@ class SegformerCLI(SettingsWinCLI):
         ignore_checkpoints_of_other_jobs(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user gave none
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        self.stop_on_signal = StopOnSignal([*PROG.split(), *self.arguments], self.is_named)
+        self.stop_on_signal = StopOnSignal(self.command, self.is_named)
         self.stop_on_signal.attach(trainer)
         attach_to_ranks(trainer)
         if given["sync_batchnorm"] and self.subcommand in ("fit", None):
@@ -387,13 +390,15 @@ class SegformerCLI(SettingsWinCLI):
     def _print_metrics(self, results: Sequence[Mapping[str, float]], verbose: bool) -> None:
         if verbose and self.trainer.is_global_zero:
             rows = [
-                (printable(name, 60), value)
+                (printable(name, 60), f"{value:.6g}")
                 for part in results
                 for name, value in part.items()
                 if name != "step"  # for the loggers, not a metric
             ]
+            if self.record.images is not None:
+                rows.append(("images", str(self.record.images)))
             width = max((len(name) for name, _ in rows), default=0)
-            sys.stdout.writelines(f"{name:<{width}}  {value:.6g}\n" for name, value in rows)
+            sys.stdout.writelines(f"{name:<{width}}  {text}\n" for name, text in rows)
 
     def after_instantiate_classes(self) -> None:
         channels = self.model.network.in_channels

@@ -153,7 +153,10 @@ def _seed(configuration: Configuration) -> str:
 
 def _header(letter: str, run: ComparedRun) -> str:
     seed = "" if run.configuration is None else f", {_seed(run.configuration)}"
-    return f"{letter}  {run.path}: {run.evaluation.split}, step {run.evaluation.step:,}{seed}"
+    images = "" if run.evaluation.images.is_complete else f", {run.evaluation.images}"
+    return (
+        f"{letter}  {run.path}: {run.evaluation.split}, step {run.evaluation.step:,}{seed}{images}"
+    )
 
 
 def _grouped(groups: Sequence[Group], caveat: str, num_images: int, block_size: int) -> list[str]:

@@ -134,6 +134,7 @@ def _evaluate_all(
         ignore_index = split.data.entry.labels.ignore_index
         with _naming(name):
             evaluation = _evaluate(of_setting[name], batches, ignore_index, checkpoint.step)
+            evaluation = replace(evaluation, split_size=len(split.samples))
         evaluation.save(_evaluation_file(output, name))
         rows[name] = TestTimeRow(
             setting=name, changes=changes[name], miou=evaluation.miou, **origin

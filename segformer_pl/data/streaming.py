@@ -102,6 +102,10 @@ class Samples(torch.utils.data.Dataset[Sample]):
         self._open: dict[int, tuple[int, Sequence[Row] | UnreadableRows]] = {}
         self._palettes = PaletteColors()  # of the samples that this worker has read
 
+    def __len__(self) -> int:
+        """Return the number of stored rows; in training, positions go on beyond it."""
+        return self.order.num_rows
+
     def __getitem__(self, position: int) -> Sample:
         """Load, decode and augment the sample at a position.
 

@@ -126,6 +126,7 @@ def test_round_trip(tmp_path, ids):
         confusion=np.array(CONFUSION),
         loss=np.array([0.25, NAN])[: len(ids)],
         calibration=np.random.default_rng(0).random((15, 3)),
+        split_size=1234,
     )
     file = tmp_path / "run" / "evaluation" / "val_step_0001600.npz"
     saved.save(file)
@@ -137,6 +138,19 @@ def test_round_trip(tmp_path, ids):
         np.testing.assert_array_equal(actual, expected, err_msg=field.name)
     assert loaded.counts.dtype == loaded.confusion.dtype == np.int64
     assert loaded.loss.dtype == loaded.calibration.dtype == np.float64
+
+
+def test_the_number_of_images_says_how_many_are_missing(tmp_path):
+    one = evaluation(split_size=1234)
+    num_images = len(one.ids)
+    assert str(one.images) == f"{num_images} of 1,234 images"
+    whole = evaluation(split_size=num_images)
+    assert str(whole.images) == f"all {num_images} images"
+    # Files of earlier versions do not state the size of the split.
+    evaluation().save(tmp_path / "earlier.npz")
+    with np.load(tmp_path / "earlier.npz") as archive:
+        assert "split_size" not in archive
+    assert str(load_evaluation(tmp_path / "earlier.npz").images) == f"{num_images} images"
 
 
 def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):

@@ -123,6 +123,8 @@ def test_an_evaluation_after_a_training_has_the_step_of_its_weights(tmp_path, ta
     run_dir = tmp_path / "run" / "version_0"
     names = {"val_step_0000002.npz", "val_step_0000004.npz", "test_step_0000004.npz"}
     assert {file.name for file in (run_dir / "evaluation").iterdir()} == names
+    images = {name: str(load_evaluation(run_dir / "evaluation" / name).images) for name in names}
+    assert images == {name: "2 of 4 images" if "val" in name else "all 4 images" for name in names}
     steps = [row["step"] for row in logged_rows(run_dir) if row["val/miou"] or row["test/miou"]]
     assert steps == ["1", "3", "3"]
 
@@ -151,6 +153,7 @@ def test_skipped_images_are_left_out(tmp_path, task):
     make_trainer(tmp_path, EvaluationRecord()).validate(task, loader, verbose=False)
     record = only_record(tmp_path / "run" / "version_0", "val_step_0000000")
     assert record.ids == ["image-0", "image-2", "image-3"]
+    assert str(record.images) == "3 of 4 images"
 
 
 @pytest.mark.slow

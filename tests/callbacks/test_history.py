@@ -81,10 +81,11 @@ def killed_run(start_command):
 
 
 def rows(run_dir):
-    """The rows of metrics.csv as numbers, without the column of the epoch."""
+    """The rows of metrics.csv as numbers, without the epoch and what was measured by a clock."""
+    left_out = {"epoch", "train/images_per_second", "train/step_time", "train/data_wait"}
     with (run_dir / "metrics.csv").open(newline="") as stream:
         return [
-            {key: float(cell) for key, cell in row.items() if cell and key != "epoch"}
+            {key: float(cell) for key, cell in row.items() if cell and key not in left_out}
             for row in csv.DictReader(stream)
         ]
 

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ def test_the_data_set_sets_classes_and_palette_and_seed_everything_the_order(
 
 
 @pytest.mark.slow
-def test_fit_writes_a_run_that_can_be_reloaded(folder, tmp_path, options):
+def test_fit_writes_a_run_that_can_be_reloaded(folder, tmp_path, options, capsys, caplog):
     main(["fit", *options(folder, tmp_path), "--model.lr=0.01"])
     (run,) = tmp_path.glob("*/version_0")
     assert (run / "config.yaml").is_file()
@@ -39,9 +40,16 @@ def test_fit_writes_a_run_that_can_be_reloaded(folder, tmp_path, options):
     task = SegmentationTask.load_from_checkpoint(checkpoint, weights_only=True)
     assert task.lr == 0.01
     assert task.network.head.classifier.out_channels == len(shapes.CLASS_NAMES)
-    # the saved configuration repeats the run
-    main(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"])
+    (part,) = Run(run).parts
+    assert part.command.startswith("python -m segformer_pl fit --model.network")
+    # the saved configuration repeats the run, here on a part of the images
+    capsys.readouterr()
+    arguments = [f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
+    with caplog.at_level(logging.INFO):
+        main(["validate", *arguments, "--trainer.limit_val_batches=3"])
     assert (run.parent / "version_1" / "report.html").is_file()
+    assert re.search(r"^images +3 of 4 images$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^mIoU .* on 3 of 4 images .*report: ", caplog.messages[-1])
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from segformer_pl.analysis.erf.panels import (
 )
 from segformer_pl.analysis.erf.result import ERF
 from segformer_pl.analysis.erf.units import Position
+from segformer_pl.analysis.fonts import fit_text
 from segformer_pl.analysis.style import INK, SKY
 from segformer_pl.errors import UserError
 
@@ -87,7 +88,7 @@ def plot_erf(
             elif zooms:
                 zooms[index].set_axis_off()
     figure.add_colorbar(drawn, extend="min")
-    return figure.figure
+    return fit_text(figure.figure)
 
 
 def _with_title(what: str, title: str) -> str:
@@ -250,7 +251,7 @@ def plot_difference(first: ERF, second: ERF, names: tuple[str, str], title: str 
     group = PanelGroup("", titles, _axis_labels(layers))
     figure = make_map_figure(f"{head}\n{legend}", [group], layers[0].mean.shape, note)
     _draw_signed(figure, differences, layers)
-    return figure.figure
+    return fit_text(figure.figure)
 
 
 def plot_signed(erf: ERF, title: str = "") -> Figure:
@@ -270,7 +271,7 @@ def plot_signed(erf: ERF, title: str = "") -> Figure:
     figure = make_map_figure(head, [group], layers[0].mean.shape, note)
     relative = [layer.mean / (limit or 1.0) for layer, limit in zip(layers, limits)]
     _draw_signed(figure, relative, layers)
-    return figure.figure
+    return fit_text(figure.figure)
 
 
 def _draw_signed(
@@ -331,7 +332,7 @@ def plot_radial_profiles(results: ERF | Mapping[str, ERF], title: str = "") -> F
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.set_xlabel("distance from the unit (pixels)", fontsize=FONT)
-    return figure.figure
+    return fit_text(figure.figure)
 
 
 def plot_area_ratios(results: ERF | Mapping[str, ERF], title: str = "") -> Figure:
@@ -371,7 +372,7 @@ def plot_area_ratios(results: ERF | Mapping[str, ERF], title: str = "") -> Figur
         axes.set_ylim(min(0.5 * _smallest(left, right), 9), 130)
         axes.set_xlabel(f"share of the {shares} (%)", fontsize=FONT)
         axes.set_xlim(0, 101)
-    return figure.figure
+    return fit_text(figure.figure)
 
 
 def _smallest(*panels: Axes) -> float:
@@ -437,4 +438,4 @@ def plot_radius_map(
     bar.ax.tick_params(labelsize=FONT)
     plain: dict[str, Any] = {"parse_math": False}
     figure.suptitle(head, fontsize=FONT + 1.5, **plain)
-    return figure
+    return fit_text(figure)

@@ -22,6 +22,7 @@ from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 
 from segformer_pl.analysis.arena import System
+from segformer_pl.analysis.fonts import fit_text
 from segformer_pl.analysis.report.study_charts import Point, pareto_figure
 from segformer_pl.analysis.report.study_style import PAGE_WIDTH, wrapped
 from segformer_pl.analysis.style import INK, SKY, printable
@@ -142,7 +143,7 @@ def field_figure(rows: Mapping[str, Mapping[str, Field]], columns: Sequence[str]
     bar = figure.colorbar(drawn, cax=figure.add_axes(box), orientation="horizontal", extend="min")
     bar.ax.tick_params(labelsize=FONT, labelcolor=INK)
     bar.set_label("gradient relative to the largest of its panel", fontsize=FONT, color=INK)
-    return figure
+    return fit_text(figure)
 
 
 def pixels_text(radius: float) -> str:

@@ -13,7 +13,6 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
-from segformer_pl.analysis import style
 from segformer_pl.analysis.ablation import StudyResults, summarize_measures
 from segformer_pl.analysis.arena import System, align_maps, mean_radius
 from segformer_pl.analysis.erf import load_erf
@@ -29,7 +28,7 @@ from segformer_pl.analysis.report.arena_tables import (
     systems_csv,
     systems_table,
 )
-from segformer_pl.analysis.report.page import REPORT_FILE, template_environment
+from segformer_pl.analysis.report.page import REPORT_FILE
 from segformer_pl.analysis.report.study_page import (
     CSV_FILE,
     TABLE_FILE,
@@ -38,6 +37,7 @@ from segformer_pl.analysis.report.study_page import (
 )
 from segformer_pl.analysis.report.study_tables import Table, markdown_table, markdown_text
 from segformer_pl.analysis.report.study_text import outcome
+from segformer_pl.analysis.report.templates import render
 from segformer_pl.atomic import atomic_write, atomic_write_text
 from segformer_pl.errors import UserError
 
@@ -102,34 +102,30 @@ def write_arena_report(
     sentences = _outcome(results, block_size)
     starts = _starts(systems)
     published = frontier_table(frontier)
-    html = (
-        template_environment()
-        .get_template("arena.html.j2")
-        .render(
-            style=style,
-            results=results,
-            num_runs=sum(system.num_seeds for system in systems),
-            outcome=sentences,
-            starts=starts,
-            systems=systems,
-            table=table,
-            missing=missing,
-            pareto=make_chart(
-                cost_figure(systems),
-                "mIoU against costs",
-                "mIoU of every system against MACs and latency; the numbers are in the table above",
-                "Vertical bars: ± 1 standard deviation over seeds; horizontal bars of the latency: "
-                "interquartile range over passes. No other system costs less and has a higher mean "
-                "than one on the Pareto front; differences that are not resolved can change it.",
-            ),
-            fields=fields,
-            radii=radius_table(systems, columns) if first else None,
-            frontier=frontier,
-            published=published,
-            breakable=breakable,
-            study_report=None if study_report is None else _address(study_report, folder),
-            written=f"{datetime.now():%Y-%m-%d %H:%M}",
-        )
+    html = render(
+        "arena.html.j2",
+        results=results,
+        num_runs=sum(system.num_seeds for system in systems),
+        outcome=sentences,
+        starts=starts,
+        systems=systems,
+        systems_table=table,
+        missing=missing,
+        pareto=make_chart(
+            cost_figure(systems),
+            "mIoU against costs",
+            "mIoU of every system against MACs and latency; the numbers are in the table above",
+            "Vertical bars: ± 1 standard deviation over seeds; horizontal bars of the latency: "
+            "interquartile range over passes. No other system costs less and has a higher mean "
+            "than one on the Pareto front; differences that are not resolved can change it.",
+        ),
+        fields=fields,
+        radii=radius_table(systems, columns) if first else None,
+        frontier=frontier,
+        published=published,
+        breakable=breakable,
+        study_report=None if study_report is None else _address(study_report, folder),
+        written=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
     texts = {
         TABLE_FILE: _markdown(results, sentences, starts, systems, table, missing, frontier),

@@ -12,6 +12,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.style import (
     BLUE,
+    CELL_DARK,
+    CELL_LIGHT,
     CHART_SIZE,
     FAINT,
     INK,
@@ -75,7 +77,7 @@ def _print_values(axes: Axes, percent: Floats, colors: Floats) -> None:
         if np.isnan(value):
             continue
         text = f"{value:.0f}" if value >= 9.95 or value == 0 else f"{value:.1f}"
-        color = INK if luminance[row, column] > BRIGHT else "white"
+        color = CELL_DARK if luminance[row, column] > BRIGHT else CELL_LIGHT
         axes.text(column, row, text, color=color, fontsize=8.5, ha="center", va="center")
 
 

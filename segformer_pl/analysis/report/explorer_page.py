@@ -23,7 +23,7 @@ from torch import Tensor
 from segformer_pl.analysis import style
 from segformer_pl.analysis.erf.captions import describe_settings
 from segformer_pl.analysis.erf.exploration import DECADES, NEAR, Exploration, LayerFields
-from segformer_pl.analysis.report.page import template_environment
+from segformer_pl.analysis.report.templates import render
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
@@ -49,32 +49,27 @@ def write_explorer(
     first = _check(explorations, image)
     settings = {"units": "unit at the chosen pixel", **first.settings}
     height, width = first.size
-    html = (
-        template_environment()
-        .get_template("explorer.html.j2")
-        .render(
-            style=style,
-            image_id=style.printable(image_id),
-            image_url=_image_url(image),
-            explorations=explorations,
-            height=height,
-            width=width,
-            num_rows=len(first.rows),
-            num_columns=len(first.columns),
-            settings=describe_settings(settings),
-            near=NEAR,
-            decades=DECADES,
-            data={
-                "size": first.size,
-                "rows": first.rows,
-                "columns": first.columns,
-                "colors": _encode(_colors()),
-                "networks": [_network(name, one) for name, one in explorations.items()],
-            },
-        )
+    html = render(
+        "explorer.html.j2",
+        image_id=style.printable(image_id),
+        image_url=_image_url(image),
+        explorations=explorations,
+        height=height,
+        width=width,
+        num_rows=len(first.rows),
+        num_columns=len(first.columns),
+        settings=describe_settings(settings),
+        near=NEAR,
+        decades=DECADES,
+        data={
+            "size": first.size,
+            "rows": first.rows,
+            "columns": first.columns,
+            "colors": _encode(_colors()),
+            "networks": [_network(name, one) for name, one in explorations.items()],
+        },
     )
-    # Names of files may contain unpaired surrogates, which UTF-8 cannot encode.
-    atomic_write_text(file, html.encode(errors="replace").decode())
+    atomic_write_text(file, html)
 
 
 def _check(explorations: Mapping[str, Exploration], image: Tensor) -> Exploration:

@@ -1,29 +1,27 @@
 """The HTML page of a report: results, curves, figures and settings of a run."""
 
 import base64
-import json
 import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from segformer_pl.analysis import style
 from segformer_pl.analysis.metrics_table import Series
 from segformer_pl.analysis.recipe import departures, remarks, scope
 from segformer_pl.analysis.report.curves import CROSS_ENTROPY, draw_charts
 from segformer_pl.analysis.report.evaluation_details import Details, describe
+from segformer_pl.analysis.report.provenance_facts import describe_parts
 from segformer_pl.analysis.report.results import Results, class_colors, last_results
+from segformer_pl.analysis.report.templates import render
 from segformer_pl.analysis.run import Resumption, Run
 from segformer_pl.analysis.throughput import is_shown
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
 
 REPORT_FILE = "report.html"
-DASH = "\u2013"
 
 
 def write_report(run: Run) -> Path:
@@ -48,59 +46,39 @@ def write_report(run: Run) -> Path:
         _figures(run, "predictions", "Predictions"),
         _figures(run, "erf", "Effective receptive field"),
     ]
-    html = (
-        template_environment()
-        .get_template("report.html.j2")
-        .render(
-            style=style,
-            run_name=run.name,
-            facts=_facts(config),
-            results=results,
-            details=details,
-            unreadable=[*unreadable, *unread],
-            colors=class_colors(run),
-            steps_trained=run.num_steps,
-            max_steps=_max_steps(config),
-            first_bad_step=_first_bad_step(run.metrics.get("train/loss")),
-            train_loss=_recent_train_loss(run.metrics.get("train/loss")),
-            loss_name=_loss_name(config),
-            findings=run.findings,
-            resumptions=resumptions,
-            charts=(
-                draw_charts(run.metrics, _loss_name(config), [part.step for part in resumptions])
-                if run.num_steps
-                else []
-            ),
-            figures=[figure for figure in figures if figure],
-            throughput=run.throughput if is_shown(run.throughput) else None,
-            worst=_figures(run, "worst", "Images with the highest loss"),
-            scope=scope(config) if config else "",
-            departures=departures(config) if config else [],
-            remarks=remarks(config) if config else [],
-            config=run.config_text,
-            written=f"{datetime.now():%Y-%m-%d %H:%M}",
-        )
+    html = render(
+        "report.html.j2",
+        run_name=run.name,
+        facts=_facts(config),
+        results=results,
+        details=details,
+        unreadable=[*unreadable, *unread],
+        colors=class_colors(run),
+        steps_trained=run.num_steps,
+        max_steps=_max_steps(config),
+        first_bad_step=_first_bad_step(run.metrics.get("train/loss")),
+        train_loss=_recent_train_loss(run.metrics.get("train/loss")),
+        loss_name=_loss_name(config),
+        findings=run.findings,
+        resumptions=resumptions,
+        charts=(
+            draw_charts(run.metrics, _loss_name(config), [part.step for part in resumptions])
+            if run.num_steps
+            else []
+        ),
+        figures=[figure for figure in figures if figure],
+        throughput=run.throughput if is_shown(run.throughput) else None,
+        worst=_figures(run, "worst", "Images with the highest loss"),
+        scope=scope(config) if config else "",
+        departures=departures(config) if config else [],
+        remarks=remarks(config) if config else [],
+        parts=describe_parts(run),
+        config=run.config_text,
+        written=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
     report = run.folder / REPORT_FILE
-    # Class names and ids may contain unpaired surrogates, which UTF-8 cannot encode.
-    atomic_write_text(report, html.encode(errors="replace").decode())
+    atomic_write_text(report, html)
     return report
-
-
-def template_environment() -> jinja2.Environment:
-    """Return the environment of the report's templates, which escapes everything."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("segformer_pl.analysis", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = _percent
-    environment.filters["share"] = _share
-    environment.filters["setting"] = _setting
-    environment.filters["decimal"] = lambda value: DASH if math.isnan(value) else f"{value:.3f}"
-    return environment
 
 
 def _details(results: Sequence[Results]) -> tuple[dict[str, Details], list[str]]:
@@ -132,22 +110,6 @@ def _first_bad_step(loss: Series | None) -> int | None:
     if loss is None or np.isfinite(loss.value).all():
         return None
     return int(loss.step[np.argmin(np.isfinite(loss.value))])
-
-
-def _percent(value: float) -> str:
-    return DASH if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
-
-
-def _share(value: float) -> str:
-    """Format a fraction as a percentage with two decimals, for values that can be small."""
-    if math.isnan(value):
-        return DASH
-    return "<\u00a00.01\u00a0%" if 0 < value < 5e-5 else f"{100 * value:.2f}\u00a0%"
-
-
-def _setting(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:40]}...{text[-40:]}"
 
 
 def _max_steps(config: dict[str, Any]) -> int | None:
@@ -193,6 +155,7 @@ def _figures(run: Run, kind: str, title: str) -> dict[str, Any] | None:
         return {"step": step, "uri": f"data:image/png;base64,{encoded}"}
 
     return {
+        "id": kind,
         "title": title,
         "last": embed(max(files)),
         "first": embed(min(files)) if len(files) > 1 else None,

@@ -29,6 +29,7 @@ from segformer_pl.analysis.style import (
     INK,
     ORANGE,
     VERMILLION,
+    execute_layout,
     printable,
     style_axes,
 )
@@ -219,10 +220,7 @@ def pareto_figure(panels: Mapping[str, Sequence[Point]], y_label: str) -> Figure
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
-    # Labels are placed in pixels, so the layout must be known. A whole draw would take longer.
-    layout = figure.get_layout_engine()
-    assert layout is not None
-    layout.execute(figure)
+    execute_layout(figure)  # labels are placed in pixels, so the layout must be known
     for axes, points in zip(grid, panels.values()):
         _label_points(axes, points, is_named)
     return figure

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from segformer_pl.analysis.ablation import StudySummary
 from segformer_pl.analysis.comparison import ClassDifference
 from segformer_pl.analysis.report.study_style import PAGE_WIDTH, signed, wrapped
-from segformer_pl.analysis.style import FAINT, INK, printable
+from segformer_pl.analysis.style import CELL_DARK, CELL_LIGHT, FAINT, INK, printable
 
 MAX_SHOWN_CLASSES = 16  # classes of the heat map, those with the largest differences
 CLASS_NAME_LENGTH = 22  # characters
@@ -115,7 +115,7 @@ def class_figure(rows: Sequence[ClassRow], variants: Sequence[str]) -> Figure | 
             column,
             variant,
             signed(value, 1),
-            color=INK if luminance[variant, column] > BRIGHT else "white",
+            color=CELL_DARK if luminance[variant, column] > BRIGHT else CELL_LIGHT,
             fontsize=8.5 if len(shown) < 13 else 8,
             weight="bold" if one.is_significant else "normal",
             ha="center",

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +21,7 @@ from segformer_pl.analysis.ablation import (
     read_results,
     summarize_measures,
 )
-from segformer_pl.analysis.report.page import REPORT_FILE, template_environment
+from segformer_pl.analysis.report.page import REPORT_FILE
 from segformer_pl.analysis.report.study_charts import (
     Point,
     evaluations_figure,
@@ -47,6 +46,7 @@ from segformer_pl.analysis.report.study_tables import (
     summary_of,
 )
 from segformer_pl.analysis.report.study_text import outcome
+from segformer_pl.analysis.report.templates import render
 from segformer_pl.analysis.run import Run
 from segformer_pl.atomic import atomic_write_text
 from segformer_pl.errors import UserError
@@ -54,7 +54,6 @@ from segformer_pl.errors import UserError
 BREAKS = "+,_=/"  # characters of a name after which a line may break
 PAGE_PIXELS = 1088  # width of a figure of the whole page
 TABLE_FILE, CSV_FILE, SEEDS_FILE, COSTS_FILE = "table.md", "table.csv", "seeds.csv", "costs.json"
-MINUS = re.compile(r"(?<!\S)-(?=\d)")  # a hyphen that stands for a minus
 MAIN = "val"  # the evaluation at the end of the training, in tables
 TABLE_MEASURES = ("miou", "image_miou", "worst_decile")
 COST_AXES = {
@@ -129,17 +128,15 @@ def write_study_report(
         sentences = outcome(shown, results.reference)
     else:
         sentences = ["Nothing can be compared yet."]
-    environment = template_environment()
-    environment.filters["minus"] = lambda text: MINUS.sub("\u2212", text)
-    template = environment.get_template("study.html.j2")
-    html = template.render(
-        style=style,
+    html = render(
+        "study.html.j2",
         results=results,
         num_runs=sum(len(by_seed) for by_seed in results.runs.values()),
         outcome=sentences,
-        table=table,
+        results_table=table,
         resolved=resolved_variants(shown["miou"]),
         summary=shown["miou"],
+        images=shown["miou"].images,
         left_out=left_out,
         **_figures(results, summaries, by_variant),
         evaluations=_evaluation_tables(results, summaries),
@@ -160,7 +157,7 @@ def write_study_report(
         REPORT_FILE: html,
     }
     for name, text in texts.items():
-        # Class names and ids may contain unpaired surrogates, which UTF-8 cannot encode.
+        # Class names may contain unpaired surrogates, which UTF-8 cannot encode.
         atomic_write_text(target / name, text.encode(errors="replace").decode())
     return target / REPORT_FILE
 
@@ -281,11 +278,9 @@ def make_chart(figure: Figure | None, title: str, alt: str, note: str) -> Chart 
     if figure is None:
         return None
     width = figure.get_size_inches()[0] / PAGE_WIDTH
-    layout = figure.get_layout_engine()
-    if layout is not None:
-        # Otherwise matplotlib draws the whole figure once more, only to make the layout.
-        layout.execute(figure)
-        figure.set_layout_engine(None)
+    # Otherwise matplotlib draws the whole figure once more, only to make the layout.
+    style.execute_layout(figure)
+    figure.set_layout_engine(None)
     svg = style.inline_svg(figure)
     return Chart(title, svg, alt, note, bool(width > 0.6), round(width * PAGE_PIXELS))
 

@@ -117,7 +117,7 @@ def evaluation_table(results: StudyResults, summary: StudySummary) -> Table:
         (str(number), variant, *_result_cells(summary, variant, results.reference))
         for number, variant in enumerate(results.changes, start=1)
     )
-    return Table(columns, rows)
+    return Table(columns, rows, (f"Evaluated on {summary.images}",))
 
 
 def cost_table(costs: Costs) -> Table:

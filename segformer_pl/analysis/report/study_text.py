@@ -38,8 +38,8 @@ def _scope(main: StudySummary, reference: str) -> str:
     seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
     return (
         f"{len(main.variants)} variants were trained with {seeds} "
-        f"{'seed' if max(counts) == 1 else 'seeds'} each and evaluated on {main.num_images:,} "
-        f"images; the reference is {_named([reference])}."
+        f"{'seed' if max(counts) == 1 else 'seeds'} each and evaluated on {main.images}; "
+        f"the reference is {_named([reference])}."
     )
 
 

@@ -23,14 +23,17 @@ from tests.browser import NAMES, Browser
 
 
 class Page(HTMLParser):
-    """Visible text, rows of the tables, and all tags with their attributes."""
+    """Visible text, rows of the tables, and all tags with their attributes.
+
+    The contents repeat the headings and are not part of the text.
+    """
 
     def __init__(self, report):
         super().__init__()
         self.source = report.read_text(encoding="utf-8")
         self.tags = []
         self.rows = []
-        self.is_in_row = False
+        self.is_in_row = self.is_in_contents = False
         self.pieces = []
         self.feed(self.source)
         self.text = " ".join(" ".join(self.pieces).split())
@@ -40,9 +43,11 @@ class Page(HTMLParser):
         if tag == "tr":
             self.rows.append("")
             self.is_in_row = True
+        if tag == "nav":
+            self.is_in_contents = True
 
     def handle_data(self, data):
-        if self.tags and self.tags[-1][0] == "style":
+        if self.is_in_contents or (self.tags and self.tags[-1][0] in ("style", "script")):
             return
         self.pieces.append(data)
         if self.is_in_row:
@@ -51,6 +56,19 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag == "tr":
             self.is_in_row = False
+        if tag == "nav":
+            self.is_in_contents = False
+
+    @property
+    def links(self):
+        """Addresses of the links that leave the page."""
+        addresses = [attributes["href"] for attributes in self.all("a")]
+        return [address for address in addresses if not address.startswith("#")]
+
+    @property
+    def has_foreign_scripts(self):
+        """Whether there are scripts other than the page's own, which is part of its file."""
+        return self.all("script") != [{"type": "module"}] or self.source.count("<script") != 1
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -152,6 +170,12 @@ class RunFolder:
         evaluation = self.evaluation(**changes)
         self.plant([{"epoch": 0, "step": 0, **self.metrics(evaluation.split, 0.8)}])
         evaluation.save(self.path / "evaluation" / f"{evaluation.split}_step_0000000.npz")
+
+
+@pytest.fixture(scope="session")
+def run_folder():
+    """Class of a run folder to fill, see RunFolder."""
+    return RunFolder
 
 
 @pytest.fixture

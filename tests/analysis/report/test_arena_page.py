@@ -120,7 +120,7 @@ def test_page_is_self_contained_and_escapes_foreign_text(arena):
     maps = {HOSTILE: ("stage1", "<i>x"), "a\nb": ("stage1", "$y")}
     notes = {HOSTILE: "<b>note"}
     page = arena(effects, maps, notes=notes, seeds=(0,))[2]
-    assert not page.all("script")
+    assert not page.has_foreign_scripts
     assert "<b>note" not in page.source
     assert "<b>note" in page.text
     assert "<i>x" not in page.source

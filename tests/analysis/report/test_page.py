@@ -29,7 +29,7 @@ def test_finished_run(folder):
 def test_nothing_is_loaded_from_elsewhere(folder):
     folder.finished([0.3, 0.8])
     page = folder.page()
-    assert not page.all("script")
+    assert not page.has_foreign_scripts
     assert not page.all("link")
     assert not page.all("iframe")
     for tag, attributes in page.tags:
