@@ -104,7 +104,8 @@ class Video:
         if self._stream is None:
             self._container.close()
             raise UserError(f"{self.where}: the file holds no video; give another one")
-        self._stream.thread_type = "AUTO"
+        # Threads over frames would hide an error at the end of the file.
+        self._stream.thread_type = "SLICE"
         self.num_frames: int | None = self._stream.frames or None
         # 25 is FFmpeg's own default; only frames without a time depend on it.
         self.rate: Fraction = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)

@@ -19,6 +19,7 @@ def write_video(file, frames, rate=25, times=None, time_base=None, rotation=0, *
 
     Args:
         times: Times of the frames in units of ``time_base``. Default: evenly spaced.
+        time_base: Seconds, a Fraction. Default: the interval of the rate.
         rotation: Degrees by which players rotate the frames, counter-clockwise.
         options: Further options of the container.
     """
@@ -26,8 +27,7 @@ def write_video(file, frames, rate=25, times=None, time_base=None, rotation=0, *
         stream = container.add_stream("libx264", rate=Fraction(rate), options={"qp": "0"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"
-        if time_base is not None:
-            stream.codec_context.time_base = Fraction(time_base)
+        stream.codec_context.time_base = time_base or 1 / Fraction(rate)
         if rotation:
             stream.set_display_rotation(rotation)
         for number, pixels in enumerate(frames):

@@ -50,7 +50,7 @@ def test_frames_have_their_pixels_and_times(tmp_path, suffix):
     write_video(tmp_path / f"a{suffix}", frames, rate=Fraction(30000, 1001))
     pixels, times, rate = read(tmp_path / f"a{suffix}")
     assert difference(pixels, frames) < 2
-    assert difference(pixels[1:], frames[:-1]) > 20  # so that a wrong frame would be seen
+    assert difference(pixels[1:], frames[:-1]) > 40  # so that a wrong frame would be seen
     assert rate == pytest.approx(30000 / 1001, rel=1e-3)
     assert times == pytest.approx([n * 1001 / 30000 for n in range(5)], abs=1e-3)  # mkv: whole ms
     assert times[0] == 0
@@ -70,7 +70,7 @@ def test_a_copy_has_the_same_frames_times_and_rate(tmp_path):
     copy(tmp_path / "a.mp4", tmp_path / "b.mp4")
     pixels, copied, _ = read(tmp_path / "b.mp4")
     assert copied == [Fraction(time - 7, 100) for time in times]
-    assert difference(pixels, frames) < 8  # a lossy codec, and colours at half the size
+    assert difference(pixels, frames) < 15  # a lossy codec, and colours at half the size
     write_video(tmp_path / "c.mp4", frames, rate=24)
     copy(tmp_path / "c.mp4", tmp_path / "d.mp4")
     assert read(tmp_path / "d.mp4")[1:] == read(tmp_path / "c.mp4")[1:]
@@ -95,7 +95,7 @@ def test_an_odd_side_gets_one_more_pixel(tmp_path):
     write_video(tmp_path / "a.mp4", frames)
     copy(tmp_path / "a.mp4", tmp_path / "b.mp4")
     pixels, _, _ = read(tmp_path / "b.mp4")
-    assert difference(pixels, np.pad(frames, ((0, 0), (0, 1), (0, 1), (0, 0)), "edge")) < 8
+    assert difference(pixels, np.pad(frames, ((0, 0), (0, 1), (0, 1), (0, 0)), "edge")) < 15
 
 
 def test_frames_of_another_size_are_refused(tmp_path):

@@ -44,6 +44,7 @@ def run(options: Namespace) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="segformer_pl_app_") as folder:
         gradio = _import_gradio(folder)
+        _reach_without_proxy("127.0.0.1", "localhost", options.server_name)
         predictor = Predictor.load(options.weights, options.state)
         check_takes_rgb(predictor.network, "--weights")
         predictor.to(resolve_device(options.device))
@@ -85,6 +86,12 @@ def _import_gradio(folder: str) -> ModuleType:
             f"app needs the package {error.name}, which is not installed; install it with pip "
             "install 'segformer_pl[app]'"
         ) from error
+
+
+def _reach_without_proxy(*hosts: str) -> None:
+    """Let requests to these hosts bypass a proxy: Gradio asks its own server whether it is there."""
+    excepted = os.environ.get("no_proxy", os.environ.get("NO_PROXY"))
+    os.environ["no_proxy"] = ",".join(filter(None, [excepted, *hosts]))
 
 
 class Segmented(NamedTuple):

@@ -47,6 +47,7 @@ def serve(start_command, tmp_path):
         command = start_command(
             ["app", *options, "--device=cpu", f"--server_port={port}"],
             TMPDIR=str(tmp_path / "temporary"),
+            http_proxy="http://127.0.0.1:9",  # which is not there
         )
         command.wait_for(lambda: "open http://" in command.output)
         return command, re.search(r"open (\S+) in", command.output)[1]
