@@ -43,12 +43,12 @@ def run(options: Namespace) -> None:
         UserError: Gradio is not installed, the weights cannot be read, or the address is in use.
     """
     with tempfile.TemporaryDirectory(prefix="segformer_pl_app_") as folder:
-        gradio = _import_gradio(folder)
-        _reach_without_proxy("127.0.0.1", "localhost", options.server_name)
         predictor = Predictor.load(options.weights, options.state)
         check_takes_rgb(predictor.network, "--weights")
         predictor.to(resolve_device(options.device))
         return_large_blocks()
+        gradio = _import_gradio(folder)
+        _reach_without_proxy("127.0.0.1", "localhost", options.server_name)
         page = build_page(gradio, predictor, Path(options.weights).name, Path(folder))
         try:
             _, address, _ = page.launch(
@@ -234,10 +234,13 @@ def build_page(gradio: ModuleType, predictor: Predictor, name: str, folder: Path
                 classes = gradio.HTML(label="Classes")
             with gradio.Column(scale=2, min_width=320):
                 buttons = ["download", "fullscreen"]
-                overlay = gradio.Image(label="Classes", interactive=False, buttons=buttons)
+                overlay = gradio.Image(
+                    label="Classes", format="png", interactive=False, buttons=buttons
+                )
                 video = gradio.Video(label="Classes", interactive=False, visible=False)
                 confidence = gradio.Image(
                     label="Confidence: probability of the class, from 0 (dark) to 1 (bright)",
+                    format="png",
                     interactive=False,
                     buttons=buttons,
                 )

@@ -29,7 +29,9 @@ NAMES = ["sky", 'road <7> & "co"', "car"]
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, randomize):
     encoder = MixTransformer(embed_dims=[4, 8, 8, 16], depths=[1] * 4, num_heads=[1, 2, 2, 4])
-    network = randomize(SegFormer(encoder=encoder, decoder_dim=16, num_classes=3)).float()
+    network = randomize(SegFormer(encoder=encoder, decoder_dim=16, num_classes=3)).float().eval()
+    with torch.no_grad():  # so that every class occurs in an image
+        network.head.classifier.bias -= network(torch.rand(1, 3, 64, 64)).mean((0, 2, 3))
     folder = tmp_path_factory.mktemp("weights") / "tiny <1>"
     export_weights(network, folder, "huggingface", {"class_names": NAMES})
     return folder
@@ -68,6 +70,7 @@ def stop(command, tmp_path):
 
 
 @needs_gradio
+@pytest.mark.slow
 def test_images_and_videos_are_segmented(serve, weights, image, tmp_path):
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
@@ -87,7 +90,8 @@ def test_images_and_videos_are_segmented(serve, weights, image, tmp_path):
         luminance = np.asarray(found.convert("L")).astype(float)
     assert np.corrcoef(luminance.ravel(), confidence.ravel())[0, 1] > 0.95
     shares = np.bincount(mask.ravel(), minlength=3) / mask.size
-    for index in np.flatnonzero(shares):
+    assert shares.min() > 0.01
+    for index in range(3):
         assert f"{100 * shares[index]:.1f} %" in table
         assert f"<td>{confidence[mask == index].astype(float).mean():.2f}</td>" in table
     assert "<td>sky</td>" in table
@@ -98,7 +102,7 @@ def test_images_and_videos_are_segmented(serve, weights, image, tmp_path):
         handle_file(tmp_path / "clip.mp4"), api_name="/segment"
     )
     assert (overlay["visible"], certainty["visible"], video["visible"]) == (False, False, True)
-    with Video(tmp_path / "clip.mp4") as source, Video(Path(video["value"]["video"])) as found:
+    with Video(tmp_path / "clip.mp4") as source, Video(Path(video["value"])) as found:
         assert found.rate == 5
         frames = list(zip(source, found, strict=True))
     for frame, copy in frames:
@@ -140,8 +144,9 @@ def test_the_page_in_a_browser_asks_no_other_server(serve, weights, image, tmp_p
     stop(command, tmp_path)
 
 
+@needs_gradio
+@pytest.mark.slow  # imports Gradio
 def test_a_port_in_use_is_one_sentence(fail, weights):
-    pytest.importorskip("gradio")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -157,7 +162,6 @@ def test_a_missing_package_is_one_sentence(fail, weights, monkeypatch):
     assert "'segformer_pl[app]'" in error
 
 
-@needs_gradio
 def test_weights_that_cannot_be_read_are_one_sentence(fail, tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pth")
     assert str(tmp_path / "w.pth") in fail("app", f"--weights={tmp_path / 'w.pth'}")
