@@ -126,6 +126,15 @@ def count_pixels(train_ids: TrainIds, num_classes: int) -> npt.NDArray[np.int64]
     return np.sum(counts, axis=0)
 
 
+def enlargement(long_side: int) -> int:
+    """Return the factor by which an image is enlarged, so that outlines and text fit.
+
+    Args:
+        long_side: Longer side of the image in pixels.
+    """
+    return -(-MIN_LONG_SIDE // long_side)
+
+
 def share_text(share: float) -> str:
     """Return a share of the pixels, above 0 and at most 1, in percent."""
     return f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"
@@ -145,12 +154,12 @@ class _Overlay:
     def __init__(
         self, image: Pixels, train_ids: TrainIds, class_names: Sequence[str], palette: Palette
     ) -> None:
-        enlarge = -(-MIN_LONG_SIDE // max(train_ids.shape))
+        factor = enlargement(max(train_ids.shape))
         counts = count_pixels(train_ids, len(class_names))
         entries = _legend_entries(counts, class_names, palette)
-        if enlarge > 1:
-            image = image.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-            train_ids = train_ids.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+        if factor > 1:
+            image = image.repeat(factor, axis=0).repeat(factor, axis=1)
+            train_ids = train_ids.repeat(factor, axis=0).repeat(factor, axis=1)
         long_side = max(train_ids.shape)
         self.image, self.train_ids, self.palette = image, train_ids, palette
         self.outline_width = _outline_width(long_side)

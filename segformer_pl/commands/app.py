@@ -12,11 +12,19 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jsonargparse import Namespace
 from matplotlib import colormaps
 
-from segformer_pl.analysis.overlays import Palette, Pixels, count_pixels, draw_classes, share_text
+from segformer_pl.analysis.overlays import (
+    Palette,
+    Pixels,
+    count_pixels,
+    draw_classes,
+    enlargement,
+    share_text,
+)
 from segformer_pl.analysis.style import css_color, printable
 from segformer_pl.atomic import atomic_write
 from segformer_pl.commands.device import resolve_device
@@ -89,7 +97,7 @@ def _import_gradio(folder: str) -> ModuleType:
 
 
 def _reach_without_proxy(*hosts: str) -> None:
-    """Let requests to these hosts bypass a proxy: Gradio asks its own server whether it is there."""
+    """Let requests to these hosts bypass a proxy: Gradio asks whether its own server is there."""
     excepted = os.environ.get("no_proxy", os.environ.get("NO_PROXY"))
     os.environ["no_proxy"] = ",".join(filter(None, [excepted, *hosts]))
 
@@ -123,12 +131,13 @@ class Segmentation:
         self.sums = np.zeros(len(self.names))  # of their confidence
 
     def image(self, file: Path) -> Segmented:
-        """Segment an image file.
+        """Segment an image file; the result of a small image is enlarged.
 
         Raises:
             UserError: It cannot be read or segmented.
         """
-        return self._segment(EncodedImage(file.read_bytes(), file.name).decode(), file.name)
+        pixels = EncodedImage(file.read_bytes(), file.name).decode()
+        return self._segment(pixels, file.name, enlargement(max(pixels.shape)))
 
     def video(self, file: Path, target: Path) -> Iterator[tuple[Segmented, int | None]]:
         """Segment a video and write it with its overlay.
@@ -153,7 +162,7 @@ class Segmentation:
                 writer.write(frame._replace(pixels=segmented.overlay))
                 yield segmented, video.num_frames
 
-    def _segment(self, pixels: Pixels, where: str) -> Segmented:
+    def _segment(self, pixels: Pixels, where: str, factor: int = 1) -> Segmented:
         try:
             labels, confidence = self.predictor.confidence(pixels)
         except torch.OutOfMemoryError as error:
@@ -166,11 +175,9 @@ class Segmentation:
         flat, weights = labels.ravel(), confidence.ravel()
         self.counts += count_pixels(labels, len(self.names))
         self.sums += np.bincount(flat, weights, minlength=len(self.names))
-        return Segmented(
-            draw_classes(pixels, labels, self.palette),
-            CONFIDENCE_COLORS[(255 * confidence.astype(np.float32)).round().astype(np.uint8)],
-            self._table(),
-        )
+        levels = (255 * confidence.astype(np.float32)).round().astype(np.uint8)
+        overlay = draw_classes(_enlarged(pixels, factor), _enlarged(labels, factor), self.palette)
+        return Segmented(overlay, CONFIDENCE_COLORS[_enlarged(levels, factor)], self._table())
 
     def _table(self) -> str:
         """Return the classes that occur with their colours, the largest first, as HTML."""
@@ -185,6 +192,10 @@ class Segmentation:
             )
         heads = "<tr><th></th><th>class</th><th>share of pixels</th><th>mean confidence</th></tr>"
         return f'<table style="width:100%">{heads}{"".join(rows)}</table>'
+
+
+def _enlarged(pixels: npt.NDArray[Any], factor: int) -> npt.NDArray[Any]:
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def build_page(gradio: ModuleType, predictor: Predictor, name: str, folder: Path) -> Any:
@@ -239,7 +250,7 @@ def build_page(gradio: ModuleType, predictor: Predictor, name: str, folder: Path
                 )
                 video = gradio.Video(label="Classes", interactive=False, visible=False)
                 confidence = gradio.Image(
-                    label="Confidence: probability of the class, from 0 (dark) to 1 (bright)",
+                    label="Confidence, from 0 (dark) to 1 (bright)",
                     format="png",
                     interactive=False,
                     buttons=buttons,

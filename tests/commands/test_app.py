@@ -63,6 +63,10 @@ def image(tmp_path):
     return tmp_path / "photo.png"
 
 
+def enlarged(pixels):
+    return pixels.repeat(5, 0).repeat(5, 1)
+
+
 def stop(command, tmp_path):
     os.kill(command.pid, signal.SIGINT)
     assert command.wait() == 0
@@ -82,13 +86,13 @@ def test_images_and_videos_are_segmented(serve, weights, image, tmp_path):
 
     overlay, video, certainty, table = client.predict(handle_file(image), api_name="/segment")
     assert video["visible"] is False
-    pixels = np.asarray(Image.open(image))
-    drawn = draw_classes(pixels, mask, distinct_colors(3))
+    pixels = np.asarray(Image.open(image))  # 90x120, which are enlarged 5 times
+    drawn = draw_classes(enlarged(pixels), enlarged(mask), distinct_colors(3))
     with Image.open(overlay["value"]) as found:
         np.testing.assert_array_equal(np.asarray(found.convert("RGB")), drawn)
     with Image.open(certainty["value"]) as found:
         luminance = np.asarray(found.convert("L")).astype(float)
-    assert np.corrcoef(luminance.ravel(), confidence.ravel())[0, 1] > 0.95
+    assert np.corrcoef(luminance.ravel(), enlarged(confidence).ravel())[0, 1] > 0.95
     shares = np.bincount(mask.ravel(), minlength=3) / mask.size
     assert shares.min() > 0.01
     for index in range(3):
