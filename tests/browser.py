@@ -7,8 +7,11 @@ package is needed, and no driver of the version of the browser.
 import json
 import os
 import select
+import shutil
 import subprocess
 import time
+
+import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")  # programs, by their name on Debian first
 TIMEOUT = 60  # seconds
@@ -19,6 +22,14 @@ KEYS = {
     "Escape": {"windowsVirtualKeyCode": 27},
     "Tab": {"windowsVirtualKeyCode": 9},
 }
+
+
+def start_browser(profile):
+    """Start a browser with a folder for its profile; the test skips where none is installed."""
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(NAMES)}")
+    return Browser(program, profile)
 
 
 class Browser:
@@ -76,8 +87,9 @@ class Browser:
         message, _, self.received = self.received.partition(b"\0")
         return json.loads(message)
 
-    def open(self, file):
-        self.call("Page.navigate", url=file.as_uri())
+    def open(self, page):
+        """Open a file (Path) or an address (text)."""
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.wait_for("document.readyState === 'complete'")
 
     def run(self, script):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import segformer_pl.cli.ablate  # noqa: F401  which an ordinary user may not import from root's home
 from segformer_pl.cli import main
-from segformer_pl.commands.predict import find_images
+from segformer_pl.commands.input_files import find_files
 from segformer_pl.data import shapes
 from segformer_pl.data.catalog import find_dataset
 from segformer_pl.data.sources import open_split
@@ -160,7 +160,7 @@ def test_an_input_folder_that_may_not_be_read(place):
     (place / "in").mkdir()
     (place / "in").chmod(0)
     with ordinary_user(), pytest.raises(UserError, match=r"--input: .*in. cannot be read"):
-        find_images(str(place / "in"), place)
+        find_files(str(place / "in"), "--input")
 
 
 def test_a_cache_folder_of_shapes_that_may_not_be_read(capsys, place, monkeypatch):

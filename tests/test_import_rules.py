@@ -34,6 +34,7 @@ FOUNDATION = {
     "errors",
     "lightning_workarounds",
     "normalization",
+    "video_file",
     "worker_errors",
     "yaml_file",
 }
@@ -236,7 +237,7 @@ def test_a_planted_architecture_check_is_detected(source):
 HEAVY = {
     *("torch", "torchvision", "lightning", "torchmetrics", "timm", "transformers"),
     *("datasets", "pyarrow", "pandas", "wandb", "submitit", "rich"),
-    *("matplotlib", "scipy", "sklearn", "cv2"),
+    *("matplotlib", "scipy", "sklearn", "cv2", "av", "gradio"),
 }
 OF_PREDICTION = {"torch", "cv2"}  # cv2 decodes images
 

@@ -79,6 +79,66 @@ def write_overlay(
     write_png(stream, overlay, overlay.height, overlay.width)
 
 
+def draw_classes(image: Pixels, train_ids: TrainIds, palette: Palette) -> Pixels:
+    """Draw an image under half-transparent class colours, with outlines, at its own size.
+
+    This is :func:`draw_overlay` without the legend and without enlarging, for frames of a video.
+
+    Args:
+        image: (H, W, 3) RGB.
+        train_ids: (H, W), each below the number of classes.
+        palette: RGB 0-255 by train id.
+
+    Returns:
+        (H, W, 3) RGB.
+    """
+    return _blend(image, train_ids, palette, _outline_width(max(train_ids.shape)))
+
+
+def draw_legend(
+    counts: npt.NDArray[np.int64], class_names: Sequence[str], palette: Palette, width: int
+) -> Image.Image:
+    """Draw the legend of :func:`draw_overlay` alone.
+
+    Args:
+        counts: Number of pixels of each class, (num_classes,).
+        class_names: Class names by train id.
+        palette: RGB 0-255 by train id.
+        width: Width in pixels; the legend is wider if a single entry needs more.
+    """
+    text_size = round(TEXT_SIZE * max(width, MIN_LONG_SIDE))
+    return _draw_legend(_legend_entries(counts, class_names, palette), width, text_size)
+
+
+def count_pixels(train_ids: TrainIds, num_classes: int) -> npt.NDArray[np.int64]:
+    """Return the number of pixels of each class, (num_classes,).
+
+    Args:
+        train_ids: (H, W), each below the number of classes.
+        num_classes: Number of classes.
+    """
+    num_rows = max(BAND_PIXELS // train_ids.shape[1], 1)  # bincount copies to 64 bits
+    counts = [
+        np.bincount(train_ids[top : top + num_rows].ravel(), minlength=num_classes)
+        for top in range(0, len(train_ids), num_rows)
+    ]
+    return np.sum(counts, axis=0)
+
+
+def enlargement(long_side: int) -> int:
+    """Return the factor by which an image is enlarged, so that outlines and text fit.
+
+    Args:
+        long_side: Longer side of the image in pixels.
+    """
+    return -(-MIN_LONG_SIDE // long_side)
+
+
+def share_text(share: float) -> str:
+    """Return a share of the pixels, above 0 and at most 1, in percent."""
+    return f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"
+
+
 class _Overlay:
     """An overlay as bands of rows (R, width, 3) from top to bottom, the legend last.
 
@@ -93,14 +153,15 @@ class _Overlay:
     def __init__(
         self, image: Pixels, train_ids: TrainIds, class_names: Sequence[str], palette: Palette
     ) -> None:
-        enlarge = -(-MIN_LONG_SIDE // max(train_ids.shape))
-        entries = _legend_entries(train_ids, class_names, palette)
-        if enlarge > 1:
-            image = image.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-            train_ids = train_ids.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+        factor = enlargement(max(train_ids.shape))
+        counts = count_pixels(train_ids, len(class_names))
+        entries = _legend_entries(counts, class_names, palette)
+        if factor > 1:
+            image = image.repeat(factor, axis=0).repeat(factor, axis=1)
+            train_ids = train_ids.repeat(factor, axis=0).repeat(factor, axis=1)
         long_side = max(train_ids.shape)
         self.image, self.train_ids, self.palette = image, train_ids, palette
-        self.outline_width = max(1, round(OUTLINE_WIDTH * long_side))
+        self.outline_width = _outline_width(long_side)
         self.legend = _draw_legend(entries, train_ids.shape[1], round(TEXT_SIZE * long_side))
         self.width = self.legend.width
         self.height = train_ids.shape[0] + self.legend.height
@@ -113,14 +174,9 @@ class _Overlay:
         for top in range(0, height, num_rows):
             rows = slice(top, min(top + num_rows, height))
             wide = slice(max(rows.start - margin, 0), min(rows.stop + margin, height))
-            ids = self.train_ids[wide]
-            blended = np.asarray(
-                cv2.addWeighted(
-                    self.image[wide], 1 - OPACITY, colorize(ids, self.palette), OPACITY, 0
-                ),
-                np.uint8,
+            blended = _blend(
+                self.image[wide], self.train_ids[wide], self.palette, self.outline_width
             )
-            _outline(blended, ids, self.outline_width)
             band = np.full((rows.stop - rows.start, self.width, 3), 255, np.uint8)
             band[:, :width] = blended[rows.start - wide.start : rows.stop - wide.start]
             yield band
@@ -165,23 +221,25 @@ class _Entry(NamedTuple):
 
 
 def _legend_entries(
-    train_ids: TrainIds, class_names: Sequence[str], palette: Palette
+    counts: npt.NDArray[np.int64], class_names: Sequence[str], palette: Palette
 ) -> list[_Entry]:
-    num_rows = max(BAND_PIXELS // train_ids.shape[1], 1)  # bincount copies to 64 bits
-    counts = np.sum(
-        [
-            np.bincount(train_ids[top : top + num_rows].ravel(), minlength=len(class_names))
-            for top in range(0, len(train_ids), num_rows)
-        ],
-        axis=0,
-    )
     entries = []
     for train_id in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
-        percent = 100 * counts[train_id] / train_ids.size
-        share = f"{percent:.1f} %" if percent >= 0.05 else "< 0.1 %"
+        share = share_text(counts[train_id] / counts.sum())
         name = printable(class_names[train_id], MAX_NAME_LENGTH)
         entries.append(_Entry(split(f"{name}  {share}"), tuple(palette[train_id])))
     return entries
+
+
+def _blend(image: Pixels, train_ids: TrainIds, palette: Palette, outline_width: int) -> Pixels:
+    colors = colorize(train_ids, palette)
+    blended = np.asarray(cv2.addWeighted(image, 1 - OPACITY, colors, OPACITY, 0), np.uint8)
+    _outline(blended, train_ids, outline_width)
+    return blended
+
+
+def _outline_width(long_side: int) -> int:
+    return max(1, round(OUTLINE_WIDTH * long_side))
 
 
 def _outline(blended: Pixels, train_ids: TrainIds, width: int) -> None:

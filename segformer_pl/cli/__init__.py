@@ -34,7 +34,8 @@ STUDY_COMMANDS = {
 }
 COMMANDS = {
     **TRAINING_COMMANDS,
-    "predict": "segment image files",
+    "predict": "segment images and videos",
+    "app": "segment images and videos on a page in the browser",
     "compare": "test whether trained networks differ, and list seed statistics",
     **STUDY_COMMANDS,
     "recipe": "list the departures of a run from the paper's recipe",

@@ -14,8 +14,9 @@ from torch import Tensor
 from segformer_pl.checkpoints import read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
+from segformer_pl.commands.input_files import find_files
 from segformer_pl.commands.options.export import SPLIT
-from segformer_pl.commands.predict import changed_protocol, find_images
+from segformer_pl.commands.predict import changed_protocol
 from segformer_pl.commands.validation_split import ValidationSplit
 from segformer_pl.data import shapes
 from segformer_pl.data.decoding import EncodedImage
@@ -83,7 +84,7 @@ def _images(
         split = ValidationSplit(load_data(RunCheckpoint.read(ckpt, "CKPT")), None)
         samples = (split.samples[position] for position in _spread(split.positions, num_images))
         return ((f"image {sample['id']}", _to_bytes(sample["image"])) for sample in samples)
-    files = _spread(list(find_images(given, Path(), "--verify")), num_images)
+    files = _spread(list(find_files(given, "--verify")), num_images)
     return ((f"'{file}'", EncodedImage.read(file).decode()) for file in files)
 
 

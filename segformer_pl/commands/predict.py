@@ -1,10 +1,7 @@
-"""``predict``: masks, overlays and probabilities of image files."""
+"""``predict``: masks, overlays and probabilities of image files and videos."""
 
 import ctypes
-import glob
-import os
 import sys
-from collections import Counter
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -17,19 +14,33 @@ from jsonargparse import Namespace
 from PIL import Image
 from tqdm import tqdm
 
-from segformer_pl.analysis.overlays import Palette, Pixels, write_overlay
+from segformer_pl.analysis.overlays import (
+    Palette,
+    Pixels,
+    count_pixels,
+    draw_classes,
+    draw_legend,
+    write_overlay,
+)
 from segformer_pl.atomic import WriteError, atomic_write, make_writable_folder
 from segformer_pl.checkpoints import Weights, read_weights
 from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.commands.device import resolve_device
+from segformer_pl.commands.input_files import find_files
 from segformer_pl.commands.options.predict import predict_parser
 from segformer_pl.data.class_colors import distinct_colors
 from segformer_pl.data.decoding import EncodedImage
-from segformer_pl.data.files import check_readable
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.errors import INTERRUPTED, UserError, counted
 from segformer_pl.inference import Inference, Predictor
 from segformer_pl.inference.predictor import check_takes_rgb
+from segformer_pl.video_file import (
+    VIDEO_SUFFIXES,
+    Video,
+    VideoWriter,
+    check_video_support,
+    is_video,
+)
 
 MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -41,7 +52,7 @@ TrainIds = npt.NDArray[np.uint8 | np.uint16]
 def run(options: Namespace) -> None:
     """Run ``predict --weights SOURCE --input IMAGES --output FOLDER`` and write the predictions.
 
-    The exit status is 1 if an image was skipped and 2 if an argument is wrong.
+    The exit status is 1 if an image or a video was skipped and 2 if an argument is wrong.
 
     Args:
         options: Options as ``options/predict.py`` parses them.
@@ -49,53 +60,51 @@ def run(options: Namespace) -> None:
     Raises:
         WriteError: The output folder cannot be written to.
     """
+    output = Path(options.output)
+    kinds = (MASKS, OVERLAYS, *([PROBABILITIES] if options.probabilities else []))
     try:
         if (options.ckpt is None) == (options.weights is None):
             raise UserError("give one of --ckpt and --weights: the network that predicts")
-        output = Path(options.output)
-        images = find_images(options.input, output)
+        files = find_files(
+            options.input,
+            "--input",
+            (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES),
+            [output / kind for kind in (MASKS, OVERLAYS, PROBABILITIES)],
+        )
+        if video := next(filter(is_video, files), None):
+            check_video_support(video)
         device = resolve_device(options.device)
-        _return_large_blocks()
+        return_large_blocks()
         predictor = Predictor.from_weights(_weights(options)).to(device)
         check_takes_rgb(predictor.network, "--weights" if options.ckpt is None else "--ckpt")
         predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     except ValueError as error:
         predict_parser().error(str(error))
-    kinds = (MASKS, OVERLAYS, *([PROBABILITIES] if options.probabilities else []))
     for folder in (output, *(output / kind for kind in kinds)):
         make_writable_folder(folder, "--output")
-    palette = predictor.palette or distinct_colors(len(predictor.class_names))
-    writer = PredictionFiles(output, predictor.class_names, palette)
-    num_written = num_skipped = 0
-    progress = tqdm(images.items(), "predicting", unit="image")
+    writer = PredictionFiles(output, predictor, options.probabilities)
+    num_skipped = 0
+    progress = tqdm(files.items(), "predicting", unit="file")
     try:
         for file, name in progress:
             try:
-                pixels = EncodedImage.read(file).decode()
-                labels, probabilities = _segment(
-                    predictor, pixels, options.probabilities, str(file)
-                )
-            except UserError as error:
-                num_skipped += 1
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-                continue
-            try:
-                writer.write(name, pixels, labels, probabilities)
+                (writer.write_video if is_video(file) else writer.write_image)(file, name)
             except WriteError as error:
                 if not error.is_name_error:  # a full disk, for example, stops all other files too
                     raise
                 num_skipped += 1
                 tqdm.write(f"skipped: {file}: {error}", file=sys.stderr)
-                continue
-            num_written += 1
+            except UserError as error:
+                num_skipped += 1
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         progress.close()
         sys.stderr.write(
-            f"interrupted after {counted(num_written, 'image')}; their files are complete\n"
+            f"interrupted after {counted(writer.num_masks, 'mask')}; what is written is complete\n"
         )
         sys.exit(INTERRUPTED)
     sys.stdout.write(
-        f"{num_written} masks in {output / MASKS}, overlays in {output / OVERLAYS}; "
+        f"{writer.num_masks} masks in {output / MASKS}, overlays in {output / OVERLAYS}; "
         f"skipped: {num_skipped}\n"
     )
     if num_skipped:
@@ -108,75 +117,6 @@ def _weights(options: Namespace) -> Weights:
     if options.state is not None:
         raise UserError("--state is for --weights, as a run's checkpoint holds one network")
     return RunCheckpoint.read(options.ckpt).weights()
-
-
-def find_images(pattern: str, output: Path, option: str = "--input") -> dict[Path, Path]:
-    """Return the image files of a path or a pattern, sorted, with the names of their outputs.
-
-    Hidden files, and files that an earlier call wrote to ``output``, are left out::
-
-        in/a.jpg, in/b.jpg, in/b.png, in/sub/a.png    input "in"
-        a         b.jpg     b.png     sub/a           names of the outputs
-
-    Args:
-        pattern: A file, a folder that is searched recursively, or a glob pattern.
-        output: Folder of the outputs.
-        option: Command-line option that gave the pattern, for messages.
-
-    Returns:
-        Input file -> relative path of its outputs, without the suffix that each of them gets. No
-        two of these paths are equal.
-
-    Raises:
-        UserError: There is no such file or folder, or nothing matches the pattern.
-    """
-    if not pattern:
-        raise UserError(f"{option} is empty; give an image, a folder or a pattern")
-    path = Path(pattern).expanduser()
-    remedy = "give an image, a folder of images, or a quoted pattern like 'photos/**/*.jpg'"
-    if path.is_file():
-        return _with_output_names([path], path.parent, option)
-    if path.is_dir():
-        check_readable(path, "--input")
-        base, matches = path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
-        matches = [file for file in matches if Path(file).suffix.lower() in IMAGE_SUFFIXES]
-        missing = f"folder {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)})"
-    elif glob.has_magic(pattern):
-        fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
-        base, matches = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)
-        missing = f"no file matches {pattern!r}"
-    else:
-        raise UserError(f"{option}: there is no file or folder {pattern!r}; {remedy}")
-    own_folders = [(output / folder).resolve() for folder in (MASKS, OVERLAYS, PROBABILITIES)]
-    files = [
-        file
-        for file in sorted(Path(os.path.normpath(file)) for file in matches)
-        # A dangling link is kept, so that it is reported when it cannot be read.
-        if (file.is_file() or not file.exists())
-        and not any(file.resolve().is_relative_to(folder) for folder in own_folders)
-    ]
-    if not files:
-        raise UserError(f"{option}: {missing}; {remedy}")
-    return _with_output_names(files, Path(os.path.normpath(base)), option)
-
-
-def _with_output_names(files: list[Path], base: Path, option: str) -> dict[Path, Path]:
-    """Map files to their paths below ``base``, without suffix where that is unambiguous."""
-    relative = {file: Path(os.path.relpath(file, base)) for file in files}
-    outside = next((file for file, name in relative.items() if ".." in name.parts), None)
-    if outside is not None:
-        raise UserError(
-            f"{option}: '{outside}' is not below '{base}', where the pattern starts; use '..' "
-            "only before the first wildcard"
-        )
-    full_names = set(relative.values())
-    count = Counter(name.with_suffix("") for name in full_names)
-    return {
-        file: name
-        if count[stem := name.with_suffix("")] > 1 or stem in full_names - {name}
-        else stem
-        for file, name in relative.items()
-    }
 
 
 def changed_protocol(protocol: Inference, changes: dict[str, Any]) -> Inference:
@@ -194,7 +134,7 @@ def changed_protocol(protocol: Inference, changes: dict[str, Any]) -> Inference:
     return Inference(**arguments | changes)
 
 
-def _return_large_blocks() -> None:
+def return_large_blocks() -> None:
     """Make the C library return freed blocks of 4 MiB and more to the system at once.
 
     By default glibc keeps freed blocks of up to 32 MiB for reuse. The activations of one window
@@ -205,60 +145,99 @@ def _return_large_blocks() -> None:
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
-def _segment(
-    predictor: Predictor, pixels: Pixels, with_probabilities: bool, file: str
-) -> tuple[TrainIds, npt.NDArray[np.float16] | None]:
-    """Return train ids (H, W), and probabilities (num_classes, H, W) or None."""
-    height, width = pixels.shape[:2]
-    try:
-        if with_probabilities:
-            return predictor.probabilities(pixels)
-        return predictor(pixels), None
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{file}: {height}x{width} pixels need more memory than the device has; give "
-            "--inference.window and --inference.stride, or --device cpu"
-        ) from error
-    except ValueError as error:  # such as an image smaller than the network accepts
-        raise UserError(f"{file}: {error}") from error
-
-
 class PredictionFiles:
-    """Writes the predictions of images, each file completely or not at all.
+    """Predicts images and videos and writes the results, each file completely or not at all.
 
     Args:
         folder: Folder that contains the folders of masks, overlays and probabilities.
-        class_names: Name of each class, in the order of train ids.
-        palette: RGB colour of each class, 0 to 255, in the order of train ids.
+        predictor: The network with its classes.
+        with_probabilities: Whether to write the probabilities of all classes too.
+
+    Attributes:
+        num_masks: Number of masks written so far.
     """
 
-    def __init__(self, folder: Path, class_names: list[str], palette: Palette) -> None:
+    def __init__(self, folder: Path, predictor: Predictor, with_probabilities: bool) -> None:
         self.folder = folder
-        self.class_names = class_names
-        self.palette = palette
+        self.predictor = predictor
+        self.with_probabilities = with_probabilities
+        self.class_names = predictor.class_names
+        self.palette: Palette = predictor.palette or distinct_colors(len(self.class_names))
+        self.num_masks = 0
 
-    def write(
-        self,
-        name: Path,
-        pixels: Pixels,
-        labels: TrainIds,
-        probabilities: npt.NDArray[np.float16] | None,
-    ) -> None:
-        """Write the overlay, the probabilities if given, and the mask of an image.
+    def write_image(self, file: Path, name: Path) -> None:
+        """Write the overlay, the probabilities and the mask of an image.
 
         The mask is written last, so an image with a mask is complete.
 
         Args:
-            name: Relative path of the files, without their suffixes.
-            pixels: Image, (H, W, 3) RGB.
-            labels: Train ids (H, W): uint8 is written as palette indices, uint16 as 16-bit grey.
-            probabilities: Probabilities (num_classes, H, W), or None.
+            file: Image file.
+            name: Relative path of the outputs, without their suffixes.
 
         Raises:
+            UserError: The image cannot be read or segmented.
             WriteError: A file cannot be written.
         """
+        pixels = EncodedImage.read(file).decode()
+        labels, probabilities = self._segment(pixels, str(file))
         with atomic_write(self._file(OVERLAYS, name, ".png")) as stream:
             write_overlay(stream, pixels, labels, self.class_names, self.palette)
+        self._write_labels(name, labels, probabilities)
+
+    def write_video(self, file: Path, name: Path) -> None:
+        """Write masks and probabilities of the frames of a video, its overlay and its legend.
+
+        Only one frame is held at a time. The overlay appears after the last frame, so a video with
+        an overlay is complete.
+
+        Args:
+            file: Video file.
+            name: Relative path of the outputs: a folder for the masks and the probabilities, and
+                the overlay without its suffix.
+
+        Raises:
+            UserError: The video cannot be read or segmented.
+            WriteError: A file cannot be written.
+        """
+        counts = np.zeros(len(self.class_names), np.int64)
+        with (
+            Video(file) as video,
+            atomic_write(self._file(OVERLAYS, name, ".mp4")) as stream,
+            VideoWriter(stream, video) as overlay,
+            tqdm(video, file.name, video.num_frames, leave=False, unit="frame") as frames,
+        ):
+            for number, frame in enumerate(frames):
+                labels, probabilities = self._segment(frame.pixels, f"{file}, frame {number}")
+                counts += count_pixels(labels, len(self.class_names))
+                drawn = draw_classes(frame.pixels, labels, self.palette)
+                overlay.write(frame._replace(pixels=drawn))
+                self._write_labels(name / f"{number:06d}", labels, probabilities)
+                width = labels.shape[1]
+        legend = draw_legend(counts, self.class_names, self.palette, width)
+        with atomic_write(self._file(OVERLAYS, name, ".png")) as stream:
+            legend.save(stream, format="PNG")
+
+    def _segment(
+        self, pixels: Pixels, where: str
+    ) -> tuple[TrainIds, npt.NDArray[np.float16] | None]:
+        """Return train ids (H, W), and probabilities (num_classes, H, W) or None."""
+        height, width = pixels.shape[:2]
+        try:
+            if self.with_probabilities:
+                return self.predictor.probabilities(pixels)
+            return self.predictor(pixels), None
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{where}: {height}x{width} pixels need more memory than the device has; give "
+                "--inference.window and --inference.stride, or --device cpu"
+            ) from error
+        except ValueError as error:  # such as an image smaller than the network accepts
+            raise UserError(f"{where}: {error}") from error
+
+    def _write_labels(
+        self, name: Path, labels: TrainIds, probabilities: npt.NDArray[np.float16] | None
+    ) -> None:
+        """Write the probabilities, if given, and train ids: 16-bit grey if they are uint16."""
         if probabilities is not None:
             with atomic_write(self._file(PROBABILITIES, name, ".npz")) as stream:
                 np.savez_compressed(
@@ -269,6 +248,7 @@ class PredictionFiles:
             mask.putpalette(np.asarray(self.palette, np.uint8).tobytes())
         with atomic_write(self._file(MASKS, name, ".png")) as stream:
             mask.save(stream, format="PNG")
+        self.num_masks += 1
 
     def _file(self, kind: str, name: Path, suffix: str) -> Path:
         return self.folder / kind / f"{name}{suffix}"

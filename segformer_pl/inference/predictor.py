@@ -173,7 +173,7 @@ class Predictor:
                 (images.shape[2], images.shape[3]),
                 self.protocol,
                 self._normalize_bytes,
-                torch.uint8 if len(self.class_names) <= 256 else torch.uint16,
+                torch.uint8 if self._mask_dtype is np.uint8 else torch.uint16,
             )
         network.check_finite()
         return mask[0].cpu().numpy()
@@ -189,8 +189,7 @@ class Predictor:
         """
         network, images = self._prepare(image)
         height, width = images.shape[2:]
-        dtype = np.uint8 if len(self.class_names) <= 256 else np.uint16
-        mask: Mask = np.empty((height, width), dtype)
+        mask: Mask = np.empty((height, width), self._mask_dtype)
         probabilities = np.empty((len(self.class_names), height, width), np.float16)
         with torch.inference_mode():
             for rows, band in probability_bands(
@@ -200,6 +199,31 @@ class Predictor:
                 probabilities[:, rows] = band[0].permute(2, 0, 1).half().cpu().numpy()
         network.check_finite()
         return mask, probabilities
+
+    def confidence(self, image: ImageSource) -> tuple[Mask, npt.NDArray[np.float16]]:
+        """Predict the class of every pixel and the probability of that class.
+
+        It needs less memory than :meth:`probabilities`, which returns those of all classes.
+
+        Args:
+            image: See :meth:`__call__`.
+
+        Returns:
+            The mask of :meth:`__call__`, and the probabilities, (H, W) float16.
+        """
+        network, images = self._prepare(image)
+        height, width = images.shape[2:]
+        mask: Mask = np.empty((height, width), self._mask_dtype)
+        confidence = np.empty((height, width), np.float16)
+        with torch.inference_mode():
+            for rows, band in probability_bands(
+                network, images, (height, width), self.protocol, self._normalize_bytes
+            ):
+                highest = band[0].max(dim=2)
+                mask[rows] = highest.indices.cpu().numpy()
+                confidence[rows] = highest.values.half().cpu().numpy()
+        network.check_finite()
+        return mask, confidence
 
     @torch.inference_mode()
     def predict_batch(self, images: Tensor) -> Tensor:
@@ -244,6 +268,10 @@ class Predictor:
         )
         network.check_finite()
         return pixels
+
+    @property
+    def _mask_dtype(self) -> type[np.uint8 | np.uint16]:
+        return np.uint8 if len(self.class_names) <= 256 else np.uint16
 
     def _prepare(self, image: ImageSource) -> tuple["_FiniteCheck", Tensor]:
         if self.network.in_channels != 3:

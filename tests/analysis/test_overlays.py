@@ -9,6 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from segformer_pl.analysis.overlays import (
+    count_pixels,
+    draw_classes,
+    draw_legend,
     draw_overlay,
     plot_predictions,
     write_overlay,
@@ -84,6 +87,20 @@ def test_a_single_class_has_no_border(written):
     overlay = draw_overlay(np.zeros((600, 600, 3), np.uint8), train_ids, NAMES, PALETTE)
     assert (np.asarray(overlay)[:600] == (100, 50, 0)).all()
     assert written == ["object  100.0 %"]
+
+
+def test_frames_are_drawn_like_overlays_at_their_own_size(monkeypatch):
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (600, 640, 3), dtype=np.uint8)
+    ids = generator.integers(0, 3, (6, 8)).astype(np.uint8).repeat(100, 0).repeat(80, 1)
+    whole = np.asarray(draw_overlay(image, ids, NAMES, PALETTE))
+    assert np.array_equal(draw_classes(image, ids, PALETTE), whole[:600])
+    monkeypatch.setattr("segformer_pl.analysis.overlays.BAND_PIXELS", 50 * 640)
+    counts = count_pixels(ids, 4)
+    assert counts.tolist() == [*np.bincount(ids.ravel()), 0]
+    legend = np.asarray(draw_legend(counts, [*NAMES, "none"], [*PALETTE, [0, 0, 0]], 640))
+    assert np.array_equal(legend, whole[600:])
+    assert draw_classes(image[:9, :7], ids[:9, :7], PALETTE).shape == (9, 7, 3)
 
 
 def test_small_images_are_enlarged_by_an_integer_factor():

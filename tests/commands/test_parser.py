@@ -41,6 +41,7 @@ def test_hyphens_of_option_names_become_underscores_and_no_others():
         ["doctor", "--data.batch-size=x"],
         ["ablate", "study.yaml", "--max-parallel=x"],
         ["arena", "study.yaml", "--num-images=x"],
+        ["app", "--weights=a", "--server-port=x"],
         ["compare", "a", "b", "--block-size=x"],
         ["erf", "--batch-size=x"],
         ["predict", "--ckpt=a", "--input=b", "--output=c", "--inference.resize-to=x"],

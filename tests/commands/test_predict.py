@@ -1,8 +1,7 @@
-"""The command ``predict``: image formats, names and contents of its files, skipped images."""
+"""The command ``predict``: image formats, videos, contents of its files, skipped images."""
 
-import os
 import resource
-from pathlib import Path
+import sys
 
 import cv2
 import numpy as np
@@ -10,14 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from segformer_pl.analysis.overlays import draw_classes
 from segformer_pl.atomic import WriteError
 from segformer_pl.cli import main
 from segformer_pl.commands import predict
 from segformer_pl.commands.options.predict import parse
-from segformer_pl.commands.predict import changed_protocol, find_images
+from segformer_pl.commands.predict import changed_protocol
 from segformer_pl.data import shapes
 from segformer_pl.data.class_colors import distinct_colors
 from segformer_pl.inference import Inference, Predictor, predictor
+from segformer_pl.video_file import Video
+from tests.small_video import make_frames, write_video
 from tests.tiny_network import TINY_OPTION
 
 
@@ -359,7 +361,7 @@ def test_ctrl_c_leaves_complete_files(run, images, tmp_path, monkeypatch):
     code, printed, reported = run(images)
     assert code == 130
     assert printed == ""
-    assert "interrupted after 1 image; their files are complete" in reported
+    assert "interrupted after 1 mask; what is written is complete" in reported
     after = {file: (tmp_path / "out" / file).read_bytes() for file in written(tmp_path / "out")}
     assert after == before
 
@@ -446,73 +448,108 @@ def test_more_than_256_classes_are_16_bit_grey(run, images, tmp_path, monkeypatc
     assert np.array_equal(mask(tmp_path / "out", "a"), train_ids)
 
 
-@pytest.fixture
-def tree(tmp_path, monkeypatch):
-    """Function that creates empty files of these names below the working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(*names):
-        for name in names:
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).touch()
-
-    return make
-
-
-def output_names(pattern, output="out"):
-    """Input file -> name of its outputs, as strings."""
-    return {str(file): str(name) for file, name in find_images(pattern, Path(output)).items()}
-
-
-def test_a_folder_is_searched_recursively(tree):
-    tree("in/b.JPG", "in/a.png", "in/sub/deep/c.tiff", "in/notes.txt", "in/._b.jpg", "in/d.jpg/x")
-    expected = {"in/a.png": "a", "in/b.JPG": "b", "in/sub/deep/c.tiff": "sub/deep/c"}
-    assert output_names("in") == output_names("in/") == output_names("./in") == expected
-    assert list(output_names("in")) == sorted(expected)
-    assert output_names(os.path.abspath("in")).keys() == {
-        os.path.abspath(file) for file in expected
-    }
-    assert list(output_names(os.path.abspath("in")).values()) == list(expected.values())
-
-
-def test_patterns(tree):
-    tree("in/1/a.jpg", "in/2/a.jpg", "in/2/b.gif", "in/2/x/a.jpg", "other/a.jpg")
-    assert output_names("in/*/a.jpg") == {"in/1/a.jpg": "1/a", "in/2/a.jpg": "2/a"}
-    assert set(output_names("in/**/a.jpg")) == {"in/1/a.jpg", "in/2/a.jpg", "in/2/x/a.jpg"}
-    assert output_names("in/2/*") == {
-        "in/2/a.jpg": "a",
-        "in/2/b.gif": "b",
-    }  # any suffix, as the pattern says
-    assert output_names("in/[2]/?.gif") == {"in/2/b.gif": "2/b"}
-    assert output_names("./in/../other/*.jpg") == {"other/a.jpg": "a"}
-    with pytest.raises(ValueError, match=r"^--input: 'other/a.jpg' is not below 'in', where the"):
-        find_images("in/*/../../other/a.jpg", Path("out"))
+def test_frames_of_a_video_are_predicted_like_images(run, images, tmp_path):
+    """Their overlays are a video of the same rate, times and size."""
+    write_video(images / "clip.mkv", make_frames(5), rate=10, times=[0, 1, 2, 5, 6])
+    with Video(images / "clip.mkv") as video:
+        rate, frames = video.rate, list(video)
+        times = [frame.time * video.time_base for frame in frames]
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame.pixels).save(images / f"still{number}.png")
+    code, printed, reported = run(images)
+    assert code == 0, reported
+    out = tmp_path / "out"
+    assert printed.startswith("10 masks in ")
+    videos = [f"masks/clip/{number:06d}.png" for number in range(5)]
+    stills = [f"{kind}/still{n}.png" for kind in ("masks", "overlays") for n in range(5)]
+    assert written(out) == sorted(["overlays/clip.mp4", "overlays/clip.png", *videos, *stills])
+    for number in range(5):
+        assert np.array_equal(mask(out, f"clip/{number:06d}"), mask(out, f"still{number}"))
+        with Image.open(out / f"masks/clip/{number:06d}.png") as image:
+            assert image.mode == "P"
+    with Video(out / "overlays/clip.mp4") as video:
+        drawn = list(video)
+        assert [frame.time * video.time_base for frame in drawn] == times
+        assert video.rate == rate
+    for number, frame in enumerate(frames):
+        expected = draw_classes(frame.pixels, mask(out, f"still{number}"), shapes.COLORS)
+        found = drawn[number].pixels
+        assert found.shape == expected.shape == (48, 64, 3)
+        # Outlines blur: the codec stores colours at half the size.
+        assert np.abs(found.astype(int) - expected).mean() < 12
+        assert np.abs(found.astype(int) - frame.pixels).mean() > 20
+    with Image.open(out / "overlays/clip.png") as legend:
+        assert legend.height < 200
 
 
-def test_a_file_whose_name_looks_like_a_pattern(tree):
-    tree("in/a[1].jpg", "in/a1.jpg", "[x]/b.jpg")
-    assert output_names("in/a[1].jpg") == {"in/a[1].jpg": "a[1]"}
-    assert output_names("[x]") == {"[x]/b.jpg": "b"}
+def test_probabilities_of_a_video(run, images, tmp_path):
+    write_video(images / "clip.mp4", make_frames(2))
+    assert run(images / "clip.mp4", "--probabilities")[0] == 0
+    for number in range(2):
+        with np.load(tmp_path / f"out/probabilities/clip/{number:06d}.npz") as file:
+            chosen = file["probabilities"].argmax(0)
+        assert (chosen == mask(tmp_path / "out", f"clip/{number:06d}")).mean() > 0.99
 
 
-def test_no_two_images_share_an_output_name(tree):
-    tree("in/a.jpg", "in/a.png", "in/b.png", "in/sub/a.png")
-    assert output_names("in") == {
-        "in/a.jpg": "a.jpg",
-        "in/a.png": "a.png",
-        "in/b.png": "b",
-        "in/sub/a.png": "sub/a",
-    }
-    tree("in/a.jpg.png", "in/b.png.png")
-    names = output_names("in").values()
-    assert len(set(names)) == len(names) == 6
-    tree("in/c")
-    assert output_names("in/c*") == {"in/c": "c"}
+def test_unusable_videos_are_reported_and_skipped(run, images, tmp_path):
+    write_video(images / "a.mp4", make_frames(6), movflags="faststart")
+    whole = (images / "a.mp4").read_bytes()
+    (images / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (images / "text.avi").write_text("no video")
+    write_video(images / "small.mp4", make_frames(1, 20, 64))
+    code, printed, reported = run(images)
+    assert code == 1
+    assert printed.endswith("; skipped: 3\n")
+    assert [name for name in written(tmp_path / "out") if name.startswith("overlays")] == [
+        "overlays/a.mp4",
+        "overlays/a.png",
+    ]
+    for name, sentence in {
+        "cut.mp4": "it cannot be read after frame",
+        "text.avi": "it is not a video, or a damaged one (",
+        "small.mp4, frame 0": "sr_ratio 8 is larger than the 5x16 token grid",
+    }.items():
+        assert reported.count(f"skipped: {images / name}: {sentence}") == 1
+    assert "Traceback" not in reported
 
 
-def test_earlier_outputs_are_no_input(tree):
-    tree("in/a.jpg", "in/masks/a.png", "in/overlays/a.png", "in/more/masks/b.png")
-    assert set(output_names("in", output="in")) == {"in/a.jpg", "in/more/masks/b.png"}
-    assert set(output_names("in/**/*", output="./in")) == {"in/a.jpg", "in/more/masks/b.png"}
-    Path("link").symlink_to("in")
-    assert set(output_names("link", output="in")) == {"link/a.jpg", "link/more/masks/b.png"}
+def test_ctrl_c_leaves_the_masks_of_a_video(run, images, tmp_path, monkeypatch):
+    write_video(images / "clip.mp4", make_frames(6))
+    original = Predictor.__call__
+    calls = []
+
+    def interrupted(self, pixels):
+        calls.append(pixels)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, pixels)
+
+    monkeypatch.setattr(Predictor, "__call__", interrupted)
+    code, printed, reported = run(images)
+    assert (code, printed) == (130, "")
+    assert "interrupted after 3 masks; what is written is complete" in reported
+    assert written(tmp_path / "out") == [f"masks/clip/{number:06d}.png" for number in range(3)]
+
+
+def test_a_full_disk_ends_a_video(run, images, tmp_path):
+    write_video(images / "clip.mp4", make_frames(6))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # masks are smaller, the overlay is not
+    try:
+        with pytest.raises(WriteError, match=r"cannot write '.*/clip.mp4': File too large; free"):
+            run(images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "out" / "overlays").iterdir())
+
+
+def test_videos_without_their_package_are_refused_at_the_start(run, images, tmp_path, monkeypatch):
+    Image.fromarray(make_image()).save(images / "a.png")
+    (images / "clip.mp4").touch()
+    monkeypatch.setitem(sys.modules, "av", None)
+    code, _, reported = run(images)
+    assert code == 2
+    assert "clip.mp4: this is a video, and videos need the package av" in reported
+    assert "pip install 'segformer_pl[video]'" in reported
+    assert not (tmp_path / "out").exists()
+    assert run(images / "*.png")[0] == 0

@@ -72,6 +72,10 @@ def test_every_type_of_image_gives_the_same_mask(network, pixels, tmp_path):
     assert np.array_equal(again, mask)
     assert (probabilities.shape, probabilities.dtype) == ((3, 40, 56), np.float16)
     assert np.abs(probabilities - logits.softmax(0).numpy()).max() < 2e-3
+    again, confidence = predictor.confidence(pixels)
+    assert np.array_equal(again, mask)
+    assert confidence.dtype == np.float16
+    assert np.array_equal(confidence, probabilities.max(0))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +152,7 @@ def test_non_finite_outputs_are_refused(network, pixels):
     def predict_batch(pixels):
         return predictor.predict_batch(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
 
-    for predict in (predictor, predictor.probabilities, predict_batch):
+    for predict in (predictor, predictor.probabilities, predictor.confidence, predict_batch):
         with pytest.raises(UserError, match="outputs hold nan or infinity, so there is no mask"):
             predict(pixels)
 

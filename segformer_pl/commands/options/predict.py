@@ -7,23 +7,27 @@ from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
 from segformer_pl.commands.options.weights import add_state_option
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.inference.protocol import Inference
+from segformer_pl.video_file import VIDEO_SUFFIXES
 
 
 def predict_parser() -> SegformerArgumentParser:
     """Return the parser of ``predict``."""
     parser = SegformerArgumentParser(
         prog=f"{PROG} predict",
-        description="Segment images with the network of a run, or with other weights; give exactly "
-        "one of --ckpt and --weights. For every image, two files are written: masks/NAME.png holds "
-        "the train id of every pixel at the image's own size, with the palette of the data set "
-        "(with more than 256 classes: 16-bit grey, no palette); "
+        description="Segment images and videos with the network of a run, or with other weights; "
+        "give exactly one of --ckpt and --weights. For every image, two files are written: "
+        "masks/NAME.png holds the train id of every pixel at the image's own size, with the "
+        "palette of the data set (with more than 256 classes: 16-bit grey, no palette); "
         "overlays/NAME.png shows the prediction over the image, small images enlarged. NAME is "
         "the image's path relative to the input folder, or to the part of the pattern before its "
         "first wildcard, without suffix; images that differ only in the suffix keep it "
         "(a.jpg.png). Images are rotated as their EXIF orientation says, transparency is ignored, "
         "16-bit images are reduced to their upper 8 bits, and of several frames the first is "
-        "used. Images that cannot be read or written are reported and skipped, and the exit "
-        "status is 1. Existing files are overwritten. The evaluation protocol is that of the "
+        "used. A video (extra `video`) gets a mask of every frame, masks/NAME/000000.png and so "
+        "on, and overlays/NAME.mp4, which shows the prediction over the video at its own size, "
+        "frame rate and times, without sound; overlays/NAME.png is its legend. Files that cannot "
+        "be read or written are reported and skipped, and the exit status is 1. Existing files "
+        "are overwritten. The evaluation protocol is that of the "
         "run's validation, or the size that preprocessor_config.json states, except for the "
         "--inference options that are given; the defaults listed for these options do not apply.",
     )
@@ -39,8 +43,9 @@ def predict_parser() -> SegformerArgumentParser:
     parser.add_argument(
         "--input",
         required=True,
-        help="images to segment: one file; a folder, searched recursively for images "
-        f"({', '.join(IMAGE_SUFFIXES)}); or a quoted pattern, such as 'photos/**/*.jpg'",
+        help="images and videos to segment: one file; a folder, such as one of frames, searched "
+        f"recursively for images ({', '.join(IMAGE_SUFFIXES)}) and videos "
+        f"({', '.join(VIDEO_SUFFIXES)}); or a quoted pattern, such as 'photos/**/*.jpg'",
     )
     parser.add_argument("--output", required=True, help="folder that the files are written to")
     parser.add_argument(

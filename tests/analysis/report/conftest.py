@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -19,7 +18,7 @@ from segformer_pl.analysis.configuration import (
 from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.report import write_report
 from segformer_pl.analysis.run import Run
-from tests.browser import NAMES, Browser
+from tests.browser import start_browser
 
 
 class Page(HTMLParser):
@@ -426,9 +425,6 @@ def read_page():
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """A browser; the test skips where none is installed."""
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(NAMES)}")
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
+    browser = start_browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
