@@ -9,11 +9,11 @@ def parse(arguments: list[str]) -> Namespace:
     """Parse the command-line arguments after ``push``."""
     parser = SegformerArgumentParser(
         prog=f"{PROG} push",
-        description="Upload the network of a run to the Hugging Face hub, with a model card that is "
-        "written from the run: data, recipe and departures from the paper's, metrics with "
-        "intervals, receptive fields, provenance. The weights are safetensors, in the layout of transformers "
-        "where it has such a network. The token is that of `hf auth login` or HF_TOKEN. A further "
-        "upload is a further commit.",
+        description="Upload the network of a run to the Hugging Face hub, with a model card that "
+        "is written from the run: data, recipe and departures from the paper's, metrics with "
+        "intervals, receptive fields, provenance. The weights are safetensors, in the layout of "
+        "transformers where it has such a network. The token is that of `hf auth login` or "
+        "HF_TOKEN. A further upload is a further commit.",
     )
     parser.add_argument(
         "source",
