@@ -92,7 +92,7 @@ def predictor():
     encoder = MixTransformer(**network["encoder"]["init_args"], kv_border="keep", norm_eps=1e-3)
     return Predictor(
         SegFormer(encoder, num_classes=2, decoder_dim=16),
-        ["sky|*dark*", "<b>road</b>\n# no heading"],
+        ["sky|*dark* _is_ a_b", "<b>road</b>\n# no heading"],
         [[1, 2, 3], [4, 5, 6]],
         Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
         Inference(window=(64, 64), flip=True),
@@ -180,7 +180,7 @@ def test_the_card_states_what_the_run_states(hub, push, checkpoint):
     assert "chosen among those of its run by `val/miou`" in text
     for name in evaluation.class_names:
         assert re.search(rf"^\| {name} \| [\d.–]+", text, re.MULTILINE), name
-    assert re.search(r"^\| model\.encoder\\_weights \| pretrained", text, re.MULTILINE)
+    assert re.search(r"^\| model\.encoder_weights \| pretrained", text, re.MULTILINE)
     assert "![Effective receptive fields" in text
     assert files["receptive_fields.png"].startswith(b"\x89PNG")
     assert "Xie et al." in text
@@ -203,7 +203,7 @@ def test_a_network_that_transformers_lacks_is_read_back(hub, predictor):
 
 def test_class_names_are_no_markup(predictor):
     text = predictor.generate_model_card().text
-    assert r"- 0: sky\|\*dark\*" in text
+    assert r"- 0: sky\|\*dark\* \_is\_ a_b" in text
     assert r"- 1: \<b\>road\</b\>\\n\# no heading" in text
 
 

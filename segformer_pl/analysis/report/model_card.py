@@ -229,7 +229,9 @@ def _environment() -> jinja2.Environment:
 def _text(value: Any) -> str:
     """Make foreign text fit for one line of Markdown, in which none of it is markup."""
     shown = re.sub(r"(?<![\w.:/@-])(?:~|/)[^\s,;'\"]*/", "", str(value))  # folders of local files
-    return re.sub(r"([\\`*_{}\[\]<>|~$&#])", r"\\\1", printable(shown, 300))
+    # An underscore within a word is no markup.
+    markup = r"([\\`*{}\[\]<>|~$&#]|(?<![^\W_])_|_(?![^\W_]))"
+    return re.sub(markup, r"\\\1", printable(shown, 300))
 
 
 def _listed(values: Mapping[str, str]) -> str:
