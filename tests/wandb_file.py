@@ -6,6 +6,7 @@ each after its checksum, length and kind. The first seven bytes name the format.
 
 import json
 import struct
+import time
 
 from wandb.proto import wandb_internal_pb2
 
@@ -34,20 +35,34 @@ def records(file):
             yield record
 
 
+def wait_for_end(file, timeout=60):
+    """Wait for the last records: W&B's process writes them after ``finish`` has returned."""
+    deadline = time.monotonic() + timeout
+    while not any(record.HasField("exit") for record in records(file)):
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.05)
+
+
 def history(file):
-    """Return the logged rows, each as values by key."""
-    return [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
-        for row in (record.history for record in records(file) if record.HasField("history"))
-    ]
-
-
-def artifacts(file):
-    """Return name, type and names of the files of the logged artifacts."""
-    found = []
+    """Return the logged rows, each as values by key; a value of several parts is a dict."""
+    rows = []
     for record in records(file):
-        if record.HasField("request") and record.request.HasField("log_artifact"):
-            found.append(record.request.log_artifact.artifact)
-        elif record.HasField("artifact"):
-            found.append(record.artifact)
-    return [(one.name, one.type, [entry.path for entry in one.manifest.contents]) for one in found]
+        if record.HasField("history"):
+            rows.append({})
+            for item in record.history.item:
+                *outer, last = item.nested_key or [item.key]
+                place = rows[-1]
+                for key in outer:
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
+    return rows
+
+
+def artifacts(file, kind):
+    """Return the logged artifacts of a type: name, and names of the files."""
+    logged = [record.artifact for record in records(file) if record.HasField("artifact")]
+    return [
+        (one.name, [entry.path for entry in one.manifest.contents])
+        for one in logged
+        if one.type == kind
+    ]

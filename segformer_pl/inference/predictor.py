@@ -92,6 +92,8 @@ class Predictor(ModelHubMixin):
                 f"{list(self.normalization.std)}; give one value of each for every channel"
             )
 
+    _is_optimized = False
+
     @classmethod
     def load(cls, source: WeightsSource, state: str | None = None) -> Self:
         """Load a network with the facts that its source states about it, on the CPU.
@@ -185,6 +187,11 @@ class Predictor(ModelHubMixin):
         }
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        if self._is_optimized:
+            raise UserError(
+                "an optimised network has other tensors than files of weights; save or push the "
+                "predictor that optimize() was called on"
+            )
         save_pretrained(self.network, save_directory, self.facts)
 
     def generate_model_card(self) -> ModelCard:  # type: ignore[override]
@@ -210,7 +217,9 @@ class Predictor(ModelHubMixin):
             # With symbolic sizes, Inductor of torch 2.15 fails on SegFormer ("Invalid ranges").
             network.compile(dynamic=False)
         arguments = self.class_names, self.palette, self.normalization, self.protocol
-        return type(self)(network, *arguments)
+        optimized = type(self)(network, *arguments)
+        optimized._is_optimized = True
+        return optimized
 
     @property
     def device(self) -> torch.device:

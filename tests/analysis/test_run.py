@@ -199,7 +199,12 @@ PACKAGE = Path(segformer_pl.__file__).parent
 SUBPACKAGES = ("analysis", "callbacks", "cli", "commands", "doctor")
 NAMES = {value for name, value in vars(run_module).items() if name.endswith(("_FILE", "_FOLDER"))}
 # These modules write run folders and import the file names from the reader.
-WRITERS = {"callbacks/history.py", "callbacks/evaluation.py", "callbacks/throughput.py"}
+WRITERS = {
+    "callbacks/history.py",
+    "callbacks/evaluation.py",
+    "callbacks/media.py",
+    "callbacks/throughput.py",
+}
 
 
 def readings(path, source):

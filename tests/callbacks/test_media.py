@@ -15,7 +15,7 @@ from segformer_pl.callbacks import EvaluationRecord, PredictionPanel, RunReport
 from segformer_pl.callbacks.media import MAX_SIDE, send_classes, send_masks
 from segformer_pl.task import SegmentationTask
 from tests.small_task import NAMES, Tiny
-from tests.wandb_file import artifacts, history
+from tests.wandb_file import artifacts, history, wait_for_end
 
 PALETTE = [[0, 0, 0], [255, 255, 255], [9, 9, 9]]
 
@@ -53,12 +53,19 @@ def fit(folder, ckpt=None, max_steps=2):
     trainer.fit(task, train, val, ckpt_path=ckpt)
     trainer.save_checkpoint(folder / "end.ckpt")
     wandb.finish()
-    return sorted(folder.rglob("run-abc.wandb"))[-1]
+    file = sorted(folder.rglob("run-abc.wandb"))[-1]
+    wait_for_end(file)
+    return file
 
 
 def images_of(rows, key):
     """The logged entries of a key, one for each step."""
     return [row[key] for row in rows if key in row]
+
+
+@pytest.fixture(autouse=True)
+def _staging_of_artifacts(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
 
 
 @pytest.mark.slow
@@ -90,7 +97,7 @@ def test_masks_classes_figures_and_report_are_logged(tmp_path):
     evaluation = Run(tmp_path / "run" / "version_0").last_evaluation()
     assert tables[1]["data"][1][1] == pytest.approx(evaluation.iou[1])
     assert tables[1]["data"][2][1] is None  # absent
-    assert artifacts(file) == [("report-abc", "report", ["report.html"])]
+    assert artifacts(file, "report") == [("report-abc", ["report.html"])]
 
 
 @pytest.mark.slow
@@ -110,7 +117,7 @@ def test_a_resumed_run_logs_no_step_again(tmp_path):
     }
     assert steps["val/worst_masks"] == [4]
     assert steps["val/predictions_masks"] == steps["val/classes"] == [3, 4]
-    assert len(artifacts(second)) == 1
+    assert len(artifacts(second, "report")) == 1
 
 
 class Recorder:

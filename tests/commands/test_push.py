@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from segformer_pl.analysis.comparison import miou_interval
+from segformer_pl.analysis.report.model_card import Dataset, Training, model_card
 from segformer_pl.analysis.run import Run
 from segformer_pl.checkpoints.hub import upload
 from segformer_pl.cli import main
@@ -180,7 +181,8 @@ def test_the_card_states_what_the_run_states(hub, push, checkpoint):
     assert "chosen among those of its run by `val/miou`" in text
     for name in evaluation.class_names:
         assert re.search(rf"^\| {name} \| [\d.–]+", text, re.MULTILINE), name
-    assert re.search(r"^\| model\.encoder_weights \| pretrained", text, re.MULTILINE)
+    assert "there is no published recipe for it" in text
+    assert "| initial weights | random |" in text
     assert "![Effective receptive fields" in text
     assert files["receptive_fields.png"].startswith(b"\x89PNG")
     assert "Xie et al." in text
@@ -201,6 +203,29 @@ def test_a_network_that_transformers_lacks_is_read_back(hub, predictor):
     assert card.data.license is None
 
 
+def test_the_card_states_departures_and_no_folders(predictor):
+    config = {
+        "model": {
+            "network": {"class_path": "segformer_pl.models.segformer_b0", "init_args": {}},
+            "encoder_weights": "/home/ada/secret/mit_b0.pth",
+            "lr": 0.5,
+        },
+        "data": {"dataset": "cityscapes", "crop_size": [512, 512]},
+        "trainer": {},
+    }
+    dataset = Dataset("Cityscapes", "Cordts et al.", "owner/cityscapes", "a" * 40)
+    training = Training(dataset, 7, "window [8, 8]", config=config)
+    card = model_card(predictor.network, predictor.class_names, None, training, "ada/x", "mit")
+    assert "| model.lr | 6e-05 | 0.5 |" in card.text
+    assert "| data.crop_size | \\[1024, 1024\\] | \\[512, 512\\] |" in card.text
+    assert "secret" not in card.text
+    assert card.data.datasets == ["owner/cityscapes"]
+    assert card.data.base_model is None
+    config["model"]["encoder_weights"] = "nvidia/mit-b0@" + "b" * 40
+    card = model_card(predictor.network, predictor.class_names, None, training)
+    assert card.data.base_model == "nvidia/mit-b0"
+
+
 def test_class_names_are_no_markup(predictor):
     text = predictor.generate_model_card().text
     assert r"- 0: sky\|\*dark\* \_is\_ a_b" in text
@@ -213,7 +238,7 @@ def test_a_folder_is_read_back(predictor, tmp_path):
     with safe_open(tmp_path / "folder" / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["segformer_pl"])["weight_constants"]["norm_eps"] == 1e-3
     predictor.save_pretrained(tmp_path / "folder")  # as in transformers, a folder is overwritten
-    with pytest.raises(UserError, match="write the network from before"):
+    with pytest.raises(UserError, match="the predictor that optimize"):
         predictor.optimize().save_pretrained(tmp_path / "folded")
 
 
