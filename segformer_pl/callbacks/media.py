@@ -86,7 +86,10 @@ def send_masks(
         return {"mask_data": data, "class_labels": names}
 
     def send(logger: Any, at: int) -> None:
-        small = [(name, *map(shrink, maps)) for name, *maps in samples]
+        small = [
+            (name, shrink(image), shrink(target), shrink(pred))
+            for name, image, target, pred in samples
+        ]
         logger.log_image(
             key,
             [_pixels(image) for _, image, _, _ in small],

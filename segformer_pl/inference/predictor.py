@@ -194,7 +194,7 @@ class Predictor(ModelHubMixin):
             )
         save_pretrained(self.network, save_directory, self.facts)
 
-    def generate_model_card(self) -> ModelCard:  # type: ignore[override]
+    def generate_model_card(self) -> ModelCard:
         """Return a model card that states the network, its classes and how to use it."""
         from segformer_pl.analysis.report.model_card import model_card  # imports Matplotlib
 
