@@ -66,7 +66,7 @@ def run(options: Namespace) -> None:
             ]
         else:
             folder.rename(output)
-            lines = [f"wrote {said} to '{folder}', for {opener}; nothing is uploaded"]
+            lines = [f"wrote {said} to '{output}', for {opener}; nothing is uploaded"]
     if not training.results:
         lines.append("no metrics: the run folder holds no evaluation of this step")
     if options.license is None:
@@ -134,8 +134,9 @@ def _dataset(name: str) -> Dataset:
     try:
         entry = find_dataset(name)
     except (UserError, OSError):  # the user's file was on another machine
-        return Dataset(Path(name).stem)
-    return Dataset(entry.title or entry.name, entry.source, entry.hub, entry.revision)
+        return Dataset(Path(name).stem, Path(name).stem)
+    title = entry.title or entry.name
+    return Dataset(entry.name, title, entry.source, entry.hub, entry.revision)
 
 
 def _monitor(file: Path, checkpoint: RunCheckpoint) -> str | None:

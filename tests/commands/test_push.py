@@ -143,7 +143,7 @@ def test_a_pushed_run_is_read_back(hub, push, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_transformers_opens_a_pushed_run(hub, push, checkpoint):
+def test_transformers_opens_a_pushed_run(hub, push, checkpoint, tmp_path, monkeypatch):
     from transformers import AutoImageProcessor, SegformerForSemanticSegmentation
 
     push(checkpoint, "ada/shapes")
@@ -158,6 +158,17 @@ def test_transformers_opens_a_pushed_run(hub, push, checkpoint):
         expected = here.network(images)
         # transformers' LayerNorms have another epsilon.
         torch.testing.assert_close(there(images).logits, expected, rtol=0, atol=1e-3)
+    # What the card shows runs.
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(pixels).save("photo.jpg")
+    card = hub.repositories["ada/shapes"].files["README.md"].decode()
+    masks = []
+    for block in re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE):
+        names = {}
+        exec(block, names)
+        masks.append(np.asarray(names["mask"]))
+    assert masks[0].shape == masks[1].shape == (64, 96)
+    assert (masks[0] == masks[1]).mean() > 0.99
 
 
 @pytest.mark.slow
@@ -213,7 +224,7 @@ def test_the_card_states_departures_and_no_folders(predictor):
         "data": {"dataset": "cityscapes", "crop_size": [512, 512]},
         "trainer": {},
     }
-    dataset = Dataset("Cityscapes", "Cordts et al.", "owner/cityscapes", "a" * 40)
+    dataset = Dataset("cityscapes", "Cityscapes", "Cordts et al.", "owner/cityscapes", "a" * 40)
     training = Training(dataset, 7, "window [8, 8]", config=config)
     card = model_card(predictor.network, predictor.class_names, None, training, "ada/x", "mit")
     assert "| model.lr | 6e-05 | 0.5 |" in card.text
@@ -266,6 +277,7 @@ def test_files_of_an_earlier_upload_do_not_stay(hub, predictor, tmp_path):
 def test_output_uploads_nothing(hub, push, checkpoint, fail, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
     said = push(checkpoint, "ada/shapes", "--output", tmp_path / "folder")
+    assert f"to '{tmp_path / 'folder'}'" in said
     assert "nothing is uploaded" in said
     assert "no licence" in said
     assert hub.requests == []

@@ -37,12 +37,14 @@ class Dataset(NamedTuple):
     """The data set that a network was trained on.
 
     Attributes:
+        name: Name in the catalogue, or of the user's file.
         title: Full name.
         source: Authors and publication; None if they are not known.
         hub: Location on the hub, ``owner/name``; None if there is none.
         revision: Commit on the hub.
     """
 
+    name: str
     title: str
     source: str | None = None
     hub: str | None = None
@@ -283,7 +285,7 @@ def _index(result: Result, dataset: Dataset | None) -> list[EvalResult]:
         EvalResult(
             task_type="image-segmentation",
             task_name="Semantic segmentation",
-            dataset_type=dataset.hub or dataset.title,
+            dataset_type=dataset.hub or dataset.name,
             dataset_name=dataset.title,
             dataset_split=result.split,
             dataset_revision=dataset.revision,
