@@ -70,7 +70,8 @@ MAY_IMPORT = dict.fromkeys(LEAVES | FOUNDATION, frozenset()) | {
 FILES_MAY_IMPORT = {
     "ablation/study.py": {"data"},  # the size of a data set's images, and its number of classes
     "checkpoints/run_data.py": {"data"},  # opens the data that a run was trained on
-    "inference/predictor.py": {"checkpoints", "data"},  # loads checkpoints and decodes image files
+    # loads checkpoints, decodes image files, and writes a model card
+    "inference/predictor.py": {"checkpoints", "data", "analysis"},
 }
 OUTSIDE = {"experiments", "notebooks", "tests"}
 

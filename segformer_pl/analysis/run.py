@@ -9,6 +9,7 @@ After resumptions at steps 400 and 900 the folder of a training holds::
     training_data.json                      data set, number of rows and fingerprint
     findings.json                           warnings about the settings of the last part
     wandb_run_id.txt                        id of its run at Weights & Biases
+    wandb_media.json                        last steps of the images and tables logged there
     ranks.json                              ranks and images per step of each part
     throughput.json                         throughput of the ranks in the last part
     provenance.json                         command, code, hardware, duration of each part
@@ -61,6 +62,7 @@ HYPERPARAMETERS_FILE = "hparams.yaml"  # Lightning's
 METRICS_FILE = "metrics.csv"  # Lightning's
 FINDINGS_FILE = "findings.json"
 WANDB_FILE = "wandb_run_id.txt"
+WANDB_MEDIA_FILE = "wandb_media.json"
 RANKS_FILE = "ranks.json"
 THROUGHPUT_FILE = "throughput.json"
 PROVENANCE_FILE = "provenance.json"
@@ -262,6 +264,14 @@ class Run:
         """Id of the run at Weights & Biases; None if it was not logged there."""
         file = self.folder / WANDB_FILE
         return file.read_text("utf-8").strip() or None if file.is_file() else None
+
+    @cached_property
+    def wandb_media(self) -> dict[str, int]:
+        """Last step at which images and tables were logged to the present W&B run, by key."""
+        content = _read_json(self.folder / WANDB_MEDIA_FILE)
+        if not isinstance(content, dict) or content.get("run") != self.wandb_id:
+            return {}
+        return content.get("last steps", {})
 
     @property
     def ablation_file(self) -> Path:

@@ -5,20 +5,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn import functional as F
 
 from segformer_pl.analysis.evaluation import EVALUATION_FOLDER, Evaluation, ImageCount
 from segformer_pl.analysis.overlays import plot_predictions
 from segformer_pl.analysis.style import printable
 from segformer_pl.atomic import WriteError
 from segformer_pl.callbacks.figures import leaves_files, publish, run_folder
+from segformer_pl.callbacks.media import send_classes, send_masks, shrink
 from segformer_pl.metrics import StepOutput
-
-MAX_SIDE = 512  # pixels; larger images are shrunk for the figure
 
 
 class EvaluationRecord(pl.Callback):
@@ -27,7 +24,8 @@ class EvaluationRecord(pl.Callback):
     The report reads this file (:class:`~segformer_pl.analysis.evaluation.Evaluation`) for the
     confusion matrix and calibration, and ``compare`` for its tests. After a validation, the images
     with the highest loss are drawn as a figure in ``worst/``, which is also sent to the loggers
-    that accept images. Skipped images are left out. Rank 0 writes for all ranks.
+    that accept images, to Weights & Biases with masks to show and hide. Loggers that accept tables
+    get one of the classes. Skipped images are left out. Rank 0 writes for all ranks.
 
     The step n is the number of training steps of the network, both in a training and for a loaded
     checkpoint. A second evaluation at the same step replaces the first: it is of the same weights,
@@ -85,7 +83,7 @@ class EvaluationRecord(pl.Callback):
         if not np.isfinite(loss) or not self.num_worst or (full and loss <= self.worst[0][0]):
             return
         image, target = batch["image"][index], batch["label"][index]
-        shown = (batch["id"][index], *(_shrink(x) for x in (image, target, pred[index])))
+        shown = (batch["id"][index], *(shrink(x) for x in (image, target, pred[index])))
         entry = (loss, -len(self.ids), shown)  # of equal losses, keep the earlier image
         (heapq.heappushpop if full else heapq.heappush)(self.worst, entry)
 
@@ -131,9 +129,10 @@ class EvaluationRecord(pl.Callback):
             if trainer.state.fn != "fit":  # the record is the purpose of validate and test
                 raise
             rank_zero_warn(f"{error}. This evaluation is lost; the run continues.")
+        send_classes(trainer, run_folder(trainer), evaluation)
         worst = sorted((entry for part in parts for entry in part["worst"]), reverse=True)
         if worst and split == "val":
-            shown = [
+            shown: list[Any] = [
                 (f"{printable(name, 26)}: {loss:.2f} nats", *maps)
                 for loss, _, (name, *maps) in worst[: self.num_worst]
             ]
@@ -143,6 +142,8 @@ class EvaluationRecord(pl.Callback):
                 "worst",
                 evaluation.step,
             )
+            names, folder = pl_module.class_names, run_folder(trainer)
+            send_masks(trainer, folder, "val/worst_masks", shown, names, evaluation.step)
 
 
 def _split_size(trainer: pl.Trainer, split: str) -> int | None:
@@ -165,19 +166,3 @@ def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     return parts
-
-
-def _shrink(image: Tensor) -> Tensor:
-    """Shrink an image (C, H, W) or a label map (H, W) to sides of at most MAX_SIDE; on the CPU."""
-    height, width = image.shape[-2:]
-    factor = min(MAX_SIDE / max(height, width), 1.0)
-    if factor == 1.0:
-        return image.cpu()
-    size = [max(round(side * factor), 1) for side in (height, width)]
-    if image.is_floating_point():
-        return F.interpolate(image[None], size=size, mode="area")[0].cpu()
-    rows, columns = (
-        torch.arange(new, device=image.device) * old // new
-        for new, old in zip(size, (height, width))
-    )
-    return image[rows][:, columns].cpu()

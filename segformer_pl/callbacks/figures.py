@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 
 from segformer_pl.atomic import atomic_write
+from segformer_pl.callbacks.media import send_figure
 
 DPI = 110
 
@@ -41,8 +42,7 @@ def publish(trainer: Trainer, draw: Callable[[], Figure], name: str, step: int) 
     try:
         with atomic_write(file) as stream:
             draw().savefig(stream, format="png", dpi=DPI)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B, online and offline
-                logger.log_image(key=f"val/{name}", images=[str(file)])
     except Exception as error:
         rank_zero_warn(f"no figure {file}: {type(error).__name__}: {error}; the run continues")
+        return
+    send_figure(trainer, run_folder(trainer), f"val/{name}", file, step)

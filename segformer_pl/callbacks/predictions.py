@@ -6,14 +6,15 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from segformer_pl.analysis.overlays import plot_predictions
-from segformer_pl.callbacks.figures import publish
+from segformer_pl.callbacks.figures import leaves_files, publish, run_folder
+from segformer_pl.callbacks.media import send_masks
 
 
 class PredictionPanel(pl.Callback):
     """Draws the first images of every validation with their targets and predictions.
 
     The figure is written to ``predictions/`` in the run folder and sent to the loggers that accept
-    images.
+    images, to Weights & Biases with masks to show and hide.
 
     Args:
         num_images: Number of images in the figure.
@@ -50,3 +51,12 @@ class PredictionPanel(pl.Callback):
                 "predictions",
                 pl_module.trained_steps,
             )
+            if leaves_files(trainer):
+                send_masks(
+                    trainer,
+                    run_folder(trainer),
+                    "val/predictions_masks",
+                    shown,
+                    pl_module.class_names,
+                    pl_module.trained_steps,
+                )

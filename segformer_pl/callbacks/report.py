@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from segformer_pl.analysis.report import summary, write_report
 from segformer_pl.analysis.run import Run
+from segformer_pl.callbacks.media import send_report
 
 
 class RunReport(pl.Callback):
@@ -14,7 +15,7 @@ class RunReport(pl.Callback):
 
     The report is also written when the run is interrupted or fails, if something has been logged.
     Rank 0 writes it and prints one line with the result and the path. A CSVLogger must be the first
-    logger; otherwise a message says so.
+    logger; otherwise a message says so. A WandbLogger gets the report as an artifact.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class RunReport(pl.Callback):
         for logger in trainer.loggers:
             logger.save()
         try:
-            self._write(Run(self.run_dir))
+            self._write(trainer, Run(self.run_dir))
         except FileNotFoundError:
             rank_zero_info(
                 f"no report: nothing was logged to {Run(self.run_dir).metrics_file}; "
@@ -68,10 +69,11 @@ class RunReport(pl.Callback):
             for logger in trainer.loggers:
                 logger.save()
             if Run(self.run_dir).metrics_file.is_file():
-                self._write(Run(self.run_dir))
+                self._write(trainer, Run(self.run_dir))
         except Exception as error:  # must not hide the exception of the run
             rank_zero_warn(f"The report could not be written: {error}")
 
-    def _write(self, run: Run) -> None:
+    def _write(self, trainer: pl.Trainer, run: Run) -> None:
         report = write_report(run)
+        send_report(trainer, report)
         rank_zero_info("   ".join(filter(None, [summary(run), f"report: {report}"])))

@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from segformer_pl.atomic import WriteError, atomic_write, atomic_write_text
 from segformer_pl.checkpoints import maskformer_layout
+from segformer_pl.checkpoints.facts import protocol_from_preprocessor
 from segformer_pl.checkpoints.layouts import (
     NATIVE,
     NVLABS,
@@ -65,7 +66,9 @@ def export_weights(
 
     - ``"huggingface"``: a folder that ``SegformerForSemanticSegmentation.from_pretrained`` opens
       (``SegformerModel`` for an encoder alone), or ``MaskFormerForInstanceSegmentation``, with
-      ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``;
+      ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``. The metadata of
+      ``model.safetensors`` hold what these files cannot state and this package reads: the
+      specification, the constants and the test-time protocol;
     - ``"smp"``: a folder that ``segmentation_models_pytorch.from_pretrained`` opens;
     - ``"nvlabs"``: a ``.pth`` file with ``state_dict`` and ``meta``; for an encoder alone the bare
       state dict;
@@ -114,6 +117,47 @@ def export_weights(
             f"'{destination}' cannot be written ({reason.strerror}); give another place"
         ) from error
     return remarks + _eps_remarks(model, layout) + _lost_facts(task, layout)
+
+
+def save_pretrained(model: Any, folder: Path, task: Mapping[str, Any]) -> str | None:
+    """Write a network as the files of a hub repository; files of the same names are replaced.
+
+    The layout is that of transformers where it can express the network. Otherwise
+    ``model.safetensors`` is a native file, beside a ``config.json`` with the class names.
+
+    Args:
+        model: A segmenter.
+        folder: An existing folder.
+        task: Facts about classes and images, see :func:`export_weights`.
+
+    Returns:
+        Name of the class of transformers that opens the folder; None if there is none.
+
+    Raises:
+        UserError: A file cannot be written, or the network is not described by plain data.
+    """
+    opener = transformers_class(model)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
+        written = Path(work) / "files"
+        if opener is not None:
+            export_weights(model, written, "huggingface", task)
+        else:
+            export_weights(model, written / "model.safetensors", "native", task)
+            config = {"architectures": [type(model).__name__], "num_channels": model.in_channels}
+            _write_json(written / "config.json", config | _labels(task["class_names"]))
+        for file in written.iterdir():
+            os.replace(file, folder / file.name)
+    return opener
+
+
+def transformers_class(model: Any) -> str | None:
+    """Return the class of transformers that opens a network's weights; None if none does."""
+    try:
+        _check_expressible(model, "huggingface")
+        _foreign_state(model, "huggingface")
+    except UserError:
+        return None
+    return _transformers_config(model)["architectures"][0]
 
 
 def check_destination(destination: str | Path, layout: ExportLayout) -> None:
@@ -257,9 +301,7 @@ def _write_huggingface(
 ) -> list[str]:
     remarks = []
     is_maskformer = _is_maskformer(model)
-    config = (
-        maskformer_layout.transformers_config(model) if is_maskformer else _segformer_config(model)
-    )
+    config = _transformers_config(model)
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     if isinstance(model, Segmenter):
         num_classes = model.num_classes
@@ -271,13 +313,11 @@ def _write_huggingface(
                     "names them LABEL_0, LABEL_1, ..."
                 )
             names = [f"LABEL_{n}" for n in range(num_classes)]
-        config |= {
-            "semantic_loss_ignore_index": task.get("ignore_index", 255),
-            "id2label": {str(n): name for n, name in enumerate(names)},
-            "label2id": {name: n for n, name in enumerate(names)},
-        }
+        config |= {"semantic_loss_ignore_index": task.get("ignore_index", 255), **_labels(names)}
         if task.get("palette"):  # transformers ignores and keeps entries that it does not know
             config["palette"] = [list(color) for color in task["palette"]]
+    is_protocol_stated = protocol_from_preprocessor(preprocessor) is not None
+    beside = {} if is_protocol_stated else {"inference": task.get("inference")}
     processor = "MaskFormerImageProcessor" if is_maskformer else "SegformerImageProcessor"
     default = "the shorter side to 800 pixels" if is_maskformer else "every image to 512x512"
     if not preprocessor:
@@ -305,8 +345,22 @@ def _write_huggingface(
     folder.mkdir()
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", preprocessor)
-    _write_safetensors(folder / "model.safetensors", tensors)
+    _write_safetensors(folder / "model.safetensors", tensors, _description(model, beside))
     return remarks
+
+
+def _labels(class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the entries of transformers' ``config.json`` that name the classes."""
+    return {
+        "id2label": {str(n): name for n, name in enumerate(class_names)},
+        "label2id": {name: n for n, name in enumerate(class_names)},
+    }
+
+
+def _transformers_config(model: Any) -> dict[str, Any]:
+    if _is_maskformer(model):
+        return maskformer_layout.transformers_config(model)
+    return _segformer_config(model)
 
 
 def _segformer_config(model: Any) -> dict[str, Any]:
@@ -393,6 +447,12 @@ def _write_native(
     tensors: dict[str, Tensor],
     task: Mapping[str, Any],
 ) -> list[str]:
+    _write_safetensors(file, tensors, _description(model, task))
+    return []
+
+
+def _description(model: Any, task: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of a file by which this package builds the network again."""
     metadata = {
         "task": {**task, "network": model.spec()},
         "weight_constants": model.weight_constants(),
@@ -406,8 +466,7 @@ def _write_native(
         ) from error
     with torch.device("meta"):
         build(model.spec(), "init_args()")  # what is written here can be read again
-    _write_safetensors(file, tensors, {"segformer_pl": text})
-    return []
+    return {"segformer_pl": text}
 
 
 def _save(file: Path, content: dict[str, Any]) -> None:

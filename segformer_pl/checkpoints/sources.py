@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from segformer_pl.checkpoints import hub
 from segformer_pl.checkpoints.facts import (
     are_placeholders,
     checked_constants,
@@ -32,7 +33,6 @@ from segformer_pl.checkpoints.files import (
     open_file,
 )
 from segformer_pl.checkpoints.pretrained_folder import (
-    DOWNLOADS,
     TENSOR_FILES,
     check_shards,
     is_tensor_file,
@@ -46,7 +46,6 @@ WeightsSource = str | os.PathLike[str] | Mapping[str, Tensor]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,8 @@ def _read(source: WeightsSource, state: str | None) -> Weights:
     if isinstance(source, str) and path.suffix not in SUFFIXES:
         hub_name = _HUB_NAME.fullmatch(source)
         if hub_name is not None:
-            return _read_hub(hub_name["repo"], hub_name["revision"], state)
+            folder = hub.pinned_folder(hub_name["repo"], hub_name["revision"])
+            return _read_folder(folder, source, state)
     raise UserError(
         f"there is no file or folder {str(source)!r}; give weights as a file "
         f"({', '.join(SUFFIXES)}), a folder written by save_pretrained, or a hub name "
@@ -248,65 +248,3 @@ def _read_json(file: Path) -> dict[str, Any]:
             f"'{file}' holds a {type(content).__name__}; it has to hold a JSON object of settings"
         )
     return content
-
-
-def _read_hub(repo: str, revision: str | None, state: str | None) -> Weights:
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    name = f"{repo}@{revision}" if revision else repo
-    is_pinned = revision is not None and _COMMIT.fullmatch(revision)
-    if is_pinned and (folder := _fetch(repo, revision, local_files_only=True)):
-        return _read_folder(folder, name, state)
-    try:
-        # This request fails within 10 s without network; a download would retry for 30 s.
-        commit = hub.HfApi().model_info(repo, revision=revision, timeout=10).sha
-        if not is_pinned:
-            raise UserError(
-                f"hub name {name!r} pins no commit, so its weights could change; write "
-                f"'{repo}@{commit}', the current commit"
-            )
-        folder = _fetch(repo, revision)
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UserError(
-            f"the hub has no {name!r}, or does not grant access to it ({type(error).__name__}); "
-            "check the name, or give a local file or folder"
-        ) from error
-    except UserError:
-        raise
-    except Exception as error:  # raised by the HTTP library, the hub or the cache
-        raise UserError(
-            f"the hub cannot be reached for {name!r} ({type(error).__name__}); without network "
-            "give a local file or folder, or fill the cache on a machine with network: "
-            f"hf download {repo} --revision COMMIT"
-        ) from error
-    if folder is None:
-        raise UserError(
-            f"hub repository {name!r} holds neither {' nor '.join(TENSOR_FILES)}; give one that "
-            "save_pretrained wrote"
-        )
-    return _read_folder(folder, name, state)
-
-
-def _fetch(repo: str, revision: str | None, local_files_only: bool = False) -> Path | None:
-    """Download a repository; return its folder in the cache, None if it has no file of tensors."""
-    from huggingface_hub import errors, snapshot_download
-
-    for patterns in DOWNLOADS:
-        try:
-            folder = Path(
-                snapshot_download(
-                    repo,
-                    revision=revision,
-                    allow_patterns=["*config.json", *patterns],
-                    local_files_only=local_files_only,
-                )
-            )
-        except errors.LocalEntryNotFoundError:
-            if local_files_only:
-                return None
-            raise
-        files = tensor_files(folder, repo)
-        if files and all(file.is_file() for file in files):
-            return folder
-    return None

@@ -45,6 +45,7 @@ COMMANDS = {
     "profile": "count and time a network",
     "scaling": "predict the speed of a training on 1 to 1024 devices",
     "convert": "convert weights between layouts",
+    "push": "upload the network of a run to the Hugging Face hub",
     "export": "write a network as a graph for other runtimes",
 }
 

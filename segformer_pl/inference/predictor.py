@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from segformer_pl.checkpoints import hub
+from segformer_pl.checkpoints.conversion import save_pretrained, transformers_class
 from segformer_pl.checkpoints.facts import INFERENCE
 from segformer_pl.checkpoints.networks import load_network
 from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
@@ -32,7 +36,7 @@ ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Ten
 Mask = npt.NDArray[np.uint8 | np.uint16]
 
 
-class Predictor:
+class Predictor(ModelHubMixin):
     """A segmenter, the normalisation of its images, its classes and the test-time protocol.
 
     Example::
@@ -41,6 +45,13 @@ class Predictor:
         mask = predictor("photo.jpg")  # (H, W), class indices
         Image.fromarray(mask)
         predictor.class_names[mask[0, 0]]
+
+        predictor.push_to_hub("owner/name")
+        Predictor.from_pretrained("owner/name")
+
+    ``save_pretrained`` and ``push_to_hub`` are those of ``huggingface_hub.ModelHubMixin``. They
+    write safetensors, in the layout of transformers where it has such a network, and a short model
+    card; ``python -m segformer_pl push`` writes the one of a run.
 
     Args:
         network: A segmenter (:class:`segformer_pl.models.segmenter.Segmenter`). It is put into
@@ -80,6 +91,8 @@ class Predictor:
                 f"with mean {list(self.normalization.mean)} and standard deviation "
                 f"{list(self.normalization.std)}; give one value of each for every channel"
             )
+
+    _is_optimized = False
 
     @classmethod
     def load(cls, source: WeightsSource, state: str | None = None) -> Self:
@@ -121,6 +134,72 @@ class Predictor:
         except UserError as error:
             raise UserError(f"{weights.name}: {error}") from error
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a folder that ``save_pretrained`` wrote, or a repository of the hub.
+
+        Unlike :meth:`load`, this takes the current commit of a repository, whose weights can
+        change, unless ``revision`` pins one.
+
+        Args:
+            pretrained_model_name_or_path: Path of the folder, or name of the repository
+                ``owner/name``.
+            force_download: Whether to download files that are in the cache already.
+            token: Token of the hub; None or True: that of ``hf auth login`` or ``HF_TOKEN``.
+            cache_dir: Folder of the cache. Default: that of ``huggingface_hub``.
+            local_files_only: Whether to take the repository from the cache alone.
+            revision: Commit, branch or tag of the repository.
+
+        Raises:
+            UserError: There is no such folder or repository, or it cannot be loaded.
+        """
+        source = pretrained_model_name_or_path
+        if not os.path.isdir(source):
+            hub.check_name(str(source))
+            source = hub.download(
+                str(source),
+                revision,
+                force_download=force_download,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        return cls.load(source)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts about classes, images and protocol, in the form in which files state them."""
+        return {
+            "class_names": self.class_names,
+            "palette": self.palette,
+            "image_mean": list(self.normalization.mean),
+            "image_std": list(self.normalization.std),
+            "inference": {"class_path": INFERENCE, "init_args": asdict(self.protocol)},
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self._is_optimized:
+            raise UserError(
+                "an optimised network has other tensors than files of weights; save or push the "
+                "predictor that optimize() was called on"
+            )
+        save_pretrained(self.network, save_directory, self.facts)
+
+    def generate_model_card(self) -> ModelCard:
+        """Return a model card that states the network, its classes and how to use it."""
+        from segformer_pl.analysis.report.model_card import model_card  # imports Matplotlib
+
+        return model_card(self.network, self.class_names, transformers_class(self.network))
+
     def optimize(self, compile: bool = False) -> Self:
         """Return a predictor with a copy of the network that is folded for inference.
 
@@ -138,7 +217,9 @@ class Predictor:
             # With symbolic sizes, Inductor of torch 2.15 fails on SegFormer ("Invalid ranges").
             network.compile(dynamic=False)
         arguments = self.class_names, self.palette, self.normalization, self.protocol
-        return type(self)(network, *arguments)
+        optimized = type(self)(network, *arguments)
+        optimized._is_optimized = True
+        return optimized
 
     @property
     def device(self) -> torch.device:

@@ -66,6 +66,10 @@ class DeepLabV3Plus(Segmenter):
 
     auxiliary_paths = ("aux_head",)
     training_arguments = ("aspp_dropout", "dropout", "aux_weight")
+    publication = (
+        "Chen et al., Encoder-Decoder with Atrous Separable Convolution for Semantic Image "
+        "Segmentation, ECCV 2018, https://arxiv.org/abs/1802.02611"
+    )
 
     def __init__(
         self,

@@ -115,6 +115,10 @@ class MaskFormer(Segmenter):
         "no_object_weight",
         "ignored_pixels",
     )
+    publication = (
+        "Cheng et al., Per-Pixel Classification is Not All You Need for Semantic Segmentation, "
+        "NeurIPS 2021, https://arxiv.org/abs/2107.06278"
+    )
 
     def __init__(
         self,

@@ -26,6 +26,10 @@ class SegFormer(Segmenter):
 
     classifier_paths = ("head.classifier",)
     training_arguments = ("dropout",)
+    publication = (
+        "Xie et al., SegFormer: Simple and Efficient Design for Semantic Segmentation with "
+        "Transformers, NeurIPS 2021, https://arxiv.org/abs/2105.15203"
+    )
 
     def __init__(
         self,

@@ -245,6 +245,8 @@ class Segmenter(Network):
             left out.
         takes_criterion: Whether :meth:`training_loss` uses its ``criterion``. If not, the task
             refuses a configured loss.
+        publication: Authors, title, venue and address of the paper, for model cards; empty if there
+            is none.
 
     What the contract asks of a network's encoder is by default answered by its children that are
     :class:`Encoder`.
@@ -255,6 +257,7 @@ class Segmenter(Network):
     classifier_paths: tuple[str, ...] = ()
     auxiliary_paths: tuple[str, ...] = ()
     takes_criterion: bool = True
+    publication: str = ""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

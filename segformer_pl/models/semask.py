@@ -180,6 +180,10 @@ class SeMaskFPN(Segmenter):
     )
 
     training_arguments = ("dropout", "semantic_dropout", "aux_weight")
+    publication = (
+        "Jain et al., SeMask: Semantically Masked Transformers for Semantic Segmentation, "
+        "https://arxiv.org/abs/2112.12782"
+    )
 
     def __init__(
         self,

@@ -223,6 +223,10 @@ class SETR(Segmenter):
 
     auxiliary_paths = ("aux_heads",)
     training_arguments = ("aux_weight",)
+    publication = (
+        "Zheng et al., Rethinking Semantic Segmentation from a Sequence-to-Sequence Perspective "
+        "with Transformers, CVPR 2021, https://arxiv.org/abs/2012.15840"
+    )
 
     def __init__(
         self,

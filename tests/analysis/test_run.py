@@ -203,6 +203,7 @@ WRITERS = {
     "callbacks/history.py",
     "callbacks/evaluation.py",
     "callbacks/provenance.py",
+    "callbacks/media.py",
     "callbacks/throughput.py",
 }
 
