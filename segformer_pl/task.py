@@ -60,8 +60,9 @@ from segformer_pl.optim import (
 class SegmentationTask(pl.LightningModule):
     """LightningModule that trains and evaluates any segmenter of :mod:`segformer_pl.models`.
 
-    A batch holds ``image`` (B, C, H, W), float RGB in 0 to 1; ``label`` (B, H, W), int64 train
-    ids; and ``id``, a list of B strings. :class:`segformer_pl.batch.Batch` has the other keys.
+    A batch holds ``image`` (B, C, H, W), float in 0 to 1, usually RGB; ``label`` (B, H, W), int64
+    train ids; and ``id``, a list of B strings. :class:`segformer_pl.batch.Batch` has the other
+    keys.
 
     The task logs ``train/loss`` in every training step. For each evaluated split, ``val`` or
     ``test``, it logs ``<split>/loss``, ``/miou``, ``/macc``, ``/aacc``, ``/fwiou``,
@@ -182,7 +183,8 @@ class SegmentationTask(pl.LightningModule):
             raise UserError(
                 f"the network takes {network.in_channels} channels, but model.image_mean has "
                 f"{len(image_mean)} values and model.image_std {len(image_std)}; give one of each "
-                "for every channel, or for RGB images leave the network's in_channels out"
+                "for every channel (`doctor` prints those of the training images), or for RGB "
+                "images leave the network's in_channels out"
             )
         if match_classes != "exact" and weights is None:
             raise UserError(

@@ -29,7 +29,7 @@ from segformer_pl.data.files import check_readable
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.errors import INTERRUPTED, UserError, counted
 from segformer_pl.inference import Inference, Predictor
-from segformer_pl.inference.predictor import check_takes_rgb
+from segformer_pl.inference.predictor import num_bands_of
 
 MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -57,7 +57,8 @@ def run(options: Namespace) -> None:
         device = resolve_device(options.device)
         _return_large_blocks()
         predictor = Predictor.from_weights(_weights(options)).to(device)
-        check_takes_rgb(predictor.network, "--weights" if options.ckpt is None else "--ckpt")
+        option = "--weights" if options.ckpt is None else "--ckpt"
+        num_bands = num_bands_of(predictor.network, option)
         predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     except ValueError as error:
         predict_parser().error(str(error))
@@ -71,7 +72,7 @@ def run(options: Namespace) -> None:
     try:
         for file, name in progress:
             try:
-                pixels = EncodedImage.read(file).decode()
+                pixels = EncodedImage.read(file, num_bands).decode()
                 labels, probabilities = _segment(
                     predictor, pixels, options.probabilities, str(file)
                 )
@@ -250,7 +251,7 @@ class PredictionFiles:
 
         Args:
             name: Relative path of the files, without their suffixes.
-            pixels: Image, (H, W, 3) RGB.
+            pixels: Image, (H, W, num_bands); the overlay shows the first three bands, RGB.
             labels: Train ids (H, W): uint8 is written as palette indices, uint16 as 16-bit grey.
             probabilities: Probabilities (num_classes, H, W), or None.
 
@@ -258,7 +259,8 @@ class PredictionFiles:
             WriteError: A file cannot be written.
         """
         with atomic_write(self._file(OVERLAYS, name, ".png")) as stream:
-            write_overlay(stream, pixels, labels, self.class_names, self.palette)
+            rgb = np.ascontiguousarray(pixels[..., :3])
+            write_overlay(stream, rgb, labels, self.class_names, self.palette)
         if probabilities is not None:
             with atomic_write(self._file(PROBABILITIES, name, ".npz")) as stream:
                 np.savez_compressed(
