@@ -116,8 +116,9 @@ def trace(
         UserError: The protocol does not fit into a graph, or the network cannot be traced.
     """
     network = predictor.network.for_inference()
-    for part in network.modules():
-        if size is None and isinstance(part, Network) and not part.traces_any_size:
+    is_resized = not network_only and predictor.protocol.image_size is not None
+    for part in network.modules() if size is None and not is_resized else ():
+        if isinstance(part, Network) and not part.traces_any_size:
             raise UserError(
                 f"torch cannot trace {type(part).__name__} for images of any size; give a fixed "
                 "size, --size HEIGHT WIDTH"
