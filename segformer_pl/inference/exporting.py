@@ -149,8 +149,14 @@ def export_graph(
     file = Path(file).expanduser()
     check_target(file, to)
     num_bands_of(predictor.network, "export")
-    make_writable_folder(file.parent)
     target = TARGETS[to]
+    if not (network_only or target.antialiases or predictor.protocol.image_size is None):
+        raise UserError(
+            f"the test-time protocol resizes images to {list(predictor.protocol.image_size)} with "
+            f"antialiasing (image_size), which {to} lacks; choose onnx or torch-export, or give "
+            "--inference.image_size null and resize images before"
+        )
+    make_writable_folder(file.parent)
     program = trace(predictor, network_only, size, target.any_batch)
     stated = describe(predictor, network_only, size, target.any_batch, ignore_index)
     description = {name: json.dumps(value) for name, value in stated.items()}

@@ -1,6 +1,6 @@
 """Images of four bands through the whole path: settings, training, evaluation, files, figures."""
 
-import copy
+import importlib
 import json
 from pathlib import Path
 
@@ -9,22 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from segformer_pl.checkpoints import export_weights
 from segformer_pl.cli import main
 from segformer_pl.inference import Predictor
 from segformer_pl.inference.targets import TARGETS
-from segformer_pl.models import MixTransformer, SegFormer
 from tests.tiff_writer import write_tiff
-from tests.tiny_network import TINY_SEGFORMER
 
 MEAN, STD = "--model.image_mean=[0.5,0.5,0.5,0.3]", "--model.image_std=[0.3,0.3,0.3,0.4]"
 SIZE = (48, 64)
 
 
-def network_option(channels):
-    network = copy.deepcopy(TINY_SEGFORMER)
-    network["init_args"]["encoder"]["init_args"]["in_channels"] = channels
-    return f"--model.network={json.dumps(network)}"
+def network_options(channels):
+    network = "--model.network=tests.toy_segmenter.ToySegmenter"
+    return [network, f"--model.network.in_channels={channels}"]
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +65,14 @@ def settings(data):
 
 @pytest.fixture(scope="module")
 def run(settings, tmp_path_factory):
-    """The folder of a training on four bands that begins with the encoder of an RGB network."""
+    """The folder of a training on four bands."""
     folder = tmp_path_factory.mktemp("run")
-    encoder = MixTransformer((4, 8, 8, 16), (1, 1, 1, 1), (1, 2, 2, 4), mlp_ratio=2)
-    export_weights(SegFormer(encoder, 3, decoder_dim=16), folder / "rgb.safetensors", "native")
     main(
         [
             "fit",
             *settings,
-            network_option(4),
+            *network_options(4),
             *("--data.num_bands=4", MEAN, STD, f"--trainer.logger.save_dir={folder}"),
-            f"--model.encoder_weights={folder / 'rgb.safetensors'}",
             "--trainer.callbacks+=segformer_pl.callbacks.PredictionPanel",
         ]
     )
@@ -89,8 +82,7 @@ def run(settings, tmp_path_factory):
 
 def test_a_training_leaves_a_checkpoint_figures_and_a_report(run, data, capsys):
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    stem = content["state_dict"]["network.encoder.stages.0.patch_embed.proj.weight"]
-    assert stem.shape[1] == 4
+    assert content["state_dict"]["network.fine.weight"].shape[1] == 4
     assert content["datamodule_hyper_parameters"]["num_bands"] == 4
     assert content["hyper_parameters"]["image_mean"] == [0.5, 0.5, 0.5, 0.3]
     for figure in ("predictions", "worst"):
@@ -135,14 +127,18 @@ def test_every_form_of_an_image_gives_one_mask(run, data, tmp_path):
     assert all(np.array_equal(other, masks[0]) for other in masks)
 
 
-def test_receptive_fields_and_their_page(run, tmp_path):
+@pytest.mark.slow
+def test_receptive_fields_and_their_page(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("segformer_pl.commands.erf"), "DPI", 40)
     checkpoint = f"--ckpt={run / 'checkpoints' / 'last.ckpt'}"
-    main(["erf", checkpoint, "--num_images=1", "--explore", f"--output={tmp_path}"])
+    given = ["--num_images=1", "--layers=fine", "--explore"]
+    main(["erf", checkpoint, *given, f"--output={tmp_path}"])
     assert {"erf.png", "erf.json", "erf_explorer.html"} <= {f.name for f in tmp_path.iterdir()}
     with pytest.raises(SystemExit, match=r"takes images of 3 channels, and those of data set 'm.*"):
         main(["erf", checkpoint, "--against=segformer_b0", f"--output={tmp_path}"])
 
 
+@pytest.mark.slow
 def test_an_exported_graph_takes_four_bands_and_says_so(run, tmp_path, capsys):
     file = tmp_path / "four.pt2"
     checkpoint = str(run / "checkpoints" / "last.ckpt")
@@ -158,7 +154,7 @@ def test_an_exported_graph_takes_four_bands_and_says_so(run, tmp_path, capsys):
 
 def test_the_doctor_prints_the_normalisation(settings, data, capsys):
     with pytest.raises(SystemExit):
-        main(["doctor", *settings, network_option(4), "--data.num_bands=4"])
+        main(["doctor", *settings, *network_options(4), "--data.num_bands=4"])
     error = next(o for o in capsys.readouterr().out.splitlines() if "[normalisation]" in o)
     images = [Image.open(f) for f in sorted((data / "images" / "train").iterdir())]
     rgb = np.stack([np.asarray(image) for image in images]) / 255
@@ -177,22 +173,22 @@ def test_the_doctor_prints_the_normalisation(settings, data, capsys):
     ("options", "sentence"),
     [
         (
-            [network_option(4), "--data.num_bands=4"],
+            [*network_options(4), "--data.num_bands=4"],
             "the network takes 4 channels, but model.image_mean has 3 values and model.image_std "
             "3; give one of each for every channel (`doctor` prints those of the training images)",
         ),
         (
-            [network_option(4), MEAN, STD],
+            [*network_options(4), MEAN, STD],
             "model.network takes images of 4 channels, but those of the data set are read as RGB, "
             "3; leave in_channels out, or give --data.num_bands 4 for images that store four bands",
         ),
         (
-            [network_option(3), "--data.num_bands=4"],
+            [*network_options(3), "--data.num_bands=4"],
             "model.network takes images of 3 channels, but those of the data set are read with 4 "
             "bands (data.num_bands); give --model.network.in_channels 4, or leave data.num_bands "
             "out for RGB",
         ),
-        ([network_option(3), "--data.num_bands=5"], "data.num_bands is 5, which is not accepted"),
+        ([*network_options(3), "--data.num_bands=5"], "data.num_bands is 5, which is not accepted"),
     ],
 )
 def test_settings_that_do_not_fit_get_a_sentence(
@@ -209,14 +205,14 @@ def test_rgb_images_are_refused_where_four_bands_are_read(settings, data, tmp_pa
             (tmp_path / "data" / kind / split).mkdir(parents=True)
         Image.new("RGB", (64, 64)).save(tmp_path / "data" / "images" / split / "a.png")
         Image.new("L", (64, 64)).save(tmp_path / "data" / "labels" / split / "a.png")
-    options = [network_option(4), "--data.num_bands=4", MEAN, STD]
+    options = [*network_options(4), "--data.num_bands=4", MEAN, STD]
     options += [f"--data.path={tmp_path / 'data'}", f"--trainer.logger.save_dir={tmp_path}"]
     error = fail(capsys, ["fit", *settings, *options])
     assert "sample 'a', column 'image': the image has 3 bands (mode RGB), and 4 are read" in error
 
 
 def test_an_rgb_network_is_told_of_the_fourth_band(settings, tmp_path, recwarn):
-    main(["fit", *settings, network_option(3), f"--trainer.logger.save_dir={tmp_path}"])
+    main(["fit", *settings, *network_options(3), f"--trainer.logger.save_dir={tmp_path}"])
     told = [str(w.message) for w in recwarn if "the image file holds 4 bands" in str(w.message)]
     assert len(told) == 1
     assert Path(tmp_path).rglob("last.ckpt")
