@@ -35,13 +35,13 @@ class _Bands(NamedTuple):
     """What the tags of a TIFF's first page state about its bands.
 
     Attributes:
-        count: Number of bands.
+        number: Number of bands.
         bits: Bits of a value; of the widest band if they differ.
         is_unsigned: Whether values are whole numbers of at least 0.
         photometric: PhotometricInterpretation, such as :data:`RGB`.
     """
 
-    count: int
+    number: int
     bits: int
     is_unsigned: bool
     photometric: int
@@ -69,14 +69,14 @@ def readable_tiff(encoded: bytes, num_bands: int, where: str) -> tuple[bytes, in
     bands = _read(encoded, order)
     if num_bands == 4:
         _check_four(bands, where)
-        return _marked_as_rgba(encoded, order), bands.count
-    if bands.count > 2 and bands.photometric == BLACK_IS_ZERO:
+        return _marked_as_rgba(encoded, order), bands.number
+    if bands.number > 2 and bands.photometric == BLACK_IS_ZERO:
         raise UserError(
-            f"{where}: the TIFF has {bands.count} bands and does not state that they are RGB "
+            f"{where}: the TIFF has {bands.number} bands and does not state that they are RGB "
             "(PhotometricInterpretation 1), so it is not known which are the colours; store it as "
             "RGB, or read all of 4 bands of 8 bits with data.num_bands 4"
         )
-    return encoded, bands.count
+    return encoded, bands.number
 
 
 def _read(encoded: bytes, order: str) -> _Bands:
@@ -96,8 +96,8 @@ def _read(encoded: bytes, order: str) -> _Bands:
 
 
 def _check_four(bands: _Bands, where: str) -> None:
-    if bands.count != 4:
-        raise not_four_bands(counted(bands.count, "band"), where)
+    if bands.number != 4:
+        raise not_four_bands(counted(bands.number, "band"), where)
     if bands.photometric not in (BLACK_IS_ZERO, RGB):
         raise UserError(
             f"{where}: the four bands have PhotometricInterpretation {bands.photometric} (5 is "
