@@ -39,6 +39,7 @@ LEAST_REACH = 8.5  # but at least this many pixels on either side of the unit
 SHARES = np.concatenate([np.linspace(0.02, 0.98, 49), [0.99]])
 SQUARE_SHARES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
 ZERO = "zero everywhere"
+OPACITY = 0.75  # at most, of a map over an image
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # of R, G and B (ITU-R BT.709)
 
 
@@ -189,8 +190,9 @@ def _draw(
     style: dict[str, Any] = {"extent": _extent(layer, origin), "interpolation": "nearest"}
     if beneath is not None:
         axes.imshow(beneath, cmap="gray", vmin=0, vmax=1, **style)
-        # Transparent at the floor of the logarithmic scale, opaque from its middle up
-        opacity = np.clip(2 - 2 * np.log(np.maximum(values, floor)) / np.log(floor), 0, 1)
+        # Transparent at the floor of the logarithmic scale, steady from its middle up
+        depth = np.log(np.maximum(values, floor)) / np.log(floor)
+        opacity = OPACITY * np.clip(2 - 2 * depth, 0, 1)
     norm = LogNorm(floor, 1, clip=True)
     drawn = axes.imshow(values, norm=norm, cmap="magma", alpha=opacity, **style)
     set_ticks(axes)
