@@ -14,8 +14,8 @@ class DoctorCLI(SegformerCLI):
     """Builds task, data and trainer of a run, and runs nothing.
 
     Attributes:
-        lacks_normalization: Whether mean and standard deviation of the images are given for another
-            number of bands than the images have. Images then stay in 0 to 1.
+        lacks_normalization: Whether images have four bands, and mean and standard deviation are not
+            given for as many. Images then stay in 0 to 1.
     """
 
     lacks_normalization = False
@@ -28,7 +28,7 @@ class DoctorCLI(SegformerCLI):
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         model, num_bands = self.config.model, self.config.data.num_bands
-        if {len(model.image_mean), len(model.image_std)} != {num_bands}:
+        if num_bands == 4 and {len(model.image_mean), len(model.image_std)} != {4}:
             self.lacks_normalization = True
             model.image_mean, model.image_std = [0.0] * num_bands, [1.0] * num_bands
 

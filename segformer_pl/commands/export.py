@@ -106,8 +106,8 @@ def _resized(pixels: Pixels, size: Size | None) -> Pixels:
     if size is None or pixels.shape[:2] == size:
         return pixels
     # Band by band, because Pillow would weight RGB by a fourth band.
-    bands = [Image.fromarray(band).resize((size[1], size[0])) for band in np.moveaxis(pixels, 2, 0)]
-    return np.stack(bands, axis=2)
+    bands = (Image.fromarray(band) for band in np.moveaxis(pixels, 2, 0))
+    return np.stack([np.asarray(band.resize((size[1], size[0]))) for band in bands], axis=2)
 
 
 def _spread(items: Sequence[Item], number: int) -> list[Item]:
