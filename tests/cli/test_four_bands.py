@@ -90,7 +90,7 @@ def test_a_training_leaves_a_checkpoint_figures_and_a_report(run, data, capsys):
     assert (run / "report.html").is_file()
     main(
         [
-            *("validate", f"--config={run / 'config.yaml'}", "--trainer.logger=false"),
+            *("validate", f"--config={run / 'config.yaml'}"),
             f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
         ]
     )
