@@ -20,6 +20,7 @@ from segformer_pl.checkpoints import (
     describe_non_finite,
     load_weights,
     non_finite,
+    read_weights,
 )
 from segformer_pl.checkpoints.facts import check_facts, checked_constants
 from segformer_pl.checkpoints.matching import leave_out_auxiliary
@@ -60,8 +61,9 @@ from segformer_pl.optim import (
 class SegmentationTask(pl.LightningModule):
     """LightningModule that trains and evaluates any segmenter of :mod:`segformer_pl.models`.
 
-    A batch holds ``image`` (B, C, H, W), float RGB in 0 to 1; ``label`` (B, H, W), int64 train
-    ids; and ``id``, a list of B strings. :class:`segformer_pl.batch.Batch` has the other keys.
+    A batch holds ``image`` (B, C, H, W), float in 0 to 1, usually RGB; ``label`` (B, H, W), int64
+    train ids; and ``id``, a list of B strings. :class:`segformer_pl.batch.Batch` has the other
+    keys.
 
     The task logs ``train/loss`` in every training step. For each evaluated split, ``val`` or
     ``test``, it logs ``<split>/loss``, ``/miou``, ``/macc``, ``/aacc``, ``/fwiou``,
@@ -95,6 +97,9 @@ class SegmentationTask(pl.LightningModule):
             weights must agree with those of the run.
         encoder_weights: Pretrained weights of the encoder alone, in the same forms. ``weights``
             and ``encoder_weights`` exclude each other.
+        weights_state: Name of the copy to read where the file of ``weights`` or
+            ``encoder_weights`` holds several, such as an average (EMA) beside the weights. Such a
+            file is refused without it, with the names of its copies.
         match_classes: How the classes of ``weights`` are assigned to ``class_names``. ``"exact"``:
             names and order must be equal; if the number of classes differs, the classifier is
             re-initialised. ``"by_name"``: the classifier is reordered by class name, and classes
@@ -131,9 +136,9 @@ class SegmentationTask(pl.LightningModule):
         image_std: Channel standard deviations for normalising images in 0 to 1.
 
     Raises:
-        UserError: Both kinds of weights are given, ``match_classes`` is given without ``weights``,
-            a setting of the optimiser is out of range or would be ignored, or network, class names,
-            normalisation and loss do not fit each other.
+        UserError: Both kinds of weights are given, ``match_classes`` or ``weights_state`` is given
+            without weights, a setting of the optimiser is out of range or would be ignored, or
+            network, class names, normalisation and loss do not fit each other.
     """
 
     image_mean: Tensor
@@ -148,6 +153,7 @@ class SegmentationTask(pl.LightningModule):
         ignore_index: int = 255,
         weights: str | None = None,
         encoder_weights: str | None = None,
+        weights_state: str | None = None,
         match_classes: MatchClasses = "exact",
         freeze: Freeze | None = None,
         loss: nn.Module | None = None,
@@ -182,12 +188,18 @@ class SegmentationTask(pl.LightningModule):
             raise UserError(
                 f"the network takes {network.in_channels} channels, but model.image_mean has "
                 f"{len(image_mean)} values and model.image_std {len(image_std)}; give one of each "
-                "for every channel, or for RGB images leave the network's in_channels out"
+                "for every channel (`doctor` prints those of the training images), or for RGB "
+                "images leave the network's in_channels out"
             )
         if match_classes != "exact" and weights is None:
             raise UserError(
                 f"model.match_classes is {match_classes}, but there are no model.weights whose "
                 "classes could be matched; leave it out or give model.weights"
+            )
+        if weights_state is not None and weights is None and encoder_weights is None:
+            raise UserError(
+                f"model.weights_state is {weights_state!r}, but neither model.weights nor "
+                "model.encoder_weights is given; leave it out or give the file that holds it"
             )
         # Checked here because values of jsonargparse's restricted types cannot be stored in a
         # checkpoint as plain data.
@@ -226,6 +238,7 @@ class SegmentationTask(pl.LightningModule):
         self.ignore_index = ignore_index
         self.weights = weights
         self.encoder_weights = encoder_weights
+        self.weights_state = weights_state
         self.match_classes = match_classes
         # LightningModule has a method `freeze`. These modules stay in evaluation mode.
         self._frozen = [] if freeze is None else freeze_encoder(network)
@@ -362,7 +375,7 @@ class SegmentationTask(pl.LightningModule):
         assert source is not None
         return load_weights(
             network,
-            source,
+            read_weights(source, self.weights_state),
             parts="encoder" if self.weights is None else "all",
             class_names=self.class_names,
             match_classes=self.match_classes,

@@ -64,6 +64,7 @@ def parse(command, *options):
         # The settings of a run that the reader does not have
         given = " ".join(options).replace("{task}", "0")
         given = re.sub(r"--config (?:FILE|runs/\S+)", "--config experiments/camvid_b0.yaml", given)
+        given = given.replace("mine.yaml", "shapes")
         given = re.sub(r"^(experiments/\S+)", r"--config \1", given)  # of `doctor`
         command = "fit" if command == "doctor" else command
         training_parser(command).parse_args([command, *given.split()])

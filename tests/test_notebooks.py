@@ -1,9 +1,13 @@
 """Notebooks run from top to bottom without a display and are committed with small outputs."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+
+from tests.browser import NAMES, Browser
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # By notebook: lines of its settings that are replaced, and what the executed one must print.
@@ -15,6 +19,7 @@ SMALL = {
     },
     "ablations": {},
 }
+LARGEST = {"erf_analysis": 3_000_000, "ablations": 450_000}  # letters; the first embeds a page
 PRINTED = {
     "erf_analysis": (
         "random weights; 2 images of shapes, 64x64 pixels",
@@ -35,7 +40,7 @@ def test_there_are_notebooks():
 def test_outputs_are_small_and_contain_no_absolute_paths(file):
     nbformat = pytest.importorskip("nbformat")
     text = file.read_text()
-    assert len(text) < 450_000
+    assert len(text) < LARGEST[file.stem]
     assert not re.search(r"/(home|root|Users|tmp)/|site-packages", text)
     notebook = nbformat.reads(text, 4)
     nbformat.validate(notebook)
@@ -43,6 +48,30 @@ def test_outputs_are_small_and_contain_no_absolute_paths(file):
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
     assert all(output.output_type != "error" for output in outputs)
     assert all(output.get("name") != "stderr" for output in outputs)
+
+
+@pytest.mark.slow
+def test_the_embedded_page_works_in_a_browser(tmp_path):
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip("there is no Chromium")
+    cells = json.loads(NOTEBOOKS[1].read_text())["cells"]
+    outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    (html,) = ("".join(data["text/html"]) for data in outputs if "text/html" in data)
+    (tmp_path / "page.html").write_text(html)
+    browser = Browser(program, tmp_path / "profile")
+    try:
+        browser.resize(1200, 900)
+        browser.open(tmp_path / "page.html")
+        inside = "document.querySelector('iframe').contentDocument"
+        browser.wait_for(f"{inside}?.querySelectorAll('.panel .radius').length === 5")
+        browser.wait_for(f"{inside}.querySelector('.panel .radius').textContent.includes('px')")
+        before = browser.run(f"{inside}.querySelector('.place').textContent")
+        browser.mouse("mouseMoved", 60, 340)
+        browser.wait_for(f"{inside}.querySelector('.place').textContent !== {before!r}")
+        assert browser.errors() == []
+    finally:
+        browser.close()
 
 
 @pytest.mark.slow

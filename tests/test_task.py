@@ -281,6 +281,22 @@ def test_epsilons_from_an_argument_are_not_stored_in_a_checkpoint(tmp_path):
     assert again.network.encoder.norm_eps.norm == 0.5
 
 
+def test_the_copy_of_the_weights_can_be_chosen(tmp_path):
+    source = make_task().network
+    average = {key: 2 * tensor for key, tensor in source.state_dict().items()}
+    torch.save({"state_dict": source.state_dict(), "ema": average}, tmp_path / "w.pth")
+    name = "encoder.stages.0.norm.weight"
+    for option in ("weights", "encoder_weights"):
+        task = make_task(**{option: str(tmp_path / "w.pth"), "weights_state": "ema"})
+        task.read_weights(task.network)
+        assert torch.equal(task.network.state_dict()[name], average[name])
+        task = make_task(**{option: str(tmp_path / "w.pth")})
+        with pytest.raises(UserError, match=r"--model.weights_state ema, or state='ema' of"):
+            task.read_weights(task.network)
+    with pytest.raises(UserError, match=r"weights_state is 'ema', but neither model.weights nor"):
+        make_task(weights_state="ema")
+
+
 def test_weights_and_encoder_weights_exclude_each_other():
     with pytest.raises(
         ValueError, match=r"model\.weights and model\.encoder_weights are both given"

@@ -303,7 +303,8 @@ def plot_predictions(
     """Plot image, label and prediction of several samples, two samples per row, with a legend.
 
     Args:
-        samples: Tuples of id, image (3, H, W) in 0 to 1, label (H, W) and prediction (H, W).
+        samples: Tuples of id, image (C, H, W) in 0 to 1, label (H, W) and prediction (H, W). The
+            first three channels are shown, as RGB.
         class_names: Class names by train id.
         palette: RGB 0-255 by train id.
     """
@@ -336,7 +337,7 @@ def plot_predictions(
         row, column = divmod(index, num_columns)
         # Not a dictionary by title, because the id of an image can be "label".
         panels: list[tuple[str, npt.NDArray[Any]]] = [
-            (printable(name, MAX_TITLE_LENGTH), image.permute(1, 2, 0).clamp(0, 1).numpy()),
+            (printable(name, MAX_TITLE_LENGTH), image[:3].permute(1, 2, 0).clamp(0, 1).numpy()),
             ("label", colorize(label.numpy(), palette)),
             ("prediction", colorize(prediction.numpy(), palette)),
         ]

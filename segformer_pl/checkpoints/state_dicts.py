@@ -53,8 +53,8 @@ def find_state_dict(name: str, content: Any, state: str | None = None) -> Mappin
         other = next((key for key in states if _AVERAGED.fullmatch(key)), next(iter(states)))
         raise UserError(
             f"{name} holds the state {'dict' if len(states) == 1 else 'dicts'} "
-            f"{', '.join(states)}{missing}; choose one: state={other!r} of read_weights, or "
-            f"--state {other} of `predict` and `convert`"
+            f"{', '.join(states)}{missing}; choose one: --state {other}, of `fit` "
+            f"--model.weights_state {other}, or state={other!r} of read_weights"
         )
     return uncompiled(states[state])
 

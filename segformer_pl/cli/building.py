@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from segformer_pl.cli.exits import explain
 from segformer_pl.cli.trainer_settings import check_trainer
-from segformer_pl.cli.training import parse_files, parser, plain_settings
+from segformer_pl.cli.training import check_bands, parse_files, parser, plain_settings
 from segformer_pl.errors import UserError
 from segformer_pl.models.forward_check import class_maps_of
 
@@ -68,6 +68,7 @@ def _build(config: Namespace, command: str) -> None:
     for name, value in ELSEWHERE.items():
         config[command]["trainer"][name] = value
     built = parser(command).instantiate(config)[command]
+    check_bands(built["model"].network, built["data"])
     environment = LightningEnvironment()  # and not that of a Slurm job in which this may run
     trainer = Trainer(**{**built["trainer"], "plugins": [environment]})
     if command == "fit":

@@ -67,10 +67,9 @@ from segformer_pl.lightning_workarounds import (
     ignore_checkpoints_of_other_jobs,
     silence_noise,
 )
+from segformer_pl.models.segmenter import Segmenter
 from segformer_pl.task import SegmentationTask
 from segformer_pl.yaml_file import Loader
-
-NUM_CHANNELS = 3  # of the images that StreamingSegmentationData yields
 
 
 def _labels(dataset: str) -> LabelSpec:
@@ -87,6 +86,30 @@ def _num_classes(dataset: str, network: Any) -> int:
             "classes; leave num_classes out, as it follows from data.dataset"
         )
     return num_classes
+
+
+def check_bands(network: Segmenter, data: StreamingSegmentationData) -> None:
+    """Check that images are read with as many bands as a network takes.
+
+    Raises:
+        UserError: They are not.
+    """
+    channels, num_bands = network.in_channels, data.num_bands
+    if channels == num_bands:
+        return
+    if num_bands == 3:
+        read, remedy = "as RGB, 3", "leave in_channels out"
+        if channels == 4:
+            remedy += ", or give --data.num_bands 4 for images that store four bands"
+    else:
+        read = f"with {num_bands} bands (data.num_bands)"
+        remedy = (
+            f"give --model.network.in_channels {num_bands}, or leave data.num_bands out for RGB"
+        )
+    raise UserError(
+        f"model.network takes images of {channels} channels, but those of the data set are read "
+        f"{read}; {remedy}"
+    )
 
 
 def default_name(config: Namespace) -> str:
@@ -401,12 +424,7 @@ class SegformerCLI(SettingsWinCLI):
             sys.stdout.writelines(f"{name:<{width}}  {text}\n" for name, text in rows)
 
     def after_instantiate_classes(self) -> None:
-        channels = self.model.network.in_channels
-        if channels != NUM_CHANNELS:
-            raise UserError(
-                f"model.network takes images of {channels} channels, but those of a data set are "
-                f"read as RGB, {NUM_CHANNELS}; leave in_channels out"
-            )
+        check_bands(self.model.network, self.datamodule)
         # Storing how network, loss and inference are built lets a checkpoint be loaded without the
         # command line.
         settings = self.model_settings()

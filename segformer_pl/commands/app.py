@@ -52,7 +52,7 @@ def run(options: Namespace) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="segformer_pl_app_") as folder:
         predictor = Predictor.load(options.weights, options.state)
-        check_takes_rgb(predictor.network, "--weights")
+        check_takes_rgb(predictor.network, "--weights", "what the page is given")
         predictor.to(resolve_device(options.device))
         return_large_blocks()
         gradio = _import_gradio(folder)

@@ -41,7 +41,7 @@ from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.errors import UserError, counted
 from segformer_pl.inference import Predictor
-from segformer_pl.inference.predictor import check_takes_rgb, normalization_of
+from segformer_pl.inference.predictor import normalization_of
 from segformer_pl.models.forward_check import class_maps_of, feature_maps_of
 from segformer_pl.models.segmenter import Segmenter, check_segmenter
 from segformer_pl.normalization import Normalization
@@ -83,6 +83,8 @@ def run(options: Namespace) -> None:
     if len(given) != 1:
         raise UserError("give one of --ckpt, --weights and --model: the network to measure")
     options.device = resolve_device(options.device)
+    if options.state is not None and options.weights is None:
+        raise UserError("--state is for --weights, as a run's checkpoint holds one network")
     if options.size is not None and min(options.size) < 1:
         raise UserError("--size: give height and width of at least 1 pixel")
     checkpoint = None if options.ckpt is None else RunCheckpoint.read(options.ckpt)
@@ -90,11 +92,13 @@ def run(options: Namespace) -> None:
     if checkpoint is not None:
         subjects = [_trained(checkpoint, options.ckpt)]
     elif options.weights is not None:
-        subjects = [subject_from_file(options.weights)]
+        subjects = [subject_from_file(options.weights, options.state)]
     else:
         subjects = [_random(options.model, data)]
     if options.against is not None:
         subjects.append(against(options.against, data))
+    for subject in subjects:
+        _check_bands(subject, data)
     if options.reduction.isdigit():
         options.reduction = int(options.reduction)
     folder = Path(options.output)
@@ -108,11 +112,13 @@ def run(options: Namespace) -> None:
 
 
 def _data(options: Namespace, checkpoint: RunCheckpoint | None) -> StreamingSegmentationData:
-    changes = {"dataset": options.data.dataset, "path": options.data.path, "num_workers": 0}
+    given = {key: value for key, value in options.data.as_dict().items() if value is not None}
+    changes = {**given, "num_workers": 0}
     if checkpoint is not None:
-        if options.data.dataset is not None and options.data.path is None:
+        if "dataset" in given and "path" not in given:
             # The path in the checkpoint is that of the run's data set, not of this one.
-            return StreamingSegmentationData(dataset=options.data.dataset, num_workers=0)
+            stated = checkpoint.content["datamodule_hyper_parameters"].get("num_bands", 3)
+            return StreamingSegmentationData(**{"num_bands": stated, **changes})
         return load_data(checkpoint, **changes)
     if options.data.dataset is None:
         raise UserError(
@@ -124,7 +130,6 @@ def _data(options: Namespace, checkpoint: RunCheckpoint | None) -> StreamingSegm
 
 def _trained(checkpoint: RunCheckpoint, source: str) -> Subject:
     predictor = Predictor.from_weights(checkpoint.weights())
-    check_takes_rgb(predictor.network, repr(source))
     return Subject(
         predictor.network,
         f"{type(predictor.network).__name__}, {Path(source).name}",
@@ -134,11 +139,15 @@ def _trained(checkpoint: RunCheckpoint, source: str) -> Subject:
     )
 
 
-def subject_from_file(source: str) -> Subject:
-    """Return the network of weights in any known layout, which may be an encoder alone."""
-    weights = read_weights(source)
+def subject_from_file(source: str, state: str | None = None) -> Subject:
+    """Return the network of weights in any known layout, which may be an encoder alone.
+
+    Args:
+        source: See :func:`~segformer_pl.checkpoints.read_weights`.
+        state: Name of the copy to read from a file that holds several.
+    """
+    weights = read_weights(source, state)
     network, _ = load_network(weights)
-    check_takes_rgb(network, weights.name)
     label = f"{type(network).__name__}, {Path(source).name}"
     return Subject(network.eval(), label, "from a file", source, normalization_of(weights))
 
@@ -155,7 +164,6 @@ def _random(name: str, data: StreamingSegmentationData) -> Subject:
     torch.manual_seed(0)  # the same random weights each time
     network = build(num_classes=data.entry.labels.num_classes)
     check_segmenter(network)
-    check_takes_rgb(network, repr(name))
     return Subject(network.eval(), name, "random weights", name)
 
 
@@ -170,6 +178,17 @@ def against(source: str, data: StreamingSegmentationData) -> Subject:
     origin = {"": "random weights", "pretrained": "timm's weights"}.get(weights, "from a file")
     normalization = Normalization(network.mean, network.std)
     return Subject(network, f"timm {name}", origin, source, normalization)
+
+
+def _check_bands(subject: Subject, data: StreamingSegmentationData) -> None:
+    """Refuse a network that takes other channels than images are read with."""
+    channels: Any = subject.network.in_channels
+    if channels != data.num_bands:
+        raise UserError(
+            f"{subject.source!r}: the network takes images of {channels} channels, and those of "
+            f"data set {data.entry.name!r} are read with {data.num_bands}; give --data.num_bands "
+            "(3 or 4) and networks that agree with it"
+        )
 
 
 def image_batches(
@@ -305,7 +324,7 @@ def _write_explorer(
         )
         for subject in subjects
     }
-    write_explorer(file, image, batch["id"][0], explorations)
+    write_explorer(file, image[:3], batch["id"][0], explorations)
     sys.stdout.write(f"written: {file}\n")
 
 

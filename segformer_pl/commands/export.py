@@ -24,7 +24,9 @@ from segformer_pl.errors import counted
 from segformer_pl.inference import Predictor
 from segformer_pl.inference.exporting import Pixels, check_target, export_graph
 from segformer_pl.inference.graph import Size
+from segformer_pl.inference.predictor import num_bands_of
 from segformer_pl.inference.targets import TARGETS
+from segformer_pl.models.segmenter import Network
 
 Item = TypeVar("Item")
 
@@ -45,12 +47,11 @@ def run(options: Namespace) -> None:
     suffix = TARGETS[options.to].suffixes[0]
     file = Path(options.output or Path(options.ckpt).with_suffix(suffix)).expanduser()
     check_target(file, options.to, "--to")
-    weights = read_weights(options.ckpt)
+    weights = read_weights(options.ckpt, options.state)
     predictor = Predictor.from_weights(weights)
     predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     size = None if options.size is None else (options.size[0], options.size[1])
-    min_size = predictor.network.min_size
-    images = _images(options.verify, options.num_images, options.ckpt, min_size)
+    images = _images(options, predictor.network)
     found = export_graph(
         predictor,
         file,
@@ -70,41 +71,44 @@ def run(options: Namespace) -> None:
         sys.stdout.write("with a single class this shows little; --verify images with more\n")
 
 
-def _images(
-    given: str | None, num_images: int, ckpt: str, min_size: int
-) -> Iterator[tuple[str, Pixels]]:
+def _images(options: Namespace, network: Network) -> Iterator[tuple[str, Pixels]]:
     """Return names and pixels of the images to compare predictions on, read one by one.
 
     Raises:
-        UserError: There is no such image or split.
+        UserError: There is no such image or split, or images cannot have the network's channels.
     """
+    given, num_images = options.verify, options.num_images
+    num_bands = num_bands_of(network, "CKPT")
     if given is None:
-        return _generated(min_size)
+        return _generated(network.min_size, num_bands)
     if given == SPLIT and not Path(given).exists():
-        split = ValidationSplit(load_data(RunCheckpoint.read(ckpt, "CKPT")), None)
+        split = ValidationSplit(load_data(RunCheckpoint.read(options.ckpt, "CKPT")), None)
         samples = (split.samples[position] for position in _spread(split.positions, num_images))
         return ((f"image {sample['id']}", _to_bytes(sample["image"])) for sample in samples)
     files = _spread(list(find_files(given, "--verify")), num_images)
-    return ((f"'{file}'", EncodedImage.read(file).decode()) for file in files)
+    return ((f"'{file}'", EncodedImage.read(file, num_bands).decode()) for file in files)
 
 
 def _to_bytes(image: Tensor) -> Pixels:
-    """Return an image (3, H, W) in 0 to 1 as it was decoded, (H, W, 3)."""
+    """Return an image (C, H, W) in 0 to 1 as it was decoded, (H, W, C)."""
     return (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
-def _generated(min_size: int) -> Iterator[tuple[str, Pixels]]:
-    """Yield images of `shapes`, enlarged to different sizes."""
+def _generated(min_size: int, num_bands: int) -> Iterator[tuple[str, Pixels]]:
+    """Yield images of `shapes`, enlarged to different sizes; a fourth band repeats the first."""
     for number, sides in enumerate(GENERATED_SIZES):
         height, width = (max(side, min_size) for side in sides)
         pixels = shapes.draw(np.random.default_rng(number)).image
+        pixels = pixels[..., [0, 1, 2, 0][:num_bands]]
         yield f"generated image {number + 1}", _resized(pixels, (height, width))
 
 
 def _resized(pixels: Pixels, size: Size | None) -> Pixels:
     if size is None or pixels.shape[:2] == size:
         return pixels
-    return np.array(Image.fromarray(pixels).resize((size[1], size[0])))
+    # Band by band, because Pillow would weight RGB by a fourth band.
+    bands = (Image.fromarray(band) for band in np.moveaxis(pixels, 2, 0))
+    return np.stack([np.asarray(band.resize((size[1], size[0]))) for band in bands], axis=2)
 
 
 def _spread(items: Sequence[Item], number: int) -> list[Item]:

@@ -29,11 +29,11 @@ from segformer_pl.commands.device import resolve_device
 from segformer_pl.commands.input_files import find_files
 from segformer_pl.commands.options.predict import predict_parser
 from segformer_pl.data.class_colors import distinct_colors
-from segformer_pl.data.decoding import EncodedImage
+from segformer_pl.data.decoding import EncodedImage, NumBands
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.errors import INTERRUPTED, UserError, counted
 from segformer_pl.inference import Inference, Predictor
-from segformer_pl.inference.predictor import check_takes_rgb
+from segformer_pl.inference.predictor import check_takes_rgb, num_bands_of
 from segformer_pl.video_file import (
     VIDEO_SUFFIXES,
     Video,
@@ -76,13 +76,16 @@ def run(options: Namespace) -> None:
         device = resolve_device(options.device)
         return_large_blocks()
         predictor = Predictor.from_weights(_weights(options)).to(device)
-        check_takes_rgb(predictor.network, "--weights" if options.ckpt is None else "--ckpt")
+        option = "--weights" if options.ckpt is None else "--ckpt"
+        num_bands = num_bands_of(predictor.network, option)
+        if video:
+            check_takes_rgb(predictor.network, option, f"'{video}'")
         predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     except ValueError as error:
         predict_parser().error(str(error))
     for folder in (output, *(output / kind for kind in kinds)):
         make_writable_folder(folder, "--output")
-    writer = PredictionFiles(output, predictor, options.probabilities)
+    writer = PredictionFiles(output, predictor, num_bands, options.probabilities)
     num_skipped = 0
     progress = tqdm(files.items(), "predicting", unit="file")
     try:
@@ -157,9 +160,12 @@ class PredictionFiles:
         num_masks: Number of masks written so far.
     """
 
-    def __init__(self, folder: Path, predictor: Predictor, with_probabilities: bool) -> None:
+    def __init__(
+        self, folder: Path, predictor: Predictor, num_bands: NumBands, with_probabilities: bool
+    ) -> None:
         self.folder = folder
         self.predictor = predictor
+        self.num_bands = num_bands
         self.with_probabilities = with_probabilities
         self.class_names = predictor.class_names
         self.palette: Palette = predictor.palette or distinct_colors(len(self.class_names))
@@ -178,10 +184,11 @@ class PredictionFiles:
             UserError: The image cannot be read or segmented.
             WriteError: A file cannot be written.
         """
-        pixels = EncodedImage.read(file).decode()
+        pixels = EncodedImage.read(file, self.num_bands).decode()
         labels, probabilities = self._segment(pixels, str(file))
         with atomic_write(self._file(OVERLAYS, name, ".png")) as stream:
-            write_overlay(stream, pixels, labels, self.class_names, self.palette)
+            rgb = np.ascontiguousarray(pixels[..., :3])
+            write_overlay(stream, rgb, labels, self.class_names, self.palette)
         self._write_labels(name, labels, probabilities)
 
     def write_video(self, file: Path, name: Path) -> None:

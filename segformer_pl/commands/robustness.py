@@ -34,6 +34,7 @@ from segformer_pl.commands.validation_split import (
 from segformer_pl.data.corruptions import GROUPS, PAPER_SEVERITIES, CorruptedImages
 from segformer_pl.data.streaming import Transforms
 from segformer_pl.data.transforms import to_tensors
+from segformer_pl.errors import UserError
 from segformer_pl.inference import Predictor
 from segformer_pl.metrics import (
     as_classes,
@@ -69,6 +70,11 @@ def run(options: Namespace) -> None:
     checkpoint = RunCheckpoint.read(options.ckpt)
     predictor = Predictor.from_weights(checkpoint.weights()).to(device)
     data = load_data(checkpoint, path=options.data.path, num_workers=options.data.num_workers)
+    if data.num_bands != 3:
+        raise UserError(
+            f"--ckpt: the run reads images with {data.num_bands} bands, but the corruptions are "
+            "defined for RGB; give a checkpoint of a run on RGB images"
+        )
     split = ValidationSplit(data, options.num_images)
     result = _evaluate_all(predictor, split, checkpoint.digest, output)
     for name, text in {

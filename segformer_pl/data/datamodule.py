@@ -1,9 +1,6 @@
 """The LightningDataModule that streams a segmentation data set of the catalogue."""
 
 import operator
-import os
-import signal
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +13,21 @@ from torch.utils.data import DataLoader
 
 from segformer_pl.batch import Batch
 from segformer_pl.data.catalog import find_dataset
-from segformer_pl.data.decoding import PaletteColors
+from segformer_pl.data.decoding import NumBands
 from segformer_pl.data.index import same_data
 from segformer_pl.data.label_mapping import check_labels, describe_labels
+from segformer_pl.data.loader import SignalSafeLoader, ignore_signals
 from segformer_pl.data.order import EpochShuffle, StoredOrder
+from segformer_pl.data.palette_colors import PaletteColors
 from segformer_pl.data.sources import Source, Split, open_split
-from segformer_pl.data.streaming import OnBadSample, RankSampler, Sample, Samples, collate
+from segformer_pl.data.streaming import (
+    OnBadSample,
+    RankSampler,
+    Sample,
+    Samples,
+    Transforms,
+    collate,
+)
 from segformer_pl.data.transforms import TrainTransforms, to_tensors
 from segformer_pl.errors import UserError
 from segformer_pl.lightning_workarounds import replaces_samplers, set_batches_that_stepped
@@ -29,7 +35,6 @@ from segformer_pl.lightning_workarounds import replaces_samplers, set_batches_th
 # Samples per device after which training stops if no pixel had a label, or warns if all labelled
 # pixels had the same class.
 UNLABELLED_SAMPLES = 256
-GROUP_SIGNALS = ("SIGINT", "SIGUSR1", "SIGUSR2")  # from terminals and job schedulers
 SPLITS: dict[str, Split] = {"val": "validation", "test": "test"}  # log key -> split
 
 
@@ -66,7 +71,11 @@ class StreamingSegmentationData(pl.LightningDataModule):
         scale_range: Smallest and largest factor of random scaling in training; default: no scaling.
         base_size: Long and short side in pixels of the box that images are fitted into at scale 1;
             default: the image's own size.
-        photometric: Whether to apply photometric distortion in training.
+        num_bands: Number of bands that images are read with: 3, RGB, without alpha or another
+            further band; or 4, which every image has to store with 8 bits each, as a TIFF or a PNG
+            with an alpha channel. The first three are RGB then too. The network's ``in_channels``
+            has to be the same.
+        photometric: Whether to apply photometric distortion to the RGB of training images.
         on_bad_sample: Whether a damaged image or label, or an unknown label value, ends the run
             (``raise``) or is reported and skipped (``skip``).
         seed: Seed of the sampling order and of the augmentation.
@@ -86,6 +95,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         crop_size: tuple[PositiveInt, PositiveInt] | None = None,
         scale_range: tuple[float, float] | None = None,
         base_size: tuple[PositiveInt, PositiveInt] | None = None,
+        num_bands: NumBands = 3,
         photometric: bool = False,
         on_bad_sample: OnBadSample = "raise",
         seed: int = 0,
@@ -100,6 +110,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        self.num_bands = num_bands
         self.on_bad_sample = on_bad_sample
         self.seed = seed
         self.train_transforms = TrainTransforms(
@@ -138,6 +149,24 @@ class StreamingSegmentationData(pl.LightningDataModule):
         """
         return open_split(self.entry, self.location(), split)
 
+    def samples(
+        self,
+        source: Source,
+        order: EpochShuffle | StoredOrder,
+        transforms: Transforms,
+        on_bad_sample: OnBadSample | None = None,
+    ) -> Samples:
+        """Return the samples of a split.
+
+        Args:
+            source: Source of the split.
+            order: Order of its rows.
+            transforms: Transforms of its images and labels.
+            on_bad_sample: Default: that of these data.
+        """
+        how = self.on_bad_sample if on_bad_sample is None else on_bad_sample
+        return Samples(self.entry, source, order, transforms, how, self.num_bands)
+
     def location(self) -> str | dict[str, list[str]] | None:
         """Return ``path``, or the folder of a generated data set, which is generated if missing."""
         if self.path is None and self.entry.prepare is not None:
@@ -157,7 +186,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         self._num_checked = None if self.consumed else 0
         self._only_class = None
         order = EpochShuffle(source.group_rows, source.group_bytes, self.seed)
-        samples = Samples(self.entry, source, order, self.train_transforms, self.on_bad_sample)
+        samples = self.samples(source, order, self.train_transforms)
         return self._loader(samples, self.batch_size, start=lambda: self.consumed)
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -172,7 +201,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def _eval_loader(self, split: Split) -> DataLoader[Sample]:
         source = self.open(split)
         order = StoredOrder(source.group_rows)
-        samples = Samples(self.entry, source, order, to_tensors, self.on_bad_sample)
+        samples = self.samples(source, order, to_tensors)
         return self._loader(samples, self.eval_batch_size)
 
     def _loader(self, samples: Samples, batch_size: int, **start: Any) -> DataLoader[Sample]:
@@ -182,13 +211,13 @@ class StreamingSegmentationData(pl.LightningDataModule):
                 "that gives each rank its samples; use Trainer(use_distributed_sampler=False)"
             )
         rank = self.trainer.global_rank if self.trainer else 0
-        return _SignalSafeLoader(
+        return SignalSafeLoader(
             samples,
             batch_size=batch_size,
             sampler=RankSampler(samples.order, rank, self._world_size, batch_size, **start),
             num_workers=self.num_workers,
             collate_fn=collate,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
@@ -460,37 +489,3 @@ class StreamingSegmentationData(pl.LightningDataModule):
         is_short = stage == "fit" and self._num_checked  # ended before UNLABELLED_SAMPLES
         if is_short and self.trainer and not self.trainer.interrupted and self._world_size == 1:
             self._judge_labels()  # not with several ranks, where another may have had labels
-
-
-class _SignalSafeLoader(DataLoader[Sample]):
-    """A DataLoader whose workers start with signals blocked, until they ignore them."""
-
-    def __iter__(self) -> Any:
-        if not hasattr(signal, "pthread_sigmask"):
-            return super().__iter__()
-        signals = {signal.SIGTERM, *(getattr(signal, name) for name in GROUP_SIGNALS)}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ignore signals in a worker, except a SIGTERM that its parent sends.
-
-    Ctrl-C and the signals of job schedulers reach the whole process group. If a worker ended, the
-    training could not finish its current step.
-    """
-    for name in GROUP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # without it, any SIGTERM ends the worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
-
-
-def _exit_on_sigterm_of(parent: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)

@@ -1,4 +1,4 @@
-"""Decoding of the cells of a data set: images to RGB, label images to the values they store.
+"""Decoding of the cells of a data set: images to RGB or four bands, labels to stored values.
 
 An image and its label are each rotated by their own EXIF orientation. A label without an
 orientation is assumed to be drawn on the upright image, as annotation tools show it.
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import cv2
 import numpy as np
@@ -19,10 +19,12 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from segformer_pl.data.label_diagnosis import Coding
-from segformer_pl.errors import UserError
+from segformer_pl.data.tiff import deep_bands, not_four_bands, readable_tiff
+from segformer_pl.errors import UserError, counted
 
 LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP")  # formats whose stored values can be recovered
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # Pillow's names of lossy compressions
+NumBands = Literal[3, 4]  # that images are read with
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 REDUCED = {
     1: 0,
@@ -71,12 +73,19 @@ def cell_bytes(cell: Any, where: str, read_file: Callable[[str], bytes]) -> byte
 class EncodedImage:
     """An encoded image, decoded on request and, for a JPEG, at a reduced size.
 
-    Every file is decoded to three channels of 8 bits:
+    With three bands, every file is decoded to RGB of 8 bits:
 
     - Grey is repeated over the channels.
     - Of 16 bits per channel, the upper 8 are kept: the range is taken to be 0 to 65535. A 12-bit
       camera image that was stored without scaling is therefore dark.
-    - Alpha is dropped; the colour below it is kept.
+    - Alpha and every other further band is dropped; the colour below alpha is kept.
+
+    With four bands, the file has to store four bands of 8 bits: a TIFF, whose fourth band may be
+    alpha or anything else, or a PNG or the like with an alpha channel. Their values are those that
+    the file stores. Other files are refused.
+
+    In either case:
+
     - Only the first of several frames or pages is read.
     - The image is rotated by its EXIF orientation, as image viewers do.
     - Colour profiles are not applied.
@@ -84,22 +93,34 @@ class EncodedImage:
     Args:
         encoded: Contents of the image file.
         where: Name of the image in error messages.
+        num_bands: Number of bands to read: 3, RGB, or 4.
 
     Attributes:
         size: Height and width in pixels of the upright image.
         stored_size: Height and width in pixels before rotation.
         orientation: EXIF orientation, 1 to 8; 1 (upright) if the file states none.
         num_frames: Number of frames or pages in the file.
+        num_stored_bands: Number of bands in the file.
 
     Raises:
         UserError: The file is not an image, its values have no known range (32-bit integers,
-            floating point), or it has more pixels than Pillow opens.
+            floating point), its bands are not those that are to be read, or it has more pixels than
+            Pillow opens.
     """
 
-    def __init__(self, encoded: bytes, where: str) -> None:
+    def __init__(self, encoded: bytes, where: str, num_bands: NumBands = 3) -> None:
+        with _reading(encoded, where):
+            encoded, num_tiff_bands = readable_tiff(encoded, num_bands, where)
         self.encoded = encoded
         self.where = where
+        self.num_bands = num_bands
         header = _open(encoded, where)
+        self.num_stored_bands = num_tiff_bands or len(header.getbands())
+        if num_bands == 4 and header.mode != "RGBA":
+            what = f"{counted(self.num_stored_bands, 'band')} (mode {header.mode})"
+            raise not_four_bands(what, where)
+        if num_bands == 4 and _bits(header, encoded) != 8:
+            raise deep_bands(_bits(header, encoded), where)
         # Pillow opens 16-bit PNG and PPM in mode I, which holds 32 bits in other formats.
         self._is_deep = header.mode.startswith("I;16") or (
             header.mode == "I" and header.format in ("PNG", "PPM")
@@ -118,6 +139,7 @@ class EncodedImage:
         # Pillow inverts white-is-zero images of 8 bits but not of 16, so decode() inverts those.
         self._is_negative = self._is_deep and _is_white_zero(header)
         self._is_jpeg = header.format == "JPEG"
+        self._has_rgb = header.mode in ("RGB", "RGBA")
         self._is_plain = (
             header.format in ("JPEG", "PNG")
             and header.mode in ("RGB", "L")
@@ -125,11 +147,12 @@ class EncodedImage:
         )
 
     @classmethod
-    def read(cls, file: Path) -> Self:
+    def read(cls, file: Path, num_bands: NumBands = 3) -> Self:
         """Read an image file.
 
         Args:
             file: Path of the file, also its name in error messages.
+            num_bands: Number of bands to read: 3, RGB, or 4.
 
         Raises:
             UserError: The file cannot be read, or the class refuses it.
@@ -140,7 +163,7 @@ class EncodedImage:
             raise UserError(
                 f"{file}: it cannot be read ({error.strerror}); check its access rights"
             ) from error
-        return cls(encoded, str(file))
+        return cls(encoded, str(file), num_bands)
 
     def decode(self, reduce: int = 1) -> npt.NDArray[np.uint8]:
         """Decode the image.
@@ -152,7 +175,7 @@ class EncodedImage:
                 full size.
 
         Returns:
-            The upright image, (H, W, 3) uint8 RGB.
+            The upright image, (H, W, num_bands) uint8; the first three bands are RGB.
 
         Raises:
             UserError: The file is damaged.
@@ -163,7 +186,7 @@ class EncodedImage:
             if self._is_deep:  # Pillow's own conversion would clip at 255
                 levels = (np.asarray(image) >> 8).astype(np.uint8)
                 image = Image.fromarray(255 - levels if self._is_negative else levels)
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(image if self.num_bands == 4 else image.convert("RGB"))
         return pixels
 
     def frames_notice(self) -> str | None:
@@ -173,6 +196,15 @@ class EncodedImage:
         return (
             f"{self.where}: the image file holds {self.num_frames} frames or pages, of which only "
             "the first is read; if the others matter, store each as its own image"
+        )
+
+    def bands_notice(self) -> str | None:
+        """Return a warning if the file holds RGB and further bands that are not read, else None."""
+        if self.num_stored_bands <= self.num_bands or not self._has_rgb:
+            return None
+        return (
+            f"{self.where}: the image file holds {self.num_stored_bands} bands, of which the first "
+            "3 are read as RGB; data.num_bands 4 reads all of 4 bands, alpha too"
         )
 
     def _decode_fast(self, reduce: int) -> npt.NDArray[np.uint8] | None:
@@ -249,73 +281,6 @@ def decode_label(encoded: bytes, where: str, coding: Coding = "values") -> RawLa
         elif image.mode == "P":
             palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
     return RawLabel(values, palette, orientation, stored_size)
-
-
-# Palette index -> its colour and the label image that was the first to use the index.
-FirstColors = dict[int, tuple[tuple[int, ...], str]]
-
-
-class PaletteColors:
-    """The colour of each palette index over many label images, to detect palettes that differ.
-
-    With ``coding="values"``, the index alone stands for the class. If a program wrote each file
-    with its own palette, one index may mean different classes in two files, and only the palettes
-    show it::
-
-        label a: palette 0 black, 1 red     index 1 = car
-        label b: palette 0 black, 1 blue    index 1 = tree: compare() returns a warning
-    """
-
-    def __init__(self) -> None:
-        self._first: FirstColors = {}
-
-    def compare(self, label: RawLabel, where: str) -> tuple[str | None, FirstColors]:
-        """Compare the palette of a label image with the palettes of earlier label images.
-
-        Args:
-            label: A label image. Without a palette it is ignored; with one, only the indices that
-                occur in the image are compared.
-            where: Name of the sample in the warning.
-
-        Returns:
-            A warning if an index has another colour than in an earlier label image, else None; and
-            the indices that occur for the first time, as input of :meth:`merge`.
-        """
-        if label.palette is None:
-            return None, {}
-        pixels = cv2.calcHist([label.values], [0], None, [256], [0, 256]).ravel()
-        indices = np.flatnonzero(pixels[: len(label.palette)]).tolist()
-        colors = {index: (tuple(label.palette[index].tolist()), where) for index in indices}
-        new = {index: color for index, color in colors.items() if index not in self._first}
-        return self._merge(colors), new
-
-    def merge(self, colors: FirstColors, split: str) -> str | None:
-        """Add colours that another object collected, such as that of a data-loader worker.
-
-        Args:
-            colors: Indices and colours that :meth:`compare` returned there.
-            split: Name of the split in the warning.
-
-        Returns:
-            A warning if an index has another colour than in an earlier label image, else None.
-        """
-        return self._merge(
-            {
-                index: (tuple(color), f"{where} of the {split} split")
-                for index, (color, where) in colors.items()
-            }
-        )
-
-    def _merge(self, colors: FirstColors) -> str | None:
-        for index, (color, where) in colors.items():
-            first_color, first = self._first.setdefault(index, (color, where))
-            if color != first_color:
-                return (
-                    f"{where}: index {index} of the label's palette is the colour {color}, but "
-                    f"{first_color} in {first}; classes are read from the indices: if the colours "
-                    "stand for the classes, set labels.coding: colors"
-                )
-        return None
 
 
 def _check_format(image: Image.Image, encoded: bytes, where: str, coding: Coding) -> None:

@@ -29,14 +29,14 @@ from segformer_pl.batch import Batch
 from segformer_pl.data.catalog import DatasetEntry
 from segformer_pl.data.decoding import (
     EncodedImage,
-    FirstColors,
-    PaletteColors,
+    NumBands,
     cell_bytes,
     check_orientation,
     decode_label,
 )
 from segformer_pl.data.files import UnreadableRows
 from segformer_pl.data.order import EpochShuffle, Location, StoredOrder
+from segformer_pl.data.palette_colors import FirstColors, PaletteColors
 from segformer_pl.data.sources import Row, Source
 from segformer_pl.errors import UserError
 
@@ -53,7 +53,7 @@ class Sample(TypedDict):
     """One sample; :class:`~segformer_pl.batch.Batch` stacks several.
 
     Attributes:
-        image: Float32 tensor of shape (3, H, W), RGB in 0 to 1.
+        image: Float32 tensor of shape (num_bands, H, W), in 0 to 1; the first three bands are RGB.
         label: Int64 tensor of train ids, shape (H, W).
         id: Id of the sample.
         seed: Random number that depends on the data seed and the position alone.
@@ -83,6 +83,8 @@ class Samples(torch.utils.data.Dataset[Sample]):
         on_bad_sample: Whether a bad row raises an error or is skipped. A skipped row keeps its
             position. In training another sample of the epoch replaces it, in evaluation a blank
             image whose pixels are all ignored.
+        num_bands: Number of bands that images are read with, see
+            :class:`~segformer_pl.data.decoding.EncodedImage`.
     """
 
     def __init__(
@@ -92,12 +94,14 @@ class Samples(torch.utils.data.Dataset[Sample]):
         order: EpochShuffle | StoredOrder,
         transforms: Transforms,
         on_bad_sample: OnBadSample = "raise",
+        num_bands: NumBands = 3,
     ) -> None:
         self.entry = entry
         self.source = source
         self.order = order
         self.transforms = transforms
         self.on_bad_sample = on_bad_sample
+        self.num_bands = num_bands
         # Lane -> the row group that is open for it, and its rows or the error on reading them.
         self._open: dict[int, tuple[int, Sequence[Row] | UnreadableRows]] = {}
         self._palettes = PaletteColors()  # of the samples that this worker has read
@@ -136,7 +140,7 @@ class Samples(torch.utils.data.Dataset[Sample]):
                     raise
                 skipped[name] = last = str(error)
             if isinstance(order, StoredOrder):
-                image = torch.zeros(3, BLANK_SIZE, BLANK_SIZE)
+                image = torch.zeros(self.num_bands, BLANK_SIZE, BLANK_SIZE)
                 label = torch.full((BLANK_SIZE, BLANK_SIZE), self.entry.labels.ignore_index)
                 break
             substitute = location.epoch * order.num_rows + int(rng.integers(order.num_rows))
@@ -188,12 +192,14 @@ class Samples(torch.utils.data.Dataset[Sample]):
         in_image = f"{where}, column {entry.image_column!r}"
         in_label = f"{where}, column {entry.label_column!r}"
         read_file = self._read_file
-        image = EncodedImage(cell_bytes(row[entry.image_column], in_image, read_file), in_image)
+        encoded_image = cell_bytes(row[entry.image_column], in_image, read_file)
+        image = EncodedImage(encoded_image, in_image, self.num_bands)
         encoded_label = cell_bytes(row[entry.label_column], in_label, read_file)
         label = decode_label(encoded_label, in_label, entry.labels.coding)
         notices = {
             "orientation": check_orientation(image, label, where),
             "frames": image.frames_notice(),
+            "bands": image.bands_notice(),
         }
         if label.values.shape[:2] != image.size:
             (height, width), (image_height, image_width) = label.values.shape[:2], image.size

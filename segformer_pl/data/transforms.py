@@ -27,10 +27,12 @@ from segformer_pl.errors import UserError
 from segformer_pl.normalization import IMAGENET_MEAN
 
 RGBImage = npt.NDArray[np.uint8]  # (H, W, 3)
+BandImage = npt.NDArray[np.uint8]  # (H, W, num_bands); the first three bands are RGB
 TrainIds = npt.NDArray[np.integer]  # (H, W)
-ImageAndLabel = tuple[torch.Tensor, torch.Tensor]  # (3, H, W), (H, W)
+ImageAndLabel = tuple[torch.Tensor, torch.Tensor]  # (num_bands, H, W), (H, W)
 
-PADDING = IMAGENET_MEAN  # normalised to 0 by the task
+# Of each band. RGB is normalised to 0 by the task; in a fourth band, 0 is transparent or no data.
+PADDING = (*IMAGENET_MEAN, 0.0)
 CAT_MAX_RATIO = 0.75  # upper limit of the share of one class in a crop
 CROP_TRIES = 10  # crops that are checked; the one after them is used unchecked
 WARP_COST = 6  # time per pixel of warpAffine divided by that of resize, measured
@@ -45,12 +47,12 @@ def to_tensors(image: EncodedImage, label: TrainIds, rng: np.random.Generator) -
         rng: Not used; part of the signature that all transforms share.
 
     Returns:
-        Image (3, H, W) float32 RGB in 0 to 1, label (H, W) int64.
+        Image (num_bands, H, W) float32 in 0 to 1, label (H, W) int64.
     """
     return to_image_and_label(image.decode(), label)
 
 
-def to_image_and_label(pixels: RGBImage, label: TrainIds) -> ImageAndLabel:
+def to_image_and_label(pixels: BandImage, label: TrainIds) -> ImageAndLabel:
     """Convert a decoded image and its train ids to tensors, see :func:`to_tensors`."""
     return _to_float(pixels), torch.from_numpy(label.astype(np.int64))
 
@@ -64,7 +66,8 @@ class TrainTransforms:
             None for no scaling.
         base_size: Long and short side in pixels of the box that the image is fitted into at scale
             1, such as (2048, 512) for ADE20K; None for the image's own size.
-        photometric: Whether to distort brightness, contrast, saturation and hue.
+        photometric: Whether to distort brightness, contrast, saturation and hue of the first three
+            bands, RGB. A further band is no colour and keeps its values.
         ignore_index: Label of the padding, and of pixels that do not count when a crop is checked
             for the share of one class.
 
@@ -101,7 +104,7 @@ class TrainTransforms:
             rng: Source of all random numbers.
 
         Returns:
-            Image (3, h, w) float32 RGB in 0 to 1 and label (h, w) int64, where (h, w) is
+            Image (num_bands, h, w) float32 in 0 to 1 and label (h, w) int64, where (h, w) is
             ``crop_size``, or the scaled size without a crop.
         """
         height, width = self._draw_size(image.size, rng)
@@ -110,7 +113,7 @@ class TrainTransforms:
         if rng.random() < 0.5:
             pixels, cropped = cv2.flip(pixels, 1), cropped[:, ::-1]  # type: ignore[assignment]
         if self.photometric:
-            pixels = distort(pixels, rng)
+            pixels = _distort_rgb(pixels, rng)
         return self._pad(pixels, cropped)
 
     def _draw_size(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
@@ -159,7 +162,7 @@ class TrainTransforms:
         counts[self.ignore_index : self.ignore_index + 1] = 0
         return bool(np.count_nonzero(counts) > 1 and counts.max() < CAT_MAX_RATIO * counts.sum())
 
-    def _pad(self, pixels: RGBImage, cropped: TrainIds) -> ImageAndLabel:
+    def _pad(self, pixels: BandImage, cropped: TrainIds) -> ImageAndLabel:
         """Convert to tensors, then pad on the right and at the bottom.
 
         The padding is added in float, since the mean is not a whole number of 8-bit levels.
@@ -168,7 +171,8 @@ class TrainTransforms:
         padded_size = self.crop_size or cropped.shape
         if padded_size == cropped.shape:
             return to_image_and_label(pixels, cropped)
-        image = torch.tensor(PADDING).view(3, 1, 1).expand(3, *padded_size).clone()
+        padding = torch.tensor(PADDING[: pixels.shape[2]])
+        image = padding.view(-1, 1, 1).expand(-1, *padded_size).clone()
         image[:, :rows, :columns] = _to_float(pixels)
         label = torch.full(padded_size, self.ignore_index)
         label[:rows, :columns] = torch.from_numpy(cropped.astype(np.int64))
@@ -177,7 +181,7 @@ class TrainTransforms:
 
 def _resample(
     image: EncodedImage, height: int, width: int, top: int, left: int, rows: int, columns: int
-) -> RGBImage:
+) -> BandImage:
     """Scale the image to (height, width) and return a crop of it.
 
     Two equivalent ways exist, and the cheaper one is used: resize the whole image and crop, or
@@ -197,7 +201,7 @@ def _resample(
         columns: Width in pixels of the crop.
 
     Returns:
-        (rows, columns, 3) uint8 RGB.
+        (rows, columns, num_bands) uint8.
     """
     stored = image.size
     if (height, width) == stored:
@@ -255,6 +259,14 @@ def _nearest_indices(old: int, new: int) -> npt.NDArray[np.int64]:
     return np.minimum(indices, old - 1)
 
 
+def _distort_rgb(pixels: BandImage, rng: np.random.Generator) -> BandImage:
+    """Apply :func:`distort` to the first three bands and leave the others as they are."""
+    if pixels.shape[2] == 3:
+        return distort(pixels, rng)
+    rgb = distort(np.ascontiguousarray(pixels[..., :3]), rng)
+    return np.concatenate([rgb, pixels[..., 3:]], axis=2)
+
+
 def distort(pixels: RGBImage, rng: np.random.Generator) -> RGBImage:
     """Apply the photometric distortion of the reference.
 
@@ -307,6 +319,6 @@ def _in_hsv(pixels: RGBImage, channel: int, table: npt.NDArray[np.float32]) -> R
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)  # type: ignore[return-value]
 
 
-def _to_float(pixels: RGBImage) -> torch.Tensor:
-    """Convert (H, W, 3) uint8 to (3, H, W) float32 in 0 to 1."""
+def _to_float(pixels: BandImage) -> torch.Tensor:
+    """Convert (H, W, num_bands) uint8 to (num_bands, H, W) float32 in 0 to 1."""
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)

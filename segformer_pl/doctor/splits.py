@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from segformer_pl.data import StreamingSegmentationData
-from segformer_pl.data.decoding import FirstColors, PaletteColors
 from segformer_pl.data.order import StoredOrder
+from segformer_pl.data.palette_colors import FirstColors, PaletteColors
 from segformer_pl.data.sources import Source, Split
 from segformer_pl.data.streaming import Sample, Samples, Transforms
 from segformer_pl.data.transforms import to_tensors
@@ -50,6 +53,7 @@ class SplitSummary:
         usable: Positions of the samples that could be loaded.
         sizes: Number of samples by (height, width) in pixels.
         pixels: Number of pixels by train id.
+        bands: Number of values, their sum and that of their squares, of each band, (3, num_bands).
         digests: Sample id by hash of the image, to detect images that occur in two splits.
         palettes: Colours of the palette indices of label images.
     """
@@ -59,8 +63,23 @@ class SplitSummary:
     usable: list[int] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     pixels: Counter[int] = field(default_factory=Counter)
+    bands: npt.NDArray[np.float64] | None = None
     digests: dict[int, str] = field(default_factory=dict)
     palettes: FirstColors = field(default_factory=dict)
+
+    def add_bands(self, image: Tensor) -> None:
+        """Add the values of an image (num_bands, H, W)."""
+        values = image.flatten(1).double()
+        sums = torch.stack([torch.ones_like(values), values, values.square()]).sum(2).numpy()
+        self.bands = sums if self.bands is None else self.bands + sums
+
+    def normalization(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation of each band, over all images in 0 to 1."""
+        assert self.bands is not None
+        number, total, squares = self.bands
+        mean = total / number
+        std = np.sqrt(np.maximum(squares / number - mean**2, 0))
+        return mean.round(4).tolist(), std.round(4).tolist()
 
 
 def _spread(source: Source) -> list[int]:
@@ -88,7 +107,7 @@ def _spread(source: Source) -> list[int]:
 
 def samples_of(data: StreamingSegmentationData, source: Any, transforms: Transforms) -> Samples:
     """Return the samples of a source in the stored order."""
-    return Samples(data.entry, source, StoredOrder(source.group_rows), transforms)
+    return data.samples(source, StoredOrder(source.group_rows), transforms, "raise")
 
 
 def examine_split(
@@ -131,6 +150,7 @@ def examine_split(
         name, label = sample["id"], sample["label"].numpy()
         names[name] += 1
         summary.sizes[label.shape] += 1
+        summary.add_bands(sample["image"])
         values, counts = np.unique(label, return_counts=True)
         summary.pixels.update(dict(zip(values.tolist(), counts.tolist())))
         if values.tolist() == [data.entry.labels.ignore_index]:
@@ -189,7 +209,7 @@ def _read(
     # With "skip", errors that a run could skip are recorded in the sample. Others, such as a
     # network failure, are raised.
     order = StoredOrder(summary.source.group_rows)
-    samples = Samples(data.entry, summary.source, order, to_tensors, on_bad_sample="skip")
+    samples = data.samples(summary.source, order, to_tensors, "skip")
     for position in tqdm(summary.positions, f"examining {split}", leave=False):
         try:
             sample = samples[position]
@@ -214,11 +234,14 @@ def _report_split(
     shares = {
         name: round(summary.pixels[index] / total, 4) for index, name in enumerate(labels.names)
     }
+    mean, std = summary.normalization()
     examination.facts[split] = {
         "images": num_rows,
         "row groups": len(summary.source.group_rows),
         "samples read": len(summary.positions),
         "sizes (height, width)": [list(size) for size, _ in summary.sizes.most_common(5)],
+        "mean of each band": mean,
+        "standard deviation of each band": std,
         "share of pixels": shares,
         "share without label": round(summary.pixels[labels.ignore_index] / total, 4),
     }

@@ -16,7 +16,7 @@ from segformer_pl.atomic import make_writable_folder
 from segformer_pl.errors import UserError, brief
 from segformer_pl.inference.engine import predict_classes
 from segformer_pl.inference.graph import Size, describe, trace
-from segformer_pl.inference.predictor import Mask, Predictor, check_takes_rgb
+from segformer_pl.inference.predictor import Mask, Predictor, num_bands_of
 from segformer_pl.inference.targets import TARGETS, OpenedGraph
 from segformer_pl.models.segmenter import Output
 
@@ -72,7 +72,7 @@ def agreement(
     """Compare two predictions of images.
 
     Args:
-        expected: Function from an image (H, W, 3) to the class indices (H, W).
+        expected: Function from an image (H, W, C) to the class indices (H, W).
         found: Function to compare with it.
         images: Names and pixels.
 
@@ -133,7 +133,7 @@ def export_graph(
         predictor: Predictor on the CPU.
         file: Path of the main file to write.
         to: ``"torch-export"``, ``"onnx"``, ``"openvino"`` or ``"aoti"``; see ``targets.py``.
-        images: Names and pixels (H, W, 3) of the images to compare predictions on, of that size if
+        images: Names and pixels (H, W, C) of the images to compare predictions on, of that size if
             it is fixed. At least 99.9 % of the pixels of each have to agree.
         network_only: Whether preprocessing, upsampling and argmax are left out.
         size: Fixed height and width of images in pixels. None: any size.
@@ -148,9 +148,15 @@ def export_graph(
     """
     file = Path(file).expanduser()
     check_target(file, to)
-    check_takes_rgb(predictor.network, "export")
-    make_writable_folder(file.parent)
+    num_bands_of(predictor.network, "export")
     target = TARGETS[to]
+    if not (network_only or target.antialiases or predictor.protocol.image_size is None):
+        raise UserError(
+            f"the test-time protocol resizes images to {list(predictor.protocol.image_size)} with "
+            f"antialiasing (image_size), which {to} lacks; choose onnx or torch-export, or give "
+            "--inference.image_size null and resize images before"
+        )
+    make_writable_folder(file.parent)
     program = trace(predictor, network_only, size, target.any_batch)
     stated = describe(predictor, network_only, size, target.any_batch, ignore_index)
     description = {name: json.dumps(value) for name, value in stated.items()}
@@ -187,7 +193,7 @@ def export_graph(
 def _prediction(
     graph: OpenedGraph, predictor: Predictor, network_only: bool
 ) -> Callable[[Pixels], Mask]:
-    """Return the function from an image (H, W, 3) to class indices (H, W) that a file computes."""
+    """Return the function from an image (H, W, C) to class indices (H, W) that a file computes."""
     if not network_only:
         return lambda pixels: graph.run(torch.from_numpy(pixels)[None])[0].numpy()
     network = ExportedNetwork(graph, predictor.network.num_classes, predictor.network.output)

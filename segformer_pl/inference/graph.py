@@ -2,7 +2,7 @@
 
 ::
 
-    (B, H, W, 3) uint8, RGB                               (B, 3, H, W) float32, normalised
+    (B, H, W, C) uint8, RGB if C is 3                     (B, C, H, W) float32, normalised
       | normalise, resize or pad to a multiple              |
       | network                            or, alone:       | network
       | upsample to pixels, crop, argmax                    |
@@ -56,21 +56,24 @@ class PredictionGraph(nn.Module):
         like = next(network.parameters())
         self.register_buffer("scale", (1 / (255 * std)).to(like))
         self.register_buffer("shift", (-mean / std).to(like))
+        self.image_size = protocol.image_size
         self.resize_to, self.pad_to = protocol.resize_to, protocol.pad_to
         self.dtype = torch.uint8 if network.num_classes <= 256 else torch.int32
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the class indices (B, H, W) of images (B, H, W, C)."""
         size = images.shape[1], images.shape[2]
-        view = padded = _multiples(size, self.resize_to)
+        view = padded = _multiples(self.image_size or size, self.resize_to)
         x = images.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale + self.shift
+        if self.image_size is not None:
+            x = _resize(x, self.image_size, is_antialiased=True)
         if self.resize_to is not None:
             x = _resize(x, view)
         if self.pad_to is not None:
             padded = _multiples(view, self.pad_to)
             x = F.pad(x, (0, padded[1] - view[1], 0, padded[0] - view[0]))
         maps = _resize(self.network(x), padded)[:, :, : view[0], : view[1]]
-        if self.resize_to is not None:
+        if self.image_size is not None or self.resize_to is not None:
             maps = _resize(maps, size)
         return maps.argmax(1).to(self.dtype)
 
@@ -79,10 +82,12 @@ def check_protocol(protocol: Inference) -> None:
     """Refuse a test-time protocol that a graph cannot hold: it takes one view of the whole image.
 
     Raises:
-        UserError: The protocol has windows, several views, or a size of its own.
+        UserError: The protocol has windows or several views, or fits images into a box.
     """
-    kept = Inference(resize_to=protocol.resize_to, pad_to=protocol.pad_to)
-    names = ("base_size", "image_size", "window", "scales", "flip")
+    kept = Inference(
+        image_size=protocol.image_size, resize_to=protocol.resize_to, pad_to=protocol.pad_to
+    )
+    names = ("base_size", "window", "scales", "flip")
     others = [n for n in names if _plain(getattr(protocol, n)) != _plain(getattr(kept, n))]
     if others:
         defaults = {"scales": "[1]", "flip": "false"}
@@ -111,8 +116,9 @@ def trace(
         UserError: The protocol does not fit into a graph, or the network cannot be traced.
     """
     network = predictor.network.for_inference()
-    for part in network.modules():
-        if size is None and isinstance(part, Network) and not part.traces_any_size:
+    is_resized = not network_only and predictor.protocol.image_size is not None
+    for part in network.modules() if size is None and not is_resized else ():
+        if isinstance(part, Network) and not part.traces_any_size:
             raise UserError(
                 f"torch cannot trace {type(part).__name__} for images of any size; give a fixed "
                 "size, --size HEIGHT WIDTH"
@@ -159,14 +165,17 @@ def describe(
     """
     network, normalization = predictor.network, predictor.normalization
     channels = network.in_channels
+    bands = "RGB" if channels == 3 else "RGB and fourth band"
     batch = "batch" if any_batch else "1"
     sides = "height, width" if size is None else f"{size[0]}, {size[1]}"
     if network_only:
-        given = f"({batch}, {channels}, {sides}) float32, (RGB / 255 - image_mean) / image_std"
+        given = (
+            f"({batch}, {channels}, {sides}) float32, (x / 255 - image_mean) / image_std, x {bands}"
+        )
         result = f"({batch}, {network.num_classes}, h, w) float32, {network.output}"
     else:
         kind = "uint8" if network.num_classes <= 256 else "int32"
-        given = f"({batch}, {sides}, {channels}) uint8, RGB"
+        given = f"({batch}, {sides}, {channels}) uint8, {bands}"
         result = f"({batch}, {sides}) {kind}, class indices"
     protocol = predictor.protocol
     return {
@@ -180,6 +189,7 @@ def describe(
         "palette": predictor.palette,
         "ignore_index": ignore_index,
         "weight_constants": network.weight_constants(),
+        "image_size": None if network_only else _plain(protocol.image_size),
         "resize_to": None if network_only else protocol.resize_to,
         "pad_to": None if network_only else protocol.pad_to,
     }
@@ -193,8 +203,10 @@ def _multiples(size: tuple[Any, Any], divisor: int | None) -> tuple[Any, Any]:
     return height, width
 
 
-def _resize(maps: Tensor, size: tuple[Any, Any]) -> Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+def _resize(maps: Tensor, size: tuple[Any, Any], is_antialiased: bool = False) -> Tensor:
+    return F.interpolate(
+        maps, size=size, mode="bilinear", align_corners=False, antialias=is_antialiased
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from segformer_pl.checkpoints.conversion import save_pretrained, transformers_cl
 from segformer_pl.checkpoints.facts import INFERENCE
 from segformer_pl.checkpoints.networks import load_network
 from segformer_pl.checkpoints.sources import Weights, WeightsSource, read_weights
-from segformer_pl.data.decoding import EncodedImage
+from segformer_pl.data.decoding import EncodedImage, NumBands
 from segformer_pl.errors import UserError
 from segformer_pl.inference.engine import (
     ClassMaps,
@@ -235,16 +235,18 @@ class Predictor(ModelHubMixin):
         """Predict the class of every pixel.
 
         Args:
-            image: Path of a file, a Pillow image, an RGB array (H, W, 3) of uint8, or an RGB
-                tensor (3, H, W), uint8 or floating-point in 0 to 1. Files and Pillow images are
-                decoded like those of data sets: rotated by their EXIF data, to 8-bit RGB.
+            image: Path of a file, a Pillow image, an array (H, W, in_channels) of uint8, or a
+                tensor (in_channels, H, W), uint8 or floating-point in 0 to 1. Files and Pillow
+                images are decoded like those of data sets: rotated by their EXIF data, to 8-bit
+                RGB; for a network of four channels they need four bands
+                (:class:`~segformer_pl.data.decoding.EncodedImage`).
 
         Returns:
             Class indices, (H, W): uint8, or uint16 if there are more than 256 classes.
 
         Raises:
-            UserError: The file cannot be read, the image has another type, the network does not
-                take three channels, or its output holds nan or infinity.
+            UserError: The file cannot be read, the image has another type or other channels than
+                the network, or the network's output holds nan or infinity.
         """
         network, images = self._prepare(image)
         with torch.inference_mode():
@@ -355,15 +357,10 @@ class Predictor(ModelHubMixin):
         return np.uint8 if len(self.class_names) <= 256 else np.uint16
 
     def _prepare(self, image: ImageSource) -> tuple["_FiniteCheck", Tensor]:
-        if self.network.in_channels != 3:
-            raise UserError(
-                f"the network takes {self.network.in_channels} channels, and images have 3 (RGB); "
-                "give it tensors with predict_batch"
-            )
         if isinstance(image, Tensor):
-            pixels = _checked(image)
+            pixels = _checked(image, self.network.in_channels)
         else:
-            pixels = torch.from_numpy(_pixels(image)).permute(2, 0, 1)
+            pixels = torch.from_numpy(_pixels(image, self.network)).permute(2, 0, 1)
         # Images stay in 8 bits. _normalize_bytes converts one window after the other.
         return _FiniteCheck(self.network), pixels[None].to(self.device)
 
@@ -371,19 +368,39 @@ class Predictor(ModelHubMixin):
         return self.normalization(part if part.is_floating_point() else part / 255)
 
 
-def check_takes_rgb(network: Network, name: str) -> None:
-    """Refuse a network that does not take the three channels that images are read with.
+def num_bands_of(network: Network, name: str) -> NumBands:
+    """Return the number of bands that a network's images are read with from files.
 
     Args:
-        network: Network to check.
+        network: The network.
         name: Option or source that gave the network, for the message.
+
+    Raises:
+        UserError: Its ``in_channels`` are neither 3 nor 4.
+    """
+    for num_bands in get_args(NumBands):
+        if network.in_channels == num_bands:
+            return num_bands
+    raise UserError(
+        f"{name}: the network takes images of {network.in_channels} channels, but files are read "
+        "with 3 (RGB) or 4; give a network with in_channels 3 or 4"
+    )
+
+
+def check_takes_rgb(network: Network, name: str, what: str) -> None:
+    """Refuse a network whose images have other channels than RGB.
+
+    Args:
+        network: The network.
+        name: Option or source that gave the network, for the message.
+        what: What is read as RGB, such as ``"a video"``.
 
     Raises:
         UserError: Its ``in_channels`` are not 3.
     """
     if network.in_channels != 3:
         raise UserError(
-            f"{name}: the network takes {network.in_channels} channels, but images are read with 3 "
+            f"{name}: the network takes images of {network.in_channels} channels, and {what} has 3 "
             "(RGB); give a network with in_channels 3"
         )
 
@@ -424,14 +441,14 @@ class _FiniteCheck:
             )
 
 
-def _checked(image: Tensor) -> Tensor:
-    """Return an image (3, H, W) after a check of its form, uint8 or float32 in 0 to 1."""
-    is_image = image.ndim == 3 and len(image) == 3
+def _checked(image: Tensor, channels: int) -> Tensor:
+    """Return an image (channels, H, W) after a check of its form, uint8 or float32 in 0 to 1."""
+    is_image = image.ndim == 3 and len(image) == channels
     if not is_image or not (image.dtype == torch.uint8 or image.is_floating_point()):
         dtype = str(image.dtype).removeprefix("torch.")
         raise UserError(
-            f"an image cannot be a {dtype} tensor of shape {tuple(image.shape)}; give one (3, H, "
-            "W), uint8 or floating-point in 0 to 1 (predict_batch takes a batch)"
+            f"an image cannot be a {dtype} tensor of shape {tuple(image.shape)}; give one "
+            f"({channels}, H, W), uint8 or floating-point in 0 to 1 (predict_batch takes a batch)"
         )
     if image.dtype == torch.uint8:
         return image
@@ -444,25 +461,35 @@ def _checked(image: Tensor) -> Tensor:
     return image.float()
 
 
-def _pixels(image: str | os.PathLike[str] | Image.Image | Any) -> npt.NDArray[np.uint8]:
-    """Return the pixels of an image, (H, W, 3) RGB."""
+def _pixels(
+    image: str | os.PathLike[str] | Image.Image | Any, network: Network
+) -> npt.NDArray[np.uint8]:
+    """Return the pixels of an image, (H, W, in_channels)."""
+    channels = network.in_channels
     if isinstance(image, str | os.PathLike):
-        return EncodedImage.read(Path(image)).decode()
+        return EncodedImage.read(Path(image), num_bands_of(network, f"'{image}'")).decode()
     if isinstance(image, Image.Image):
+        if num_bands_of(network, "a Pillow image") == 4:
+            if image.mode != "RGBA":
+                raise UserError(
+                    f"the network takes 4 channels, and a Pillow image of mode {image.mode} has "
+                    "others; give one of mode RGBA"
+                )
+            return np.array(ImageOps.exif_transpose(image))
         if image.mode.startswith(("I", "F")):
             raise UserError(
                 f"an image of mode {image.mode} holds numbers without a known range; give an image "
                 "of 8 bits per channel, or its file"
             )
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (channels,):
         return np.ascontiguousarray(image)
     kind = type(image).__name__
     if isinstance(image, np.ndarray):
         kind = f"{image.dtype} array of shape {image.shape}"
     raise UserError(
-        f"an image cannot be a {kind}; give a file, a Pillow image, an array (H, W, 3) of "
-        "uint8, or a tensor (3, H, W)"
+        f"an image cannot be a {kind}; give a file, a Pillow image, an array (H, W, {channels}) of "
+        f"uint8, or a tensor ({channels}, H, W)"
     )
 
 

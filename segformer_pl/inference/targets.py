@@ -55,6 +55,7 @@ class Target:
         any_batch: Whether its graph takes any number of images.
         write: Function (graph, path of the main file, description) that writes the files.
         open: Function that reads them.
+        antialiases: Whether its runtime resizes with antialiasing as torch does.
     """
 
     suffixes: tuple[str, ...]
@@ -62,6 +63,7 @@ class Target:
     any_batch: bool
     write: Callable[[ExportedProgram, Path, Description], None]
     open: Callable[[Path], OpenedGraph]
+    antialiases: bool = True
 
     def check_packages(self, option: str) -> None:
         """Check that the packages are installed.
@@ -171,7 +173,12 @@ TARGETS = {
         (".onnx",), ("onnx", "onnxscript", "onnxruntime"), True, _write_onnx, _open_onnx
     ),
     "openvino": Target(
-        (".xml", ".bin"), ("onnx", "onnxscript", "openvino"), True, _write_openvino, _open_openvino
+        (".xml", ".bin"),
+        ("onnx", "onnxscript", "openvino"),
+        True,
+        _write_openvino,
+        _open_openvino,
+        antialiases=False,  # OpenVINO 2026.4 ignores `antialias` of ONNX's Resize
     ),
     "aoti": Target((".pt2",), (), False, _write_aoti, _open_aoti),
 }

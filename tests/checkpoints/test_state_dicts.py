@@ -86,7 +86,7 @@ def test_an_average_beside_the_weights_is_named_and_chosen(state, tmp_path, kind
         read_weights(tmp_path / "w.pth")
     message = str(error.value)
     assert f"'{tmp_path / 'w.pth'}' holds the state dicts " in message
-    assert f"state={ema!r} of read_weights, or --state {ema} of `predict` and `convert`" in message
+    assert f"--state {ema}, of `fit` --model.weights_state {ema}, or state={ema!r} of" in message
     assert plain in message
     with pytest.raises(UserError, match="and none is 'other'; choose one"):
         read_weights(tmp_path / "w.pth", state="other")

@@ -213,8 +213,8 @@ def test_a_network_of_four_channels(refused):
     assert error.endswith("or for RGB images leave the network's in_channels out")
     error = refused(*given, *(f"--model.image_{m}=[0.5,0.5,0.5,0.5]" for m in ("mean", "std")))
     assert error == (
-        "model.network takes images of 4 channels, but those of a data set are read as RGB, 3; "
-        "leave in_channels out"
+        "model.network takes images of 4 channels, but those of the data set are read as RGB, 3; "
+        "leave in_channels out, or give --data.num_bands 4 for images that store four bands"
     )
 
 

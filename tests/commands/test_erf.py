@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from segformer_pl import __version__
-from segformer_pl.analysis.erf import NoFieldError, exploration, load_erf
+from segformer_pl.analysis.erf import NoFieldError, exploration, load_erf, weights_hash
 from segformer_pl.checkpoints import export_weights
 from segformer_pl.cli import main
 from segformer_pl.models import mit_b0, segformer_b0
@@ -175,6 +175,11 @@ def test_images_are_evenly_spaced_over_the_split(run, monkeypatch):
         (["--model", "segformer_b0", "--num_images", "0"], "an integer of at least 1"),
         (["--model", "segformer_b0", "--reduction", "mean"], "give one of relu, l1, sum, random"),
         (["--model", "segformer_b0", "--size", "0", "64"], "at least 1 pixel"),
+        (["--model", "segformer_b0", "--state", "ema"], "--state is for --weights"),
+        (
+            ["--model", "segformer_b0", "--data.num_bands", "4"],
+            "takes images of 3 channels, and those of data set 'shapes' are read with 4; give ",
+        ),
         (["--model", "segformer_b0", "--num_images", "1", "--layers", "x"], "no layer 'x'"),
         (
             ["--model", "segformer_b0", "--data.path", "nowhere"],
@@ -295,5 +300,19 @@ def test_random_weights_are_the_same_each_time(run):
 @pytest.mark.parametrize("build", [mit_b0, partial(segformer_b0, 3)])
 def test_weights_for_other_than_three_channels_are_refused(run, tmp_path, build):
     export_weights(build(in_channels=1), tmp_path / "one.safetensors", "native")
-    with pytest.raises(SystemExit, match="takes 1 channels, but images are read with 3"):
+    with pytest.raises(SystemExit, match="takes images of 1 channels, and those of data set 'sha"):
         run("--weights", str(tmp_path / "one.safetensors"))
+
+
+def test_an_average_beside_the_weights_is_chosen(run, tmp_path):
+    network = segformer_b0(3)
+    average = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    for tensor in average.values():
+        tensor.mul_(2)
+    torch.save({"state_dict": network.state_dict(), "ema": average}, tmp_path / "w.pth")
+    arguments = ["--weights", str(tmp_path / "w.pth"), "--num_images", "1", "--layers", "stage1"]
+    with pytest.raises(SystemExit, match="choose one: --state ema, of"):
+        run(*arguments)
+    _, folder = run(*arguments, "--state", "ema")
+    network.load_state_dict(average)
+    assert load_erf(folder / "erf").about["weights_hash"] == weights_hash(network)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segformer_pl.checkpoints import export_weights
+from segformer_pl.checkpoints import export_weights, load_network, read_weights
 from segformer_pl.inference.targets import TARGETS
 from segformer_pl.models import SegFormer, mit_b0
 from segformer_pl.models.mit import MixTransformer
@@ -53,6 +53,31 @@ def test_bad_arguments_get_a_sentence(fail, weights, tmp_path):
     ):
         assert sentence in fail("export", *arguments), sentence
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.pt2", "w.safetensors"]
+
+
+def test_a_folder_that_states_a_size_needs_no_option(run, weights, tmp_path):
+    network, _ = load_network(weights)
+    facts = {"class_names": ["sky", "road", "car"]}
+    stated = {"do_resize": True, "size": {"height": 48, "width": 64}}
+    export_weights(network, tmp_path / "folder", "huggingface", facts, stated)
+    run("export", tmp_path / "folder", "--to", "torch-export", "--output", tmp_path / "m.pt2")
+    graph = TARGETS["torch-export"].open(tmp_path / "m.pt2")
+    assert graph.description["image_size"] == "[48, 64]"
+    assert graph.run(torch.zeros(1, 30, 20, 3, dtype=torch.uint8)).shape == (1, 30, 20)
+
+
+def test_an_average_beside_the_weights_is_chosen(run, fail, weights, tmp_path):
+    network, _ = load_network(weights)
+    state, facts = network.state_dict(), read_weights(weights).task
+    average = {key: tensor.clone() for key, tensor in state.items()}
+    average["head.classifier.bias"][:] = torch.tensor([-1e4, 1e4, 0])
+    content = {"state_dict": state, "ema_state_dict": average, "hyper_parameters": facts}
+    torch.save(content, tmp_path / "w.pth")
+    given = ["export", tmp_path / "w.pth", "--to", "torch-export", "--size", 64, 64]
+    assert "choose one: --state ema_state_dict, of " in fail(*given)
+    assert "1 of 3 classes occur in them" in run(*given, "--state", "ema_state_dict")
+    masks = TARGETS["torch-export"].open(tmp_path / "w.pt2").run
+    assert (masks(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)) == 1).all()
 
 
 def test_an_encoder_is_refused(fail, tmp_path):

@@ -326,20 +326,22 @@ def test_a_missing_device(run, images):
     assert "--device cuda: this machine has no CUDA device that torch can use" in reported
 
 
-def test_a_network_with_four_channels_is_refused(run, images, monkeypatch):
+def test_a_network_with_five_channels_is_refused(run, images, monkeypatch):
     Image.fromarray(make_image()).save(images / "a.png")
 
     original = Predictor.from_weights
 
     def load(weights):
         loaded = original(weights)
-        loaded.network.in_channels = 4
+        loaded.network.in_channels = 5
         return loaded
 
     monkeypatch.setattr(Predictor, "from_weights", load)
     code, _, reported = run(images)
     assert code == 2
-    assert "the network takes 4 channels, but images are read with 3 (RGB); give" in reported
+    assert (
+        "the network takes images of 5 channels, but files are read with 3 (RGB) or 4" in reported
+    )
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def photograph(height, width):
 def encoded(pixels, format="PNG"):
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, format=format, quality=95)
-    return EncodedImage(buffer.getvalue(), "here")
+    return EncodedImage(buffer.getvalue(), "here", pixels.shape[2])
 
 
 def blocks(height, width, num_classes=5, side=16):
@@ -270,6 +270,40 @@ def test_distortion_is_part_of_the_pipeline_between_flip_and_padding():
         inner = torch.from_numpy(distort(np.ascontiguousarray(levels), rng)).permute(2, 0, 1) / 255
         assert torch.equal(image[:, :20, :20], inner)
         assert torch.equal(image[:, 20:], expected[:, 20:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"crop_size": (40, 40), "scale_range": (0.5, 2.0)},
+        {"crop_size": (24, 20), "scale_range": (2.0, 2.5)},
+        {"base_size": (96, 48)},
+    ],
+    ids=["crop", "warp", "base size"],
+)
+def test_a_fourth_band_goes_where_rgb_goes_and_keeps_its_values(arguments):
+    rgb, label = photograph(50, 70), blocks(50, 70)
+    # A band that equals one of RGB has to end up as that one, where colours are not distorted.
+    four = np.concatenate([rgb, rgb[..., 1:2]], axis=2)
+    plain, distorting = pipeline(**arguments), pipeline(**arguments, photometric=True)
+    for seed in range(8):
+        expected, ids = distorting(encoded(rgb), label, np.random.default_rng(seed))
+        undistorted, _ = plain(encoded(rgb), label, np.random.default_rng(seed))
+        image, four_ids = distorting(encoded(four), label, np.random.default_rng(seed))
+        assert torch.equal(image[:3], expected)
+        assert torch.equal(ids, four_ids)
+        is_padding = ids == 255
+        assert torch.equal(image[3, ~is_padding], undistorted[1, ~is_padding])
+        assert not image[3, is_padding].any()
+
+
+def test_a_distorted_fourth_band_is_noticed(monkeypatch):
+    def distort_all(pixels, rng):
+        return np.concatenate([distort(pixels[..., :3].copy(), rng), pixels[..., 3:] // 2], axis=2)
+
+    monkeypatch.setattr(transforms, "_distort_rgb", distort_all)
+    with pytest.raises(AssertionError):
+        test_a_fourth_band_goes_where_rgb_goes_and_keeps_its_values({"crop_size": (40, 40)})
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.3, 0.2, 0.11])

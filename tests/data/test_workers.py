@@ -184,8 +184,8 @@ def test_loaders_that_are_read_in_turn(shards, rows, write_shards, num_workers):
 
 
 def test_a_signal_while_a_worker_starts_does_not_end_it(tmp_path, rows, write_shards, monkeypatch):
-    ignore = datamodule._ignore_signals
-    monkeypatch.setattr(datamodule, "_ignore_signals", lambda rank: (time.sleep(1), ignore(rank)))
+    ignore = datamodule.ignore_signals
+    monkeypatch.setattr(datamodule, "ignore_signals", lambda rank: (time.sleep(1), ignore(rank)))
     write_shards(tmp_path / "data", "train", [rows[:8]])
     data = StreamingSegmentationData(path=tmp_path / "data", batch_size=2, num_workers=2)
     batches = iter(data.train_dataloader())

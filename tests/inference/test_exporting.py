@@ -121,6 +121,7 @@ def test_the_onnx_file_describes_itself_and_keeps_the_epsilons(segformer, onnx_f
         "palette": PALETTE,
         "ignore_index": 255,
         "weight_constants": {"norm_eps": 1e-6, "conv_norm_eps": 1e-5},
+        "image_size": None,
         "resize_to": None,
         "pad_to": None,
     }
@@ -177,6 +178,29 @@ def test_every_target_predicts_alike_and_describes_itself(small, tmp_path, to):
     for _, pixels in images((50, 31)):
         mask = graph.run(torch.from_numpy(pixels)[None])[0].numpy()
         assert (mask == small(pixels)).mean() > 0.999
+
+
+def test_a_stated_size_is_in_the_graph(small, tmp_path):
+    small.protocol = Inference(image_size=(40, 56))
+    small.network.traces_any_size = False  # it sees images of one size
+    plain = Predictor(small.network, NAMES, PALETTE, NORMALIZATION)
+    ((_, pixels),) = images((65, 97))
+    for to in ("torch-export", "onnx"):
+        target = TARGETS[to]
+        for package in target.packages:
+            pytest.importorskip(package)
+        file = tmp_path / f"{to}{target.suffixes[0]}"
+        export_graph(small, file, to, images(*SIZES))
+        graph = target.open(file)
+        assert json.loads(graph.description["image_size"]) == [40, 56]
+        mask = graph.run(torch.from_numpy(pixels)[None])[0].numpy()
+        assert (mask == small(pixels)).mean() > 0.999
+        assert (mask == plain(pixels)).mean() < 0.999  # the size matters
+    pytest.importorskip("openvino")
+    with pytest.raises(
+        UserError, match=r"to \[40, 56\] with antialiasing .*, which openvino lacks"
+    ):
+        export_graph(small, tmp_path / "m.xml", "openvino", images(*SIZES))
 
 
 @pytest.mark.parametrize("protocol", [{"pad_to": 16}, {"resize_to": 16}], ids=str)

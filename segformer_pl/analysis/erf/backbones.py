@@ -41,12 +41,15 @@ class TimmStages(nn.Module):
             the path of a file.
 
     Attributes:
+        in_channels: Number of channels of its images, 3.
         mean: Mean that normalises images in 0 to 1.
         std: Standard deviation that normalises images in 0 to 1.
 
     Raises:
         UserError: timm has no such network, or it has no feature maps of these strides.
     """
+
+    in_channels = 3
 
     def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ from segformer_pl.analysis.erf.units import (
     unit_position,
     units_at_pixels,
 )
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
 
 LONGER_SIDE = 10  # units of the grid along the longer side of the image
 NEAR = 16.0  # pixels; the share of the field within this distance is stored
@@ -75,6 +75,11 @@ class LayerFields:
     share: npt.NDArray[np.float64]
     positions: list[Position]
 
+    def __repr__(self) -> str:
+        num_units, height, width = self.values.shape
+        blocks = f"maps of {height}x{width} blocks of {self.block} px"
+        return f"LayerFields({self.name!r}, {counted(num_units, 'unit')}, {blocks})"
+
 
 @dataclass(frozen=True)
 class Exploration:
@@ -93,6 +98,11 @@ class Exploration:
     columns: list[int]
     size: tuple[int, int]
     settings: dict[str, Any]
+
+    def __repr__(self) -> str:
+        layers = ", ".join(layer.name for layer in self.layers)
+        units = f"{len(self.rows)}x{len(self.columns)} units"
+        return f"Exploration({layers}; {units}, image of {self.size[0]}x{self.size[1]} pixels)"
 
 
 def explore(

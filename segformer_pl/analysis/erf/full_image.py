@@ -25,7 +25,7 @@ units together, whatever their number.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,9 @@ from segformer_pl.analysis.erf.units import (
 )
 from segformer_pl.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Method = Literal["vjp", "loop", "probe"]
 
 
@@ -76,6 +79,25 @@ class RadiusMap:
     columns: npt.NDArray[Any]
     size: tuple[int, int]
 
+    def __repr__(self) -> str:
+        units = "{}x{} units".format(*self.radius.shape)
+        known = self.radius[np.isfinite(self.radius)]
+        radii = f"radii {known.min():.1f} to {known.max():.1f} px" if known.size else "no radius"
+        image = "image of {}x{} pixels".format(*self.size)
+        return f"RadiusMap({self.layer!r}, {units}, {radii}, {image})"
+
+    def plot(self, image: npt.NDArray[np.floating] | None = None, title: str = "") -> "Figure":
+        """Draw the radius of every unit, beside the image if it is given.
+
+        Args:
+            image: (H, W, 3) in 0 to 1.
+            title: What was measured: weights, image.
+        """
+        # It imports this module, and matplotlib, which a measurement does not need.
+        from segformer_pl.analysis.erf.plots import plot_radius_map
+
+        return plot_radius_map(self, image, title)
+
 
 def radius_map(
     model: nn.Module,
@@ -90,7 +112,7 @@ def radius_map(
     layout: AxisLayout = "auto",
     seed: int = 0,
     probe_seed: int = 0,
-    progress: bool = False,
+    progress: str | None = None,
 ) -> RadiusMap:
     """Return the ERF radius of every output unit on a grid, for one image.
 
@@ -110,7 +132,7 @@ def radius_map(
         layout: Order of the axes of a layer that is a module, where its shape leaves it open.
         seed: Seed of a random projection, as for ``effective_receptive_field``.
         probe_seed: Seed of the random directions; torch's random state does not change.
-        progress: Whether to show a progress bar.
+        progress: Label of a progress bar; none by default.
 
     Raises:
         UserError: An argument or the layer does not fit.
@@ -173,7 +195,7 @@ def _exact(
     columns: npt.NDArray[Any],
     method: Method,
     batch_size: int,
-    progress: bool,
+    progress: str | None,
 ) -> npt.NDArray[np.float64]:
     """Return radii (n, m), one row of the Jacobian after the other."""
     inputs.requires_grad_()
@@ -182,7 +204,8 @@ def _exact(
     # Make the one-hot cotangents in batches: all of them would be a matrix of units x units.
     squared = []
     step = batch_size if method == "vjp" else 1
-    for start in tqdm(range(0, len(flat), step), disable=not progress, leave=False):
+    bar = _progress(len(flat), "unit", progress)
+    for start in range(0, len(flat), step):
         numbers = torch.arange(start, min(start + step, len(flat)), device=flat.device)
         if method == "vjp":
             cotangents = torch.zeros(len(numbers), len(flat), dtype=flat.dtype, device=flat.device)
@@ -194,9 +217,15 @@ def _exact(
         else:
             (slopes,) = torch.autograd.grad(flat[start], inputs, retain_graph=True)
         squared.append(_moments(slopes.double().square().sum(1), rows, columns, numbers))
+        bar.update(len(numbers))
+    bar.close()
     total, distance = torch.cat(squared, 1).cpu().numpy().reshape(2, *units.shape)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.sqrt(np.where(total > 0, distance / total, np.nan))
+
+
+def _progress(total: int, unit: str, label: str | None) -> "tqdm[Any]":
+    return tqdm(total=total, desc=label, unit=unit, disable=label is None, leave=False)
 
 
 def _moments(
@@ -226,7 +255,7 @@ def _probes(
     num_probes: int,
     batch_size: int,
     seed: int,
-    progress: bool,
+    progress: str | None,
 ) -> npt.NDArray[np.float64]:
     """Return (2, K, n, m), draws by K probes of the sum of squares and of the second moment."""
     generator = torch.Generator().manual_seed(seed)
@@ -241,7 +270,8 @@ def _probes(
     unit_columns = (torch.as_tensor(columns, device=inputs.device) - width / 2) / scale
     draws = []
     at_once = max(batch_size // 3, 1)
-    for start in tqdm(range(0, num_probes, at_once), disable=not progress, leave=False):
+    bar = _progress(num_probes, "probe", progress)
+    for start in range(0, num_probes, at_once):
         number = min(at_once, num_probes - start)
         shape = (number, *inputs.shape[1:])
         signs = (2.0 * torch.randint(0, 2, shape, generator=generator) - 1).to(inputs)
@@ -254,6 +284,8 @@ def _probes(
         distance = (by_row - unit_rows * plain).square()
         distance += (by_column - unit_columns * plain).square()
         draws.append(torch.stack([total, distance * scale**2]).cpu())
+        bar.update(number)
+    bar.close()
     return torch.cat(draws, 1).numpy()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,10 @@ from segformer_pl.analysis.erf import extent
 from segformer_pl.analysis.erf.jackknife import Interval, jackknife
 from segformer_pl.analysis.erf.moments import NUM_GROUPS, Moments
 from segformer_pl.analysis.erf.units import Position, unit_at_position
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,27 @@ class LayerERF:
     position: Position | None
     grid: tuple[int, int]
     gradient: str
+
+    def __repr__(self) -> str:
+        height, width = self.mean.shape
+        unit = "units of a class" if self.position is None else "unit at ({:g}, {:g})"
+        unit = unit.format(*self.position or ())
+        images = f"{counted(self.num_images, 'image')} of {height}x{width} pixels"
+        return f"LayerERF({self.name!r}, {unit}, {self.gradient} gradient, {images})"
+
+    def plot(self, title: str = "", image: npt.NDArray[np.floating] | None = None) -> "Figure":
+        """Draw the map, as :meth:`~segformer_pl.analysis.erf.ERF.plot` draws those of all layers.
+
+        Args:
+            title: What was measured: weights, images.
+            image: (H, W, 3) in 0 to 1, shown beneath the map; not for signed gradients.
+
+        Raises:
+            UserError: The image has another size than the map.
+        """
+        from segformer_pl.analysis.erf.result import ERF  # which imports this module
+
+        return ERF({self.name: self}, self.num_images).plot(title, image)
 
     @classmethod
     def from_moments(

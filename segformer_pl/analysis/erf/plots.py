@@ -40,10 +40,15 @@ LEAST_REACH = 8.5  # but at least this many pixels on either side of the unit
 SHARES = np.concatenate([np.linspace(0.02, 0.98, 49), [0.99]])
 SQUARE_SHARES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
 ZERO = "zero everywhere"
+OPACITY = 0.75  # at most, of a map over an image
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # of R, G and B (ITU-R BT.709)
 
 
 def plot_erf(
-    results: ERF | Mapping[str, ERF], title: str = "", zoom: Sequence[str] | None = None
+    results: ERF | Mapping[str, ERF],
+    title: str = "",
+    zoom: Sequence[str] | None = None,
+    image: npt.NDArray[np.floating] | None = None,
 ) -> Figure:
     """Draw networks as rows and layers as columns, like SegFormer's Figure 3.
 
@@ -57,12 +62,16 @@ def plot_erf(
             results differ in their settings or in the number of images.
         title: What was measured: weights, images.
         zoom: Layers to enlarge; all by default, none if it is empty.
+        image: (H, W, 3) in 0 to 1, shown in grey beneath the maps, which are the more transparent
+            the smaller they are. A cross marks the unit of every layer.
 
     Raises:
-        UserError: There is nothing to draw, or a map is signed (see :func:`plot_signed`).
+        UserError: There is nothing to draw, a map is signed (see :func:`plot_signed`), or the image
+            has another size than the maps.
     """
     rows = label_rows(results, "plot_erf")
     shape = _first(rows).mean.shape
+    beneath = None if image is None else _grey(image, shape)
     floor = _floor([layer for erf in rows.values() for layer in erf.layers.values()])
     groups = []
     for label, erf in rows.items():
@@ -79,10 +88,11 @@ def plot_erf(
     for erf, panels, zooms in zip(rows.values(), figure.panels, figure.zooms):
         origin = _origin(erf.layers.values())
         for index, (axes, layer) in enumerate(zip(panels, erf.layers.values())):
-            drawn = _draw(axes, layer, floor, origin)
-            _mark_unit(axes, layer, origin)
+            drawn = _draw(axes, layer, floor, origin, beneath)
+            if origin is None or beneath is not None:
+                _mark_unit(axes, layer, origin)
             if zooms and (zoom is None or layer.name in zoom):
-                _draw_zoom(axes, zooms[index], layer, floor, origin)
+                _draw_zoom(axes, zooms[index], layer, floor, origin, beneath)
                 if zooms[index].get_ylim() != zooms[0].get_ylim():
                     zooms[index].set_yticks([])  # only the first one has tick labels
             elif zooms:
@@ -126,8 +136,8 @@ def _extent(layer: LayerERF, origin: Position | None) -> tuple[float, float, flo
 
 
 def _mark_unit(axes: Axes, layer: LayerERF, origin: Position | None) -> None:
-    if origin is None and layer.position is not None:
-        row, column = layer.position
+    if layer.position is not None:
+        row, column = (at - zero for at, zero in zip(layer.position, origin or (0, 0)))
         style: dict[str, Any] = {"color": SKY, "markersize": 6, "markeredgewidth": 1}
         (mark,) = axes.plot(column, row, marker="+", clip_on=False, **style)
         mark.set_path_effects([withStroke(linewidth=2.4, foreground=INK)])
@@ -160,14 +170,32 @@ def _pixels(value: float) -> str:
     return f"{value:.1f} px" if value < 9.95 else f"{value:.0f} px"
 
 
-def _draw(axes: Axes, layer: LayerERF, floor: float, origin: Position | None) -> Any:
-    drawn = axes.imshow(
-        _relative(layer),
-        norm=LogNorm(floor, 1, clip=True),
-        cmap="magma",
-        extent=_extent(layer, origin),
-        interpolation="nearest",
-    )
+def _grey(image: npt.NDArray[np.floating], shape: tuple[int, ...]) -> npt.NDArray[np.floating]:
+    """Return the lightness (H, W) of an image, brightened, so that dark maps show on it."""
+    if image.shape != (*shape, 3):
+        raise UserError(
+            f"image: give one of the maps' size, ({shape[0]}, {shape[1]}, 3), not "
+            f"{tuple(image.shape)}"
+        )
+    return 0.3 + 0.7 * np.clip(image @ LUMINANCE, 0, 1)
+
+
+def _draw(
+    axes: Axes,
+    layer: LayerERF,
+    floor: float,
+    origin: Position | None,
+    beneath: npt.NDArray[np.floating] | None = None,
+) -> Any:
+    values, opacity = _relative(layer), None
+    style: dict[str, Any] = {"extent": _extent(layer, origin), "interpolation": "nearest"}
+    if beneath is not None:
+        axes.imshow(beneath, cmap="gray", vmin=0, vmax=1, **style)
+        # Transparent at the floor of the logarithmic scale, steady from its middle up
+        depth = np.log(np.maximum(values, floor)) / np.log(floor)
+        opacity = OPACITY * np.clip(2 - 2 * depth, 0, 1)
+    norm = LogNorm(floor, 1, clip=True)
+    drawn = axes.imshow(values, norm=norm, cmap="magma", alpha=opacity, **style)
     set_ticks(axes)
     return drawn
 
@@ -184,7 +212,12 @@ def _can_zoom(layer: LayerERF) -> bool:
 
 
 def _draw_zoom(
-    whole: Axes, axes: Axes, layer: LayerERF, floor: float, origin: Position | None
+    whole: Axes,
+    axes: Axes,
+    layer: LayerERF,
+    floor: float,
+    origin: Position | None,
+    beneath: npt.NDArray[np.floating] | None,
 ) -> None:
     """Draw the surroundings of the unit in ``axes`` and frame them in ``whole``.
 
@@ -198,7 +231,7 @@ def _draw_zoom(
     whole.add_patch(
         Rectangle(corner, 2 * reach, 2 * reach, fill=False, edgecolor=SKY, linewidth=0.9)
     )
-    _draw(axes, layer, floor, layer.position)
+    _draw(axes, layer, floor, layer.position, beneath)
     axes.set_xlim(x, x + 2 * reach)
     axes.set_ylim(y + 2 * reach, y)
     set_ticks(axes)
@@ -291,7 +324,8 @@ def _draw_signed(
         drawn = axes.imshow(
             values, norm=norm, cmap="PuOr_r", extent=_extent(layer, origin), interpolation="nearest"
         )
-        _mark_unit(axes, layer, origin)
+        if origin is None:
+            _mark_unit(axes, layer, origin)
         set_ticks(axes)
     shown = powers if figure.figure.get_figwidth() > WIDTH / 2 else powers[::2]
     ticks = [*(-power for power in reversed(shown)), 0.0, *shown]

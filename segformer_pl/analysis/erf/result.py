@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,10 @@ from torch import nn
 
 from segformer_pl.analysis.erf.layer import LayerERF
 from segformer_pl.atomic import atomic_write, atomic_write_text
-from segformer_pl.errors import UserError
+from segformer_pl.errors import UserError, counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = 3
 SHARES = (0.2, 0.3, 0.5, 0.99)  # those of RepLKNet's table
@@ -43,8 +46,36 @@ class ERF:
     about: dict[str, Any] = field(default_factory=dict)
     image_ids: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        if not self.layers:
+            return "ERF(no layer)"
+        height, width = next(iter(self.layers.values())).mean.shape
+        images = f"{counted(self.num_images, 'image')} of {height}x{width} pixels"
+        return f"ERF({', '.join(self.layers)}; {images})"
+
     def __getitem__(self, layer: str) -> LayerERF:
         return self.layers[layer]
+
+    def plot(self, title: str = "", image: npt.NDArray[np.floating] | None = None) -> "Figure":
+        """Draw the maps of all layers side by side.
+
+        Args:
+            title: What was measured: weights, images.
+            image: (H, W, 3) in 0 to 1, shown beneath the maps; not for signed gradients.
+
+        Returns:
+            The figure of :func:`.plots.plot_erf`, or :func:`.plots.plot_signed` for signed
+            gradients.
+
+        Raises:
+            UserError: There is no layer, or the image has another size than the maps.
+        """
+        # It imports this module, and matplotlib, which a measurement does not need.
+        from segformer_pl.analysis.erf.plots import plot_erf, plot_signed
+
+        if any(layer.gradient == "signed" for layer in self.layers.values()):
+            return plot_signed(self, title)
+        return plot_erf(self, title, image=image)
 
     def numbers(self, level: float = 0.95) -> dict[str, dict[str, Any]]:
         """Return the table of all numbers: layer -> name -> value.

@@ -34,22 +34,30 @@ IMAGE_SIDE = 1024  # pixels; a larger image is shrunk to this
 def write_explorer(
     file: Path, image: Tensor, image_id: str, explorations: Mapping[str, Exploration]
 ) -> None:
-    """Write the page of one image and one or several networks.
+    """Write the page of :func:`explorer_html` to a file.
+
+    Raises:
+        UserError: See :func:`explorer_html`.
+        WriteError: The page cannot be written.
+    """
+    atomic_write_text(file, explorer_html(image, image_id, explorations))
+
+
+def explorer_html(image: Tensor, image_id: str, explorations: Mapping[str, Exploration]) -> str:
+    """Return the page of one image and one or several networks.
 
     Args:
-        file: Path of the page.
         image: (3, H, W), RGB in 0 to 1.
         image_id: Name of the image.
         explorations: Receptive fields by name of the network, all of this image and one grid.
 
     Raises:
         UserError: There is no network, or they have different images, grids or settings.
-        WriteError: The page cannot be written.
     """
     first = _check(explorations, image)
     settings = {"units": "unit at the chosen pixel", **first.settings}
     height, width = first.size
-    html = render(
+    return render(
         "explorer.html.j2",
         image_id=style.printable(image_id),
         image_url=_image_url(image),
@@ -69,22 +77,21 @@ def write_explorer(
             "networks": [_network(name, one) for name, one in explorations.items()],
         },
     )
-    atomic_write_text(file, html)
 
 
 def _check(explorations: Mapping[str, Exploration], image: Tensor) -> Exploration:
     facts = [(e.size, e.rows, e.columns, e.settings) for e in explorations.values()]
     if not facts:
-        raise UserError("write_explorer: there is no network to show")
+        raise UserError("explorer: there is no network to show")
     if any(fact != facts[0] for fact in facts):
         raise UserError(
-            "write_explorer: the networks were measured on images of other sizes, on other grids "
+            "explorer: the networks were measured on images of other sizes, on other grids "
             "or with other settings; measure all with the same"
         )
     if tuple(image.shape) != (3, *facts[0][0]):
         height, width = facts[0][0]
         raise UserError(
-            f"write_explorer: image: give the image that was measured, (3, {height}, {width}), not "
+            f"explorer: image: give the image that was measured, (3, {height}, {width}), not "
             f"shape {tuple(image.shape)}"
         )
     return next(iter(explorations.values()))

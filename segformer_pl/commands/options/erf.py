@@ -5,6 +5,7 @@ from jsonargparse import Namespace
 from segformer_pl.commands.options.device import add_device_option
 from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.options.weights import add_state_option
 
 
 def parse(arguments: list[str]) -> Namespace:
@@ -26,6 +27,7 @@ def parse(arguments: list[str]) -> Namespace:
         help="weights in any layout that `convert` reads: a file, a folder, or a hub name "
         "owner/name@commit",
     )
+    add_state_option(parser)
     parser.add_argument(
         "--model",
         help=f"network with random weights: {', '.join(SEGMENTERS)}, or an import path "
@@ -46,6 +48,13 @@ def parse(arguments: list[str]) -> Namespace:
         "--data.path",
         help="folder, hub name or URL pattern of the data set. Default: the path of the "
         "checkpoint's data set, or that of the catalogue",
+    )
+    parser.add_argument(
+        "--data.num_bands",
+        type=int,
+        choices=[3, 4],
+        help="number of bands that images are read with; it has to be in_channels of the networks. "
+        "Default: that of the checkpoint's data, or 3 (RGB)",
     )
     parser.add_argument(
         "--num_images",

@@ -4,6 +4,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
+from segformer_pl.commands.options.weights import add_state_option
 from segformer_pl.inference.protocol import Inference
 
 # Those of segformer_pl.inference.targets, which needs torch (checked by a test).
@@ -16,7 +17,7 @@ def parse(arguments: list[str]) -> Namespace:
     parser = SegformerArgumentParser(
         prog=f"{PROG} export",
         description="Write a checkpoint as one graph for other runtimes: preprocessing, network, "
-        "upsampling and argmax, from 8-bit RGB images (batch, height, width, 3) of any size to "
+        "upsampling and argmax, from 8-bit images (batch, height, width, channels) of any size to "
         "class indices (batch, height, width). Then run the file, and keep it only if at least "
         "99.9 %% of the pixels of every image get the class that the checkpoint predicts. The "
         "file states normalisation, class names and palette; see docs/export.md. The network is "
@@ -27,6 +28,7 @@ def parse(arguments: list[str]) -> Namespace:
         metavar="CKPT",
         help="checkpoint of a run, or other weights that `convert` reads",
     )
+    add_state_option(parser)
     parser.add_argument(
         "--to",
         required=True,
@@ -60,7 +62,7 @@ def parse(arguments: list[str]) -> Namespace:
         "--network_only",
         action="store_true",
         help="leave preprocessing, upsampling and argmax out: from normalised float images (batch, "
-        "3, height, width) to class maps (batch, classes, h, w)",
+        "channels, height, width) to class maps (batch, classes, h, w)",
     )
     parser.add_argument(
         "--size",

@@ -19,6 +19,7 @@ from segformer_pl.analysis.erf.plots import (
     plot_radius_map,
     plot_signed,
 )
+from segformer_pl.errors import UserError
 
 TITLE = "mean of 100 validation images of a data set with a long name, 1024x2048 pixels"
 STAGES = ["stage1", "stage2", "stage3", "stage4", "head"]
@@ -308,3 +309,47 @@ def test_receptive_field_of_zeros_is_labelled():
     assert maps_of(difference)[1].get_label() == "head\nzero everywhere in a"
     signed = zero_in(erf_of(["head"], gradient="signed"), "head")
     assert maps_of(plot_signed(signed))[0].get_label() == "head\nzero everywhere"
+
+
+@pytest.mark.parametrize("positions", [None, [(32, 48), (0, 4), (40.5, 8)]])
+def test_an_image_lies_beneath_and_a_cross_marks_the_unit(positions):
+    names = STAGES[:3]
+    erf = erf_of(names)
+    erf = erf if positions is None else with_units(erf, positions)
+    image = np.random.default_rng(0).random((64, 96, 1)).repeat(3, axis=2)
+    origin = (32, 48) if positions is None else (0, 0)
+    for axes, layer in zip(maps_of(erf.plot("title", image)), erf.layers.values()):
+        beneath, drawn = axes.images
+        assert beneath.get_extent() == drawn.get_extent()
+        np.testing.assert_allclose(beneath.get_array(), 0.3 + 0.7 * image[..., 0])
+        opacity = drawn.get_alpha()
+        assert opacity.shape == layer.mean.shape
+        assert opacity.flat[layer.mean.argmax()] == opacity.max() < 1
+        assert opacity.flat[layer.mean.argmin()] == opacity.min() < opacity.max()
+        (mark,) = (line for line in axes.lines if line.get_marker() == "+")
+        (column,), (row,) = mark.get_data()
+        assert (row + origin[0], column + origin[1]) == layer.position
+
+
+def test_results_plot_themselves():
+    erf = erf_of(STAGES)
+    assert len(maps_of(erf.plot())) == 5
+    assert len(maps_of(erf["head"].plot("the head"))) == 1
+    assert "Signed gradient" in erf_of(STAGES[:2], gradient="signed").plot("s").get_suptitle()
+    radii = RadiusMap("head", np.ones((2, 3)), np.zeros((2, 3)), [0, 4], [0, 4, 8], (8, 12))
+    assert len(radii.plot(np.zeros((8, 12, 3)), "t").axes) == 3  # image, radii, colour bar
+    with pytest.raises(UserError, match=r"give one of the maps' size, \(64, 96, 3\), not \(64, 64"):
+        erf.plot(image=np.zeros((64, 64, 3)))
+
+
+def test_results_say_in_one_line_what_they_are():
+    erf = erf_of(["stage1", "head"], num_images=1)
+    assert repr(erf) == "ERF(stage1, head; 1 image of 64x96 pixels)"
+    unit = "unit at (32, 48), abs gradient"
+    assert repr(erf["head"]) == f"LayerERF('head', {unit}, 1 image of 64x96 pixels)"
+    of_class = dataclasses.replace(erf["head"], position=None)
+    assert repr(of_class).startswith("LayerERF('head', units of a class, abs gradient, ")
+    radii = RadiusMap("head", np.array([[1.25, np.nan]]), np.zeros((1, 2)), [0], [0, 4], (4, 8))
+    assert repr(radii) == "RadiusMap('head', 1x2 units, radii 1.2 to 1.2 px, image of 4x8 pixels)"
+    nothing = dataclasses.replace(radii, radius=radii.radius * np.nan)
+    assert "no radius" in repr(nothing)
