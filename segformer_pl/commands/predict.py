@@ -56,7 +56,7 @@ def run(options: Namespace) -> None:
         images = find_images(options.input, output)
         device = resolve_device(options.device)
         _return_large_blocks()
-        predictor = Predictor.from_weights(_weights(options)).to(device)
+        predictor = Predictor.from_weights(_weights(options), options.network).to(device)
         check_takes_rgb(predictor.network, "--weights" if options.ckpt is None else "--ckpt")
         predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     except ValueError as error:
