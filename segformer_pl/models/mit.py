@@ -220,6 +220,8 @@ class MixTransformer(Encoder):
         self.out_channels = tuple(embed_dims)
         self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
         self.min_size = min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
+        # torch 2.15 takes for granted that a grid has an odd row, or has none, as in its example.
+        self.traces_any_size = not any(merged_queries)
 
         last_block = max(sum(depths) - 1, 1)
         stages = []

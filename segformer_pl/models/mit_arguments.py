@@ -138,8 +138,8 @@ def check_merged_queries(shares: Sequence[float]) -> None:
     """
     if len(shares) != 4 or not all(0 <= share <= 1 for share in shares):
         raise UserError(
-            f"merged_queries={tuple(shares)}: give the share, from 0 to 1, of the 2x2 squares whose "
-            "queries are merged for each of the four stages"
+            f"merged_queries={tuple(shares)}: give a share from 0 to 1 of the 2x2 squares of "
+            "tokens for each of the four stages"
         )
 
 
