@@ -48,11 +48,10 @@ def test_runs_of_earlier_versions_equal_runs_that_merge_no_queries(inside):
     """The setting came later, so that its default changes no digest of a stored study."""
 
     def digest(arguments):
-        network = {"init_args": {"sr_ratios": [8, 4, 2, 1]}}
-        parent = network
+        parent = network = {}
         for name in inside.split("."):
             parent = parent.setdefault(name, {})
-        parent |= arguments
+        parent |= {"sr_ratios": [8, 4, 2, 1]} | arguments
         parts = {0: {"seed_everything": 1, "model": {"network": network}, "data": {"path": "x"}}}
         return settings_digest(training_configuration(parts, None))
 

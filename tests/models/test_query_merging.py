@@ -123,7 +123,7 @@ def test_without_merging_nothing_changes(randomize, monkeypatch):
 
 def test_gradients(randomize):
     attn = randomize(attention(share=0.5, dim=4, heads=2))
-    tokens = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(2, 4, 3, 4, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*attn.named_parameters())
 
     def run(tokens, *values):
