@@ -24,9 +24,11 @@ test-references: $(VENV)/references
 # On an otherwise idle machine; see experiments/benchmarks for what is compared.
 bench: $(VENV)/references
 	@echo "==> timing SegFormer beside transformers and segmentation_models_pytorch (20 minutes)"
-	$(BIN)/python experiments/benchmarks/speed.py --rounds 5
-	$(BIN)/python experiments/benchmarks/speed.py --rounds 3 --variants b0 --tasks inference \
-		--size 1024 2048 --num_classes 19 --without_smp
+	$(BIN)/python experiments/benchmarks/speed.py --rounds 5 --variants b0
+	$(BIN)/python experiments/benchmarks/speed.py --rounds 3 --variants b2 --without_smp \
+		--tasks inference training file
+	$(BIN)/python experiments/benchmarks/speed.py --rounds 3 --variants b0 --without_smp \
+		--tasks inference --size 1024 2048 --num_classes 19
 	$(BIN)/python experiments/benchmarks/runtimes.py --runtimes eager folded onnxruntime openvino
 
 lint: install

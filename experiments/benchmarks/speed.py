@@ -36,6 +36,7 @@ where it was stopped.
 import argparse
 import copy
 import csv
+import os
 import statistics
 import sys
 import tempfile
@@ -68,6 +69,8 @@ MODES: dict[str, dict[str, Any] | None] = {
     "compile": {},
     "graphs": {"mode": "reduce-overhead"},
 }
+# Calls before the first timed one; those of compiled networks compile, tune and record graphs.
+WARM_UPS = {"eager": 1, "compile": 3, "graphs": 3}
 GROUP = ("device", "variant", "task", "dtype", "mode", "batch", "height", "width", "classes")
 Call = Callable[[], Any]
 
@@ -322,6 +325,7 @@ def peak_memory(call: Call, device: str) -> float:
     On a CPU, what libraries such as oneDNN allocate for themselves is not included.
     """
     if device == "cpu":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own steps
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             call()
         results = recorded.profiler.kineto_results
@@ -380,7 +384,7 @@ def measure(group: dict[str, Any], options: argparse.Namespace) -> list[dict[str
             else:
                 call = inference(subject, reference, task, dtype, mode, images)
             calls[subject.name] = call
-            for _ in range(3):  # compilation, CUDA graphs, autotuning
+            for _ in range(WARM_UPS[mode]):
                 call()
         if task == "file":
             check_labels(calls["segformer_pl"](), calls["transformers"](), "file")
