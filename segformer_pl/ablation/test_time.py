@@ -27,10 +27,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from segformer_pl.analysis.complexity import executed_macs
-from segformer_pl.checkpoints.networks import build
+from segformer_pl.checkpoints.changed_network import changed_network
 from segformer_pl.checkpoints.sources import Weights
-from segformer_pl.checkpoints.transplant import transplant
-from segformer_pl.errors import UserError, brief
+from segformer_pl.errors import UserError
 from segformer_pl.inference import Inference, Predictor, predict_classes
 from segformer_pl.models.segmenter import Output
 from segformer_pl.yaml_file import read_mapping
@@ -116,8 +115,9 @@ def predictors(
     for setting in settings:
         key = json.dumps(setting.network, sort_keys=True)
         if key not in networks:
-            device = trained.device
-            networks[key] = _changed_network(setting, trained, weights).to(device)
+            name = f"setting '{setting.name}'"
+            network = changed_network(trained.network, weights, setting.network, name)
+            networks[key] = network.to(trained.device)
         result[setting.name] = Predictor(
             networks[key],
             trained.class_names,
@@ -126,44 +126,6 @@ def predictors(
             _changed_protocol(setting, trained.protocol),
         )
     return result
-
-
-def _changed_network(setting: Setting, trained: Predictor, weights: Weights) -> Any:
-    spec = trained.network.spec()
-    for name, value in setting.network.items():
-        if not _replace(spec, name, value):
-            raise UserError(
-                f"setting '{setting.name}': a {type(trained.network).__name__} has no argument "
-                f"{name!r}; correct the name"
-            )
-    try:
-        network: Any = build(spec, f"setting '{setting.name}'")
-    except UserError as error:
-        cause = error.__cause__
-        text = brief(cause) if isinstance(cause, Exception) else str(error)
-        raise UserError(f"setting '{setting.name}': {text}") from error
-    network.to(next(trained.network.parameters()).dtype)
-    try:
-        report = transplant(network, weights)
-    except UserError as error:
-        raise UserError(f"setting '{setting.name}': {error}") from error
-    if report.untrained:
-        reason = report.untrained[0].rstrip(".")
-        raise UserError(
-            f"setting '{setting.name}' needs training, so it cannot be evaluated at test time: "
-            f"{reason[0].lower()}{reason[1:]}; leave this argument as it was trained"
-        )
-    return network
-
-
-def _replace(spec: dict[str, Any], name: str, value: Any) -> bool:
-    """Replace an argument of a network or of one inside it; return whether there is one."""
-    arguments = spec["init_args"]
-    if name in arguments:
-        arguments[name] = value
-        return True
-    inner = [a for a in arguments.values() if isinstance(a, dict) and "init_args" in a]
-    return any(_replace(one, name, value) for one in inner)
 
 
 def _changed_protocol(setting: Setting, trained: Inference) -> Inference:

@@ -37,6 +37,8 @@ ADDED = {
     "model.reference_batch_size": None,
     "model.freeze": None,
     "model.inference.image_size": None,
+    "model.network.init_args.merged_queries": [0, 0, 0, 0],
+    "model.network.init_args.encoder.init_args.merged_queries": [0, 0, 0, 0],
 }
 FOLDER = "dirpath"
 # All other callbacks of Lightning log, display or end a training, and change none of its steps.

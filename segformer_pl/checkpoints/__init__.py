@@ -11,6 +11,7 @@
 - ``classifier.py`` reorders or re-initialises a classifier for other classes;
 - ``loading.py`` copies tensors into a network; ``report.py`` describes the result;
 - ``transplant.py`` loads weights into another variant, whose kernels have other sizes;
+  ``changed_network.py`` builds a variant that needs no training;
 - ``networks.py`` builds the network that weights belong to;
 - ``conversion.py`` writes a network in the layout of another code base;
 - ``run_checkpoint.py`` reads the checkpoint of a run; ``run_data.py`` opens its data;

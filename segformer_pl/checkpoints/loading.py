@@ -135,8 +135,8 @@ def load_matched(
         _check_variant(weights, source_tensors, model_tensors)
 
     inflated = _adapt_stem(source_tensors, model_tensors)
-    border, changed = _compare_arguments(weights, model, matched)
-    remarks = [*_compare_images(weights, normalization), *border]
+    free, changed = _compare_arguments(weights, model, matched)
+    remarks = [*_compare_images(weights, normalization), *free]
     reinitialized, rows, remark = match_classifier(
         weights, model, source_tensors, model_tensors, class_names, match_classes
     )
@@ -263,12 +263,12 @@ def _compare_arguments(
 ) -> tuple[list[str], list[str]]:
     """Compare the arguments that no tensor's shape shows.
 
-    Another number of heads makes trained weights meaningless. Strides, paddings and ``kv_border``
-    can be changed on purpose.
+    Another number of heads makes trained weights meaningless. Strides, paddings, ``kv_border`` and
+    ``merged_queries`` can be changed on purpose.
 
     Returns:
-        Two lists of sentences for the report: on ``kv_border``, which trained weights work with
-        either way; and on all other arguments that differ.
+        Two lists of sentences for the report: on ``kv_border`` and ``merged_queries``, of which
+        trained weights work with any value; and on all other arguments that differ.
 
     Raises:
         UserError: The number of heads differs.
@@ -291,8 +291,8 @@ def _compare_arguments(
     sentences = {
         key: f"{key} is {ours[key]} here and {theirs[key]} in the source" for key in differing
     }
-    border = [sentences.pop("kv_border")] if "kv_border" in sentences else []
-    return border, list(sentences.values())
+    free = [sentences.pop(key) for key in ("kv_border", "merged_queries") if key in sentences]
+    return free, list(sentences.values())
 
 
 def _stated_arguments(weights: Weights) -> dict[str, Any]:
@@ -303,7 +303,10 @@ def _stated_arguments(weights: Weights) -> dict[str, Any]:
     class_path, arguments = innermost(weights.task.get("network", {}))
     if class_path.startswith("segformer_pl.models."):
         defaults = inspect.signature(MixTransformer).parameters
-        known = ("num_heads", "strides", "patch_sizes", "paddings", "kv_border")
+        known = (
+            *("num_heads", "strides", "patch_sizes", "paddings"),
+            *("kv_border", "merged_queries"),
+        )
         stated = {key: arguments.get(key, defaults[key].default) for key in known}
     else:
         names = {"num_attention_heads": "num_heads", "strides": "strides"}

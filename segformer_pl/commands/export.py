@@ -48,7 +48,7 @@ def run(options: Namespace) -> None:
     file = Path(options.output or Path(options.ckpt).with_suffix(suffix)).expanduser()
     check_target(file, options.to, "--to")
     weights = read_weights(options.ckpt, options.state)
-    predictor = Predictor.from_weights(weights)
+    predictor = Predictor.from_weights(weights, options.network)
     predictor.protocol = changed_protocol(predictor.protocol, options.changes)
     size = None if options.size is None else (options.size[0], options.size[1])
     images = _images(options, predictor.network)

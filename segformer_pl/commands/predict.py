@@ -75,7 +75,7 @@ def run(options: Namespace) -> None:
             check_video_support(video)
         device = resolve_device(options.device)
         return_large_blocks()
-        predictor = Predictor.from_weights(_weights(options)).to(device)
+        predictor = Predictor.from_weights(_weights(options), options.network).to(device)
         option = "--weights" if options.ckpt is None else "--ckpt"
         num_bands = num_bands_of(predictor.network, option)
         if video:

@@ -14,6 +14,7 @@ import torch
 from jsonargparse import Namespace
 
 from segformer_pl.ablation.test_time import (
+    AS_TRAINED,
     Setting,
     count_macs,
     predictors,
@@ -133,11 +134,17 @@ def _evaluate_all(
     def evaluate(name: str, batches: Iterator[Batch]) -> None:
         ignore_index = split.data.entry.labels.ignore_index
         with _naming(name):
-            evaluation = _evaluate(of_setting[name], batches, ignore_index, checkpoint.step)
+            evaluation, agreement = _evaluate(
+                of_setting[name], of_setting[AS_TRAINED], batches, ignore_index, checkpoint.step
+            )
             evaluation = replace(evaluation, split_size=len(split.samples))
         evaluation.save(_evaluation_file(output, name))
         rows[name] = TestTimeRow(
-            setting=name, changes=changes[name], miou=evaluation.miou, **origin
+            setting=name,
+            changes=changes[name],
+            miou=evaluation.miou,
+            agreement=agreement,
+            **origin,
         )
         write_rows(file, [rows[key] for key in changes if key in rows], TestTimeRow)
 
@@ -160,12 +167,25 @@ def _evaluation_file(output: Path, name: str) -> Path:
 
 
 def _evaluate(
-    predictor: Predictor, batches: Iterable[Batch], ignore_index: int, step: int
-) -> Evaluation:
-    """Return the evaluation that ``validate`` would write, without the images that were skipped."""
+    predictor: Predictor,
+    trained: Predictor,
+    batches: Iterable[Batch],
+    ignore_index: int,
+    step: int,
+) -> tuple[Evaluation, float]:
+    """Evaluate a setting on the images that were not skipped.
+
+    The trained network predicts them again, because the labels of a whole split would take
+    gigabytes.
+
+    Returns:
+        The evaluation that ``validate`` would write, and the share of the pixels that get the class
+        which the trained network predicts.
+    """
     metrics = SegmentationMetrics(len(predictor.class_names), ignore_index).to(predictor.device)
     ids: list[str] = []
     counts, losses = [], []
+    num_equal = num_pixels = 0
     with torch.inference_mode():
         for batch in batches:
             target = batch["label"].to(predictor.device)
@@ -175,7 +195,12 @@ def _evaluate(
             ids += [name for name, is_used in zip(batch["id"], used) if is_used]
             counts.append(result["counts"].cpu().numpy()[used])
             losses.append(result["loss"].cpu().numpy()[used])
-    return Evaluation(
+            labels = expected = pixels.labels
+            if predictor is not trained:
+                expected = trained.predict_pixels(batch["image"], target, ignore_index).labels
+            equal = (labels == expected)[torch.tensor(used)]
+            num_equal, num_pixels = num_equal + int(equal.sum()), num_pixels + equal.numel()
+    evaluation = Evaluation(
         split="val",
         step=step,
         class_names=predictor.class_names,
@@ -185,6 +210,7 @@ def _evaluate(
         confusion=metrics.confusion.compute().cpu().numpy(),
         calibration=metrics.calibration.compute().cpu().numpy(),
     )
+    return evaluation, num_equal / num_pixels
 
 
 def _write(rows: list[TestTimeRow], output: Path) -> None:
@@ -198,7 +224,8 @@ def _write(rows: list[TestTimeRow], output: Path) -> None:
         plot(rows).savefig(stream, format="png", dpi=130)
     for row in rows:
         sys.stdout.write(
-            f"{row.setting:<24} mIoU {100 * row.miou:6.2f} %   {row.macs / 1e9:8.3g} GMACs   "
+            f"{row.setting:<24} mIoU {100 * row.miou:6.2f} %   agreement "
+            f"{100 * row.agreement:6.2f} %   {row.macs / 1e9:8.3g} GMACs   "
             f"{row.latency_ms:8.1f} ms\n"
         )
     sys.stdout.write("\n".join([*conclusions(rows)[1:], f"table: {output / TABLE_FILE}"]) + "\n")

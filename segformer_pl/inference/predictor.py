@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from segformer_pl.checkpoints import hub
+from segformer_pl.checkpoints.changed_network import changed_network
 from segformer_pl.checkpoints.conversion import save_pretrained, transformers_class
 from segformer_pl.checkpoints.facts import INFERENCE
 from segformer_pl.checkpoints.networks import load_network
@@ -95,7 +96,12 @@ class Predictor(ModelHubMixin):
     _is_optimized = False
 
     @classmethod
-    def load(cls, source: WeightsSource, state: str | None = None) -> Self:
+    def load(
+        cls,
+        source: WeightsSource,
+        state: str | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Load a network with the facts that its source states about it, on the CPU.
 
         Defaults replace facts that the source does not state: ImageNet's normalisation, the names
@@ -108,17 +114,24 @@ class Predictor(ModelHubMixin):
                 :func:`~segformer_pl.checkpoints.load_network` builds a network for.
             state: Name of the copy to read from a file that holds several, such as an average
                 (EMA) beside the weights.
+            changes: Arguments of the network, or of its encoder, to change at equal weights, such
+                as ``{"merged_queries": (0.5, 0.5, 0.5, 0.5)}``. ``test_time`` measures what a
+                change costs.
 
         Raises:
             UserError: The source cannot be read, does not state enough to build its network,
-                contradicts itself, or holds no segmenter.
+                contradicts itself, or holds no segmenter; or a change is impossible, or needs
+                training.
         """
-        return cls.from_weights(read_weights(source, state))
+        return cls.from_weights(read_weights(source, state), changes)
 
     @classmethod
-    def from_weights(cls, weights: Weights) -> Self:
+    def from_weights(cls, weights: Weights, changes: Mapping[str, Any] | None = None) -> Self:
         """Build a predictor like :meth:`load` from weights that were read already."""
         network, _ = load_network(weights)
+        if changes:
+            name = f"{weights.name} with {dict(changes)}"
+            network = changed_network(network, weights, changes, name)
         if next(network.parameters()).dtype in (torch.float16, torch.bfloat16):
             network.float()  # images are float32, and a CPU computes fast with nothing shorter
         if not isinstance(network, Segmenter):

@@ -22,6 +22,7 @@ from segformer_pl.models.mit_arguments import (
     PosEncoding,
     check_drop_path_rate,
     check_kv_border,
+    check_merged_queries,
     check_pos_encoding,
     check_stage_arguments,
     default_paddings,
@@ -129,6 +130,11 @@ class MixTransformer(Encoder):
             ``"drop"`` they give no keys and values, as in the reference code; with ``"keep"`` they
             do. Both have the same parameters and agree at multiples of 32, so trained weights work
             with either.
+        merged_queries: Share of the 2x2 squares of tokens of each stage, from 0 to 1, whose queries
+            are merged into one where they differ least (SegFormer++, arXiv 2405.14467; see
+            :mod:`~segformer_pl.models.query_merging`). A share s leaves 1 - 0.75 s of the queries.
+            The parameters are the same, so trained weights work with any share; their predictions
+            change.
         patch_sizes: Kernel K of each patch embedding.
         strides: Stride S of each patch embedding.
         paddings: Padding P of each patch embedding. Default: K // 2 where patches overlap
@@ -166,6 +172,7 @@ class MixTransformer(Encoder):
         mlp_ratio: int = 4,
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         kv_border: KvBorder = "drop",
+        merged_queries: Sequence[float] = (0, 0, 0, 0),
         patch_sizes: Sequence[int] = (7, 3, 3, 3),
         strides: Sequence[int] = (4, 2, 2, 2),
         paddings: Sequence[int] | None = None,
@@ -192,6 +199,7 @@ class MixTransformer(Encoder):
         check_stage_arguments(**per_stage)
         check_pos_encoding(pos_encoding, image_size)
         check_kv_border(kv_border)
+        check_merged_queries(merged_queries)
         check_drop_path_rate(drop_path_rate)
 
         grids = position_grids(image_size, patch_sizes, strides, paddings)
@@ -201,6 +209,7 @@ class MixTransformer(Encoder):
         self._arguments: dict[str, Any] = per_stage | {
             "mlp_ratio": mlp_ratio,
             "kv_border": kv_border,
+            "merged_queries": tuple(merged_queries),
             "pos_encoding": pos_encoding,
             "image_size": image_size,
             "in_channels": in_channels,
@@ -211,6 +220,8 @@ class MixTransformer(Encoder):
         self.out_channels = tuple(embed_dims)
         self.out_strides = tuple(math.prod(strides[: s + 1]) for s in range(4))
         self.min_size = min_size(patch_sizes, strides, paddings, sr_ratios, kv_border)
+        # torch 2.15 takes for granted that a grid has an odd row, or has none, as in its example.
+        self.traces_any_size = not any(merged_queries)
 
         last_block = max(sum(depths) - 1, 1)
         stages = []
@@ -236,6 +247,7 @@ class MixTransformer(Encoder):
                             drop_path_rate=drop_path_rate * (num_built + b) / last_block,
                             eps=eps,
                             kv_border=kv_border,
+                            merged_queries=merged_queries[s],
                         )
                         for b in range(depths[s])
                     ],

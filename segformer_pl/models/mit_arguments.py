@@ -130,6 +130,19 @@ def check_kv_border(kv_border: KvBorder) -> None:
         raise UserError(f"kv_border={kv_border!r}: choose one of {', '.join(get_args(KvBorder))}")
 
 
+def check_merged_queries(shares: Sequence[float]) -> None:
+    """Check that the shares of merged squares are shares, one for each of the four stages.
+
+    Raises:
+        UserError: They are not.
+    """
+    if len(shares) != 4 or not all(0 <= share <= 1 for share in shares):
+        raise UserError(
+            f"merged_queries={tuple(shares)}: give a share from 0 to 1 of the 2x2 squares of "
+            "tokens for each of the four stages"
+        )
+
+
 def check_drop_path_rate(rate: float) -> None:
     """Check that the rate of stochastic depth is a probability below 1.
 

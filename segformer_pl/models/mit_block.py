@@ -14,6 +14,7 @@ from segformer_pl.errors import UserError
 from segformer_pl.models.drop_path import DropPath
 from segformer_pl.models.folding import fold_layer_norm
 from segformer_pl.models.mit_arguments import KvBorder
+from segformer_pl.models.query_merging import merge_queries, num_merged_squares, take_rows
 from segformer_pl.models.tokens import to_channels_first, to_tokens
 
 
@@ -49,6 +50,8 @@ class EfficientSelfAttention(nn.Module):
         sr_ratio: Reduction r, the side of the square of tokens merged into one key and value.
         norm_eps: Epsilon of the LayerNorm after the reduction.
         kv_border: ``"drop"`` or ``"keep"``.
+        merged_queries: Share of the 2x2 squares of tokens whose queries are merged, see
+            :mod:`~segformer_pl.models.query_merging`. It is rounded to thousandths.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class EfficientSelfAttention(nn.Module):
         sr_ratio: int,
         norm_eps: float,
         kv_border: KvBorder = "drop",
+        merged_queries: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.kv_border = kv_border
+        self.merged_per_mille = round(1000 * merged_queries)
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)  # output rows: keys of all heads, then values
         self.proj = nn.Linear(dim, dim)
@@ -76,16 +81,28 @@ class EfficientSelfAttention(nn.Module):
         Raises:
             UserError: ``sr_ratio`` is larger than the token grid, and the border is dropped.
         """
-        batch, height, width, dim = tokens.shape
         reduced = self.reduce(tokens)
-        query = self.q(tokens).view(batch, height * width, self.num_heads, -1).transpose(1, 2)
+        queries = self.q(tokens)
+        if not self.merged_per_mille:
+            return self._attend(queries.flatten(1, 2), reduced).view_as(tokens)
+        merged, query_of = merge_queries(queries, self.merged_per_mille)
+        return take_rows(self._attend(merged, reduced), query_of).view_as(tokens)
+
+    def _attend(self, queries: Tensor, reduced: Tensor) -> Tensor:
+        """Attend from queries (B, M, C) to the reduced grid; the result has the same shape."""
+        batch, num_queries, dim = queries.shape
+        query = queries.view(batch, num_queries, self.num_heads, -1).transpose(1, 2)
         key, value = (
             self.kv(reduced)
             .view(batch, -1, 2, self.num_heads, dim // self.num_heads)
             .permute(2, 0, 3, 1, 4)
         )  # each (B, heads, N / R, C / heads)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(batch, height, width, dim))
+        return self.proj(attended.transpose(1, 2).reshape(batch, num_queries, dim))
+
+    def num_queries(self, height: int, width: int) -> int:
+        """Return the number of queries for a token grid."""
+        return height * width - 3 * num_merged_squares(height, width, self.merged_per_mille)
 
     def reduce(self, tokens: Tensor) -> Tensor:
         """Reduce tokens (B, H, W, C) to (B, H', W', C), from which keys and values are computed.
@@ -165,10 +182,13 @@ class Block(nn.Module):
         drop_path_rate: float,
         eps: NormEps,
         kv_border: KvBorder = "drop",
+        merged_queries: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps.norm)
-        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, eps.conv_norm, kv_border)
+        self.attn = EfficientSelfAttention(
+            dim, num_heads, sr_ratio, eps.conv_norm, kv_border, merged_queries
+        )
         self.norm2 = nn.LayerNorm(dim, eps=eps.norm)
         self.mlp = MixFFN(dim, mlp_ratio * dim, depthwise)
         self.drop_path = DropPath(drop_path_rate)

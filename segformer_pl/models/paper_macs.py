@@ -4,7 +4,8 @@ The numbers follow the reference code's ``tools/get_flops.py`` with mmcv's count
 
 - a convolution: its multiply-adds and bias additions at every output position;
 - a Linear layer: its multiply-adds, without the bias;
-- attention of N tokens and C channels: 2 N (N / R) C, R = sr_ratio squared;
+- attention of N tokens and C channels: 2 N (N / R) C, R = sr_ratio squared. Where queries are
+  merged, which the paper does not do, they are M instead of the first N;
 - ReLU: one for each element of its output;
 - pooling: one for each element of its input.
 
@@ -100,14 +101,15 @@ def encoder_macs(stages: Sequence["Stage"], sizes: Sequence[Size]) -> int:
 
 def _attention_macs(attn: "EfficientSelfAttention", size: Size) -> float:
     num_tokens = math.prod(size)
+    num_queries = attn.num_queries(*size)
     num_keys = num_tokens / attn.sr_ratio**2  # may be a fraction: the paper does not round
     macs = 0.0
     if attn.sr_ratio > 1:
         macs += convolution_macs(attn.sr, math.prod(output_size(attn.sr, size)))
     macs += attn.q.weight.numel() * num_tokens
     macs += attn.kv.weight.numel() * num_keys
-    macs += 2 * num_tokens * num_keys * attn.proj.out_features
-    return macs + attn.proj.weight.numel() * num_tokens
+    macs += 2 * num_queries * num_keys * attn.proj.out_features
+    return macs + attn.proj.weight.numel() * num_queries
 
 
 def _ffn_macs(mlp: "MixFFN", num_tokens: int) -> int:

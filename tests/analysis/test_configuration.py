@@ -1,10 +1,13 @@
 """Settings by dotted key, and the settings in which configurations differ."""
 
+import pytest
+
 from segformer_pl.analysis.configuration import (
     TrainingData,
     changes,
     differences,
     leaves,
+    settings_digest,
     training_configuration,
 )
 
@@ -38,6 +41,22 @@ def test_changes_list_a_new_callback_and_no_paths():
         "model.lr": (None, 0.1),
         "trainer.callbacks.EMA": (None, "mine.EMA"),
     }
+
+
+@pytest.mark.parametrize("inside", ["init_args", "init_args.encoder.init_args"])
+def test_runs_of_earlier_versions_equal_runs_that_merge_no_queries(inside):
+    """The setting came later, so that its default changes no digest of a stored study."""
+
+    def digest(arguments):
+        parent = network = {}
+        for name in inside.split("."):
+            parent = parent.setdefault(name, {})
+        parent |= {"sr_ratios": [8, 4, 2, 1]} | arguments
+        parts = {0: {"seed_everything": 1, "model": {"network": network}, "data": {"path": "x"}}}
+        return settings_digest(training_configuration(parts, None))
+
+    assert digest({"merged_queries": [0, 0, 0, 0]}) == digest({})
+    assert digest({"merged_queries": [0.5, 0, 0, 0]}) != digest({})
 
 
 def test_evaluation_protocol_of_another_run_replaces_that_of_the_training():

@@ -62,6 +62,7 @@ def rows():
             fingerprint="a-b",
             checkpoint="0123",
             miou=EVALUATIONS[name].miou,
+            agreement=1 - latency / 1000,
             macs=macs * 10**6,
             height=64,
             width=96,
@@ -105,7 +106,7 @@ def test_table_and_numbers(rows):
     assert "64x96 pixels; latency is the median, measured in turn on cpu with 1 thread" in text
     (line,) = (line for line in text.splitlines() if line.startswith("| fewer keys"))
     assert " * | " in line
-    assert line.endswith("| 0.05 | 50 % | 4.0 | 40 % | sr_ratios [16, 8, 2, 1] |")
+    assert line.endswith("| 99.60 | 0.05 | 50 % | 4.0 | 40 % | sr_ratios [16, 8, 2, 1] |")
     assert "UNVERIFIED" in text
     numbers = json.loads(json.dumps(as_dict(rows), allow_nan=False))
     assert numbers["num_images"] == 40

@@ -126,9 +126,11 @@ def test_arguments_that_no_shape_shows_are_compared(run):
     assert strides in str(report)
     report = load_weights(small(strides=(4, 2, 2, 1), paddings=(2, 1, 1, 1)), run)
     assert report.changed == ("paddings is (2, 1, 1, 1) here and (3, 1, 1, 1) in the source",)
-    report = load_weights(small(strides=(4, 2, 2, 1), kv_border="keep"), run)
+    free = {"kv_border": "keep", "merged_queries": (0.5, 0, 0, 0)}
+    report = load_weights(small(strides=(4, 2, 2, 1), **free), run)
     assert report.changed == ()
     assert "kv_border is keep here and drop" in str(report)
+    assert "merged_queries is (0.5, 0, 0, 0) here and (0, 0, 0, 0) in the source" in str(report)
     message = refuse(run, small(num_heads=(1, 1, 1, 1)))
     assert "trained with num_heads (1, 2, 2, 4), and the model has (1, 1, 1, 1)" in message
 

@@ -37,6 +37,20 @@ def test_a_file_beside_the_checkpoint_is_verified_on_given_images(run, weights, 
     assert (graph.description["pad_to"], graph.description["ignore_index"]) == ("32", "7")
 
 
+def test_a_network_that_merges_queries_is_exported(run, weights, tmp_path):
+    """It is verified with the network that merges, and has fewer queries in its graph."""
+    given = ["--to", "torch-export", "--size", 64, 96]
+    given += ["--network", "{merged_queries: [1, 1, 0, 0]}"]
+    assert "the checkpoint's class" in run("export", weights, *given)
+    program = torch.export.load(tmp_path / "w.pt2")
+    queries = [
+        node.args[0].meta["val"].shape[2]
+        for node in program.graph.nodes
+        if "scaled_dot_product_attention" in str(node.target)
+    ]
+    assert queries == [16 * 24 // 4, 8 * 12 // 4, 4 * 6, 2 * 3]
+
+
 def test_bad_arguments_get_a_sentence(fail, weights, tmp_path):
     there = tmp_path / "there.pt2"
     there.write_bytes(b"")
@@ -48,6 +62,7 @@ def test_bad_arguments_get_a_sentence(fail, weights, tmp_path):
         ((weights, *to, "--output", tmp_path / "m.onnx"), "does not end in .pt2"),
         ((weights, *to, "--inference.flip", "true"), "--inference.flip false, or --network_only"),
         ((weights, *to, "--size", 64, 64, "--verify", tmp_path / "no"), "--verify: there is no"),
+        ((weights, *to, "--network", "{merged: [1]}"), "a SegFormer has no argument 'merged'"),
         ((weights, *to, "--size", 64, 64, "--verify", "validation"), "CKPT: "),
         ((weights, *to, "--size", 8, 8, "--inference.pad_to", "null"), "sr_ratio 8 is larger than"),
     ):

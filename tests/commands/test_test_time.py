@@ -19,7 +19,7 @@ from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
-from segformer_pl.inference import Inference
+from segformer_pl.inference import Inference, Predictor
 from segformer_pl.metrics import TARGET
 from segformer_pl.task import SegmentationTask
 from tests.tiny_network import TINY_OPTION
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 command = importlib.import_module("segformer_pl.commands.test_time")
 
-SHIPPED = Path(__file__).parents[2] / "experiments/ablations/test_time.yaml"
+SHIPPED = Path(__file__).parents[2] / "experiments/ablations"
 SETTINGS = """
 settings:
   pooled: {network: {sr_ratios: [16, 8, 2, 1]}}
@@ -129,6 +129,12 @@ def test_the_evaluations_are_those_of_validate(
     assert stored["kept"]["miou"] == stored["as_trained"]["miou"]  # no border to keep in 64x64
     assert float(stored["pooled"]["macs"]) < float(stored["as_trained"]["macs"])
     assert int(stored["flip"]["macs"]) == 2 * int(stored["as_trained"]["macs"])
+    images = torch.cat([batch["image"] for batch in data.val_dataloader()])
+    pooled = Predictor.load(checkpoint, changes={"sr_ratios": [16, 8, 2, 1]})
+    equal = pooled.predict_batch(images) == Predictor.load(checkpoint).predict_batch(images)
+    assert float(stored["pooled"]["agreement"]) == pytest.approx(equal.float().mean().item())
+    assert 0.1 < float(stored["pooled"]["agreement"]) < 1
+    assert [stored[name]["agreement"] for name in ("as_trained", "kept")] == ["1.0", "1.0"]
     assert no_timing == [list(stored)]
     numbers = json.loads((out / "test_time.json").read_text())
     difference = float(stored["pooled"]["miou"]) - float(stored["as_trained"]["miou"])
@@ -233,6 +239,11 @@ def test_results_of_another_number_of_images_are_not_mixed_in(
     assert rows(out) == before
 
 
-def test_the_shipped_settings_work_on_small_images(no_timing, checkpoint, tmp_path):
-    main(arguments(checkpoint, SHIPPED, tmp_path / "out", "--num_images=2"))
-    assert len(rows(tmp_path / "out")) == len(read_settings(SHIPPED)) == 13
+@pytest.mark.parametrize(
+    ("name", "num_settings"), [("test_time.yaml", 13), ("query_merging.yaml", 11)]
+)
+def test_the_shipped_settings_work_on_small_images(
+    no_timing, checkpoint, tmp_path, name, num_settings
+):
+    main(arguments(checkpoint, SHIPPED / name, tmp_path / "out", "--num_images=2"))
+    assert len(rows(tmp_path / "out")) == len(read_settings(SHIPPED / name)) == num_settings

@@ -275,6 +275,30 @@ def test_a_copy_of_the_weights_is_chosen(network, pixels, tmp_path):
     assert all(torch.equal(own[key], expected[key]) for key in own)
 
 
+@pytest.mark.parametrize(("layout", "name"), [("native", "w.safetensors"), ("huggingface", "w")])
+def test_arguments_are_changed_at_equal_weights(network, tmp_path, layout, name):
+    export_weights(network, tmp_path / name, layout, FACTS)
+    trained = Predictor.load(tmp_path / name)
+    merging = Predictor.load(tmp_path / name, changes={"merged_queries": [1, 0.5, 0, 0]})
+    assert (merging.class_names, merging.normalization) == (NAMES, trained.normalization)
+    assert merging.network.weight_constants() == trained.network.weight_constants()
+    encoder = MixTransformer(**network.encoder.init_args() | {"merged_queries": (1, 0.5, 0, 0)})
+    expected = SegFormer(encoder, 3, decoder_dim=8).eval()
+    expected.load_state_dict(network.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected.set_weight_constants(merging.network.weight_constants())
+        assert torch.equal(merging.network(images), expected(images))
+        assert not torch.allclose(trained.network(images), expected(images), rtol=1e-3)
+    for changes, sentence in (
+        ({"merge": [1, 1, 1, 1]}, r"with \{'merge': .*: a SegFormer has no argument 'merge'"),
+        ({"merged_queries": [2, 0, 0, 0]}, r"merged_queries=\(2, 0, 0, 0\): give a share"),
+        ({"sr_ratios": [4, 2, 2, 2]}, "needs training.*: stage 4: sr_ratio is 1 in the source"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            Predictor.load(tmp_path / name, changes=changes)
+
+
 def test_an_encoder_is_refused(tmp_path):
     torch.save(mit_b0().state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="holds an encoder and no decode head, so it cannot"):

@@ -24,6 +24,7 @@ def segformer(in_indices=(0, 1, 2, 3), **arguments):
 NETWORKS = {
     "segformer": segformer,
     "segformer, border kept": lambda: segformer(kv_border="keep"),
+    "segformer, merged queries": lambda: segformer(merged_queries=(0.5, 0.5, 1, 0)),
     "segformer, two stages": lambda: segformer(in_indices=(1, 3)),
     "segformer, one stage": lambda: segformer(in_indices=(3,)),
     "setr_pup": lambda: models.setr_pup(3, **VIT),

@@ -16,6 +16,7 @@ VARIATIONS = [
     {},
     {"sr_ratios": (4, 2, 1, 1), "mlp_ratio": 2, "drop_path_rate": 0.3, "in_channels": 5},
     {"kv_border": "keep", "norm_eps": 0.25, "conv_norm_eps": 0.5},
+    {"merged_queries": (0.5, 1, 0, 0.25)},
     {"patch_sizes": (4, 2, 2, 2)},
     {"patch_sizes": (8, 3, 2, 3), "strides": (8, 2, 1, 2), "paddings": (2, 1, 0, 1)},
     {"pos_encoding": "learned", "image_size": 64},

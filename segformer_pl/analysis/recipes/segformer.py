@@ -1,6 +1,7 @@
 """The recipe of SegFormer-B0 ... B5 (Xie et al. 2021; NVlabs/SegFormer at 65fa8cf)."""
 
 from segformer_pl.analysis.recipes.settings import (
+    EARLIER,
     NETWORK,
     PROTOCOL,
     REMARKS,
@@ -34,6 +35,7 @@ ARGUMENTS = (
     Setting("mlp_ratio", 4, ENCODER + "; Table 6 prints 8 for stages 1 and 2 of B0 to B4"),
     Setting("sr_ratios", [8, 4, 2, 1], ENCODER),
     Setting("kv_border", "drop", ENCODER),
+    Setting("merged_queries", [0, 0, 0, 0], ENCODER, EARLIER),
     Setting("patch_sizes", [7, 3, 3, 3], ENCODER),
     Setting("strides", [4, 2, 2, 2], ENCODER),
     # None means K // 2 for overlapping patches; for others, patch_sizes is already a departure.

@@ -60,7 +60,8 @@ def settings(values: Mapping[str, Any], source: str, prefix: str = "") -> tuple[
     return tuple(Setting(prefix + key, value, source) for key, value in values.items())
 
 
-# Runs of versions without these settings had AdamW, a decay to 0, and unscaled learning rates.
+# Runs of versions without these settings had AdamW, a decay to 0, unscaled learning rates and
+# unmerged queries.
 EARLIER = (NOT_STATED,)
 
 

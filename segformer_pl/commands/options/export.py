@@ -4,7 +4,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
-from segformer_pl.commands.options.weights import add_state_option
+from segformer_pl.commands.options.weights import add_network_option, add_state_option
 from segformer_pl.inference.protocol import Inference
 
 # Those of segformer_pl.inference.targets, which needs torch (checked by a test).
@@ -72,6 +72,7 @@ def parse(arguments: list[str]) -> Namespace:
         help="fixed size of the images in pixels, for networks and runtimes that need one. Images "
         "of --verify are resized to it. Default: any size",
     )
+    add_network_option(parser)
     parser.add_class_arguments(Inference, "inference")
     options = parser.parse_args(arguments)
     given = parser.parse_args(arguments, defaults=False).get("inference")

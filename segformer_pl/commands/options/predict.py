@@ -4,7 +4,7 @@ from jsonargparse import Namespace
 
 from segformer_pl.commands.options.device import add_device_option
 from segformer_pl.commands.options.parser import PROG, SegformerArgumentParser
-from segformer_pl.commands.options.weights import add_state_option
+from segformer_pl.commands.options.weights import add_network_option, add_state_option
 from segformer_pl.data.image_suffixes import IMAGE_SUFFIXES
 from segformer_pl.inference.protocol import Inference
 from segformer_pl.video_file import VIDEO_SUFFIXES
@@ -40,6 +40,7 @@ def predict_parser() -> SegformerArgumentParser:
         "and the image's own size",
     )
     add_state_option(parser)
+    add_network_option(parser)
     parser.add_argument(
         "--input",
         required=True,

@@ -16,13 +16,13 @@ def parse(arguments: list[str]) -> Namespace:
     parser = SegformerArgumentParser(
         prog=f"{PROG} test_time",
         description="Evaluate a trained network under settings that need no training, such as "
-        "larger reduction ratios of its attention, other image sizes or sliding windows: mIoU on "
-        "the validation images with paired differences to the network as it was trained, "
-        "multiply-adds, and latency measured in turn in one process. Impossible settings are "
-        f"refused before anything runs. Writes {RESULTS_FILE}, {TABLE_FILE}, {JSON_FILE}, "
-        f"{FIGURE_FILE}, and the counts per image in {COUNTS_FOLDER}/SETTING.npz, which "
-        "`compare` reads. Every finished evaluation is stored, so the same command continues "
-        "after an interruption.",
+        "larger reduction ratios of its attention, merged queries, other image sizes or sliding "
+        "windows: mIoU on the validation images with paired differences to the network as it was "
+        "trained, the share of the pixels that keep their class, multiply-adds, and latency "
+        "measured in turn in one process. Impossible settings are refused before anything runs. "
+        f"Writes {RESULTS_FILE}, {TABLE_FILE}, {JSON_FILE}, {FIGURE_FILE}, and the counts per "
+        f"image in {COUNTS_FOLDER}/SETTING.npz, which `compare` reads. Every finished evaluation "
+        "is stored, so the same command continues after an interruption.",
     )
     parser.add_argument(
         "--settings",

@@ -1,4 +1,6 @@
-"""The option ``--state`` of the commands that read weights of other code bases."""
+"""Options of the commands that read weights: ``--state`` and ``--network``."""
+
+from typing import Any
 
 from segformer_pl.commands.options.parser import SegformerArgumentParser
 
@@ -9,4 +11,15 @@ def add_state_option(parser: SegformerArgumentParser) -> None:
         "--state",
         help="copy of the weights to read from a file that holds several, such as "
         "`ema_state_dict`. Such a file is refused without it, with the names of its copies",
+    )
+
+
+def add_network_option(parser: SegformerArgumentParser) -> None:
+    """Add ``--network``, the arguments of the network to change at equal weights."""
+    parser.add_argument(
+        "--network",
+        type=dict[str, Any],
+        default={},
+        help="arguments of the network, or of its encoder, to change without training, such as "
+        "'{merged_queries: [0.5, 0.5, 0.5, 0.5]}'; `test_time` measures what a change costs",
     )
