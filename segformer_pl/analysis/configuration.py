@@ -36,6 +36,8 @@ ADDED = {
     "model.min_lr": 0.0,
     "model.reference_batch_size": None,
     "model.freeze": None,
+    "model.weights_state": None,
+    "data.num_bands": 3,
     "model.inference.image_size": None,
     "model.network.init_args.merged_queries": [0, 0, 0, 0],
     "model.network.init_args.encoder.init_args.merged_queries": [0, 0, 0, 0],

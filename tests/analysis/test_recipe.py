@@ -297,11 +297,11 @@ FREE = {
     "model": {
         *("network", "loss", "inference"),  # their arguments are compared
         *("class_names", "palette", "ignore_index"),  # follow from the data set
-        "match_classes",  # how weights are loaded
+        *("match_classes", "weights_state"),  # how weights are loaded
         "momentum",  # AdamW has none, and the task refuses another value than the default
     },
     "data": {
-        *("dataset", "path", "seed"),  # data and random numbers
+        *("dataset", "path", "seed", "num_bands"),  # data and random numbers
         *("batch_size", "num_workers", "eval_batch_size", "on_bad_sample"),
     },
     "model.network.init_args": {"num_classes", "kwargs", "embed_dims", "depths"},

@@ -331,8 +331,8 @@ def test_a_network_with_five_channels_is_refused(run, images, monkeypatch):
 
     original = Predictor.from_weights
 
-    def load(weights):
-        loaded = original(weights)
+    def load(weights, changes=None):
+        loaded = original(weights, changes)
         loaded.network.in_channels = 5
         return loaded
 
@@ -436,8 +436,8 @@ def test_more_than_256_classes_are_16_bit_grey(run, images, tmp_path, monkeypatc
 
     original = Predictor.from_weights
 
-    def load(weights):
-        loaded = original(weights)
+    def load(weights, changes=None):
+        loaded = original(weights, changes)
         loaded.class_names = [f"class {number}" for number in range(300)]
         loaded.palette = np.random.default_rng(0).integers(0, 256, (300, 3)).tolist()
         return loaded

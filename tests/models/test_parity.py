@@ -111,7 +111,7 @@ def test_tensors_of_smp(variant):
     """smp's depths and widths are its own, and those of transformers come from this file."""
     with torch.device("meta"):
         network = getattr(segformer, f"segformer_{variant}")(NUM_CLASSES)
-        theirs = smp_model(variant)
+    theirs = smp_model(variant)
     layout, prefix, _ = detect(theirs.state_dict())
     expected = to_canonical(layout, prefix, theirs.state_dict())[0]
     found = canonical_tensors(network)
