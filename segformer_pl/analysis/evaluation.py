@@ -189,7 +189,7 @@ def load_evaluation(file: Path) -> Evaluation:
             f"runs/demo/version_0, or an .npz file of its {EVALUATION_FOLDER} folder"
         )
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             names = [field.name for field in fields(Evaluation)]
             if "split_size" not in archive:  # unknown, or stored by an earlier version
                 names.remove("split_size")

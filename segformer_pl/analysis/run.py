@@ -119,7 +119,7 @@ class EvaluationFile(NamedTuple):
     def images(self) -> ImageCount | None:
         """How many images of the split were evaluated; None if the file is damaged."""
         try:
-            with np.load(self.file, allow_pickle=False) as archive:
+            with self.file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 total = int(archive["split_size"]) if "split_size" in archive else None
                 return ImageCount(len(archive["ids"]), total)
         except DAMAGES:
@@ -459,7 +459,7 @@ def _read_json(file: Path) -> Any:
 def _evaluation_file(file: Path, name: re.Match[str]) -> EvaluationFile:
     """Read only the step and the split of an evaluation."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return EvaluationFile(int(archive["step"]), str(archive["split"]), file)
     except DAMAGES:  # `load` raises an error; for sorting, use the step in the name
         return EvaluationFile(int(name[2]), name[1], file)

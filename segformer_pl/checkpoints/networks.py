@@ -153,8 +153,22 @@ def network_spec(weights: Weights) -> dict[str, Any]:
     Raises:
         UserError: The source does not determine its network, or contradicts itself.
     """
-    if "network" in weights.task:
-        return dict(weights.task["network"])
+    if "network" not in weights.task:
+        return _transformers_spec(weights)
+    stated = dict(weights.task["network"])
+    if weights.config.get("model_type") in ("segformer", "maskformer"):
+        ours, theirs = flat_arguments(stated), flat_arguments(_transformers_spec(weights))
+        for key in theirs:
+            if key in ours and theirs[key] != ours[key]:
+                raise UserError(
+                    f"{weights.name} has a config.json that states {key} as {theirs[key]}, and its "
+                    f"tensors state {ours[key]}; use the config.json that belongs to these weights"
+                )
+    return stated
+
+
+def _transformers_spec(weights: Weights) -> dict[str, Any]:
+    """Return the specification that tensors and a config.json of transformers show."""
     if maskformer_layout.is_transformers_maskformer(weights.tensors):
         return maskformer_layout.network_spec(weights.name, weights.tensors, weights.config)
     if detect(weights.tensors) is None:

@@ -227,7 +227,7 @@ def load_erf(path: str | Path) -> ERF:
             description = _from_format_2(description)
         if description["format"] == FORMAT:
             layers = {}
-            with np.load(files[0], allow_pickle=False) as arrays:
+            with files[0].open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 for index, layer in enumerate(description["layers"]):
                     position = layer["position"]
                     layers[layer["name"]] = LayerERF(
