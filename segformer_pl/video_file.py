@@ -196,11 +196,11 @@ class VideoWriter:
                 f"{self._like.where}: a frame has {height}x{width} pixels and the first one "
                 f"{self._stream.height}x{self._stream.width}; cut the video where its size changes"
             )
-        picture = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
-        picture.pts, picture.time_base = frame.time, self._like.time_base
-        picture.duration = self._like.interval  # that of the last frame ends the video
-        self._container.mux(self._stream.encode(picture))
+        converted = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        converted = converted.reformat(format="yuv420p", dst_colorspace="ITU709")
+        converted.pts, converted.time_base = frame.time, self._like.time_base
+        converted.duration = self._like.interval  # that of the last frame ends the video
+        self._container.mux(self._stream.encode(converted))
 
     def _open(self, height: int, width: int) -> Any:
         stream = self._container.add_stream("h264", rate=self._like.rate)

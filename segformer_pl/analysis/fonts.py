@@ -20,7 +20,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 OWN = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")  # comes with matplotlib
-# Fonts with boxes in place of letters, and of pictures that matplotlib cannot draw
+# Fonts with boxes in place of letters, and of emoji that matplotlib cannot draw
 UNUSABLE = ("Last Resort", "LastResort", "Color")
 EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "FULLWIDTH", "IDEOGRAPHIC")
 

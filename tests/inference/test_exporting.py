@@ -159,6 +159,14 @@ def test_the_documented_reader_needs_neither_torch_nor_this_package(segformer, o
     assert done.stdout.split() == [NAMES[i] for i in np.unique(found)]
 
 
+@pytest.mark.slow
+def test_torch_export_of_segformer(segformer, tmp_path):
+    file = tmp_path / "model.pt2"
+    export_graph(segformer, file, "torch-export", images(*SIZES, (47, 61), (256, 40)))
+    with pytest.raises(Exception, match=r"(?i)guard|size|expected"):
+        TARGETS["torch-export"].open(file).run(torch.zeros(1, 8, 64, 3, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize(
     "to", ["torch-export", "onnx", "openvino", pytest.param("aoti", marks=pytest.mark.slow)]
 )
