@@ -9,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
+from segformer_pl import models
 from segformer_pl.cli import main
 from segformer_pl.data.catalog import find_dataset
 
@@ -46,8 +47,8 @@ def settings(files):
     return merged
 
 
-# A base is trained with the delta in its command. The deltas of B1 to B5 differ from B0's only in
-# the size of the network. Of the other systems one file each is trained, on a tiny backbone.
+# A base is trained with the delta in its command. Of the other systems one file each is trained, on
+# a tiny backbone.
 TINY_BACKBONES = {
     "setr_pup_l_ade20k_512_160k": {"backbone": "vit_tiny_patch16_224", "image_size": 32},
     "maskformer_r50_ade20k_512_160k": {"backbone": "resnet18"},
@@ -58,12 +59,25 @@ TINY_BACKBONES = {
     },
     "deeplabv3plus_r50_ade20k": {"backbone": "resnet18"},
 }
-OTHER_SYSTEMS = r"(setr|maskformer|semask|deeplabv3plus)_"
-LARGE = [file for file in EXPERIMENTS if re.match(rf"segformer_b[1-5]_|{OTHER_SYSTEMS}", file.stem)]
+
+
+def b0_of(file):
+    """Return B0's file beside that of a larger SegFormer, on the same data and crops."""
+    return file.with_name(re.sub("^segformer_b[1-5]", "segformer_b0", file.name))
+
+
+LARGER = [file for file in EXPERIMENTS if b0_of(file) != file and b0_of(file).is_file()]
+BUILT = [
+    file
+    for file in EXPERIMENTS
+    if re.match("(segformer_b[1-5]|setr|maskformer|semask|deeplabv3plus)_", file.stem)
+    and file not in LARGER
+]
 TRAINED = [
     file
     for file in EXPERIMENTS
-    if file.stem in TINY_BACKBONES or (file not in LARGE and configs(file)[-1:] == [file])
+    if file.stem in TINY_BACKBONES
+    or (file not in [*LARGER, *BUILT] and configs(file)[-1:] == [file])
 ]
 
 
@@ -138,11 +152,8 @@ def test_trains_one_step_and_validates(file, tiny_copy, tmp_path):
     assert {"report.html", "config.yaml"} | expected <= {path.name for path in run.iterdir()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", LARGE, ids=lambda file: file.stem)
-def test_a_larger_network_can_be_built_and_has_the_stated_size(file):
-    with torch.device("meta"):  # shapes of the parameters without values
-        network = main(on_one_cpu(configs(file)), run=False).model.network
+def check_size(file, network):
+    """Compare the numbers of parameters with those in the header, if it states them by part."""
     stated = re.search(r"([\d.]+) M \(encoder\) \+ ([\d.]+) M \((?:head|decoders)\)", header(file))
     if stated is None:  # a base, or a file that states the size in its own words
         return
@@ -153,7 +164,28 @@ def test_a_larger_network_can_be_built_and_has_the_stated_size(file):
         assert size / 1e6 == pytest.approx(float(millions), abs=0.2)
 
 
+@pytest.mark.parametrize("file", LARGER, ids=lambda file: file.stem)
+def test_a_larger_segformer_differs_from_b0_in_its_network_only(file):
+    """B0's file is trained above."""
+    b0 = b0_of(file)
+    variant = file.stem[: len("segformer_b1")]
+    expected = yaml.safe_load(b0.read_text().replace("segformer_b0", variant))
+    assert yaml.safe_load(file.read_text()) == expected
+    assert [named for named in configs(file) if named != file] == [
+        named for named in configs(b0) if named != b0
+    ]
+    with torch.device("meta"):  # shapes of the parameters without values
+        check_size(file, getattr(models, variant)(num_classes=150))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", BUILT, ids=lambda file: file.stem)
+def test_another_network_can_be_built_and_has_the_stated_size(file):
+    with torch.device("meta"):
+        check_size(file, main(on_one_cpu(configs(file)), run=False).model.network)
+
+
 def test_there_are_experiments():
     stems = {file.stem for file in EXPERIMENTS}
     assert stems >= {"demo", "camvid_b0", "ade20k", "cityscapes", "coco_stuff"}
-    assert len(LARGE) == 33
+    assert (len(LARGER), len(BUILT)) == (14, 19)

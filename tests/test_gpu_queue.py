@@ -13,7 +13,7 @@ BENCHMARKS = FOLDER.parent / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("[0-9]*.sh"))
 WRITTEN = {
     "1_speed": "speed.csv",
-    "2_camvid_b0": "segformer_b0/seed0/report.html",
+    "2_camvid_b0": "query_merging/test_time.md",
     "3_camvid_b2": "segformer_b2/seed0/report.html",
     "4_reduction_and_overlap": "reduction_and_overlap.yaml",
     "5_arena": "camvid.yaml",

@@ -36,10 +36,23 @@ def _handler_of_torch(monkeypatch):
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
 
 
+def read_all(loader):
+    """Return all batches, and end the workers here.
+
+    Garbage collection would end them, and where it happens to run in the thread that sends them
+    their last message, torch waits for 5 s for each worker.
+    """
+    batches = iter(loader)
+    try:
+        return list(batches)
+    finally:
+        batches._shutdown_workers()
+
+
 def sentence(fail):
     """Return the sentence on a real worker that fails, or None."""
     with pytest.raises(Exception) as error:  # noqa: PT011  torch decides on the class
-        list(DataLoader(Failing(fail), num_workers=1, collate_fn=str))
+        read_all(DataLoader(Failing(fail), num_workers=1, collate_fn=str))
     return explain_worker_failure(error.value)
 
 
@@ -123,7 +136,7 @@ def test_too_many_open_files():
         num_open = len(os.listdir("/dev/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 40, before[1]))
         with pytest.raises((RuntimeError, OSError)) as error:
-            list(loader)
+            read_all(loader)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert "ulimit -n" in explain_worker_failure(error.value)

@@ -99,8 +99,7 @@ class AllMLPHead(nn.Module):
     def fuse_features(self, features: Sequence[Tensor]) -> Tensor:
         """Return the fused map (B, C, H_1, W_1) of a feature pyramid, after BatchNorm and ReLU."""
         weights, bias = self.folded_projections()
-        # The bias of one stage is that of the sum: every row of a bilinear upsampling sums to 1.
-        biases = [bias, *[None] * (len(weights) - 1)]
+        biases = _at_the_coarsest_stage(bias, len(weights))
         projected = {
             index: to_channels_first(F.linear(to_tokens(features[index]), weight, bias))
             for index, weight, bias in zip(self.in_indices, weights, biases)
@@ -151,8 +150,7 @@ class FoldedAllMLPHead(nn.Module):
     """An :class:`AllMLPHead` in evaluation mode, whose matrices are multiplied beforehand.
 
     With the BatchNorm's scale s and shift t, each stage has one matrix, ``diag(s) F_i W_i``. All
-    biases, ``diag(s) sum_i F_i b_i + t``, are added to the finest stage alone, because every row of
-    a bilinear upsampling sums to 1.
+    biases, ``diag(s) sum_i F_i b_i + t``, are added to the coarsest stage alone.
 
     Shapes are those of :class:`AllMLPHead`.
 
@@ -165,7 +163,7 @@ class FoldedAllMLPHead(nn.Module):
         self.in_indices = head.in_indices
         scale, shift = batch_norm_affine(head.bn)
         weights, bias = copy.deepcopy(head).double().folded_projections()
-        biases = [scale * bias + shift, *[None] * (len(weights) - 1)]
+        biases = _at_the_coarsest_stage(scale * bias + shift, len(weights))
         self.projections = nn.ModuleList(
             folded_linear(scale[:, None] * weight, bias, like=head.bn.weight)
             for weight, bias in zip(weights, biases)
@@ -189,11 +187,22 @@ class FoldedAllMLPHead(nn.Module):
         return self
 
 
+def _at_the_coarsest_stage(bias: Tensor, num_stages: int) -> list[Tensor | None]:
+    """Return the biases of the stages for a bias of their sum.
+
+    The bias of one stage is that of the sum, because every row of a bilinear upsampling sums to 1,
+    and the coarsest map has 1/64 of the positions of the finest.
+    """
+    return [*[None] * (num_stages - 1), bias]
+
+
 def _sum_upsampled(projected: Mapping[int, Tensor], size: Sequence[int]) -> Tensor:
     """Return the sum (B, C, H_1, W_1) of projected maps, upsampled to ``size`` (H_1, W_1).
 
     It takes the place of the first map. At 1024x2048 pixels a map of B0's head has 134 MB, and
-    fresh memory of that size costs more than the sum.
+    fresh memory of that size costs more than the sum. With gradients it is the sum of the first two
+    maps that is changed: the first map is a view, and for a view that is changed, autograd copies
+    the whole gradient each time, in a layout that makes the gradient of the upsampling slow.
 
     Args:
         projected: Index of the stage -> map (B, C, H_i, W_i). Stage 0 has the size already.
@@ -203,6 +212,8 @@ def _sum_upsampled(projected: Mapping[int, Tensor], size: Sequence[int]) -> Tens
         F.interpolate(p, size=size, mode="bilinear", align_corners=False) if index else p
         for index, p in projected.items()
     )
+    if rest and torch.is_grad_enabled():
+        total = total + rest.pop(0)
     for upsampled in rest:
         total.add_(upsampled)
     return total

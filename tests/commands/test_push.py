@@ -197,6 +197,9 @@ def test_the_card_states_what_the_run_states(hub, push, checkpoint):
     assert "![Effective receptive fields" in text
     assert files["receptive_fields.png"].startswith(b"\x89PNG")
     assert "Xie et al." in text
+    (part,) = Run(checkpoint.parents[1]).parts
+    assert f"  - hardware: {part.hardware.split()[0]}" in text
+    assert f"torch {part.versions['torch'].split('+')[0]}" in text
     place = str(checkpoint.parents[2]).encode()  # nobody else's business
     assert [name for name, content in files.items() if place in content] == []
 

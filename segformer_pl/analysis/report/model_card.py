@@ -20,6 +20,7 @@ from segformer_pl import __version__
 from segformer_pl.analysis.comparison import miou_interval
 from segformer_pl.analysis.evaluation import Evaluation
 from segformer_pl.analysis.recipe import departures, remarks, scope
+from segformer_pl.analysis.report.provenance_facts import PartFacts, describe_parts
 from segformer_pl.analysis.run import Run
 from segformer_pl.analysis.style import printable
 from segformer_pl.errors import UserError
@@ -104,6 +105,7 @@ class Training:
         monitor: Metric by which the checkpoint was chosen among others; None if it was not.
         config: Configuration of the run, for its departures from the published recipe.
         figure: Figure of receptive fields; None if the run has none.
+        parts: Hardware, duration, code and packages of the processes that trained the network.
     """
 
     dataset: Dataset
@@ -114,6 +116,7 @@ class Training:
     results: list[Result] = field(default_factory=list)
     config: Mapping[str, Any] = field(default_factory=dict)
     figure: Path | None = None
+    parts: list[PartFacts] = field(default_factory=list)
 
     @property
     def base_model(self) -> str | None:
@@ -148,7 +151,12 @@ def describe_training(
     figures = [file for at, file in run.figures("erf").items() if at <= step]
     settings = _settings(run, config, step, dataset)
     figure = figures[-1] if figures else None
-    return Training(dataset, step, protocol, monitor, settings, results, config, figure)
+    parts = [
+        facts
+        for part, facts in zip(run.parts, describe_parts(run), strict=True)
+        if part.stage == "fit" and (part.step == 0 or part.step < step)
+    ]
+    return Training(dataset, step, protocol, monitor, settings, results, config, figure, parts)
 
 
 def model_card(
