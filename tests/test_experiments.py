@@ -73,6 +73,7 @@ BUILT = [
     if re.match("(segformer_b[1-5]|setr|maskformer|semask|deeplabv3plus)_", file.stem)
     and file not in LARGER
 ]
+WITH_FIGURES = ("camvid_b0", "demo")  # they take half of the time
 TRAINED = [
     file
     for file in EXPERIMENTS
@@ -122,7 +123,10 @@ def test_header_states_question_command_hardware_and_expectation(file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
-def test_trains_one_step_and_validates(file, tiny_copy, tmp_path):
+def test_trains_one_step_and_validates(file, tiny_copy, tmp_path, request):
+    has_figures = file.stem in WITH_FIGURES
+    if not has_figures:
+        request.getfixturevalue("without_figures")
     config = settings(configs(file))
     changes = {
         "data.path": tiny_copy(config["data"]["dataset"]),
@@ -146,10 +150,10 @@ def test_trains_one_step_and_validates(file, tiny_copy, tmp_path):
     )
     (run,) = (tmp_path / "runs").glob("*/version_0")
     assert "val/miou" in (run / "metrics.csv").read_text()
-    callbacks = {c["class_path"].rpartition(".")[2] for c in config["trainer"]["callbacks"]}
-    figures = {"PredictionPanel": "predictions", "EffectiveReceptiveField": "erf"}
-    expected = {folder for callback, folder in figures.items() if callback in callbacks}
-    assert {"report.html", "config.yaml"} | expected <= {path.name for path in run.iterdir()}
+    if has_figures:
+        assert {"report.html", "config.yaml", "predictions", "erf"} <= {
+            path.name for path in run.iterdir()
+        }
 
 
 def check_size(file, network):
