@@ -13,6 +13,7 @@ from segformer_pl.cli import main
 from segformer_pl.commands.erf import subject_from_file
 from segformer_pl.data import shapes
 from segformer_pl.inference import Predictor
+from tests.tiny_network import TINY_OPTION
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_figures")]
 NAMES = list(shapes.CLASS_NAMES)
@@ -29,8 +30,7 @@ def describe(file, names=NAMES, **labels):
 
 def options(folder, runs, **changes):
     settings = {
-        "model.network": "segformer_pl.models.segformer_b0",
-        "model.network.decoder_dim": 16,
+        "model.network": TINY_OPTION,
         "data.dataset": folder / "mine.yaml",
         "data.path": folder / "data",
         "data.batch_size": 2,
@@ -170,23 +170,23 @@ def test_an_encoder_alone_is_not_evaluated(run, fail, tmp_path):
 
 
 def test_other_arguments_of_the_network_are_refused(run, fail, tmp_path):
-    heads = "--model.network.num_heads=[1,1,1,1]"
+    heads = "--model.network.encoder.num_heads=[1,1,1,1]"
     ckpt = run / "last.ckpt"
     message = fail("validate", *options(run, tmp_path), heads, f"--ckpt_path={ckpt}")
-    assert "model.network.num_heads is [1, 1, 1, 1] here and was [1, 2, 5, 8]" in message
+    assert "model.network.num_heads is [1, 1, 1, 1] here and was [1, 2, 2, 4]" in message
     message = fail("validate", *options(run, tmp_path), heads, f"--model.weights={ckpt}")
-    assert "trained with num_heads (1, 2, 5, 8), and the model has (1, 1, 1, 1)" in message
+    assert "trained with num_heads (1, 2, 2, 4), and the model has (1, 1, 1, 1)" in message
     for other, was, here in (
         ("paddings=[2,1,1,1]", (3, 1, 1, 1), (2, 1, 1, 1)),
         ("strides=[4,2,2,1]", (4, 2, 2, 2), (4, 2, 2, 1)),
     ):
-        other, key = f"--model.network.{other}", other.split("=")[0]
+        other, key = f"--model.network.encoder.{other}", other.split("=")[0]
         for command in ("fit", "validate"):
             message = fail(command, *options(run, tmp_path), other, f"--ckpt_path={ckpt}")
             assert f"model.network.{key} is {list(here)} here and was {list(was)}" in message
         message = fail("validate", *options(run, tmp_path), other, f"--model.weights={ckpt}")
         assert f"{key} is {here} here and {was} in the source" in message
-    same = "--model.network.paddings=[3,1,1,1]"  # equals the derived default
+    same = "--model.network.encoder.paddings=[3,1,1,1]"  # equals the derived default
     main(["validate", *options(run, tmp_path / "a"), same, f"--ckpt_path={ckpt}"])
 
 
