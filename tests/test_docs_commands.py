@@ -127,7 +127,7 @@ def test_readme_segments_an_image(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_readme_fine_tunes_on_a_folder(tmp_path, monkeypatch, start_command):
-    """From weights in transformers' layout to a report and masks, on 6 small images."""
+    """From weights in transformers' layout to a report and masks, on 6 images of several sizes."""
     from segformer_pl.checkpoints import export_weights
     from segformer_pl.models import segformer_b0
 
@@ -139,7 +139,7 @@ def test_readme_fine_tunes_on_a_folder(tmp_path, monkeypatch, start_command):
         for kind in ("images", "labels"):
             Path("data", kind, split).mkdir(parents=True)
         for number in range(count):
-            mask = np.zeros((64, 96), np.uint8)
+            mask = np.zeros((64 + 8 * number, 96), np.uint8)
             mask[16:48, 20 + number : 60] = 1
             Image.fromarray(mask).save(f"data/labels/{split}/{number}.png")
             Image.fromarray(np.stack([200 * mask] * 3, 2)).save(f"data/images/{split}/{number}.jpg")

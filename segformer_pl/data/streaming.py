@@ -298,7 +298,8 @@ def collate(samples: list[Sample]) -> Batch:
         raise UserError(
             f"sample {first_id!r} is {first[0]}x{first[1]} but {second_id!r} is "
             f"{second[0]}x{second[1]} (height x width) and one batch needs one size; set "
-            "data.crop_size for training and data.eval_batch_size 1 for evaluation"
+            "--data.crop_size '[512,512]' (height and width) for training and "
+            "--data.eval_batch_size 1 for evaluation"
         )
     return {
         "image": default_collate([sample["image"] for sample in kept]),
