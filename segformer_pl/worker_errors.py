@@ -12,6 +12,7 @@ it has no files or memory left      an OSError or a RuntimeError
 
 import errno
 import re
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -34,6 +35,19 @@ def explain_worker_failure(error: BaseException) -> str | None:
         error: Exception of the main process. Those that caused it are searched too.
     """
     return next(filter(None, map(_explain, _causes(error))), None)
+
+
+def wait_for_cause(error: BaseException) -> None:
+    """Wait up to a second for the signal that a worker has ended, if its connection was lost.
+
+    Torch's handler of this signal raises in whatever line the main process is then, which would cut
+    off what handles the lost connection. So call this first; what is raised becomes the cause.
+    """
+    if _is_lost_connection(error):
+        try:
+            time.sleep(1)
+        except RuntimeError as ended:
+            error.__cause__ = ended
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

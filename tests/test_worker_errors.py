@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import threading
 
 import lightning.pytorch as pl
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from segformer_pl.data import shapes
-from segformer_pl.worker_errors import explain_worker_failure
+from segformer_pl.worker_errors import explain_worker_failure, wait_for_cause
 
 
 class Failing(Dataset):
@@ -78,6 +79,21 @@ class LostConnection:
 
     def get(self, timeout):
         raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_the_signal_of_a_lost_worker_is_waited_for(monkeypatch):
+    """It may come after the error of its connection, while callbacks handle that error."""
+    loader = iter(DataLoader([1, 2], num_workers=1))
+    (worker,) = torch.multiprocessing.active_children()
+    monkeypatch.setattr(loader, "_data_queue", LostConnection())
+    with pytest.raises(ConnectionResetError) as error:
+        next(loader)
+    killer = threading.Timer(0.2, worker.kill)
+    killer.start()
+    wait_for_cause(error.value)
+    monkeypatch.undo()
+    loader._shutdown_workers()
+    assert explain_worker_failure(error.value).startswith(f"data-loader worker {worker.pid} was ki")
 
 
 def test_a_worker_that_is_killed_while_it_sends(monkeypatch):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from segformer_pl.errors import Interrupted
 from segformer_pl.lightning_workarounds import SignalHandlers, is_accumulating, is_end_of_epoch
-from segformer_pl.worker_errors import explain_worker_failure
+from segformer_pl.worker_errors import explain_worker_failure, wait_for_cause
 
 
 class StopOnSignal(pl.Callback):
@@ -116,6 +116,7 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Add the command that resumes the run to an error such as that of a full disk."""
+        wait_for_cause(exception)
         is_outside = isinstance(exception, OSError) or explain_worker_failure(exception)
         if is_outside and (how := self.how_to_resume(trainer)) is not None:
             exception.add_note(f"then {how}")
