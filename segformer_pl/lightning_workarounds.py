@@ -1,8 +1,8 @@
 """Uses of private names of Lightning 2.6, each with its reason.
 
 Other modules use private names of Lightning only in subclasses of its classes: ``LastCheckpoint``,
-``RunLogger`` and ``SegmentationTask``. So a new version of Lightning breaks these and this file
-first.
+``RunLogger``, ``SegmentationTask`` and ``StepProgressBar``. So a new version of Lightning breaks
+these and this file first.
 """
 
 import logging

@@ -112,6 +112,7 @@ def test_names_in_python_exist(page):
 
 def test_readme_segments_an_image(tmp_path, monkeypatch, capsys):
     from segformer_pl.checkpoints import export_weights
+    from segformer_pl.cli import main
     from segformer_pl.models import segformer_b0
 
     monkeypatch.chdir(tmp_path)
@@ -119,6 +120,9 @@ def test_readme_segments_an_image(tmp_path, monkeypatch, capsys):
     Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save("photo.jpg")
     (block,) = code(README, "python")
     exec(block, {})
+    main(commands(README)[0])
+    for kind in ("masks", "overlays"):
+        assert (tmp_path / "predictions" / kind / "photo.png").exists()
     with Image.open("mask.png") as mask:
         assert mask.size == (60, 40)
     shares = re.findall(r"([\d.]+)%", capsys.readouterr().out)
@@ -143,14 +147,14 @@ def test_readme_fine_tunes_on_a_folder(tmp_path, monkeypatch, start_command):
             mask[16:48, 20 + number : 60] = 1
             Image.fromarray(mask).save(f"data/labels/{split}/{number}.png")
             Image.fromarray(np.stack([200 * mask] * 3, 2)).save(f"data/images/{split}/{number}.jpg")
-    fit, predict = commands(README)
+    _, fit = commands(README)
     small = "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.crop_size [64,64] "
     small += "--data.batch_size 2 --data.num_workers 0 --trainer.num_sanity_val_steps 0"
     training = start_command([*fit, *small.split()], folder=tmp_path)
     assert training.wait() == 0, training.output
     report = tmp_path / re.search(r"report: (\S+\.html)", training.output)[1]
     assert "cat" in report.read_text()
-    predict[predict.index("runs/.../last.ckpt")] = report.parent / "checkpoints" / "last.ckpt"
-    predict[predict.index("photos/*.jpg")] = "data/images/validation"
+    ckpt = report.parent / "checkpoints" / "last.ckpt"
+    predict = ["predict", "--ckpt", ckpt, "--input", "data/images/validation", "--output", "masks"]
     assert start_command(predict, folder=tmp_path).wait() == 0
     assert len(list(tmp_path.glob("masks/masks/*.png"))) == 2

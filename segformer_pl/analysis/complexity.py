@@ -27,7 +27,6 @@ from torch._subclasses.fake_tensor import (
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from segformer_pl.errors import UserError
@@ -272,6 +271,9 @@ def measure_latency(
         dtype: Data type of weights and image.
         min_seconds: Minimum duration of the measurement in seconds.
     """
+    # It loads torch's compiler of extensions, which warns about a CUDA that no device can use.
+    from torch.utils.benchmark import Timer
+
     network = network.to(device, dtype).eval()
     images = torch.randn(1, network.in_channels, height, width, device=device, dtype=dtype)
     num_warmup = 3

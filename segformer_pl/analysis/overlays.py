@@ -26,7 +26,10 @@ from segformer_pl.analysis.style import (
 
 LISTED_CLASSES = 31  # entries in the legend of a panel
 MAX_NAME_LENGTH = 40  # characters of a class name in a legend
-MAX_TITLE_LENGTH = 40  # characters of a title above a panel
+MAX_TITLE_LENGTH = 24  # characters of a title above a panel
+# Sizes of the panels of predictions in inches
+PANEL_WIDTH, GAP = 1.8, 0.08
+TITLE_HEIGHT, LETTER_WIDTH = 0.22, 0.085
 OPACITY = 0.5  # of the class colours over the image
 MIN_LONG_SIDE = 512  # pixels; smaller images are enlarged, so that outlines and text fit
 TEXT_SIZE = 1 / 44  # height of the legend's text relative to the longer side
@@ -317,40 +320,41 @@ def plot_predictions(
         for name, color in _panel_legend(samples, class_names, palette)
     ]
     num_columns = 2 if len(samples) > 1 else 1
-    legend_columns = min(len(handles), 4 * num_columns)
-    num_rows = -(-len(samples) // num_columns)
-    height, width = samples[0][2].shape
-    panel_width = 2.0
-    figure = Figure(
-        figsize=(
-            3 * num_columns * panel_width,
-            num_rows * (panel_width * height / width + 0.25)
-            + 0.5
-            + 0.2 * -(-len(handles) // legend_columns),
-        ),
-        layout="constrained",
-    )
-    axes = figure.subplots(num_rows, 3 * num_columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for index, (name, image, label, prediction) in enumerate(samples):
-        row, column = divmod(index, num_columns)
-        # Not a dictionary by title, because the id of an image can be "label".
-        panels: list[tuple[str, npt.NDArray[Any]]] = [
-            (printable(name, MAX_TITLE_LENGTH), image[:3].permute(1, 2, 0).clamp(0, 1).numpy()),
-            ("label", colorize(label.numpy(), palette)),
-            ("prediction", colorize(prediction.numpy(), palette)),
-        ]
-        for offset, (title, panel) in enumerate(panels):
-            axis = axes[row, 3 * column + offset]
-            axis.imshow(panel, interpolation="nearest")
-            axis.set_title(title, fontsize=7, pad=2, parse_math=False)
-    legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=8
-    )
+    rows = [samples[first : first + num_columns] for first in range(0, len(samples), num_columns)]
+    # All panels are equally wide, and those of a row are as high as its narrowest image needs.
+    heights = [PANEL_WIDTH * max(map(_aspect, row)) for row in rows]
+    width = 3 * num_columns * (PANEL_WIDTH + GAP) + GAP
+    longest = max(len(handle.get_label()) for handle in handles)
+    legend_columns = min(len(handles), max(1, int(width / (0.5 + LETTER_WIDTH * longest))))
+    legend_height = 0.2 + 0.2 * -(-len(handles) // legend_columns)
+    height = sum(heights) + len(rows) * (TITLE_HEIGHT + GAP) + legend_height
+    figure = Figure(figsize=(width, height))
+    top = height
+    for row, row_height in zip(rows, heights, strict=True):
+        top -= TITLE_HEIGHT + row_height
+        for column, (name, image, label, prediction) in enumerate(row):
+            panels: list[tuple[str, npt.NDArray[Any]]] = [
+                (printable(name, MAX_TITLE_LENGTH), image[:3].permute(1, 2, 0).clamp(0, 1).numpy()),
+                ("label", colorize(label.numpy(), palette)),
+                ("prediction", colorize(prediction.numpy(), palette)),
+            ]
+            for offset, (title, panel) in enumerate(panels):
+                left = GAP + (3 * column + offset) * (PANEL_WIDTH + GAP)
+                box = (left / width, top / height, PANEL_WIDTH / width, row_height / height)
+                axis = figure.add_axes(box, anchor="N")
+                axis.set_axis_off()
+                axis.imshow(panel, interpolation="nearest")
+                axis.set_title(title, fontsize=9, pad=3, parse_math=False)
+        top -= GAP
+    legend = figure.legend(handles=handles, loc="lower center", ncols=legend_columns, fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return fit_text(figure)
+
+
+def _aspect(sample: tuple[str, Tensor, Tensor, Tensor]) -> float:
+    height, width = sample[2].shape
+    return height / width
 
 
 def _panel_legend(

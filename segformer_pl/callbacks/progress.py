@@ -50,6 +50,14 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Do nothing; Lightning starts a new bar here, and a stream has no epochs."""
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """End the line of the bar, so that the message does not follow it."""
+        for bar in (self._val_progress_bar, self._train_progress_bar):
+            if bar is not None:
+                bar.close()
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,

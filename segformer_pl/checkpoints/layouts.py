@@ -119,7 +119,7 @@ NVLABS = Layout(
 )
 
 TRANSFORMERS_DISK = Layout(
-    name="transformers (keys on disk)",
+    name="transformers",
     anchor="patch_embeddings.0.proj.weight",
     encoder_prefixes={"segformer.encoder.": "segmenter", "encoder.": "encoder", "": "encoder"},
     encoder={

@@ -129,5 +129,5 @@ def _explain_commands(is_asked_for: bool) -> NoReturn:
 
 
 def _refuse(sentence: str) -> NoReturn:
-    sys.stderr.write(f"error: {sentence} (what is accepted: {PROG} --help)\n")
+    sys.stderr.write(f"error: {sentence}; see {PROG} --help\n")
     sys.exit(2)

@@ -79,7 +79,10 @@ def _plain(text: str) -> str:
 class RunArgumentParser(OneSentenceParser, LightningArgumentParser):
     """Lightning's parser with errors of one sentence and a help of readable length."""
 
-    examples: ClassVar = {"model.network": "--model.network=segformer_b0"}
+    examples: ClassVar = {
+        "model.network": "--model.network=segformer_b0",
+        "data.crop_size": "--data.crop_size '[512,512]', height and width",
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": RunHelpFormatter} | kwargs)

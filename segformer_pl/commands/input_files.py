@@ -50,7 +50,7 @@ def find_files(
         check_readable(path, option)
         base, matches = path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
         matches = [file for file in matches if Path(file).suffix.lower() in suffixes]
-        missing = f"folder {pattern!r} contains no image ({', '.join(suffixes)})"
+        missing = f"folder {pattern!r} contains no image ({', '.join(suffixes[:4])}, ...)"
     elif glob.has_magic(pattern):
         fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
         base, matches = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)

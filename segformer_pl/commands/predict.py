@@ -107,8 +107,8 @@ def run(options: Namespace) -> None:
         )
         sys.exit(INTERRUPTED)
     sys.stdout.write(
-        f"{writer.num_masks} masks in {output / MASKS}, overlays in {output / OVERLAYS}; "
-        f"skipped: {num_skipped}\n"
+        f"{counted(writer.num_masks, 'mask')} in {output / MASKS}, "
+        f"overlays in {output / OVERLAYS}; skipped: {num_skipped}\n"
     )
     if num_skipped:
         sys.exit(1)
@@ -119,7 +119,12 @@ def _weights(options: Namespace) -> Weights:
         return read_weights(options.weights, options.state)
     if options.state is not None:
         raise UserError("--state is for --weights, as a run's checkpoint holds one network")
-    return RunCheckpoint.read(options.ckpt).weights()
+    try:
+        return RunCheckpoint.read(options.ckpt).weights()
+    except UserError as error:
+        if not Path(options.ckpt).exists():
+            raise
+        raise UserError(f"{error}; other weights are given with --weights") from error
 
 
 def changed_protocol(protocol: Inference, changes: dict[str, Any]) -> Inference:

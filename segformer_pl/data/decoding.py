@@ -447,5 +447,6 @@ def _reading(encoded: bytes, where: str) -> Iterator[None]:
         ) from error
     except DAMAGED as error:
         raise UserError(
-            f"{where}: the {len(encoded)} bytes are not an image, or a damaged one; replace them"
+            f"{where}: the {len(encoded)} bytes are not an image, or a damaged one; replace the "
+            "file"
         ) from error

@@ -35,8 +35,8 @@ def describe_wrong_array(raw: npt.NDArray[Any], coding: Coding) -> str:
     is_color = raw.ndim == 3 and raw.shape[2] == 3 and raw.dtype == np.uint8
     if is_plain:
         advice = (
-            "the label spec expects colours (labels.coding: colors); set labels.coding: values, or "
-            "store the colours themselves instead of palette indices"
+            "labels.coding: colors expects colours; set labels.coding: values, or store the "
+            "colours themselves instead of palette indices"
         )
     elif coding == "colors":
         advice = "three channels of 8 bits; store RGB without alpha"
@@ -89,7 +89,7 @@ def describe_unknown_values(
         cause = (
             f"the number of unknown {kinds} suggests a lossy format (JPEG) or resizing with "
             "interpolation: store labels losslessly and resize them by nearest neighbour; "
-            f"otherwise add these {kinds} to the label spec"
+            f"otherwise add these {kinds} to the data set's labels"
         )
     elif is_color:
         cause = _cause_of_color(value, train_ids)
@@ -98,7 +98,7 @@ def describe_unknown_values(
     return (
         f"label {kind} {unpack_color(value) if is_color else value} in "
         f"{counted(count, 'pixel')}{others} is "
-        f"not in the label spec ({known}); {cause}"
+        f"not among the data set's labels ({known}); {cause}"
     )
 
 
@@ -114,11 +114,11 @@ def _cause_of_color(value: int, train_ids: Mapping[int, int]) -> str:
     if pack_color((blue, green, red)) in train_ids:
         return (
             f"{(blue, green, red)} is in the spec: if the channels are stored as BGR, store them "
-            "as RGB; otherwise add the colour and its class to the label spec"
+            "as RGB; otherwise add the colour and its class to labels"
         )
     if color in ((0, 0, 0), (255, 255, 255)):
         return "it usually marks unlabelled pixels: add it to labels.ignored"
-    return "correct the label image, or add the colour to the label spec"
+    return "correct the label image, or add the colour to labels in the data set's description"
 
 
 def _cause_of_value(
@@ -147,7 +147,7 @@ def _cause_of_value(
         )
     if value in (-1, 0, 255, 65535):
         return "it usually marks unlabelled pixels: add it to labels.ignored"
-    return "correct the label image, or add the value to the label spec"
+    return "correct the label image, or add the value to labels in the data set's description"
 
 
 def _list_colors(numbers: Mapping[int, int]) -> str:

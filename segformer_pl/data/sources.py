@@ -262,8 +262,9 @@ def _from_library(entry: DatasetEntry, path: str | None, split: Split, stored: s
             name = ""
         if name.count("/") != 1 or name.startswith((".", "~")):
             raise UserError(
-                f"data.path: there is no folder {path!r}; give the folder that holds the Parquet "
-                "shards, a hub name owner/name, or a pattern with {split} of files or URLs"
+                f"data.path: there is no folder {path!r}; give the folder that holds images/ and "
+                "labels/ or Parquet shards, a hub name owner/name, or a pattern with {split} of "
+                "files or URLs"
             )
     try:
         builder = datasets.load_dataset_builder(

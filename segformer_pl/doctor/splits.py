@@ -187,7 +187,7 @@ def examine_split(
         level(
             "labels",
             f"{len(unlabelled)} of {total} {split} images have no labelled pixel; the first is "
-            f"{unlabelled[0]!r}; check the label spec's ignored values, or remove these images",
+            f"{unlabelled[0]!r}; check labels.ignored, or remove these images",
         )
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
@@ -259,8 +259,7 @@ def _examine_labels(
     if ignored > 0.5:
         examination.warning(
             "labels",
-            f"{ignored:.0%} of the {split} pixels have no label; check the label spec's ignored "
-            "values",
+            f"{ignored:.0%} of the {split} pixels have no label; check labels.ignored",
         )
     missing = [name for index, name in enumerate(labels.names) if not summary.pixels[index]]
     num_needed = min(NUM_SAMPLES // 4, sum(summary.source.group_rows))

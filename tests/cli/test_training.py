@@ -311,7 +311,7 @@ def broken_copy(folder, tmp_path, png, write_shards):
         (None, "column 'label': the row holds no image; remove the row"),
         (
             np.full((shapes.IMAGE_SIZE, shapes.IMAGE_SIZE), 99, np.uint8),
-            "label value 99 in 4096 pixels is not in the label spec",
+            "label value 99 in 4096 pixels is not among the data set's labels",
         ),
     ],
     ids=["missing", "outside the spec"],

@@ -97,7 +97,7 @@ def test_masks_are_the_networks_train_ids_with_the_palette(run, checkpoint, imag
     code, printed, _ = run(images / "a.png")
     out = tmp_path / "out"
     assert code == 0
-    assert printed == f"1 masks in {out / 'masks'}, overlays in {out / 'overlays'}; skipped: 0\n"
+    assert printed == f"1 mask in {out / 'masks'}, overlays in {out / 'overlays'}; skipped: 0\n"
     assert written(out) == ["masks/a.png", "overlays/a.png"]
     image = Image.open(out / "masks" / "a.png")
     assert image.mode == "P"
@@ -178,8 +178,8 @@ def test_unusable_images_are_reported_and_skipped(run, images, tmp_path):
         f"{k}/{n}.png" for k in ("masks", "overlays") for n in "az"
     ]
     for name, sentence in {
-        "empty.png": "the 0 bytes are not an image, or a damaged one; replace them",
-        "text.jpg": "the 10 bytes are not an image, or a damaged one; replace them",
+        "empty.png": "the 0 bytes are not an image, or a damaged one; replace the file",
+        "text.jpg": "the 10 bytes are not an image, or a damaged one; replace the file",
         "truncated.jpg": f"the {len(whole) // 2} bytes are not an image, or a damaged one",
         "link.jpg": "it cannot be read (No such file or directory)",
         "float.tif": "the image holds numbers without a known range",

@@ -115,7 +115,7 @@ def test_cityscapes_evaluates_19_of_its_34_ids():
 def test_ade20k_counts_from_one_and_ignores_zero():
     assert train_ids("ade20k", 0, 1, 150) == [255, 0, 149]
     assert names("ade20k", 0, 1, 2, 12, 149) == ["wall", "building", "sky", "person", "flag"]
-    with pytest.raises(UserError, match=r"label spec \(0-150\); it usually marks unlabelled"):
+    with pytest.raises(UserError, match=r"labels \(0-150\); it usually marks unlabelled"):
         train_ids("ade20k", 255)
 
 

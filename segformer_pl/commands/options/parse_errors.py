@@ -56,13 +56,13 @@ def readable(message: str, types: Mapping[str, Any], examples: Mapping[str, str]
 
     Args:
         message: The message.
-        types: Type of each option, by its name without hyphens.
-        examples: Value of some options, for a user who has given none.
+        types: Type of each option, by its name without hyphens; None for one without a type.
+        examples: Values of some options whose types say too little.
     """
-    unknown = re.fullmatch(r"unrecognized arguments: (--([\w.]+).*)", message, re.IGNORECASE)
+    unknown = re.fullmatch(r"unrecognized arguments: --([\w.]+).*", message, re.IGNORECASE)
     if unknown:
-        hint = did_you_mean(f"--{unknown[2]}", [f"--{name}" for name in types])
-        return f"there is no option {unknown[1]}{hint}"
+        hint = did_you_mean(f"--{unknown[1]}", [f"--{name}" for name in types])
+        return f"there is no option --{unknown[1]}{hint}"
     return _explain("", message, types, examples)
 
 
@@ -85,9 +85,9 @@ def _explain(
     reasons = [reason for reason in _reasons(text) if not reason.startswith(OTHER_TYPE)]
     if value is None or ("Given value type" not in text and reasons):
         return f"{key}: {_joined(reasons[-1] if reasons else text)}"
-    accepted = _describe(types[key]) if key in types else _accepted(text)
+    accepted = _describe(types[key]) if types.get(key) else _accepted(text)
     if key in examples:
-        accepted = [f"{accepted[0]}, such as {examples[key]}", *accepted[1:]]
+        accepted = [f"{accepted[0]} (such as {examples[key]})", *accepted[1:]]
     state = f"is {_joined(value)[:100]}, which is not accepted"
     if value == "None":
         state = "is not given"

@@ -65,13 +65,13 @@ def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _types(parser: ArgumentParser) -> Iterator[tuple[str, Any]]:
-    """Yield name and type of the options of a parser and of its subcommands."""
+    """Yield names and types of the options of a parser and its subcommands; None for no type."""
     for action in parser._actions:
         if isinstance(action.choices, Mapping):
             for subparser in action.choices.values():
                 yield from _types(subparser)
-        elif hasattr(action, "_typehint"):
-            yield action.dest, action._typehint
+        elif action.option_strings:
+            yield action.dest, getattr(action, "_typehint", None)
 
 
 def one_sentence(parser: ArgumentParser, message: str, error: BaseException | None) -> str:
@@ -88,7 +88,7 @@ class OneSentenceParser(ArgumentParser):
     as well as of a class.
 
     Attributes:
-        examples: A value of some options, by name, which a message shows if none is given.
+        examples: Values of some options, by name, which messages about them show.
     """
 
     examples: ClassVar[Mapping[str, str]] = {}
@@ -102,7 +102,7 @@ class OneSentenceParser(ArgumentParser):
             super().error(message, ex)
         text = one_sentence(self, message, ex)
         program = self.prog.replace(" [options]", "")  # of a subcommand
-        sys.stderr.write(f"error: {text} (what is accepted: {program} --help)\n")
+        sys.stderr.write(f"error: {text}; see {program} --help\n")
         self.exit(2)
 
     def parse_args(  # type: ignore[override]
