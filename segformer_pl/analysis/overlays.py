@@ -324,7 +324,7 @@ def plot_predictions(
     # All panels are equally wide, and those of a row are as high as its narrowest image needs.
     heights = [PANEL_WIDTH * max(map(_aspect, row)) for row in rows]
     width = 3 * num_columns * (PANEL_WIDTH + GAP) + GAP
-    longest = max(len(handle.get_label()) for handle in handles)
+    longest = max(len(str(handle.get_label())) for handle in handles)
     legend_columns = min(len(handles), max(1, int(width / (0.5 + LETTER_WIDTH * longest))))
     legend_height = 0.2 + 0.2 * -(-len(handles) // legend_columns)
     height = sum(heights) + len(rows) * (TITLE_HEIGHT + GAP) + legend_height
