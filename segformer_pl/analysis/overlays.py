@@ -302,6 +302,7 @@ def plot_predictions(
     samples: Sequence[tuple[str, Tensor, Tensor, Tensor]],
     class_names: Sequence[str],
     palette: Palette,
+    losses: Sequence[float] | None = None,
 ) -> Figure:
     """Plot image, label and prediction of several samples, two samples per row, with a legend.
 
@@ -310,6 +311,7 @@ def plot_predictions(
             first three channels are shown, as RGB.
         class_names: Class names by train id.
         palette: RGB 0-255 by train id.
+        losses: Loss of every sample in nats, written above its prediction.
     """
     handles = [
         Patch(
@@ -330,13 +332,15 @@ def plot_predictions(
     height = sum(heights) + len(rows) * (TITLE_HEIGHT + GAP) + legend_height
     figure = Figure(figsize=(width, height))
     top = height
+    notes = [""] * len(samples) if losses is None else [f": {loss:.2f} nats" for loss in losses]
+    remaining = iter(notes)
     for row, row_height in zip(rows, heights, strict=True):
         top -= TITLE_HEIGHT + row_height
         for column, (name, image, label, prediction) in enumerate(row):
             panels: list[tuple[str, npt.NDArray[Any]]] = [
                 (printable(name, MAX_TITLE_LENGTH), image[:3].permute(1, 2, 0).clamp(0, 1).numpy()),
                 ("label", colorize(label.numpy(), palette)),
-                ("prediction", colorize(prediction.numpy(), palette)),
+                (f"prediction{next(remaining)}", colorize(prediction.numpy(), palette)),
             ]
             for offset, (title, panel) in enumerate(panels):
                 left = GAP + (3 * column + offset) * (PANEL_WIDTH + GAP)

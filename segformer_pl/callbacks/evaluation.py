@@ -132,18 +132,21 @@ class EvaluationRecord(pl.Callback):
         send_classes(trainer, run_folder(trainer), evaluation)
         worst = sorted((entry for part in parts for entry in part["worst"]), reverse=True)
         if worst and split == "val":
-            shown: list[Any] = [
-                (f"{printable(name, 26)}: {loss:.2f} nats", *maps)
-                for loss, _, (name, *maps) in worst[: self.num_worst]
-            ]
+            worst = worst[: self.num_worst]
+            samples: list[Any] = [sample for _, _, sample in worst]
+            losses = [loss for loss, _, _ in worst]
+            names, folder = pl_module.class_names, run_folder(trainer)
             publish(
                 trainer,
-                lambda: plot_predictions(shown, pl_module.class_names, pl_module.palette),
+                lambda: plot_predictions(samples, names, pl_module.palette, losses),
                 "worst",
                 evaluation.step,
             )
-            names, folder = pl_module.class_names, run_folder(trainer)
-            send_masks(trainer, folder, "val/worst_masks", shown, names, evaluation.step)
+            captioned: list[Any] = [
+                (f"{printable(name, 26)}: {loss:.2f} nats", *maps)
+                for loss, (name, *maps) in zip(losses, samples, strict=True)
+            ]
+            send_masks(trainer, folder, "val/worst_masks", captioned, names, evaluation.step)
 
 
 def _split_size(trainer: pl.Trainer, split: str) -> int | None:

@@ -177,11 +177,12 @@ def test_every_validation_of_a_training_has_a_record(tmp_path, task):
 
 @pytest.mark.slow
 def test_the_worst_images_are_shown_worst_first(tmp_path, task, monkeypatch):
-    shown = []
+    shown, figures = [], []
 
-    def plot(images, class_names, palette):
-        shown.extend(images)
-        return original(images, class_names, palette)
+    def plot(images, class_names, palette, losses):
+        shown.extend(zip(images, losses))
+        figures.append(original(images, class_names, palette, losses))
+        return figures[-1]
 
     from segformer_pl.callbacks import evaluation
 
@@ -191,8 +192,11 @@ def test_the_worst_images_are_shown_worst_first(tmp_path, task, monkeypatch):
     make_trainer(tmp_path, EvaluationRecord(3)).validate(task, loader, verbose=False)
     record = only_record(tmp_path / "run" / "version_0", "val_step_0000000")
     order = np.argsort(-np.nan_to_num(record.loss, nan=-1))[:3]
-    assert [title.split(":")[0] for title, *_ in shown] == [record.ids[index] for index in order]
-    for _, image, target, pred in shown:
+    assert [sample[0] for sample, _ in shown] == [record.ids[index] for index in order]
+    assert [loss for _, loss in shown] == pytest.approx(record.loss[order])
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert titles[2::3] == [f"prediction: {loss:.2f} nats" for loss in record.loss[order]]
+    for (_, image, target, pred), _ in shown:
         assert image.shape == (3, 512, 32)  # shrunk from (3, 1024, 64)
         assert target.shape == pred.shape == (512, 32)
         assert set(target.unique().tolist()) <= {0, 1, IGNORED}
