@@ -167,7 +167,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _write_error(file: Path, error: OSError) -> WriteError:
     write_error = WriteError(
-        f"cannot write {str(file)!r}: {error.strerror or error}; {advice(error.errno)}"
+        f"cannot write {str(file)!r}: {_reason(file, error)}; {advice(error.errno)}"
     )
     write_error.errno = error.errno
     return write_error
@@ -206,5 +206,14 @@ def make_writable_folder(folder: str | Path, option: str = "") -> None:
     except OSError as error:
         raise WriteError(
             f"{option}{': ' if option else ''}cannot write to the folder {str(folder)!r}: "
-            f"{error.strerror or error}; {advice(error.errno)}"
+            f"{_reason(probe, error)}; {advice(error.errno)}"
         ) from error
+
+
+def _reason(file: Path, error: OSError) -> str:
+    """Return why a file cannot be written, which may be another file in place of a folder."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        for folder in file.parents:
+            if folder.is_file():
+                return f"{str(folder)!r} is a file"
+    return error.strerror or str(error)

@@ -56,7 +56,7 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
     [
         ("n" * 300, "File name too long; give a shorter name", True),
         ("folder", "Is a directory; give a folder that can be written", True),
-        ("file/below", "File exists; give a folder that can be written", True),
+        ("file/below", "'{}/file' is a file; give a folder that can be written", True),
         ("/proc/file", "No such file or directory; give a folder that can be written", False),
     ],
 )
@@ -65,7 +65,7 @@ def test_the_message_says_what_to_do(tmp_path, name, message, is_name_error):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError) as error:
         atomic_write_text(tmp_path / name, "x")
-    assert str(error.value).endswith(f": {message}")
+    assert str(error.value).endswith(f": {message.format(tmp_path)}")
     assert error.value.is_name_error == is_name_error
 
 
@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_old_file_and_raises_one_sentence(tmp_path):
 
 def test_a_file_in_place_of_a_parent_folder_raises_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(WriteError, match=r"cannot write '.*below': File exists; give"):
+    with pytest.raises(WriteError, match=r"cannot write '.*below': '.*/file' is a file; give"):
         atomic_write_text(tmp_path / "file" / "below", "x")
 
 

@@ -31,7 +31,7 @@ def pinned_folder(repo: str, revision: str | None) -> Path:
     is_pinned = revision is not None and _COMMIT.fullmatch(revision)
     if is_pinned and (folder := _fetch(repo, revision=revision, local_files_only=True)):
         return folder
-    with _reading(name, repo):
+    with _reading(repo, revision):
         if not is_pinned:
             raise UserError(
                 f"hub name {name!r} pins no commit, so its weights could change; write "
@@ -55,7 +55,7 @@ def download(repo: str, revision: str | None, **options: Any) -> Path:
             be reached.
     """
     name = f"{repo}@{revision}" if revision else repo
-    with _reading(name, repo):
+    with _reading(repo, revision):
         folder = _fetch(repo, revision=revision, **options)
     return _checked(folder, name)
 
@@ -175,10 +175,12 @@ def _checked(folder: Path | None, name: str) -> Path:
 
 
 @contextmanager
-def _reading(name: str, repo: str) -> Iterator[None]:
+def _reading(repo: str, revision: str | None) -> Iterator[None]:
     """Turn the errors of reading from the hub into one sentence."""
     from huggingface_hub import errors
 
+    name = f"{repo}@{revision}" if revision else repo
+    commit = revision if revision and _COMMIT.fullmatch(revision) else "COMMIT"
     try:
         yield
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
@@ -190,9 +192,9 @@ def _reading(name: str, repo: str) -> Iterator[None]:
         raise
     except Exception as error:  # raised by the HTTP library, the hub or the cache
         raise UserError(
-            f"the hub cannot be reached for {name!r} ({type(error).__name__}); without network "
-            "give a local file or folder, or fill the cache on a machine with network: "
-            f"hf download {repo} --revision COMMIT"
+            f"the hub cannot be reached for {name!r} ({type(error).__name__}); check the name and "
+            "the network, give a local file or folder, or fill the cache on a machine with "
+            f"network: hf download {repo} --revision {commit}"
         ) from error
 
 

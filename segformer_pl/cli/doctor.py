@@ -3,10 +3,12 @@
 import json
 import sys
 import warnings
+from typing import ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from segformer_pl.cli.training import SegformerCLI
+from segformer_pl.commands.options.parser import PROG
 from segformer_pl.doctor import Examination, examine
 
 
@@ -19,6 +21,14 @@ class DoctorCLI(SegformerCLI):
     """
 
     lacks_normalization = False
+    parser_texts: ClassVar = {
+        "prog": f"{PROG} doctor",
+        "usage": "%(prog)s [CONFIG] [--SECTION.OPTION VALUE ...] [--json]",
+        "description": "Check the settings of a run and its data before the first step: files, "
+        "labels, classes, sizes, throughput, memory and recipe, with a remedy for each problem. "
+        "CONFIG is a YAML file of settings, and the options are those of `fit`. The exit status is "
+        "1 if training would fail or be meaningless.",
+    }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

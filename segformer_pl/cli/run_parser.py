@@ -17,8 +17,8 @@ from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.commands.options.parser import OneSentenceParser
 from segformer_pl.errors import UserError, did_you_mean
 
-# Order of the groups of options in the help; those without a section come third.
-SECTIONS = ("data", "model", "", "last_checkpoint", "trainer")
+# Order of the groups of options in the help; those without a section come first.
+SECTIONS = ("", "data", "model", "last_checkpoint", "trainer")
 # Options of the trainer that mean nothing for a stream, or that `fit` and its like do not have.
 USELESS = (
     "max_epochs",
@@ -31,6 +31,14 @@ USELESS = (
     "barebones",
     "model_registry",
 )
+DESCRIPTIONS = {
+    "fit": "Train a network, with validations, checkpoints and a report in the run folder. "
+    "--run_name and --ckpt_path continue an earlier training.",
+    "validate": "Evaluate a checkpoint (--ckpt_path) or other weights (--model.weights) on the "
+    "validation split: prints the metrics, and writes the counts per image that `compare` reads.",
+    "test": "Evaluate a checkpoint (--ckpt_path) or other weights (--model.weights) on the test "
+    "split: prints the metrics, and writes the counts per image.",
+}
 FOOT = """
 An option that takes a class takes its import path, and --OPTION.help CLASS lists its arguments:
   --model.network.help segformer_pl.models.segformer_b0
@@ -47,6 +55,9 @@ class RunHelpFormatter(DefaultHelpFormatter):
     def add_usage(
         self, usage: Any, actions: Iterable[Action], groups: Any, prefix: str | None = None
     ) -> None:
+        if usage is not None:
+            super().add_usage(usage, actions, groups, prefix)
+            return
         program = self._prog.replace(" [options]", "")
         # With an empty prefix, the text becomes the name of the program in a subcommand.
         options = "" if prefix == "" else " [--config FILE] [--SECTION.OPTION VALUE ...]"
@@ -86,6 +97,10 @@ class RunArgumentParser(OneSentenceParser, LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": RunHelpFormatter} | kwargs)
+
+    def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        # A group of its own would have the first line of the docstring of Trainer.fit as its title.
+        return super().add_method_arguments(*args, **kwargs, as_group=False)
 
     def format_help(self, *args: Any) -> str:
         self._action_groups.sort(key=_position)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, capture_parser
@@ -51,6 +51,7 @@ from segformer_pl.cli.run_folder import (
     refuse_used_folder,
 )
 from segformer_pl.cli.run_parser import (
+    DESCRIPTIONS,
     RunArgumentParser,
     accept_short_names,
     leave_elements_unchecked,
@@ -126,7 +127,16 @@ class SegformerCLI(SettingsWinCLI):
         run: Whether ``args`` start with a command to run.
         exit_on_error: Whether a mistake in the arguments ends the process with a message.
             Otherwise it raises :class:`jsonargparse.ArgumentError`.
+
+    Attributes:
+        parser_texts: Name, description and usage of the parser, for its help.
     """
+
+    parser_texts: ClassVar[Mapping[str, str]] = {
+        "prog": PROG,
+        "description": f"Train and evaluate segmentation networks. {PROG} --help lists all "
+        "commands.",
+    }
 
     def __init__(
         self, args: list[str] | None = None, run: bool = True, exit_on_error: bool = True
@@ -146,11 +156,12 @@ class SegformerCLI(SettingsWinCLI):
             StreamingSegmentationData,
             parser_class=RunArgumentParser,
             parser_kwargs={
-                "prog": PROG,
-                "description": f"Train and evaluate segmentation networks. {PROG} --help lists all "
-                "commands.",
+                **self.parser_texts,
                 "exit_on_error": exit_on_error,
-                **{name: {"exit_on_error": exit_on_error} for name in self.subcommands()},
+                **{
+                    name: {"exit_on_error": exit_on_error, "description": DESCRIPTIONS[name]}
+                    for name in self.subcommands()
+                },
             },
             # The task builds its optimiser; --optimizer would replace its parameter groups.
             auto_configure_optimizers=False,

@@ -16,7 +16,7 @@ from segformer_pl.checkpoints.run_checkpoint import RunCheckpoint
 from segformer_pl.checkpoints.run_data import load_data
 from segformer_pl.commands.input_files import find_files
 from segformer_pl.commands.options.export import SPLIT
-from segformer_pl.commands.predict import changed_protocol
+from segformer_pl.commands.predict import MASKS, OVERLAYS, changed_protocol
 from segformer_pl.commands.validation_split import ValidationSplit
 from segformer_pl.data import shapes
 from segformer_pl.data.decoding import EncodedImage
@@ -46,7 +46,7 @@ def run(options: Namespace) -> None:
     """
     suffix = TARGETS[options.to].suffixes[0]
     file = Path(options.output or Path(options.ckpt).with_suffix(suffix)).expanduser()
-    check_target(file, options.to, "--to")
+    check_target(file, options.to, "--to", "--output")
     weights = read_weights(options.ckpt, options.state)
     predictor = Predictor.from_weights(weights, options.network)
     predictor.protocol = changed_protocol(predictor.protocol, options.changes)
@@ -85,7 +85,10 @@ def _images(options: Namespace, network: Network) -> Iterator[tuple[str, Pixels]
         split = ValidationSplit(load_data(RunCheckpoint.read(options.ckpt, "CKPT")), None)
         samples = (split.samples[position] for position in _spread(split.positions, num_images))
         return ((f"image {sample['id']}", _to_bytes(sample["image"])) for sample in samples)
-    files = _spread(list(find_files(given, "--verify")), num_images)
+    # Where `predict` has written into the folder, the images are not among its outputs.
+    outputs = [Path(given).expanduser() / kind for kind in (MASKS, OVERLAYS)]
+    outputs = outputs if all(folder.is_dir() for folder in outputs) else []
+    files = _spread(list(find_files(given, "--verify", outputs=outputs)), num_images)
     return ((f"'{file}'", EncodedImage.read(file, num_bands).decode()) for file in files)
 
 

@@ -45,9 +45,9 @@ def run(options: Namespace) -> None:
     output = None if options.output is None else Path(options.output).expanduser()
     if output is not None and output.exists():
         raise UserError(f"--output: '{output}' exists already; remove it or give another path")
-    user = hub.log_in(options.repository) if output is None else ""
     checkpoint = RunCheckpoint.read(file, "SOURCE")
     predictor = Predictor.from_weights(checkpoint.weights())
+    user = hub.log_in(options.repository) if output is None else ""
     training = _training(file, checkpoint, predictor)
     if output is not None:
         make_writable_folder(output.parent, "--output")
@@ -81,6 +81,11 @@ def find_checkpoint(source: str) -> Path:
         UserError: There is no such file or folder, or the folder holds no checkpoint.
     """
     path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"SOURCE: there is no run folder or checkpoint {source!r}; give one, such as "
+            "runs/demo/version_0"
+        )
     if not path.is_dir():
         return path  # RunCheckpoint says what is wrong with it
     folder = Run(path).checkpoint_folder

@@ -47,6 +47,8 @@ class ImageFolder:
                 f"data.path: no images in {str(images)!r}{hint}; give a folder with images in "
                 f"images/{split} and labels of the same names, .png, in labels/{split}"
             )
+        if not labels.exists():
+            raise UserError(f"data.path: {_describe_missing_labels(folder, split)}")
         labels_by_name, other_labels = _by_name(labels, (".png",))
         for kind, by_name in (("images", images_by_name), ("labels", labels_by_name)):
             shared = next((files for files in by_name.values() if len(files) > 1), None)
@@ -106,6 +108,20 @@ class ImageFolder:
     def name(self, group: int, row: int) -> str:
         """Return the name that image and label share."""
         return self._pairs[group][2]
+
+
+def _describe_missing_labels(folder: Path, split: str) -> str:
+    """Return that a split has no folder of labels, and which other folder may hold them."""
+    images, labels = folder / "images", folder / "labels"
+    others = [
+        str(other)
+        for other in sorted(folder.glob("[!.]*"))
+        if other not in (images, labels) and (other / split).is_dir()
+    ]
+    remedy = f"put the labels there, .png, under the names of the images in {str(images / split)!r}"
+    if others:
+        remedy = f"if {listed(others)} holds the labels, rename it to {labels.name!r}"
+    return f"there is no folder {str(labels / split)!r}; {remedy}"
 
 
 def _by_name(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, list[Path]], list[str]]:

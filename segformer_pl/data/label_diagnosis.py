@@ -45,6 +45,12 @@ def describe_wrong_array(raw: npt.NDArray[Any], coding: Coding) -> str:
             "one integer per pixel; its colours seem to stand for classes: set "
             "labels.coding: colors and give labels.colors"
         )
+    elif is_color:
+        advice = (
+            "one integer per pixel; its channels are equal: store one of them if it holds class "
+            "numbers, or, where colours stand for classes, set labels.coding: colors and give "
+            "labels.colors"
+        )
     else:
         advice = "one integer per pixel; store class numbers in one channel (8 or 16 bits)"
     return (

@@ -92,13 +92,14 @@ def agreement(
     return Agreement(len(shares), equal / total, worst, shares[worst], frozenset(classes))
 
 
-def check_target(file: str | Path, to: str, option: str = "to") -> None:
+def check_target(file: str | Path, to: str, option: str = "to", file_option: str = "file") -> None:
     """Check the target and the file of an export. The command calls this before it reads weights.
 
     Args:
         file: Path of the main file to write.
         to: Name of the target.
         option: Option that gave it, for messages.
+        file_option: Option that gives the file, for messages.
 
     Raises:
         UserError: There is no such target, a package is missing, or the file exists or has another
@@ -110,11 +111,14 @@ def check_target(file: str | Path, to: str, option: str = "to") -> None:
     target = TARGETS[to]
     if file.suffix != target.suffixes[0]:
         raise UserError(
-            f"'{file}' does not end in {target.suffixes[0]}, which {to} is; give such a file"
+            f"{file_option}: '{file}' does not end in {target.suffixes[0]}, which {to} is; give "
+            "such a file"
         )
     for other in (file.with_suffix(suffix) for suffix in target.suffixes):
         if other.exists():
-            raise UserError(f"'{other}' exists already; remove it or give another path")
+            raise UserError(
+                f"{file_option}: '{other}' exists already; remove it or give another path"
+            )
     target.check_packages(f"{option} {to}")
 
 

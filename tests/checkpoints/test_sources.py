@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save, save_file
 
 from segformer_pl.checkpoints import load_weights, read_weights
@@ -39,6 +40,17 @@ def test_a_folder_is_read_with_its_config(tmp_path):
 def test_a_missing_source_is_refused():
     for source in ("nowhere.pth", "weights/nowhere.safetensors", "/nowhere/at/all", "b0"):
         assert f"there is no file or folder '{source}'" in error_of(source)
+
+
+def test_a_commit_that_is_given_is_not_asked_for_without_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    message = error_of(f"owner/mit@{COMMIT}")
+    assert f"cannot be reached for 'owner/mit@{COMMIT}'" in message
+    assert "check the name and the network" in message
+    assert message.endswith(f"hf download owner/mit --revision {COMMIT}")
+    assert error_of("owner/mit@main").endswith("hf download owner/mit --revision COMMIT")
 
 
 # Runs in its own process, because huggingface_hub reads its environment when it is imported.

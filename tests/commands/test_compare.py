@@ -187,7 +187,7 @@ def test_runs_that_cannot_be_compared(runs, tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "runs"),
+        ([], "RUN is not given"),
         (["--block_size", "0"], "block"),
         (["--blocks", "2"], "there is no option --blocks"),
     ],

@@ -237,8 +237,8 @@ def test_a_file_in_place_of_the_output_folder_is_refused_before_measuring(
     monkeypatch.setattr(module, "_measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as exit_:
         run("--model", "segformer_b0", "--output", output)
-    assert "--output: " in exit_.value.code
-    assert "cannot write to the folder" in exit_.value.code
+    assert f"--output: cannot write to the folder '{output}'" in exit_.value.code
+    assert f"'{tmp_path / 'file'}' is a file; give a folder" in exit_.value.code
 
 
 def test_a_data_set_without_a_path_asks_for_the_option_of_this_command(tmp_path):

@@ -27,10 +27,13 @@ def test_a_file_beside_the_checkpoint_is_verified_on_given_images(run, weights, 
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 50 + number, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
-    given = ["--verify", tmp_path / "photos", "--num_images", 2, "--size", 64, 96]
+    for kind in ("masks", "overlays"):  # of an earlier `predict`
+        (tmp_path / "photos" / kind).mkdir()
+        (tmp_path / "photos" / kind / "0.png").write_bytes(b"no image to compare on")
+    given = ["--verify", tmp_path / "photos", "--num_images", 5, "--size", 64, 96]
     text = run("export", weights, "--to", "torch-export", *given)
     assert text.startswith(f"written to '{tmp_path / 'w.pt2'}': ")
-    assert "of the pixels of 2 images get the checkpoint's class (worst image: " in text
+    assert "of the pixels of 3 images get the checkpoint's class (worst image: " in text
     assert "of 3 classes occur in them" in text
     graph = TARGETS["torch-export"].open(tmp_path / "w.pt2")
     assert graph.run(torch.zeros(1, 64, 96, 3, dtype=torch.uint8)).shape == (1, 64, 96)
@@ -58,7 +61,7 @@ def test_bad_arguments_get_a_sentence(fail, weights, tmp_path):
     for arguments, sentence in (
         ((weights, "--to", "keras"), "--to"),
         ((tmp_path / "nowhere.ckpt", *to), "there is no file or folder"),
-        ((weights, *to, "--output", there), "exists already; remove it"),
+        ((weights, *to, "--output", there), f"--output: '{there}' exists already; remove it"),
         ((weights, *to, "--output", tmp_path / "m.onnx"), "does not end in .pt2"),
         ((weights, *to, "--inference.flip", "true"), "--inference.flip false, or --network_only"),
         ((weights, *to, "--size", 64, 64, "--verify", tmp_path / "no"), "--verify: there is no"),

@@ -94,6 +94,49 @@ def test_help_shows_only_new_option_names(capsys, command):
     assert not [option for option in options if option in OLD_NAMES or "-" in option[2:]]
 
 
+# Command -> what the beginning of its help says
+BEGINNINGS = {
+    "fit": ("--config FILE", "Train a network", "--ckpt_path"),
+    "validate": ("--config FILE", "on the validation split", "--ckpt_path"),
+    "test": ("--config FILE", "on the test split", "--ckpt_path"),
+    "doctor": ("[CONFIG]", "CONFIG is a YAML file of settings", "--json"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_that_of_the_command(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python -m segformer_pl {command} ")
+    assert "%%" not in text
+    assert "optimization routine" not in text  # of Lightning's docstring
+    beginning = " ".join(" ".join(text.splitlines()[:30]).split())
+    assert [part for part in BEGINNINGS.get(command, ()) if part not in beginning] == []
+
+
+TARGETS = "torch-export, onnx, openvino or aoti"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("predict --weights W --input a.jpg", "--output is not given"),
+        ("predict", "--input and --output are not given"),
+        ("export", f"CKPT and --to are not given; --to takes {TARGETS}"),
+        ("export CKPT", f"--to is not given; --to takes {TARGETS}"),
+        ("convert", "SOURCE, DESTINATION and --to are not given; --to takes huggingface, nvlabs, "),
+        ("push RUN", "REPOSITORY is not given"),
+        ("compare", "RUN is not given"),
+        ("recipe", "WHAT and SOURCES are not given; WHAT takes diff"),
+        ("scaling segformer_b0", "--global_batch is not given"),
+        ("test_time --ckpt CKPT", "--settings and --output are not given"),
+    ],
+)
+def test_missing_arguments_are_named_as_they_are_written(fail, arguments, sentence):
+    assert fail(*arguments.split()).startswith(f"error: {sentence}")
+
+
 def test_the_lists_in_the_help_are_those_of_the_package():
     """The options repeat names of modules that need torch."""
     functions = [

@@ -301,6 +301,17 @@ def test_a_moved_checkpoint_is_pushed_without_metrics(push, checkpoint, tmp_path
     assert "holds no evaluation after 2 training steps" in card.text
 
 
+def test_a_missing_run_is_named_before_the_hub_is_asked(hub, fail, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    for source in (tmp_path / "nothing", tmp_path / "none.ckpt"):
+        message = fail("push", source, "ada/shapes")
+        assert f"SOURCE: there is no run folder or checkpoint '{source}'; give one" in message
+    assert "holds no checkpoints/best.ckpt" in fail("push", tmp_path, "ada/shapes")
+    (tmp_path / "damaged.ckpt").write_bytes(b"x")
+    assert "damaged.ckpt" in fail("push", tmp_path / "damaged.ckpt", "ada/shapes")
+    assert hub.requests == []
+
+
 @pytest.mark.slow
 def test_what_cannot_be_pushed_is_one_sentence(hub, checkpoint, fail, monkeypatch, tmp_path):
     def refused(*options, name="ada/shapes"):
@@ -310,9 +321,6 @@ def test_what_cannot_be_pushed_is_one_sentence(hub, checkpoint, fail, monkeypatc
         message = refused(name=name)
         assert f"{name!r} cannot be the name of a hub repository" in message
     assert hub.requests == []
-    assert "there is no file" in fail("push", tmp_path / "none.ckpt", "ada/shapes")
-    assert "holds no checkpoints/best.ckpt" in fail("push", tmp_path, "ada/shapes")
-    assert hub.requests == ["GET /api/whoami-v2"]  # the file is read once the name is known
 
     assert "status 400" not in (message := refused("--license", "gpl"))
     assert "the hub refuses the model card" in message

@@ -98,7 +98,7 @@ def test_one_image_that_a_batchnorm_refuses_is_extrapolated(run):
             "cannot be trained on a batch of 1, images of 16x16",
         ),
         (f"--global_batch 8 {TOY}", "give MODEL first"),
-        ("", "model"),
+        ("", "MODEL and --global_batch are not given"),
     ],
 )
 def test_scaling_refuses(fail, changes, message):

@@ -90,6 +90,18 @@ def test_a_label_of_a_similar_name_is_suggested(make_image_folder, similar, ids_
         ids_of(folder)
 
 
+def test_a_missing_folder_of_labels_is_named(make_image_folder, ids_of):
+    folder = make_image_folder({"a.png": None, "b.png": None})
+    labels = folder / "labels" / "train"
+    labels.rmdir()
+    with pytest.raises(UserError, match=f"there is no folder '{labels}'; put the labels there, "):
+        ids_of(folder)
+    labels.parent.rename(folder / "annotations")
+    (folder / "masks" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"'{labels}'; if '{folder}/masks' holds the labels, rena"):
+        ids_of(folder)
+
+
 def test_two_images_of_the_same_name_are_an_error(make_image_folder, ids_of):
     folder = make_image_folder({"p.jpg": 1, "p.png": 1, "q.jpg": 1})
     message = r"the images '.*p.jpg', '.*p.png' have the same name, so it is not clear which"

@@ -129,7 +129,7 @@ def test_lossy_storage_and_interpolation_are_distinguished_from_a_wrong_spec():
 @pytest.mark.parametrize(
     ("labels", "raw", "advice"),
     [
-        (SPEC, np.zeros((4, 6, 3), np.uint8), "one integer per pixel; store .* one channel"),
+        (SPEC, np.zeros((4, 6, 3), np.uint8), r"store one of .*, set labels\.coding: colors and"),
         (SPEC, np.zeros((4, 6), np.float32), "not one integer per pixel; store"),
         (SPEC, np.arange(72, dtype=np.uint8).reshape(4, 6, 3), r"set labels\.coding: colors and"),
         (STREET, np.zeros((4, 6), np.uint8), r"set labels\.coding: values"),

@@ -19,7 +19,7 @@ def parse(arguments: list[str]) -> Namespace:
         description="Write a checkpoint as one graph for other runtimes: preprocessing, network, "
         "upsampling and argmax, from 8-bit images (batch, height, width, channels) of any size to "
         "class indices (batch, height, width). Then run the file, and keep it only if at least "
-        "99.9 %% of the pixels of every image get the class that the checkpoint predicts. The "
+        "99.9 % of the pixels of every image get the class that the checkpoint predicts. The "
         "file states normalisation, class names and palette; see docs/export.md. The network is "
         "the checkpoint's own, folded for inference.",
     )

@@ -12,7 +12,8 @@ lines and with Python's names of the types::
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from argparse import Action
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -51,19 +52,39 @@ KIND = re.compile(r"(?:Expected a <class '|Not a valid subclass of |Not of type 
 OTHER_TYPE = ("Expected a ", "Not a valid subclass of", "Not of type ")
 
 
-def readable(message: str, types: Mapping[str, Any], examples: Mapping[str, str]) -> str:
+def readable(message: str, actions: Sequence[Action], examples: Mapping[str, str]) -> str:
     """Return a message of jsonargparse as one sentence: which option, its value, what to give.
 
     Args:
         message: The message.
-        types: Type of each option, by its name without hyphens; None for one without a type.
+        actions: Arguments of the parser and its subcommands.
         examples: Values of some options whose types say too little.
     """
+    by_name = {action.dest: action for action in actions}
+    required = re.fullmatch(r"the following arguments are required: (.*)", message)
+    missing = required[1].split(", ") if required else []
+    if missing and by_name.keys() >= set(missing):
+        return _missing([by_name[name] for name in missing])
+    # None for an option without a type
+    types = {a.dest: getattr(a, "_typehint", None) for a in actions if a.option_strings}
     unknown = re.fullmatch(r"unrecognized arguments: --([\w.]+).*", message, re.IGNORECASE)
     if unknown:
         hint = did_you_mean(f"--{unknown[1]}", [f"--{name}" for name in types])
         return f"there is no option --{unknown[1]}{hint}"
     return _explain("", message, types, examples)
+
+
+def _missing(actions: Sequence[Action]) -> str:
+    """Return that arguments are not given, as they are written, and what they choose from."""
+    names, choices = [], []
+    for action in actions:
+        option = f"--{action.dest}" if action.option_strings else None
+        names.append(option or str(action.metavar or action.dest).upper())
+        if action.choices:
+            choices.append(f"; {names[-1]} takes {_alternatives(map(str, action.choices))}")
+    *first, last = names
+    subject = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+    return f"{subject} not given{''.join(choices)}"
 
 
 def _explain(

@@ -1,6 +1,7 @@
 """The argument parser of the commands."""
 
 import sys
+from argparse import Action
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -64,21 +65,21 @@ def _files_among(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
                 yield option, Path(value)
 
 
-def _types(parser: ArgumentParser) -> Iterator[tuple[str, Any]]:
-    """Yield names and types of the options of a parser and its subcommands; None for no type."""
+def _arguments(parser: ArgumentParser) -> Iterator[Action]:
+    """Yield the arguments of a parser and of its subcommands."""
     for action in parser._actions:
         if isinstance(action.choices, Mapping):
             for subparser in action.choices.values():
-                yield from _types(subparser)
-        elif action.option_strings:
-            yield action.dest, getattr(action, "_typehint", None)
+                yield from _arguments(subparser)
+        else:
+            yield action
 
 
 def one_sentence(parser: ArgumentParser, message: str, error: BaseException | None) -> str:
     """Return a message of a parser, or the text of the user's error that caused it, as one line."""
     if (user_error := find_user_error(error)) is not None:
         return " ".join(str(user_error).split())
-    return readable(message, dict(_types(parser)), getattr(parser, "examples", {}))
+    return readable(message, list(_arguments(parser)), getattr(parser, "examples", {}))
 
 
 class OneSentenceParser(ArgumentParser):
