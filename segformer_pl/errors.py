@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """Raised when the loss or the network is no longer finite, so that resuming does not help."""
+    """Raised when the loss or the network is no longer finite; the message says how to go on."""
 
 
 class LostRank(UserError):
