@@ -12,10 +12,8 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "cluster"
 def start(script, *arguments, **changed):
     outer = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     # PYTHON shows whether the script goes on to start the training.
-    command, variables = (
-        ["bash", FOLDER / script, *arguments],
-        outer | {"PYTHON": "echo started"} | changed,
-    )
+    variables = outer | {"PYTHON": "echo started"} | changed
+    command = ["bash", FOLDER / script, *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True)
 
 
