@@ -83,7 +83,7 @@ def test_bad_input_gets_one_sentence(fail, tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {learning_rate: 0.1}\n")
     assert "learning_rate" in fail("diff", BASE, DELTA, tmp_path / "mine.yaml")
     assert "invalid choice: 'differences'" in fail("differences", BASE)
-    assert "sources" in fail("diff")
+    assert "SOURCES is not given" in fail("diff")
 
 
 TOY = """
