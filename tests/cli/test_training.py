@@ -324,6 +324,9 @@ def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentenc
     assert error.startswith("error: data set 'shapes', sample 'train-00003'")
     assert sentence in error
     assert "\n" not in error
+    (provenance,) = tmp_path.glob("*/version_*/provenance.json")
+    (part,) = Run(provenance.parent).parts
+    assert part.end == error.strip()
 
 
 @pytest.mark.slow
