@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from segformer_pl.checkpoints import describe_non_finite, non_finite
-from segformer_pl.errors import UserError
+from segformer_pl.errors import Diverged
 
 # Number of consecutive non-finite losses that end a training. A single one may be a bad batch in
 # float16, whose step the gradient scaler skips. The scaler halves its scale with every skip, so
@@ -82,7 +82,7 @@ class DivergenceWatch:
             )
 
 
-def divergence_error(what: str, step: int, loss: Tensor | None, lr: float | None) -> UserError:
+def divergence_error(what: str, step: int, loss: Tensor | None, lr: float | None) -> Diverged:
     """Build the error that ends a diverged training.
 
     Args:
@@ -94,7 +94,7 @@ def divergence_error(what: str, step: int, loss: Tensor | None, lr: float | None
     values = [f"loss {loss.item():g}"] if loss is not None else []
     values += [f"largest learning rate {lr:g}"] if lr is not None else []
     described = f" ({', '.join(values)})" if values else ""
-    return UserError(
+    return Diverged(
         f"the training diverged: after step {step}{described} {what}; earlier checkpoints are "
         "unchanged: resume from one of them, or restart if there is none, with "
         "a smaller --model.lr, a longer --model.warmup_steps or --trainer.gradient_clip_val 1, or "

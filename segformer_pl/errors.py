@@ -25,6 +25,10 @@ class UserError(ValueError):
         super().__init__(message.rpartition(f"{cls.__module__}.{cls.__qualname__}: ")[2].rstrip())
 
 
+class Diverged(UserError):
+    """Raised when the loss or the network is no longer finite; the message says how to go on."""
+
+
 class LostRank(UserError):
     """Raised on a rank that cannot go on because another rank has failed or hangs.
 

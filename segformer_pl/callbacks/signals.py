@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from segformer_pl.errors import Interrupted
+from segformer_pl.errors import Diverged, Interrupted, LostRank, UserError
 from segformer_pl.lightning_workarounds import SignalHandlers, is_accumulating, is_end_of_epoch
 from segformer_pl.worker_errors import explain_worker_failure, wait_for_cause
 
@@ -117,9 +117,13 @@ class StopOnSignal(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Add the command that resumes the run to an error such as that of a full disk."""
+        """Add the command that resumes the run to an error such as a full disk or a bad image."""
         wait_for_cause(exception)
-        is_outside = isinstance(exception, OSError) or explain_worker_failure(exception)
+        is_outside = (
+            isinstance(exception, OSError)
+            or explain_worker_failure(exception)
+            or (isinstance(exception, UserError) and not isinstance(exception, Diverged | LostRank))
+        )
         if is_outside and (how := self.how_to_resume(trainer)) is not None:
             exception.add_note(f"then {how}")
 

@@ -13,7 +13,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
-from segformer_pl.cli.exits import exits
+from segformer_pl.cli.exits import exits, plain_warnings
+from segformer_pl.cli.help_texts import stored_help
 from segformer_pl.commands.options.parser import PROG
 from segformer_pl.errors import UserError, did_you_mean
 
@@ -65,9 +66,13 @@ def main(args: list[str] | None = None, run: bool = True) -> "SegformerCLI | Non
     """
     arguments = sys.argv[1:] if args is None else args
     command, options = (arguments[0], arguments[1:]) if run and arguments else ("", [])
-    with exits():
+    with exits(), plain_warnings():
         if run and command in ("", "-h", "--help"):
             _explain_commands(is_asked_for=bool(command))
+        is_help = command in TRAINING_COMMANDS and options in (["-h"], ["--help"])
+        if is_help and (text := stored_help(command)) is not None:
+            sys.stdout.write(text)
+            sys.exit(0)
         if command == "doctor":
             from segformer_pl.cli.doctor import doctor
 

@@ -4,8 +4,11 @@ import errno
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from segformer_pl.atomic import WriteError
 from segformer_pl.cli.foreign_errors import explain_foreign
@@ -15,6 +18,26 @@ from segformer_pl.worker_errors import explain_worker_failure
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # The access rights, a damaged disk, a file server that is gone
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+PACKAGE = Path(__file__).parents[1]
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings of this package as ``warning: ...``, without the line of code that warns."""
+    format_warning = warnings.formatwarning
+
+    def format_plainly(
+        message: Any, category: Any, filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if Path(filename).is_relative_to(PACKAGE):
+            return f"warning: {message}\n"
+        return format_warning(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_plainly
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_warning
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class ValidationSplit:
             )
         num_images = num_images or num_rows
         self.positions = [number * num_rows // num_images for number in range(num_images)]
-        self.samples = data.samples(self.source, order, to_tensors)
+        self.samples = data.samples("validation", self.source, order, to_tensors)
 
     def origin(self, checkpoint: str) -> dict[str, Any]:
         """Return what identifies results on these images.

@@ -151,6 +151,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
 
     def samples(
         self,
+        split: Split,
         source: Source,
         order: EpochShuffle | StoredOrder,
         transforms: Transforms,
@@ -159,13 +160,14 @@ class StreamingSegmentationData(pl.LightningDataModule):
         """Return the samples of a split.
 
         Args:
+            split: Split, for messages.
             source: Source of the split.
             order: Order of its rows.
             transforms: Transforms of its images and labels.
             on_bad_sample: Default: that of these data.
         """
         how = self.on_bad_sample if on_bad_sample is None else on_bad_sample
-        return Samples(self.entry, source, order, transforms, how, self.num_bands)
+        return Samples(self.entry, source, order, transforms, how, self.num_bands, split)
 
     def location(self) -> str | dict[str, list[str]] | None:
         """Return ``path``, or the folder of a generated data set, which is generated if missing."""
@@ -186,7 +188,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
         self._num_checked = None if self.consumed else 0
         self._only_class = None
         order = EpochShuffle(source.group_rows, source.group_bytes, self.seed)
-        samples = self.samples(source, order, self.train_transforms)
+        samples = self.samples("train", source, order, self.train_transforms)
         return self._loader(samples, self.batch_size, start=lambda: self.consumed)
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -201,7 +203,7 @@ class StreamingSegmentationData(pl.LightningDataModule):
     def _eval_loader(self, split: Split) -> DataLoader[Sample]:
         source = self.open(split)
         order = StoredOrder(source.group_rows)
-        samples = self.samples(source, order, to_tensors)
+        samples = self.samples(split, source, order, to_tensors)
         return self._loader(samples, self.eval_batch_size)
 
     def _loader(self, samples: Samples, batch_size: int, **start: Any) -> DataLoader[Sample]:

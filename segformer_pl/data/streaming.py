@@ -37,7 +37,7 @@ from segformer_pl.data.decoding import (
 from segformer_pl.data.files import UnreadableRows
 from segformer_pl.data.order import EpochShuffle, Location, StoredOrder
 from segformer_pl.data.palette_colors import FirstColors, PaletteColors
-from segformer_pl.data.sources import Row, Source
+from segformer_pl.data.sources import Row, Source, Split
 from segformer_pl.errors import UserError
 
 Transforms = Callable[
@@ -85,6 +85,7 @@ class Samples(torch.utils.data.Dataset[Sample]):
             image whose pixels are all ignored.
         num_bands: Number of bands that images are read with, see
             :class:`~segformer_pl.data.decoding.EncodedImage`.
+        split: Name of the split for messages, since several splits may have the same ids.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Samples(torch.utils.data.Dataset[Sample]):
         transforms: Transforms,
         on_bad_sample: OnBadSample = "raise",
         num_bands: NumBands = 3,
+        split: Split | None = None,
     ) -> None:
         self.entry = entry
+        self.where = f"data set {entry.name!r}{'' if split is None else f', split {split}'}"
         self.source = source
         self.order = order
         self.transforms = transforms
@@ -188,7 +191,7 @@ class Samples(torch.utils.data.Dataset[Sample]):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, str], FirstColors]:
         """Decode and augment a row; return image, label, warnings by kind, and new colours."""
         entry = self.entry
-        where = f"data set {entry.name!r}, sample {name!r}"
+        where = f"{self.where}, sample {name!r}"
         in_image = f"{where}, column {entry.image_column!r}"
         in_label = f"{where}, column {entry.label_column!r}"
         read_file = self._read_file

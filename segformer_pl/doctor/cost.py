@@ -14,10 +14,10 @@ from tqdm import tqdm
 from segformer_pl.analysis.complexity import complexity
 from segformer_pl.batch import Batch
 from segformer_pl.data import StreamingSegmentationData
-from segformer_pl.data.order import EpochShuffle
+from segformer_pl.data.order import EpochShuffle, StoredOrder
 from segformer_pl.data.streaming import collate
 from segformer_pl.doctor.findings import Examination
-from segformer_pl.doctor.splits import SplitSummary, samples_of
+from segformer_pl.doctor.splits import SplitSummary
 from segformer_pl.errors import UserError, counted
 from segformer_pl.lightning_workarounds import synchronizes_batch_norm
 from segformer_pl.task import SegmentationTask
@@ -89,7 +89,8 @@ def examine_cost(
     """
     if examination.has_errors:
         return
-    samples = samples_of(data, train.source, data.train_transforms)
+    order = StoredOrder(train.source.group_rows)
+    samples = data.samples("train", train.source, order, data.train_transforms, "raise")
     begin = time.perf_counter()
     loaded = [samples[position] for position in tqdm(train.usable, "loading", leave=False)]
     rate = len(loaded) / (time.perf_counter() - begin)

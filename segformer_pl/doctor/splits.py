@@ -15,7 +15,7 @@ from segformer_pl.data import StreamingSegmentationData
 from segformer_pl.data.order import StoredOrder
 from segformer_pl.data.palette_colors import FirstColors, PaletteColors
 from segformer_pl.data.sources import Source, Split
-from segformer_pl.data.streaming import Sample, Samples, Transforms
+from segformer_pl.data.streaming import Sample
 from segformer_pl.data.transforms import to_tensors
 from segformer_pl.doctor.findings import Examination
 from segformer_pl.errors import UserError, counted
@@ -103,11 +103,6 @@ def _spread(source: Source) -> list[int]:
         for group in chosen
         for row in np.unique(np.linspace(0, rows[group] - 1, per_group).round().astype(int))
     ]
-
-
-def samples_of(data: StreamingSegmentationData, source: Any, transforms: Transforms) -> Samples:
-    """Return the samples of a source in the stored order."""
-    return data.samples(source, StoredOrder(source.group_rows), transforms, "raise")
 
 
 def examine_split(
@@ -209,7 +204,7 @@ def _read(
     # With "skip", errors that a run could skip are recorded in the sample. Others, such as a
     # network failure, are raised.
     order = StoredOrder(summary.source.group_rows)
-    samples = data.samples(summary.source, order, to_tensors, "skip")
+    samples = data.samples(split, summary.source, order, to_tensors, "skip")
     for position in tqdm(summary.positions, f"examining {split}", leave=False):
         try:
             sample = samples[position]

@@ -1,15 +1,27 @@
 """Error messages and exit statuses."""
 
+import inspect
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from segformer_pl.cli import main
+from segformer_pl.cli.exits import plain_warnings
 from segformer_pl.task import SegmentationTask
 
 NETWORK = ["--model.network", "segformer_pl.models.segformer_b0"]
+
+
+def test_warnings_of_this_package_are_printed_without_code():
+    with plain_warnings():
+        own = warnings.formatwarning("an odd label", UserWarning, inspect.getfile(main), 3)
+        foreign = warnings.formatwarning("an odd label", UserWarning, __file__, 3)
+    assert own == "warning: an odd label\n"
+    assert foreign == warnings.formatwarning("an odd label", UserWarning, __file__, 3)
+    assert "test_exits.py:3: UserWarning" in foreign
 
 
 @pytest.mark.slow

@@ -321,12 +321,29 @@ def test_a_broken_row(capsys, broken_copy, tmp_path, num_workers, label, sentenc
     folder = broken_copy("label", label)
     arguments = options(folder, tmp_path, data__num_workers=num_workers, trainer__max_steps=8)
     error = fail(capsys, ["fit", *arguments])
-    assert error.startswith("error: data set 'shapes', sample 'train-00003'")
+    assert error.startswith("error: data set 'shapes', split train, sample 'train-00003'")
     assert sentence in error
     assert "\n" not in error
     (provenance,) = tmp_path.glob("*/version_*/provenance.json")
     (part,) = Run(provenance.parent).parts
     assert part.end == error.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
+def test_a_broken_row_of_the_validation_says_how_to_resume(
+    capsys, broken_copy, tmp_path, options, fail
+):
+    changes = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    changes = {f"trainer__{name}": value for name, value in changes.items()}
+    error = fail(
+        capsys, ["fit", *options(broken_copy("label", None, "validation"), tmp_path, **changes)]
+    )
+    sentence, command = error.split("; then resume with\n")
+    assert sentence.startswith(
+        "error: data set 'shapes', split validation, sample 'validation-0000"
+    )
+    assert command.rstrip().endswith("last.ckpt")
 
 
 @pytest.mark.slow
