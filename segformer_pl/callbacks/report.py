@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from segformer_pl.analysis.report import summary, write_report
@@ -76,4 +77,5 @@ class RunReport(pl.Callback):
     def _write(self, trainer: pl.Trainer, run: Run) -> None:
         report = write_report(run)
         send_report(trainer, report)
-        rank_zero_info("   ".join(filter(None, [summary(run), f"report: {report}"])))
+        step = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None
+        rank_zero_info("   ".join(filter(None, [summary(run, step), f"report: {report}"])))

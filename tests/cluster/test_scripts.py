@@ -9,10 +9,11 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "experiments" / "cluster"
 
 
-def start(script, *arguments):
+def start(script, *arguments, **changed):
     outer = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     # PYTHON shows whether the script goes on to start the training.
-    command, variables = ["bash", FOLDER / script, *arguments], outer | {"PYTHON": "echo started"}
+    variables = outer | {"PYTHON": "echo started"} | changed
+    command = ["bash", FOLDER / script, *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True)
 
 
@@ -31,6 +32,12 @@ def test_the_batch_script_without_sbatch_says_so():
     done = start("slurm.sbatch", "first", "--config", "FILE")
     assert done.returncode != 0
     assert "start this script with sbatch" in done.stderr
+
+
+def test_an_interpreter_without_the_package_is_named():
+    done = start("slurm.sbatch", "first", "--config", "FILE", SLURM_JOB_ID="1", PYTHON="false")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 'false' lacks segformer_pl or lightning; activate the ")
 
 
 def test_torchrun_is_started_with_the_name_of_the_run():

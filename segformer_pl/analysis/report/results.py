@@ -106,10 +106,14 @@ def last_results(run: Run) -> list[Results]:
     return [_results(run, split) for split in ("val", "test") if f"{split}/miou" in run.metrics]
 
 
-def summary(run: Run) -> str:
+def summary(run: Run, step: int | None = None) -> str:
     """Return one line, ``mIoU 83.1 % on 8 of 101 images (locality ceiling 77.8 %)``.
 
     It is empty without metrics.
+
+    Args:
+        run: The run.
+        step: Number of training steps so far. Results of other steps name theirs.
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no ``metrics.csv``.
@@ -122,6 +126,8 @@ def summary(run: Run) -> str:
             part += f" on {results.images}"
         if results.split != "val":
             part = f"{results.split} {part}"
+        if step not in (None, results.step):
+            part += f" at step {results.step}"
         notes = [f"{c.name} {100 * c.value:.1f} %" for c in results.ceilings]
         if results.best_step not in (None, results.step):
             notes.append(f"best {100 * results.best_miou:.1f} % at step {results.best_step}")

@@ -21,6 +21,8 @@ def test_ceiling_verdict(folder, miou, verdict, points):
     assert summary(folder.run) == (
         f"mIoU {100 * miou:.1f} % (locality ceiling 77.8 %, best 90.0 % at step 10)"
     )
+    assert summary(folder.run, step=20) == summary(folder.run)
+    assert summary(folder.run, step=25).startswith(f"mIoU {100 * miou:.1f} % at step 20 (")
 
 
 def test_no_verdict_without_a_ceiling(folder):
