@@ -366,13 +366,17 @@ def _panel_legend(
     class_names: Sequence[str],
     palette: Palette,
 ) -> list[tuple[str, Sequence[int]]]:
-    """Return legend entries of all classes, or of those with the most pixels if there are many."""
-    unlabelled: tuple[str, Sequence[int]] = ("unlabelled", UNLABELLED_COLOR)
+    """Return legend entries of all classes, or of those with the most pixels if there are many.
+
+    The entry of unlabelled pixels is listed if there are any.
+    """
     entries: list[tuple[str, Sequence[int]]] = list(zip(class_names, palette, strict=True))
-    if len(entries) <= LISTED_CLASSES:
-        return [*entries, unlabelled]
     ids = np.concatenate([maps.numpy().ravel() for _, _, *pair in samples for maps in pair])
-    counts = np.bincount(ids[(ids >= 0) & (ids < len(entries))], minlength=len(entries))
+    is_class = (ids >= 0) & (ids < len(entries))
+    unlabelled = [] if is_class.all() else [("unlabelled", UNLABELLED_COLOR)]
+    if len(entries) <= LISTED_CLASSES:
+        return [*entries, *unlabelled]
+    counts = np.bincount(ids[is_class], minlength=len(entries))
     present = np.flatnonzero(counts)
     listed = sorted(present[np.argsort(-counts[present], kind="stable")][:LISTED_CLASSES])
-    return [*(entries[train_id] for train_id in listed), unlabelled]
+    return [*(entries[train_id] for train_id in listed), *unlabelled]

@@ -13,6 +13,7 @@ from typing import Any
 import segformer_pl
 
 PACKAGE = segformer_pl.__name__
+FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class RunPart:
         commit: Commit of the package's repository, with ``-dirty`` if files were changed; empty for
             an installed package.
         versions: Versions by name: Python, this package and those that it needs.
+        end: How it ended: :data:`FINISHED`, a signal such as ``SIGTERM``, or ``error:`` and the
+            sentence of the command line. Empty before the end, after a kill, and in files of
+            earlier versions.
+        last_step: Number of training steps done at its end or last validation; None in files of
+            earlier versions.
     """
 
     stage: str
@@ -41,17 +47,19 @@ class RunPart:
     hardware: str
     commit: str
     versions: dict[str, str]
+    end: str = ""
+    last_step: int | None = None
 
     @classmethod
     def list_of(cls, content: Any) -> "list[RunPart]":
         """Return the parts stored as a list of dictionaries; empty if the content is damaged."""
         names = {field.name for field in fields(cls)}
         try:
-            parts = [cls(**{name: one[name] for name in names}) for one in content]
+            parts = [cls(**{name: one[name] for name in names if name in one}) for one in content]
             for part in parts:
                 datetime.fromisoformat(part.started)
             return parts
-        except (KeyError, TypeError, ValueError):
+        except (TypeError, ValueError):
             return []
 
 

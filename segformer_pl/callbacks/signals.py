@@ -80,7 +80,9 @@ class StopOnSignal(pl.Callback):
         if not self._received:
             self._received = signum
             if trainer.is_global_zero and self.is_announced:
-                note = f"\n{_name(signum)}: stopping after this step; Ctrl-C now stops at once\n"
+                note = (
+                    f"\n{signal_name(signum)}: stopping after this step; Ctrl-C now stops at once\n"
+                )
                 os.write(2, note.encode())  # buffered writes are not safe in a signal handler
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -164,7 +166,7 @@ class StopOnSignal(pl.Callback):
         return Interrupted(128 + signum, message, _slurm_job() if is_requeued else None)
 
     def _where_it_stopped(self, trainer: pl.Trainer) -> str:
-        stopped = f"{_name(self.stopping)}: stopped after step {trainer.global_step}"
+        stopped = f"{signal_name(self.stopping)}: stopped after step {trainer.global_step}"
         callbacks = trainer.checkpoint_callbacks
         files = [callback.file for callback in callbacks if hasattr(callback, "file")]
         if not files:
@@ -205,7 +207,7 @@ def _slurm_job() -> str | None:
 
 
 def _nothing_trained(signum: int, is_fit: bool = True) -> str:
-    return f"{_name(signum)}: stopped{', nothing was trained' if is_fit else ''}"
+    return f"{signal_name(signum)}: stopped{', nothing was trained' if is_fit else ''}"
 
 
 def _is_last_step(trainer: pl.Trainer) -> bool:
@@ -235,7 +237,7 @@ def _signal_children(trainer: pl.Trainer, signum: int) -> None:
         trainer.strategy.launcher.kill(signum)
 
 
-def _name(signum: int) -> str:
+def signal_name(signum: int) -> str:
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 

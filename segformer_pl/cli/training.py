@@ -39,6 +39,7 @@ from segformer_pl.callbacks.last_checkpoint import best_checkpoint
 from segformer_pl.callbacks.progress import StepProgressBar
 from segformer_pl.callbacks.wandb_run import continue_wandb, log_in_to_wandb
 from segformer_pl.checkpoints.run_checkpoint import read_checkpoint, read_previous
+from segformer_pl.cli.exits import explain
 from segformer_pl.cli.foreign_errors import one_line
 from segformer_pl.cli.launching import launch_arguments
 from segformer_pl.cli.named_checkpoint import NAMED, named_checkpoint, own_checkpoint
@@ -145,7 +146,7 @@ class SegformerCLI(SettingsWinCLI):
         self.arguments = with_underscores(sys.argv[1:] if args is None else args)
         self.history, self.record = RunHistory(), EvaluationRecord()
         self.command = [*PROG.split(), *self.arguments]
-        self.provenance = RunProvenance(self.command)
+        self.provenance = RunProvenance(self.command, explain)
         self.run_dir: Path | None = None  # that of a resumed run, or the one that --run_name names
         self.is_default_folder = False
         self.is_named = False  # by --run_name, so that the same command line resumes

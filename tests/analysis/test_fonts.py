@@ -108,7 +108,7 @@ def test_overlays_and_panels_with_an_installed_font():
     dark = (legend < 100).all(axis=2)
     assert 2 * (size - 2) ** 2 < dark.sum() < 6 * size**2
     texts = [text.get_text() for text in panel.legends[0].get_texts()]
-    assert texts == [ROAD, "unlabelled"]
+    assert texts == [ROAD]
     assert [axes.get_title() for axes in panel.axes] == [ROAD, "label", "prediction"]
     assert dark_pixels(panel)
 

@@ -160,6 +160,9 @@ def test_panel_shows_every_sample_with_a_legend_of_all_classes():
     assert titles == [t for s in samples for t in (s["id"], "label", "prediction")]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [*NAMES, "unlabelled"]
+    labelled = [(s["id"], s["image"], s["label"], s["label"]) for s in samples]
+    (legend,) = plot_predictions(labelled, NAMES, PALETTE).legends
+    assert [text.get_text() for text in legend.get_texts()] == NAMES
     label, prediction = figure.axes[1].images[0].get_array(), figure.axes[2].images[0].get_array()
     assert {tuple(color) for color in label.reshape(-1, 3)} == {(255, 255, 255), (200, 100, 0)}
     assert {tuple(color) for color in prediction.reshape(-1, 3)} == {(10, 20, 30), (200, 100, 0)}
@@ -176,6 +179,6 @@ def test_legend_of_many_classes_lists_the_largest_shown():
     figure.canvas.draw()
     (legend,) = figure.legends
     listed = [text.get_text() for text in legend.get_texts()]
-    assert len(listed) == 32
-    assert {"class 5", "class 170", "class 30", "unlabelled"} <= set(listed)
+    assert len(listed) == 31
+    assert {"class 5", "class 170", "class 30"} <= set(listed)
     assert "class 6" not in listed

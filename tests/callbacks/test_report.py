@@ -81,7 +81,7 @@ def test_fit_writes_a_report(tmp_path: Path, messages: list[str]) -> None:
     trainer(tmp_path).fit(TinyTask(), data(), data())
     report = tmp_path / "demo" / "version_0" / "report.html"
     page = text_of(report)
-    assert "last, at step 2" in page  # Lightning writes the index, 1, to metrics.csv
+    assert "last and best, at step 2" in page  # Lightning writes the index, 1, to metrics.csv
     assert "steps trained 2" in page
     assert messages == [f"mIoU 83.1 % (locality ceiling 77.8 %)   report: {report}"]
 

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from segformer_pl.analysis.run import Run
 from segformer_pl.cli import main
 from segformer_pl.data import shapes
 from tests.tiny_network import TINY_OPTION
@@ -106,6 +107,8 @@ def test_fit_ends_after_the_step_and_prints_how_to_resume(run, has_event, tmp_pa
     name = "Ctrl-C" if signum == signal.SIGINT else signum.name
     assert message == f"{name}: stopped after step {step}, saved in {file}; resume with"
     assert how.startswith("python -m segformer_pl fit '--model.network={")
+    (part,) = Run(file.parents[1]).parts
+    assert (part.end, part.last_step) == (name, step)
     if signum == signal.SIGTERM:
         again = run("fit", *shlex.split(how)[4:], f"--trainer.max_steps={step + 1}")
         assert again.wait() == 0, again.output

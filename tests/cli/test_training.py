@@ -341,6 +341,9 @@ def test_a_broken_row_of_the_validation_says_how_to_resume(
         "error: data set 'shapes', split validation, sample 'validation-0000"
     )
     assert command.rstrip().endswith("last.ckpt")
+    (file,) = tmp_path.glob("*/version_*/provenance.json")
+    (part,) = Run(file.parent).parts
+    assert (part.end, part.last_step) == (sentence, 2)
 
 
 @pytest.mark.slow

@@ -68,7 +68,6 @@ class Details:
 
     Attributes:
         interval: 95 % interval of mIoU over images; nan where there is none.
-        num_images: Number of images.
         classes: Accuracy and share of pixels by class name.
         confusion_matrix: Chart; None with too many classes or without labelled pixels.
         is_matrix_wide: Whether the chart needs the full width of the page.
@@ -78,7 +77,6 @@ class Details:
     """
 
     interval: tuple[float, float]
-    num_images: int
     classes: dict[str, ClassShare]
     confusion_matrix: Markup | None
     is_matrix_wide: bool
@@ -96,7 +94,6 @@ def describe(evaluation: Evaluation) -> Details:
     has_matrix = num_classes <= MAX_MATRIX_CLASSES and evaluation.confusion.any()
     return Details(
         interval=miou_interval(evaluation),
-        num_images=len(evaluation.ids),
         classes={
             name: ClassShare(float(accuracy[c]), float(share[c]))
             for c, name in enumerate(evaluation.class_names)

@@ -13,7 +13,7 @@ from segformer_pl.analysis.metrics_table import Series
 from segformer_pl.analysis.recipe import departures, remarks, scope
 from segformer_pl.analysis.report.curves import CROSS_ENTROPY, draw_charts
 from segformer_pl.analysis.report.evaluation_details import Details, describe
-from segformer_pl.analysis.report.provenance_facts import describe_parts
+from segformer_pl.analysis.report.provenance_facts import describe_parts, unfinished
 from segformer_pl.analysis.report.results import Results, class_colors, last_results
 from segformer_pl.analysis.report.templates import render
 from segformer_pl.analysis.run import Resumption, Run
@@ -59,6 +59,7 @@ def write_report(run: Run) -> Path:
         first_bad_step=_first_bad_step(run.metrics.get("train/loss")),
         train_loss=_recent_train_loss(run.metrics.get("train/loss")),
         loss_name=_loss_name(config),
+        unfinished=unfinished(run, _max_steps(config)),
         findings=run.findings,
         resumptions=resumptions,
         charts=(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from segformer_pl.analysis.provenance import RunPart
+from segformer_pl.analysis.provenance import FINISHED, RunPart
 from segformer_pl.analysis.run import Run
 
 MAIN_PACKAGES = ("python", "segformer_pl", "torch", "CUDA", "lightning")  # named first
@@ -33,12 +33,14 @@ def describe_parts(run: Run) -> list[PartFacts]:
     for part in run.parts:
         facts = {
             "started": f"{datetime.fromisoformat(part.started):%Y-%m-%d %H:%M:%S UTC%z}",
+            "ended": _end(part, part is run.parts[-1]),
             "duration": _duration(part),
             "hardware": part.hardware,
             "code": _code(part),
             "packages": _versions(part.versions),
         }
         title = f"{part.stage} from step {part.step:,}, {facts['started']}"
+        facts = {name: fact for name, fact in facts.items() if fact}
         described.append(PartFacts(title, facts, part.command))
     if described:
         last = described[-1].facts
@@ -54,6 +56,29 @@ def describe_parts(run: Run) -> list[PartFacts]:
     return described
 
 
+def unfinished(run: Run, max_steps: int | None) -> str | None:
+    """Return one sentence if the last part of a run has not finished, or None.
+
+    Args:
+        run: The run.
+        max_steps: Number of steps that the training was to make, if it is known.
+    """
+    if not run.parts or run.parts[-1].end == FINISHED:
+        return None
+    part = run.parts[-1]
+    step = _last_step(part) + (f" of {max_steps:,}" if max_steps else "")
+    if part.end:
+        what = {"fit": f"Stopped at {step}", "validate": "The validation stopped"}
+        return f"{what.get(part.stage, 'The test stopped')}: {part.end}"
+    if part.is_ended:  # in a file of an earlier version, which does not tell how
+        return None
+    after = f" after {step}" if part.stage == "fit" and part.last_step is not None else ""
+    return (
+        f"No end is recorded{after}: the run was killed, as by SIGKILL, or still ran when this "
+        "report was written"
+    )
+
+
 def duration_text(seconds: float) -> str:
     """Format a duration with its two largest units: ``2 d 3 h``, ``4 min 5 s``, ``0.7 s``."""
     if seconds < 10:
@@ -66,6 +91,20 @@ def duration_text(seconds: float) -> str:
             parts.append(f"{left // size} {unit}")
             left %= size
     return " ".join(parts[:2])
+
+
+def _last_step(part: RunPart) -> str:
+    return f"step {part.step if part.last_step is None else part.last_step:,}"
+
+
+def _end(part: RunPart, is_last: bool) -> str:
+    """Return how a part ended; empty if the file, of an earlier version, does not tell."""
+    if part.end:
+        return f"at {_last_step(part)}: {part.end}" if part.stage == "fit" else part.end
+    if part.is_ended:
+        return ""
+    killed = "without a word, as by SIGKILL"
+    return f"not yet when this report was written, or {killed}" if is_last else killed
 
 
 def _duration(part: RunPart) -> str:

@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from segformer_pl.analysis import style
 
 DASH = "\u2013"
+OPTION = re.compile(r"(?<![\w-])--\w[\w.-]*\w")
 MINUS = re.compile(r"(?<!\S)-(?=\d)")  # a hyphen that stands for a minus
 
 
@@ -39,6 +41,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["share"] = _share
     environment.filters["setting"] = _setting
     environment.filters["decimal"] = lambda value: DASH if math.isnan(value) else f"{value:.3f}"
+    environment.filters["options"] = _options
     environment.filters["minus"] = lambda text: MINUS.sub("\u2212", text)
     return environment
 
@@ -52,6 +55,12 @@ def _share(value: float) -> str:
     if math.isnan(value):
         return DASH
     return "<\u00a00.01\u00a0%" if 0 < value < 5e-5 else f"{100 * value:.2f}\u00a0%"
+
+
+def _options(text: str) -> Markup:
+    """Escape a text, and mark the options of commands in it, whose hyphens must not end a line."""
+    marked = OPTION.sub(r'<span class="option">\g<0></span>', str(escape(text)))
+    return Markup(marked)
 
 
 def _setting(value: Any) -> str:

@@ -26,6 +26,20 @@ def test_finished_run(folder):
     assert summary(folder.run) == "mIoU 79.5 % (best 83.1 % at step 20)"
 
 
+def test_the_tile_of_miou_states_each_fact_once(folder):
+    folder.finished([0.3, 0.8312])
+    assert "83.1 % last and best, at step 20 mAcc" in folder.page().text
+    record = folder.evaluation(step=20, split_size=3)
+    record.save(folder.path / "evaluation" / "val_step_0000020.npz")
+    text = folder.page().text
+    assert re.search(
+        r"83\.1 % last and best, at step 20 95 % CI \S+ to \S+ % over all 3 images "
+        r"\(bootstrap\) mAcc",
+        text,
+    )
+    assert text.count("3 images") == 1
+
+
 def test_nothing_is_loaded_from_elsewhere(folder):
     folder.finished([0.3, 0.8])
     page = folder.page()
@@ -168,6 +182,78 @@ def test_warnings_at_the_start_are_in_the_report(folder):
     folder.finished([0.3])
     (folder.path / "findings.json").write_text('["warm-up is <b>long</b>"]')
     assert "Warning at the start of training: warm-up is <b>long</b>." in folder.page().text
+
+
+def test_options_are_not_broken_and_the_rest_is_escaped(folder):
+    folder.finished([0.3])
+    finding = "a <i>-- b, x--y; lower --trainer.log_every_n_steps (not --a.b=<c>)."
+    (folder.path / "findings.json").write_text(json.dumps([finding]))
+    page = folder.page()
+    assert page.all("span").count({"class": "option"}) == 2
+    assert (
+        'a &lt;i&gt;-- b, x--y; lower <span class="option">--trainer.log_every_n_steps</span> '
+        '(not <span class="option">--a.b</span>=&lt;c&gt;).'
+    ) in page.source
+
+
+PART = {
+    "stage": "fit",
+    "step": 0,
+    "command": "python -m segformer_pl fit",
+    "started": "2026-01-02T03:04:05+00:00",
+    "seconds": 6.4,
+    "is_ended": True,
+    "hardware": "a CPU",
+    "commit": "",
+    "versions": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "verdict", "fact"),
+    [
+        (
+            {"end": "error: sample <b>'x'</b> is damaged", "last_step": 2},
+            "Stopped at step 2 of 10: error: sample <b>'x'</b> is damaged.",
+            "ended at step 2: error: sample <b>'x'</b> is damaged duration",
+        ),
+        (
+            {"stage": "validate", "end": "SIGTERM", "last_step": 10},
+            "The validation stopped: SIGTERM.",
+            "ended SIGTERM duration",
+        ),
+        (
+            {"is_ended": False, "end": "", "last_step": 5},
+            "No end is recorded after step 5 of 10: the run was killed, as by SIGKILL, or still",
+            "ended not yet when this report was written, or without a word, as by SIGKILL",
+        ),
+        ({"end": "finished", "last_step": 10}, None, "ended at step 10: finished"),
+        ({}, None, "UTC+0000 duration"),  # from an earlier version
+        ({"is_ended": False}, "No end is recorded: the run was killed", "ended not yet"),
+    ],
+)
+def test_a_run_that_did_not_finish_says_how_it_ended(folder, part, verdict, fact):
+    folder.finished([0.3])
+    (folder.path / "provenance.json").write_text(json.dumps([PART | part]))
+    page = folder.page()
+    assert fact in page.text
+    bad = [index for index, (_, a) in enumerate(page.tags) if a.get("class") == "card verdict bad"]
+    assert len(bad) == (verdict is not None)
+    if verdict is not None:
+        assert verdict in page.text
+        tiles = [index for index, (_, a) in enumerate(page.tags) if a.get("class") == "tiles"]
+        assert bad[0] < tiles[0]
+
+
+def test_only_the_last_part_of_a_run_decides_whether_it_finished(folder):
+    folder.finished([0.3])
+    killed = PART | {"is_ended": False, "end": "", "last_step": 5}
+    last = PART | {"step": 5, "end": "finished", "last_step": 10}
+    (folder.path / "provenance.json").write_text(json.dumps([killed, last]))
+    page = folder.page()
+    assert "card verdict bad" not in page.source
+    assert "ended without a word, as by SIGKILL duration" in page.text
+    assert page.text.index("ended at step 10: finished") < page.text.index("without a word")
 
 
 def test_damaged_evaluation_is_named_and_the_rest_shown(folder):

@@ -1,6 +1,7 @@
 """The pages in a real browser: sorting, saving, enlarging, contents, dark mode, narrow windows."""
 
 import csv
+import json
 import time
 
 import numpy as np
@@ -39,6 +40,8 @@ def shown(browser, run_folder, tmp_path_factory):
     folder.finished([0.3, 0.8])
     record = folder.evaluation(step=20, class_names=CLASSES, split_size=101)
     record.save(folder.path / "evaluation" / "val_step_0000020.npz")
+    finding = "a warning of some length; lower --trainer.log_every_n_steps, " * 3
+    (folder.path / "findings.json").write_text(json.dumps([finding]))
     (folder.path / "worst").mkdir()
     for step in (10, 20):
         figure = Figure(figsize=(12, 1))
@@ -128,6 +131,26 @@ def test_contents_lead_to_all_headings(shown):
 def test_a_part_of_the_images_is_said(shown):
     text = shown.run("document.querySelector('main').innerText")
     assert "Validation on 3 of 101 images of the split" in text
+
+
+@pytest.mark.parametrize("width", [1280, 700, 500, 360])
+def test_lines_break_neither_in_an_option_nor_before_a_single_heading(shown, width):
+    shown.resize(width, 900)
+    tops = "(selector, of) => Array.from(document.querySelectorAll(selector), of)"
+    heights = shown.run(f"({tops})('.verdict .option', (o) => o.offsetHeight)")
+    assert len(heights) == 3
+    assert max(heights) < 30  # one line
+    rows = shown.run(f"({tops})('nav li', (entry) => entry.offsetTop)")
+    assert rows.count(max(rows)) > 1 or width < 500
+
+
+def test_figures_are_dimmed_on_dark_pages_only(shown):
+    filters = []
+    for dark in (False, True):
+        shown.resize(1280, 900, dark=dark)
+        filters.append(shown.run("getComputedStyle(document.querySelector('.zoom img')).filter"))
+    shown.resize(1280, 900)
+    assert filters == ["none", "brightness(0.8)"]
 
 
 @pytest.mark.parametrize("width", [1600, 1280, 500, 360])

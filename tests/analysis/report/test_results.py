@@ -55,7 +55,7 @@ def test_classes_without_hparams(folder):
 def test_before_the_first_validation(folder):
     folder.plant(folder.training(7), max_steps=40)
     page = folder.page()
-    assert "No validation has run yet" in page.text
+    assert "No validation has finished" in page.text
     assert "steps trained 7 of 40: not finished" in page.text
     assert "mIoU" not in page.text
     assert len(page.all("svg")) == 1
