@@ -114,13 +114,16 @@ def _describe_missing_labels(folder: Path, split: str) -> str:
     """Return that a split has no folder of labels, and which other folder may hold them."""
     images, labels = folder / "images", folder / "labels"
     others = [
-        str(other)
+        str(other / split)
         for other in sorted(folder.glob("[!.]*"))
         if other not in (images, labels) and (other / split).is_dir()
     ]
     remedy = f"put the labels there, .png, under the names of the images in {str(images / split)!r}"
     if others:
-        remedy = f"if {listed(others)} holds the labels, rename it to {labels.name!r}"
+        remedy = (
+            f"if {listed(others)} holds the labels, move it there, as the folder beside images has "
+            "to be called labels"
+        )
     return f"there is no folder {str(labels / split)!r}; {remedy}"
 
 

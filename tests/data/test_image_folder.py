@@ -98,7 +98,7 @@ def test_a_missing_folder_of_labels_is_named(make_image_folder, ids_of):
         ids_of(folder)
     labels.parent.rename(folder / "annotations")
     (folder / "masks" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match=f"'{labels}'; if '{folder}/masks' holds the labels, rena"):
+    with pytest.raises(UserError, match=f"'{labels}'; if '{folder}/masks/train' holds the labels"):
         ids_of(folder)
 
 
