@@ -17,8 +17,8 @@ from segformer_pl.commands.options.networks import SEGMENTERS
 from segformer_pl.commands.options.parser import OneSentenceParser
 from segformer_pl.errors import UserError, did_you_mean
 
-# Order of the groups of options in the help; those without a section come first.
-SECTIONS = ("", "data", "model", "last_checkpoint", "trainer")
+# Order of the groups of options in the help; those without a section come third.
+SECTIONS = ("data", "model", "", "last_checkpoint", "trainer")
 # Options of the trainer that mean nothing for a stream, or that `fit` and its like do not have.
 USELESS = (
     "max_epochs",
