@@ -77,7 +77,8 @@ class RunProvenance(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._update(trainer, self._describe(exception))
+        if self._part is not None:
+            self._update(trainer, self._describe(exception))
 
     def _describe(self, exception: BaseException) -> str:
         if isinstance(exception, KeyboardInterrupt):

@@ -125,6 +125,12 @@ def test_the_end_of_a_part_is_recorded(run: Any, end: BaseException, recorded: s
     assert (part.is_ended, part.last_step) == (True, 2)
 
 
+def test_other_ranks_record_no_end() -> None:
+    """Theirs is an exception with the code 0, see :class:`StopOnSignal`."""
+    nothing: Any = None
+    RunProvenance().on_exception(nothing, nothing, Interrupted(0))
+
+
 def test_launchers_can_pickle_the_callback() -> None:
     copy = pickle.loads(pickle.dumps(RunProvenance(COMMAND, explain)))
     assert copy.explain is explain

@@ -57,7 +57,7 @@ def test_profile_of_an_ablation(run):
         ("segformer_b0 --sr_ratio [1,1,1,1]", "there is no option --sr_ratio"),
         ("segformer_b0 --sr_ratios [1,1]", "one integer of at least 1 for each"),
         ("--json segformer_b0", "give MODEL first"),
-        ("", "model"),
+        ("", "MODEL is not given"),
     ],
 )
 def test_profile_refuses(fail, arguments, message):
