@@ -64,7 +64,7 @@ def _explain(error: BaseException) -> str | None:
     if killed := _KILLED.search(text):
         return _explain_killed(*killed.groups())
     ended = _ENDED.search(text)
-    if ended or _LOST.search(text) or _is_lost_connection(error):
+    if ended or _is_lost_connection(error):
         name = f"data-loader worker {ended[1]}" if ended else "a data-loader worker"
         return (
             f"{name} ended unexpectedly, as happens when memory runs out; {LESS_MEMORY}, or "
@@ -83,9 +83,13 @@ def _explain(error: BaseException) -> str | None:
 
 def _is_lost_connection(error: BaseException) -> bool:
     """Return whether an exception was raised while torch received a batch from a worker."""
-    return isinstance(error, ConnectionError | EOFError) and any(
-        frame.f_code.co_name == "_try_get_data" and "torch" in frame.f_code.co_filename
-        for frame, _ in traceback.walk_tb(error.__traceback__)
+    return (
+        bool(_LOST.search(str(error)))
+        or isinstance(error, ConnectionError | EOFError)
+        and any(
+            frame.f_code.co_name == "_try_get_data" and "torch" in frame.f_code.co_filename
+            for frame, _ in traceback.walk_tb(error.__traceback__)
+        )
     )
 
 

@@ -81,19 +81,23 @@ class LostConnection:
         raise ConnectionResetError(104, "Connection reset by peer")
 
 
-def test_the_signal_of_a_lost_worker_is_waited_for(monkeypatch):
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_the_signal_of_a_lost_worker_is_waited_for(monkeypatch, is_pinned):
     """It may come after the error of its connection, while callbacks handle that error."""
     loader = iter(DataLoader([1, 2], num_workers=1))
     (worker,) = torch.multiprocessing.active_children()
     monkeypatch.setattr(loader, "_data_queue", LostConnection())
-    with pytest.raises(ConnectionResetError) as error:
+    with pytest.raises(ConnectionResetError) as raised:
         next(loader)
+    error = raised.value
+    if is_pinned:
+        error = RuntimeError("Caught ConnectionResetError in pin memory thread for device 0.")
     killer = threading.Timer(0.2, worker.kill)
     killer.start()
-    wait_for_cause(error.value)
+    wait_for_cause(error)
     monkeypatch.undo()
     loader._shutdown_workers()
-    assert explain_worker_failure(error.value).startswith(f"data-loader worker {worker.pid} was ki")
+    assert explain_worker_failure(error).startswith(f"data-loader worker {worker.pid} was killed")
 
 
 def test_a_worker_that_is_killed_while_it_sends(monkeypatch):

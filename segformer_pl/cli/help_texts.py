@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from contextlib import redirect_stdout, suppress
 from importlib.metadata import version
 from pathlib import Path
-from unittest import mock
 
 FOLDER = Path(__file__).with_name("help")
 PACKAGES = ("lightning", "jsonargparse")
@@ -27,6 +26,8 @@ def stored_help(command: str) -> str | None:
 
 def build_help(command: str) -> str:
     """Return the help that the parser of a training command prints in a narrow terminal."""
+    from unittest import mock
+
     from segformer_pl.cli.doctor import doctor
     from segformer_pl.cli.training import SegformerCLI
 

@@ -119,7 +119,7 @@ def _cause_of_color(value: int, train_ids: Mapping[int, int]) -> str:
     red, green, blue = color = unpack_color(value)
     if pack_color((blue, green, red)) in train_ids:
         return (
-            f"{(blue, green, red)} is in the spec: if the channels are stored as BGR, store them "
+            f"{(blue, green, red)} is among them: if the channels are stored as BGR, store them "
             "as RGB; otherwise add the colour and its class to labels"
         )
     if color in ((0, 0, 0), (255, 255, 255)):

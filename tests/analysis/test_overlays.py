@@ -174,11 +174,12 @@ def test_legend_of_many_classes_lists_the_largest_shown():
     palette = [[n, n, 0] for n in range(171)]
     label = torch.arange(60).repeat_interleave(8).view(20, 24)  # 60 classes of 8 pixels
     label[:10] = 170  # leaves 30 of them
+    label[-1, -1] = 255
     shown = [("a", torch.zeros(3, 20, 24), label, torch.full_like(label, 5))]
     figure = plot_predictions(shown, names, palette)
     figure.canvas.draw()
     (legend,) = figure.legends
     listed = [text.get_text() for text in legend.get_texts()]
-    assert len(listed) == 31
-    assert {"class 5", "class 170", "class 30"} <= set(listed)
+    assert len(listed) == 32
+    assert {"class 5", "class 170", "class 30", "unlabelled"} <= set(listed)
     assert "class 6" not in listed

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from segformer_pl.callbacks.progress import StepProgressBar
 
 
-def fit(folder, max_steps, ckpt_path=None):
+def fit(folder, max_steps, ckpt_path=None, model=None, **arguments):
     bar = StepProgressBar()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -18,13 +18,14 @@ def fit(folder, max_steps, ckpt_path=None):
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=2,
-        limit_val_batches=0,
         logger=False,
         callbacks=[bar],
         enable_model_summary=False,
         enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        **{"limit_val_batches": 0} | arguments,
     )
-    trainer.fit(BoringModel(), ckpt_path=ckpt_path)
+    trainer.fit(BoringModel() if model is None else model, ckpt_path=ckpt_path)
     return trainer, bar.train_progress_bar
 
 
@@ -52,6 +53,26 @@ def test_the_log_of_a_job_gets_few_bars(is_terminal, tmp_path, capsys, monkeypat
     assert "50/60" in printed
     assert "60/60" in printed
     assert ("49/60" in printed) == is_terminal
+
+
+class Failing(BoringModel):
+    """Fails in the first validation."""
+
+    def validation_step(self, batch, batch_idx):
+        raise ValueError("a damaged image")
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize("in_training", [False, True])
+def test_an_error_begins_on_a_line_of_its_own(tmp_path, capsys, monkeypatch, in_training):
+    model = Failing()
+    if in_training:
+        monkeypatch.setattr(model, "training_step", model.validation_step)
+    with pytest.raises(ValueError, match="a damaged image"):
+        fit(tmp_path, 4, model=model, limit_val_batches=1, val_check_interval=2)
+    printed = capsys.readouterr().out
+    assert "step:" in printed
+    assert printed.endswith("\n")
 
 
 def test_the_bar_does_not_show_the_end_of_the_run_folders_name(tmp_path):

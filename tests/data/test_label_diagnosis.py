@@ -90,7 +90,7 @@ def test_an_unknown_value_comes_with_its_likely_cause(labels, values, cause):
     [
         (
             (142, 0, 0),
-            r"\(0, 0, 142\) is in the spec: if .* BGR, store them as RGB; otherwise add the colour",
+            r"\(0, 0, 142\) is among them: if .* BGR, store them as RGB; otherwise add the colour",
         ),
         ((255, 255, 255), r"usually marks unlabelled pixels: add it to labels\.ignored"),
         ((5, 6, 7), "correct the label image, or add the colour"),
