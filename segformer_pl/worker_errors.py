@@ -83,9 +83,8 @@ def _explain(error: BaseException) -> str | None:
 
 def _is_lost_connection(error: BaseException) -> bool:
     """Return whether an exception was raised while torch received a batch from a worker."""
-    return (
-        bool(_LOST.search(str(error)))
-        or isinstance(error, ConnectionError | EOFError)
+    return bool(_LOST.search(str(error))) or (
+        isinstance(error, ConnectionError | EOFError)
         and any(
             frame.f_code.co_name == "_try_get_data" and "torch" in frame.f_code.co_filename
             for frame, _ in traceback.walk_tb(error.__traceback__)
